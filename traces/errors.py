@@ -1,0 +1,50 @@
+"""What can go wrong, in words a user can act on.
+
+::
+
+    SteelyardError             exit 1   the work could not be done
+    ├── InputError             exit 1   a file, a name, a value given by the user
+    ├── EndpointError          exit 1   the server under test refused, lied or went away
+    ├── StoreError             exit 1   the database is missing, of another revision, locked or gone
+    ├── NoFleetError           exit 3   nothing meets the SLO
+    └── NotEnoughDataError     exit 5   the rows cannot answer; names the next measurement
+
+A message says what, where, got and next step, on one line, and never holds a secret.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SteelyardError(Exception):
+    """The work could not be done. ``str(error)`` is the one line the user reads."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class InputError(SteelyardError):
+    """A file, a name or a value given by the user cannot be used."""
+
+
+class EndpointError(SteelyardError):
+    """The endpoint under test cannot be used."""
+
+
+class StoreError(SteelyardError):
+    """The database cannot be used."""
+
+
+class NoFleetError(SteelyardError):
+    """No fleet meets the SLO."""
+
+    exit_code = 3
+
+
+class NotEnoughDataError(SteelyardError):
+    """The stored rows cannot answer the question; the message names the next measurement."""
+
+    exit_code = 5

@@ -1,0 +1,199 @@
+"""One definition of each measure: SLO, goodput, quantiles, verdict. Pure functions of observations.
+
+A simulated run and a measured run are judged by the same code: both are :class:`traces.records.Observations`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from traces.errors import InputError
+from traces.records import Floats, Observations
+
+LAG_LIMIT_S = 0.5
+"""TTFT limit assumed for the verdict when no SLO names one: 5 % of it is the house's 25 ms."""
+
+_METRICS = ("ttft", "tpot", "e2e")
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0}
+_TERM = re.compile(r"(ttft|tpot|e2e)(?:_p(\d{1,2}(?:\.\d+)?))?\s*<=?\s*(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|m)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Limits per request (they define goodput) and constraints on quantiles (a fleet must meet them), in seconds.
+
+    limits: {"ttft": 0.5}. constraints: {("ttft", 99.0): 1.0}.
+    """
+
+    limits: tuple[tuple[str, float], ...] = ()
+    constraints: tuple[tuple[str, float, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``ttft<0.5s tpot<50ms ttft_p99<1s``; terms are separated by spaces or commas, the default unit is s."""
+        limits: dict[str, float] = {}
+        constraints: dict[tuple[str, float], float] = {}
+        for term in re.split(r"[\s,]+(?=[a-z])", text.strip().lower()):
+            match = _TERM.fullmatch(term.strip())
+            if not match:
+                raise InputError(
+                    f"SLO term {term!r} cannot be read. Write metric<limit with metric ttft, tpot or e2e, "
+                    'for example --slo "ttft<0.5s tpot<50ms" or ttft_p99<1s.'
+                )
+            limit = float(match[3]) * _UNITS[match[4] or "s"]
+            if limit <= 0:
+                raise InputError(f"SLO term {term!r}: the limit must be above 0.")
+            if match[2] is None:
+                limits[match[1]] = limit
+            else:
+                constraints[match[1], float(match[2])] = limit
+        return cls(tuple(limits.items()), tuple((m, q, v) for (m, q), v in constraints.items()))
+
+    def limit(self, metric: str) -> float | None:
+        """Seconds allowed per request for ``ttft``, ``tpot`` or ``e2e``; None if the SLO does not speak of it."""
+        return dict(self.limits).get(metric)
+
+    def __str__(self) -> str:
+        terms = [f"{m}<{v:g}s" for m, v in self.limits]
+        terms += [f"{m}_p{q:g}<{v:g}s" for m, q, v in self.constraints]
+        return " ".join(terms)
+
+
+def met(observations: Observations, slo: Slo) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Bool[n]: the request succeeded and kept every per-request limit. A one-token answer has no TPOT to miss."""
+    good = observations.ok.copy()
+    for metric, limit in slo.limits:
+        value: Floats = getattr(observations, f"{metric}_s")
+        keeps = value <= limit
+        if metric == "tpot":
+            keeps |= observations.tokens <= 1
+        good &= keeps
+    return good
+
+
+def span_s(observations: Observations) -> float:
+    """Seconds from the first due time to the last token (or the last due time, if that is later)."""
+    if not len(observations):
+        return 0.0
+    last = observations.last_token_s[np.isfinite(observations.last_token_s)]
+    end = max(float(observations.due_s.max()), float(last.max()) if len(last) else -math.inf)
+    return end - float(observations.due_s.min())
+
+
+def goodput_per_s(observations: Observations, slo: Slo) -> float:
+    """Requests per second that meet all limits, over :func:`span_s`."""
+    span = span_s(observations)
+    return float(met(observations, slo).sum()) / span if span > 0 else float("nan")
+
+
+def quantile(values: Floats, q: float) -> float:
+    """The q-quantile (0..1) of the finite values; NaN when there are none."""
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, q)) if len(finite) else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """valid, degraded or invalid, and why; judged from the generator alone."""
+
+    word: str
+    reason: str
+    lag_p50_ms: float
+    lag_p99_ms: float
+    lag_max_ms: float
+
+
+def verdict(observations: Observations, slo: Slo | None = None) -> Verdict:
+    """Was the generator the bottleneck?
+
+    Send lag p99 over 5 % of the TTFT limit degrades, over 10 % invalidates, as does an unsent request.
+    """
+    limit = (slo.limit("ttft") if slo else None) or LAG_LIMIT_S
+    lag = observations.lag_s
+    p50, p99 = quantile(lag, 0.5), quantile(lag, 0.99)
+    worst = quantile(lag, 1.0)
+    unsent = int((observations.status == "unsent").sum())
+    words = f"send lag p99 {p99 * 1e3:.1f} ms of {limit * 1e3:g} ms TTFT limit"
+    if unsent:
+        word, words = "invalid", f"{unsent} requests were never sent"
+    elif not math.isfinite(p99):
+        word, words = "invalid", "nothing was sent"
+    elif p99 > 0.10 * limit:
+        word = "invalid"
+    elif p99 > 0.05 * limit:
+        word = "degraded"
+    else:
+        word = "valid"
+    return Verdict(word, words, p50 * 1e3, p99 * 1e3, worst * 1e3)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of one run, measured or simulated. Times in seconds, rates per second, over all ok requests.
+
+    ttft, tpot, e2e count from due; the ``*_sent`` twins from the moment the request left.
+    """
+
+    n: int
+    ok: int
+    goodput_per_s: float
+    attainment: float
+    throughput_per_s: float
+    output_tokens_per_s: float
+    span_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    e2e_p50_s: float
+    e2e_p99_s: float
+    e2e_mean_s: float
+    ttft_sent_p50_s: float
+    ttft_sent_p99_s: float
+    e2e_sent_p50_s: float
+    e2e_sent_p99_s: float
+
+
+def summarise(observations: Observations, slo: Slo) -> Summary:
+    """All measures of one run. NaN where nothing finished."""
+    ok = observations.take(np.flatnonzero(observations.ok))
+    span = span_s(observations)
+    good = int(met(observations, slo).sum())
+
+    def q(name: str, p: float) -> float:
+        return quantile(getattr(ok, name), p)
+
+    return Summary(
+        n=len(observations),
+        ok=len(ok),
+        goodput_per_s=good / span if span > 0 else float("nan"),
+        attainment=good / len(observations) if len(observations) else float("nan"),
+        throughput_per_s=len(ok) / span if span > 0 else float("nan"),
+        output_tokens_per_s=float(ok.tokens.sum()) / span if span > 0 else float("nan"),
+        span_s=span,
+        ttft_p50_s=q("ttft_s", 0.5),
+        ttft_p99_s=q("ttft_s", 0.99),
+        tpot_p50_s=q("tpot_s", 0.5),
+        tpot_p99_s=q("tpot_s", 0.99),
+        e2e_p50_s=q("e2e_s", 0.5),
+        e2e_p99_s=q("e2e_s", 0.99),
+        e2e_mean_s=float(ok.e2e_s.mean()) if len(ok) else float("nan"),
+        ttft_sent_p50_s=q("ttft_sent_s", 0.5),
+        ttft_sent_p99_s=q("ttft_sent_s", 0.99),
+        e2e_sent_p50_s=q("e2e_sent_s", 0.5),
+        e2e_sent_p99_s=q("e2e_sent_s", 0.99),
+    )
+
+
+def meets(summary: Summary, observations: Observations, slo: Slo, attainment: float) -> bool:
+    """Does this run meet the SLO: its quantile constraints, or, where it has none, ``attainment`` of the requests?"""
+    if not slo.constraints:
+        return summary.attainment >= attainment
+    if summary.ok < summary.n:
+        return False
+    return all(quantile(getattr(observations, f"{m}_s"), q / 100) <= v for m, q, v in slo.constraints)

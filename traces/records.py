@@ -1,0 +1,379 @@
+"""The records everything else speaks in: Fleet, Schedule, Observations, Sample, Run.
+
+Scalars are frozen dataclasses; what comes in hundreds of thousands (schedules, observations) is one frozen
+dataclass of equal-length numpy columns, because a Python object a request would cost more than the request.
+
+Times are seconds as float64. ``due_s`` and everything an observation holds count from *schedule zero*, the agreed
+monotonic instant at which the replay's clock read 0; wall-clock instants are kept only in :class:`Run`.
+A time that never came (a failed request has no last token) is NaN, never 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from traces.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Texts = npt.NDArray[np.object_]
+
+STATUSES = ("ok", "failed", "unsent", "cancelled", "lost")
+"""How a scheduled request can end. ``lost``: in flight on a load worker that died."""
+
+ERRORS = ("refused", "reset", "timeout", "status", "malformed", "short", "stream_error", "other")
+"""Kinds of ``failed``. ``status``: an HTTP status other than 2xx. ``short``: the stream ended before it said it had
+ended. ``stream_error``: an error object inside a 200 stream."""
+
+ROLES = ("prefill", "decode", "mixed", "router")
+
+
+# --- the fleet ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fleet:
+    """P prefill and D decode workers, written ``3:5``."""
+
+    prefill: int
+    decode: int
+
+    def __post_init__(self) -> None:
+        if self.prefill < 1 or self.decode < 1:
+            raise InputError(
+                f"fleet {self.prefill}:{self.decode}: each role needs at least one worker. "
+                "Give prefill:decode, for example 3:5."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``3:5``. InputError says what was expected."""
+        match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text)
+        if not match:
+            raise InputError(f"fleet must be prefill:decode, for example 3:5 (got {text!r}).")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def splits(cls, gpus: int, gpus_per_worker: tuple[int, int] = (1, 1)) -> list[Self]:
+        """All fleets that use exactly ``gpus`` GPUs, fewest prefill workers first."""
+        per_prefill, per_decode = gpus_per_worker
+        found = []
+        for prefill in range(1, gpus // per_prefill + 1):
+            rest = gpus - prefill * per_prefill
+            if rest >= per_decode and rest % per_decode == 0:
+                found.append(cls(prefill, rest // per_decode))
+        return found
+
+    @property
+    def workers(self) -> int:
+        """Prefill plus decode workers."""
+        return self.prefill + self.decode
+
+    def gpus(self, gpus_per_worker: tuple[int, int] = (1, 1)) -> int:
+        """GPUs used, given GPUs per (prefill, decode) worker."""
+        return self.prefill * gpus_per_worker[0] + self.decode * gpus_per_worker[1]
+
+    def __str__(self) -> str:
+        return f"{self.prefill}:{self.decode}"
+
+
+# --- what is asked --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One row of a schedule, for code that wants one at a time."""
+
+    index: int
+    due_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Requests with due times, in order of due time.
+
+    name: the trace it came from. index: int64[n], the row's number in that trace, unique. due_s: float64[n], seconds
+    from schedule zero, ascending, >= 0. prompt_tokens, output_tokens: int64[n], >= 1.
+    changes: how it differs from the recorded trace, in words, oldest first ("rate x0.5"); never silent.
+    """
+
+    name: str
+    index: Ints
+    due_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    changes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.due_s)
+        if not (len(self.index) == len(self.prompt_tokens) == len(self.output_tokens) == n):
+            raise ValueError("a schedule's columns must be equally long")
+        if n and (self.due_s[0] < 0 or bool(np.any(np.diff(self.due_s) < 0)) or not np.isfinite(self.due_s[-1])):
+            raise ValueError("due times must be finite, >= 0 and ascending")
+        if n and (int(self.prompt_tokens.min()) < 1 or int(self.output_tokens.min()) < 1):
+            raise ValueError("a request asks for at least one prompt token and one output token")
+
+    def __len__(self) -> int:
+        return len(self.due_s)
+
+    def __iter__(self) -> Iterator[Request]:
+        columns = zip(
+            self.index.tolist(),
+            self.due_s.tolist(),
+            self.prompt_tokens.tolist(),
+            self.output_tokens.tolist(),
+            strict=True,
+        )
+        for row in columns:
+            yield Request(*row)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first due time to the last."""
+        return float(self.due_s[-1] - self.due_s[0]) if len(self) else 0.0
+
+    @property
+    def rate_per_s(self) -> float:
+        """Mean arrivals per second: gaps / span. Infinite for a burst, NaN for fewer than two requests."""
+        if len(self) < 2:
+            return float("nan")
+        return (len(self) - 1) / self.span_s if self.span_s > 0 else float("inf")
+
+    def digest(self) -> str:
+        """sha256 over the columns: two runs are comparable only if they asked the same."""
+        h = hashlib.sha256()
+        for column in (self.index, self.due_s, self.prompt_tokens, self.output_tokens):
+            h.update(np.ascontiguousarray(column).tobytes())
+        return h.hexdigest()
+
+    def take(self, which: npt.NDArray[Any]) -> Schedule:
+        """The rows picked by a boolean mask or by ascending positions."""
+        return Schedule(
+            self.name,
+            self.index[which],
+            self.due_s[which],
+            self.prompt_tokens[which],
+            self.output_tokens[which],
+            self.changes,
+        )
+
+
+# --- what happened --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Observations:
+    """One row per scheduled request, measured; columns of length n. Latencies are derived, never stored.
+
+    index: the schedule's. worker: int64, the load worker that sent it (-1: nobody). due_s, sent_s, first_byte_s,
+    first_token_s, last_token_s: seconds from schedule zero, NaN where it did not come; first token is the first chunk
+    with non-empty content or reasoning. requested_prompt_tokens, requested_tokens: what the schedule asked for.
+    prompt_tokens, output_tokens: what the server's ``usage`` said, -1 where it said nothing. chunks: stream events
+    with content. max_gap_s: largest time between two of them. http_status: 0 without an answer.
+    status: one of STATUSES. error: one of ERRORS, or "". detail: what was seen, at most 200 printable characters.
+    """
+
+    index: Ints
+    worker: Ints
+    due_s: Floats
+    sent_s: Floats
+    first_byte_s: Floats
+    first_token_s: Floats
+    last_token_s: Floats
+    requested_prompt_tokens: Ints
+    requested_tokens: Ints
+    prompt_tokens: Ints
+    output_tokens: Ints
+    chunks: Ints
+    max_gap_s: Floats
+    http_status: Ints
+    status: Texts
+    error: Texts
+    detail: Texts
+
+    def __post_init__(self) -> None:
+        if len({len(getattr(self, f.name)) for f in fields(self)}) > 1:
+            raise ValueError("observation columns must be equally long")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Column names, in the order of storage and of ``runs export``."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def empty(cls, n: int = 0) -> Observations:
+        """n rows in which nothing happened: no times (NaN), no counts (-1), status ``unsent``."""
+        columns: dict[str, Any] = {}
+        for f in fields(cls):
+            if f.name.endswith("_s"):
+                columns[f.name] = np.full(n, np.nan)
+            elif f.name == "status":
+                columns[f.name] = np.full(n, "unsent", dtype=object)
+            elif f.name in ("error", "detail"):
+                columns[f.name] = np.full(n, "", dtype=object)
+            else:
+                columns[f.name] = np.full(n, 0 if f.name in ("chunks", "http_status") else -1, dtype=np.int64)
+        return cls(**columns)
+
+    @classmethod
+    def unsent(cls, schedule: Schedule) -> Observations:
+        """Every request of the schedule, none sent."""
+        rows = cls.empty(len(schedule))
+        return cls(
+            **{name: getattr(rows, name) for name in cls.columns()}
+            | {
+                "index": schedule.index,
+                "due_s": schedule.due_s,
+                "requested_prompt_tokens": schedule.prompt_tokens,
+                "requested_tokens": schedule.output_tokens,
+            }
+        )
+
+    @classmethod
+    def concat(cls, parts: Iterable[Observations]) -> Observations:
+        """All rows of all parts, ordered by due time, then index."""
+        held = list(parts)
+        if not held:
+            return cls.empty()
+        joined = cls(**{name: np.concatenate([getattr(p, name) for p in held]) for name in cls.columns()})
+        return joined.take(np.lexsort((joined.index, joined.due_s)))
+
+    def take(self, which: npt.NDArray[Any]) -> Observations:
+        """The rows picked by a mask or by positions."""
+        return Observations(**{name: getattr(self, name)[which] for name in self.columns()})
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        """True where the whole answer came."""
+        return np.asarray(self.status == "ok", dtype=np.bool_)
+
+    @property
+    def tokens(self) -> Ints:
+        """Output tokens counted by the server, or the number asked for where it sent no usage."""
+        return np.where(self.output_tokens >= 0, self.output_tokens, self.requested_tokens)
+
+    @property
+    def lag_s(self) -> Floats:
+        """``sent - due``: how late the generator was, absolute, from schedule zero."""
+        return self.sent_s - self.due_s
+
+    @property
+    def ttft_s(self) -> Floats:
+        """``first_token - due``. Counted from due, not from sent: a late generator must not hide a slow server."""
+        return self.first_token_s - self.due_s
+
+    @property
+    def ttft_sent_s(self) -> Floats:
+        """``first_token - sent``: the same from the moment the request left."""
+        return self.first_token_s - self.sent_s
+
+    @property
+    def tpot_s(self) -> Floats:
+        """Mean seconds per output token after the first, ``(last - first) / (output_tokens - 1)``.
+
+        NaN for one-token answers: there is no gap to average, and 0 would flatter the server.
+        """
+        gaps = np.where(self.tokens > 1, self.tokens - 1, 1)
+        return np.where(self.tokens > 1, (self.last_token_s - self.first_token_s) / gaps, np.nan)
+
+    @property
+    def e2e_s(self) -> Floats:
+        """``last_token - due``."""
+        return self.last_token_s - self.due_s
+
+    @property
+    def e2e_sent_s(self) -> Floats:
+        """``last_token - sent``."""
+        return self.last_token_s - self.sent_s
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading of one server worker, ``at_s`` seconds from schedule zero. Absent is None, never 0.
+
+    worker: its name on the endpoint. role: one of ROLES. Gauges: ``*_requests``, ``waiting_tokens``,
+    ``kv_used_tokens``, ``kv_used_ratio`` (0..1). Counters since the server started: ``*_total``; ``busy_s_total`` are
+    seconds with work in hand, ``steps_total`` forward passes, ``prompt_tokens_total`` and ``output_tokens_total``
+    tokens processed, ``finished_total`` requests that left this worker.
+    """
+
+    at_s: float
+    worker: str
+    role: str
+    waiting_requests: float | None = None
+    running_requests: float | None = None
+    waiting_tokens: float | None = None
+    kv_used_tokens: float | None = None
+    kv_used_ratio: float | None = None
+    busy_s_total: float | None = None
+    steps_total: float | None = None
+    prompt_tokens_total: float | None = None
+    output_tokens_total: float | None = None
+    finished_total: float | None = None
+    preemptions_total: float | None = None
+    transfer_s_total: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChange:
+    """A change of P:D during a run: asked, in force, why. Seconds from schedule zero; ``ready_s`` NaN if never."""
+
+    asked_s: float
+    ready_s: float
+    before: Fleet
+    after: Fleet
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One replay of one schedule against one fleet; what is known before, and, when it has ended, what came of it.
+
+    id: 0 until stored. started_unix_s: wall clock at schedule zero. endpoint: URL without credentials.
+    schedule_digest: :meth:`Schedule.digest`; changes: :attr:`Schedule.changes`. rate_factor: recorded gaps were divided
+    by it. fleet None: not known. lag in milliseconds. verdict: "" while running, then valid, degraded or invalid.
+    group: runs of one sweep or demo share it.
+    """
+
+    name: str
+    trace: str
+    schedule_digest: str
+    scheduled: int
+    endpoint: str
+    engine: str
+    model: str
+    fleet: Fleet | None
+    started_unix_s: float
+    workers: int
+    gpus_per_worker: tuple[int, int] = (1, 1)
+    rate_factor: float = 1.0
+    rate_per_s: float = float("nan")
+    changes: tuple[str, ...] = ()
+    policy: str = "static"
+    seed: int = 0
+    slo: str = ""
+    group: str = ""
+    profile: str = ""
+    version: str = ""
+    id: int = 0
+    ended: bool = False
+    complete: bool = False
+    verdict: str = ""
+    reason: str = ""
+    lag_p50_ms: float = float("nan")
+    lag_p99_ms: float = float("nan")
+    lag_max_ms: float = float("nan")
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many requests ended in each status, and ``failed.<kind>`` for the kinds of failure."""
