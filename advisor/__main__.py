@@ -1,0 +1,5 @@
+"""``python -m advisor`` is ``steelyard``."""
+
+from advisor.cli import main
+
+main()
