@@ -265,6 +265,11 @@ class Observations:
         return np.where(self.output_tokens >= 0, self.output_tokens, self.requested_tokens)
 
     @property
+    def prompt_lengths(self) -> Ints:
+        """Prompt tokens counted by the server, or the number asked for where it sent no usage."""
+        return np.where(self.prompt_tokens >= 0, self.prompt_tokens, self.requested_prompt_tokens)
+
+    @property
     def lag_s(self) -> Floats:
         """``sent - due``: how late the generator was, absolute, from schedule zero."""
         return self.sent_s - self.due_s
