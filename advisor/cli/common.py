@@ -35,7 +35,7 @@ def db_option(f: F) -> F:
     )(f)
 
 
-def example(text: str) -> dict[str, str]:
+def example(text: str) -> dict[str, Any]:
     """The part of a verb's help that shows a command line that runs."""
     return {"epilog": "\b\nExample:\n  " + text.strip().replace("\n", "\n  ")}
 

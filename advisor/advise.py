@@ -1,0 +1,120 @@
+"""From the database to an answer: pick the runs, the trace and the rate, recommend, and keep the answer as a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from advisor.features import RunData
+from advisor.recommend import Note, Recommendation, recommend
+from traces import __version__
+from traces.errors import InputError, NotEnoughDataError
+from traces.measures import Slo
+from traces.records import Run, Schedule
+from traces.shape import head, to_rate
+from traces.store import Store
+
+DEFAULT_SLO = "ttft<0.5s tpot<50ms"
+"""Used when neither the user nor the runs name one; shown as a default."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A recommendation, its row's id, and the runs it rests on."""
+
+    id: int
+    recommendation: Recommendation
+    data: list[RunData]
+
+
+def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
+    """Runs with their rows."""
+    return [RunData(run, store.observations(run.id), store.samples(run.id)) for run in runs]
+
+
+def choose_runs(
+    store: Store, *, ids: Sequence[int] = (), group: str | None = None, endpoint: str | None = None
+) -> list[Run]:
+    """The runs to learn from: those named, those of a group, or all of one endpoint.
+
+    By default the endpoint is that of the latest run: the same engine serving the same model, whatever its port.
+    NotEnoughDataError when there are none.
+    """
+    runs = [run for run in store.runs(group=group, ids=list(ids) or None) if run.ended]
+    missing = sorted(set(ids) - {run.id for run in runs})
+    if missing:
+        raise InputError(f"no ended run has id {missing[0]}. See: steelyard runs")
+    if not runs:
+        where = f" in group {group!r}" if group else ""
+        raise NotEnoughDataError(
+            f"the database holds no ended run{where}. Measure one first: "
+            "steelyard replay TRACE --endpoint URL --fleet 4:4, or see steelyard demo."
+        )
+    if ids or group:
+        return runs
+    if endpoint:
+        chosen = [run for run in runs if run.endpoint == endpoint or run.model == endpoint]
+        if not chosen:
+            known = ", ".join(sorted({run.model or run.endpoint for run in runs}))
+            raise InputError(f"no run was made against {endpoint!r}. Known: {known}.")
+        return chosen
+    return [run for run in runs if (run.engine, run.model) == (runs[-1].engine, runs[-1].model)]
+
+
+def advise(
+    store: Store,
+    *,
+    gpus: int | None = None,
+    slo: str | None = None,
+    trace: str | None = None,
+    rate_per_s: float | None = None,
+    requests: int | None = None,
+    run_ids: Sequence[int] = (),
+    group: str | None = None,
+    endpoint: str | None = None,
+    gpus_per_worker: tuple[int, int] | None = None,
+    attainment: float = 0.9,
+    seed: int = 0,
+    schedule: Schedule | None = None,
+    note: Note | None = None,
+) -> Answer:
+    """Recommend a split from stored runs and store the answer.
+
+    Defaults: the GPUs of the latest run's fleet, its SLO, its trace at the recorded rate.
+    """
+    runs = choose_runs(store, ids=run_ids, group=group, endpoint=endpoint)
+    latest = runs[-1]
+    per_worker = gpus_per_worker or latest.gpus_per_worker
+    if gpus is None:
+        if latest.fleet is None:
+            raise InputError(
+                "the fleet of the latest run is not known, so neither is its number of GPUs: give --gpus N."
+            )
+        gpus = latest.fleet.gpus(per_worker)
+    if gpus < 2:
+        raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
+    wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)
+    if schedule is None:
+        schedule = store.schedule(trace or latest.trace)
+        if requests:
+            schedule = head(schedule, requests)
+        if rate_per_s:
+            schedule = to_rate(schedule, rate_per_s)
+    data = load(store, runs)
+    answer = recommend(
+        data,
+        schedule,
+        gpus=gpus,
+        slo=wanted,
+        gpus_per_worker=per_worker,
+        attainment=attainment,
+        seed=seed,
+        note=note,
+    )
+    if not (slo or latest.slo):
+        answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
+    number = store.add_recommendation(
+        "static", answer.as_json() | {"version": __version__}, answer.runs, answer.data_hash, seed
+    )
+    kept = set(answer.runs)
+    return Answer(number, answer, [one for one in data if one.run.id in kept])

@@ -1,0 +1,174 @@
+"""The verbs advise and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    prefill, _, decode = text.partition(",")
+    try:
+        pair = int(prefill), int(decode)
+    except ValueError:
+        pair = (0, 0)
+    if min(pair) < 1:
+        raise click.UsageError(
+            f"--gpus-per-worker takes PREFILL,DECODE, both at least 1, for example 1,2 (got {text!r})."
+        )
+    return pair
+
+
+def question(f: Any) -> Any:
+    """The options that say what is asked: shared by advise and report."""
+    options = [
+        click.option("--gpus", type=click.IntRange(min=1), help="GPUs to split [default: those of the latest run]."),
+        click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms", or constraints, e.g. ttft_p99<1s.'),
+        click.option("--trace", help="Trace to be served [default: the latest run's]."),
+        click.option(
+            "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's]."
+        ),
+        click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
+        click.option("--run", "run_ids", type=int, multiple=True, help="Learn from this run (repeatable)."),
+        click.option("--group", help="Learn from the runs of this sweep or demo."),
+        click.option("--endpoint-name", "endpoint", help="Learn from runs against this endpoint URL or model."),
+        click.option(
+            "--gpus-per-worker", metavar="P,D", help="GPUs a prefill and a decode worker use [default: the runs']."
+        ),
+        click.option(
+            "--attainment",
+            type=click.FloatRange(0, 1),
+            default=0.9,
+            show_default=True,
+            help="Share of requests that must meet the limits for a fleet to count.",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
+    ]
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def ask(db: str, as_json: bool, **options: Any) -> Any:
+    """Open the database and advise, with a progress bar for each step."""
+    from advisor.advise import advise as answer_for
+    from traces.store import open_store
+
+    options["gpus_per_worker"] = _pair(options["gpus_per_worker"])
+    options["rate_per_s"] = options.pop("rate")
+    with open_store(db, create=False) as store, progress(as_json) as bars:
+        return answer_for(store, note=tasks(bars), **options)
+
+
+def tasks(bars: Any) -> Any:
+    """A note function that keeps one progress bar a step."""
+    known: dict[str, Any] = {}
+
+    def note(what: str, done: int, of: int) -> None:
+        if what not in known:
+            known[what] = bars.add_task(what, total=of, note="")
+        bars.update(known[what], completed=done, total=of)
+
+    return note
+
+
+@click.command(**example('steelyard advise --gpus 8 --slo "ttft<0.5s tpot<50ms" --trace azure-2023-conv --rate 12'))
+@question
+@click.option("--profile-out", type=click.Path(dir_okay=False, path_type=Path), help="Write the fitted laws as TOML.")
+@json_option
+@db_option
+def advise(db: str, as_json: bool, profile_out: Path | None, **options: Any) -> None:
+    """Recommend a P:D ratio from stored runs: fitted laws, every split simulated on the trace, with intervals."""
+    answer = ask(db, as_json, **options)
+    if profile_out:
+        from advisor.report import write_report
+
+        write_report(profile_out, answer.recommendation.fit.profile.to_toml())
+    if as_json:
+        emit_json(answer.recommendation.as_json() | {"recommendation": answer.id})
+    else:
+        show(answer.recommendation)
+
+
+def show(recommendation: Any, as_json: bool = False) -> None:
+    """Print a recommendation for people."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    r = recommendation
+    console = messages(as_json)
+    console.print(f"[bold]{escape(r.sentence)}[/bold]")
+    table = Table(box=None, pad_edge=False)
+    for name in ("P:D", "goodput/s", "within SLO", "TTFT p99 s", "TPOT p99 ms", "E2E p99 s", "best in draws", ""):
+        table.add_column(name, justify="left" if name in ("P:D", "") else "right")
+    for c in r.candidates:
+        word = "recommended" if c is r.best else "runner-up" if c is r.runner_up else ""
+        table.add_row(
+            str(c.fleet),
+            interval(c, "goodput_per_s"),
+            f"{c.attainment:.0%}",
+            interval(c, "ttft_p99_s"),
+            interval(c, "tpot_p99_s", 1e3),
+            interval(c, "e2e_p99_s"),
+            f"{c.wins:.0%}",
+            word,
+            style="bold" if word == "recommended" else None,
+        )
+    console.print(table)
+    kind = "90 % intervals" if r.calibrated else "90 % bands, not yet calibrated"
+    console.print(
+        f"Evidence: {len(r.runs)} runs ({', '.join(map(str, r.runs))}), n = {r.n} finished requests; [{kind}]",
+        markup=False,
+    )
+    for warning in r.warnings:
+        console.print(f"note: {warning}", markup=False)
+    console.print(f"Next: {r.next_probe['command']}  ({r.next_probe['why']})", markup=False)
+
+
+def interval(candidate: Any, name: str, unit: float = 1.0) -> str:
+    """``12.3 [11.9, 12.6]``."""
+    import math
+
+    figure = candidate.figures[name]
+    if not math.isfinite(figure.value):
+        return "-"
+    text = f"{figure.value * unit:.3g}"
+    if math.isfinite(figure.low) and math.isfinite(figure.high):
+        text += f" \\[{figure.low * unit:.3g}, {figure.high * unit:.3g}]"
+    return text
+
+
+@click.command(**example("steelyard report --gpus 8 --out report.html"))
+@question
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="report.html",
+    show_default=True,
+    help="File to write.",
+)
+@json_option
+@db_option
+def report(db: str, as_json: bool, out: Path, **options: Any) -> None:
+    """Advise, and write the answer with its evidence as one self-contained HTML page."""
+    import shlex
+    import sys
+
+    from advisor.report import render, write_report
+    from traces import __version__
+
+    seed = options["seed"]
+    answer = ask(db, as_json, **options)
+    command = shlex.join(["steelyard", *(a for a in sys.argv[1:] if "://" not in a)])
+    page = render(answer.recommendation, answer.data, commands=[command], version=__version__, seed=seed)
+    write_report(out, page)
+    if as_json:
+        emit_json({"report": str(out), "recommendation": answer.recommendation.as_json()})
+    else:
+        messages().print(f"{answer.recommendation.sentence}\nWritten: {out}", markup=False)

@@ -1,0 +1,211 @@
+"""Observations to design matrices: what each stage was doing while a request was in it.
+
+Everything here works from what a client can see (when tokens came, how long prompts and answers were) plus the fleet
+that ran. Server readings, where an engine gives them, add rows that the client cannot know: how many forward passes a
+prefill worker made and how long it was busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from traces.records import Floats, Ints, Observations, Run, Sample
+
+BLOCKS = 8
+"""Time blocks a run is cut into for the bootstrap: enough to resample, long enough to hold whole queues."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """One stored run with its rows."""
+
+    run: Run
+    observations: Observations
+    samples: Sequence[Sample] = ()
+
+    @property
+    def prefill(self) -> int:
+        """Prefill workers that ran."""
+        assert self.run.fleet is not None  # noqa: S101 - callers keep runs of unknown fleet out
+        return self.run.fleet.prefill
+
+    @property
+    def decode(self) -> int:
+        """Decode workers that ran."""
+        assert self.run.fleet is not None  # noqa: S101 - as above
+        return self.run.fleet.decode
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A regression's rows. x: [n, k] features. y: [n] seconds, > 0. block: [n] time block within the run, 0..BLOCKS-1.
+
+    run: [n] position of the run in the list given to the fit.
+    """
+
+    x: Floats
+    y: Floats
+    block: Ints
+    run: Ints
+
+    @classmethod
+    def concat(cls, parts: Sequence[Rows]) -> Rows:
+        """All rows of all parts."""
+        return cls(
+            np.concatenate([p.x for p in parts]),
+            np.concatenate([p.y for p in parts]),
+            np.concatenate([p.block for p in parts]),
+            np.concatenate([p.run for p in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+def time_block(observations: Observations, at_s: Floats) -> Ints:
+    """The block (0..BLOCKS-1) of the run's arrival span that each instant falls in; later ones are in the last."""
+    start, end = float(observations.due_s.min()), float(observations.due_s.max())
+    width = max(end - start, 1e-9) / BLOCKS
+    return np.clip(((at_s - start) / width).astype(np.int64), 0, BLOCKS - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeLoad:
+    """What one decode worker carried over time, between k+1 instants at which a sequence joined or left.
+
+    at_s: [k+1]. batch: [k] sequences per busy worker. base, slope: [k]; context tokens per worker are base + slope t.
+    """
+
+    at_s: Floats
+    batch: Floats
+    base: Floats
+    slope: Floats
+
+    def mean_between(self, start_s: Floats, end_s: Floats) -> tuple[Floats, Floats]:
+        """Time averages of (batch, context) over each [start, end], exact."""
+        at = self.at_s
+        pieces = (
+            np.diff(at) * self.batch,
+            self.base * np.diff(at) + self.slope * np.diff(at * at) / 2,
+        )
+        length = np.maximum(end_s - start_s, 1e-9)
+
+        def total(t: Floats, piece: Floats, rate: Floats, growth: Floats) -> Floats:
+            t = np.clip(t, at[0], at[-1])
+            k = np.clip(np.searchsorted(at, t, side="right") - 1, 0, len(piece) - 1)
+            before = np.concatenate([[0.0], np.cumsum(piece)])[k]
+            here: Floats = before + rate[k] * (t - at[k]) + growth[k] * (t * t - at[k] ** 2) / 2
+            return here
+
+        means = []
+        for piece, rate, growth in (
+            (pieces[0], self.batch, np.zeros_like(self.batch)),
+            (pieces[1], self.base, self.slope),
+        ):
+            means.append((total(end_s, piece, rate, growth) - total(start_s, piece, rate, growth)) / length)
+        return means[0], means[1]
+
+
+def decode_load(observations: Observations, decode_workers: int) -> DecodeLoad:
+    """Batch and context per decode worker, from token times alone.
+
+    A sequence is in the batch from one step before its first token to its last. With A(t) sequences active on D
+    workers that a router keeps level, a busy worker holds max(1, A/D) of them: the one that is being looked at is
+    there in any case.
+    """
+    rows = observations.take(np.flatnonzero(observations.ok & (observations.tokens > 1)))
+    first, last = rows.first_token_s, rows.last_token_s
+    step = (last - first) / (rows.tokens - 1)
+    join = first - step
+    # Context of a sequence grows linearly: n at the join, one token a step. n - join/step + t/step.
+    slope = 1.0 / np.maximum(step, 1e-9)
+    base = rows.prompt_lengths - join * slope
+    at = np.concatenate([join, last])
+    order = np.argsort(at, kind="stable")
+    sign = np.concatenate([np.ones(len(rows)), -np.ones(len(rows))])[order]
+    at = at[order]
+    active = np.cumsum(sign)
+    bases = np.cumsum(sign * np.concatenate([base, base])[order])
+    slopes = np.cumsum(sign * np.concatenate([slope, slope])[order])
+    share = np.where(active > 0, np.maximum(1.0, active / decode_workers) / np.maximum(active, 1.0), 0.0)
+    return DecodeLoad(at, (share * active)[:-1], (share * bases)[:-1], (share * slopes)[:-1])
+
+
+def decode_rows(data: RunData, number: int, least_tokens: int = 4) -> Rows:
+    """Rows for the decode step: y = TPOT (s), x = [1, mean batch, mean context tokens] of the worker meanwhile.
+
+    Answers shorter than ``least_tokens`` are left out: their TPOT is the length of one or two steps, not a mean.
+    """
+    load = decode_load(data.observations, data.decode)
+    rows = data.observations.take(np.flatnonzero(data.observations.ok & (data.observations.tokens >= least_tokens)))
+    if not len(rows):
+        return Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+    batch, context = load.mean_between(rows.first_token_s, rows.last_token_s)
+    y = rows.tpot_s
+    keep = y > 0
+    x = np.column_stack([np.ones(len(rows)), np.maximum(batch, 1.0), context])[keep]
+    block = time_block(data.observations, (rows.first_token_s + rows.last_token_s) / 2)[keep]
+    return Rows(x, y[keep], block, np.full(len(y[keep]), number))
+
+
+def quiet_rows(data: RunData, number: int) -> Rows:
+    """Rows for TTFT without a queue: y = TTFT from sent (s), x = [1, n, n^2], of requests that met no other prefill.
+
+    A request is quiet when fewer requests than there are prefill workers were waiting for their first token while it
+    was. In a run that is never quiet there are no rows.
+    """
+    rows = data.observations.take(np.flatnonzero(data.observations.ok))
+    if not len(rows):
+        return Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+    sent, first = np.sort(rows.sent_s), np.sort(rows.first_token_s)
+    # Others that overlap [sent, first token): sent before it ended, not answered before it started.
+    overlap = np.searchsorted(sent, rows.first_token_s) - np.searchsorted(first, rows.sent_s, side="right") - 1
+    keep = (overlap < data.prefill) & (rows.ttft_sent_s > 0)
+    n = rows.prompt_lengths[keep].astype(float)
+    x = np.column_stack([np.ones(len(n)), n, n * n])
+    return Rows(x, rows.ttft_sent_s[keep], time_block(data.observations, rows.sent_s[keep]), np.full(len(n), number))
+
+
+def prefill_reading_rows(data: RunData, number: int) -> Rows:
+    """Rows for the prefill step from server readings: y = busy seconds of the prefill role in a time block of the run.
+
+    x = [steps, prompt tokens, sum of squared prompt lengths]; a missing counter gives no rows. Squared lengths are
+    not a server reading: the block's tokens times the run's mean of n^2 over n, which requests in flight at the edges
+    of a block cannot bias.
+    """
+    workers: dict[str, list[Sample]] = {}
+    for sample in data.samples:
+        if sample.role == "prefill" and None not in (
+            sample.busy_s_total,
+            sample.steps_total,
+            sample.prompt_tokens_total,
+        ):
+            workers.setdefault(sample.worker, []).append(sample)
+    none = Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+    if not workers:
+        return none
+    n = data.observations.prompt_lengths.astype(float)
+    per_token = float((n * n).sum() / n.sum())
+    start, end = float(data.observations.due_s.min()), float(np.nanmax(data.observations.last_token_s))
+    edges = np.linspace(start, end, BLOCKS + 1)
+    y = np.zeros(BLOCKS)
+    steps = np.zeros(BLOCKS)
+    tokens = np.zeros(BLOCKS)
+    for readings in workers.values():
+        readings = sorted(readings, key=lambda s: s.at_s)
+        at = np.array([s.at_s for s in readings])
+        for target, name in ((y, "busy_s_total"), (steps, "steps_total"), (tokens, "prompt_tokens_total")):
+            counter = np.array([getattr(s, name) for s in readings], dtype=float)
+            target += np.diff(np.interp(edges, at, counter))
+    keep = (y > 1e-3) & (steps >= 1)
+    x = np.column_stack([steps, tokens, tokens * per_token])[keep]
+    return Rows(x, y[keep], np.arange(BLOCKS)[keep], np.full(int(keep.sum()), number))
+
+
+def reading_max(data: RunData, role: str, name: str) -> float:
+    """The largest value of a gauge that any worker of a role showed; NaN where no reading has it."""
+    values = [getattr(s, name) for s in data.samples if s.role == role and getattr(s, name) is not None]
+    return float(max(values)) if values else float("nan")

@@ -1,0 +1,620 @@
+"""The cluster at wall-clock speed: an OpenAI-shaped HTTP endpoint on the same kernel that the simulator runs.
+
+Model time is monotonic time since start x ``speed``. The kernel decides every instant; one timer wakes the loop when
+the next token or event is due and writes all that is due. The endpoint never decides late because it *is* late: a late
+wake-up writes late, and that lateness is measured (GET /health), but the model's own times stay exact.
+
+Tokens are words of text (split at white space) or the entries of a list of token ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import hmac
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from heapq import heappop, heappush
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from loadgen.cluster.kernel import Cluster, Job, Worker
+from loadgen.cluster.laws import Profile
+from traces.errors import EndpointError, InputError
+from traces.records import Fleet
+
+MOST_BODY = 64 << 20
+MOST_BUFFERED = 1 << 20
+"""Bytes that may wait for a client that does not read; beyond that its connection is cut."""
+
+LOG_ROWS = 200_000
+FAULTS = ("status", "reset", "stall", "html")
+LOG_COLUMNS = (
+    "id",
+    "arrive_s",
+    "first_s",
+    "last_s",
+    "model_first_s",
+    "model_last_s",
+    "prompt_tokens",
+    "output_tokens",
+    "prefill_worker",
+    "decode_worker",
+)
+
+
+class Stream:
+    """One answer on its way out."""
+
+    __slots__ = ("arrive_s", "done", "first_s", "frame", "id", "job", "last_s", "opening", "sent", "transport")
+
+    def __init__(self, id: str, transport: asyncio.WriteTransport | None, opening: bytes, frame: bytes) -> None:
+        self.id = id
+        self.transport = transport  # None: the answer is sent in one piece
+        self.opening = opening  # the first token's bytes, chunk framing included
+        self.frame = frame  # every other token's
+        self.arrive_s = time.monotonic()
+        self.first_s = self.last_s = math.nan
+        self.sent = 0
+        self.job: Job | None = None
+        self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+
+class Endpoint:
+    """The kernel, a clock and the streams. All methods run in the event loop's thread."""
+
+    def __init__(self, profile: Profile, fleet: Fleet, *, speed: float = 1.0) -> None:
+        self.profile = profile
+        self.speed = speed
+        self.cluster = Cluster(profile, fleet, on_segment=self._segment, on_finish=self._finish)
+        self.zero_s = time.monotonic()
+        self.log: deque[tuple[Any, ...]] = deque(maxlen=LOG_ROWS)
+        self.late_ms = array("f")
+        self.requests = itertools.count(1)
+        self._ids = itertools.count()
+        self._order = itertools.count()
+        self._steps: list[tuple[float, int, Worker | Job, int, int]] = []
+        self._segment_of: dict[int, int] = {}
+        self._active: dict[int, list[Job]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+
+    def now_s(self) -> float:
+        """Model seconds since start."""
+        return (time.monotonic() - self.zero_s) * self.speed
+
+    def submit(self, stream: Stream, prompt_tokens: int, output_tokens: int) -> Job:
+        """A request arrives now."""
+        self.run_due()
+        now = self.now_s()
+        job = Job(next(self._ids), prompt_tokens, output_tokens, now, stream)
+        stream.job = job
+        p = self.profile
+        if p.discipline == "infinite":
+            n = prompt_tokens
+            occupied = p.a_s + p.b_s_per_token * n + p.c_s_per_token2 * n * n
+            job.first_s = now + occupied + p.overhead_s + p.transfer_t0_s + p.transfer_s_per_token * n + p.c0_s
+            heappush(self._steps, (job.first_s, next(self._order), job, 1, 0))
+        else:
+            self.cluster.advance(now)
+            self.cluster.submit(job)
+        self._arm()
+        return job
+
+    def set_fleet(self, fleet: Fleet) -> None:
+        """Ask for another P:D, from now."""
+        self.run_due()
+        self.cluster.advance(self.now_s())
+        self.cluster.set_fleet(fleet)
+        self._arm()
+
+    def cancel(self, job: Job) -> None:
+        """The client went away."""
+        self.run_due()
+        self.cluster.cancel(job)
+        self._arm()
+
+    # --- the clock -------------------------------------------------------------------------------------------------
+
+    def run_due(self) -> None:
+        """Write every token and process every event that is due, in model order (a step's tokens before its boundary)."""
+        now = self.now_s()
+        steps, cluster = self._steps, self.cluster
+        while True:
+            event = cluster.next_s
+            if steps and steps[0][0] <= event:
+                if steps[0][0] > now:
+                    return
+                at, _, who, n, segment = heappop(steps)
+                if isinstance(who, Worker):
+                    if self._segment_of.get(who.id) == segment:
+                        self._step(who, n, at, segment)
+                else:
+                    self._lone(who, n, at)
+            elif event <= now:
+                cluster.advance(event)
+            else:
+                return
+
+    def _arm(self) -> None:
+        at = self.cluster.next_s
+        if self._steps and self._steps[0][0] < at:
+            at = self._steps[0][0]
+        if at == self._timer_at and self._timer is not None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_at = at
+        if at < math.inf:
+            wait = (self.zero_s + at / self.speed) - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wait), self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.run_due()
+        self._arm()
+
+    def _segment(self, worker: Worker) -> None:
+        """A decode worker's batch has changed: a new run of steps begins."""
+        segment = self._segment_of.get(worker.id, 0) + 1
+        self._segment_of[worker.id] = segment
+        jobs = [job for due, _, job in worker.finishing if due == job.finish_step and due > worker.step]
+        self._active[worker.id] = jobs
+        if jobs:
+            at = worker.t0 + self.cluster.span_s(worker, 1)
+            heappush(self._steps, (at, next(self._order), worker, 1, segment))
+
+    def _step(self, worker: Worker, n: int, at: float, segment: int) -> None:
+        for job in self._active[worker.id]:
+            self._token(job, at)
+        self._late(at)
+        if n < worker.next_n:
+            ahead = worker.t0 + self.cluster.span_s(worker, n + 1)
+            heappush(self._steps, (ahead, next(self._order), worker, n + 1, segment))
+
+    def _lone(self, job: Job, n: int, at: float) -> None:
+        if job.gone:
+            return
+        self._token(job, at)
+        self._late(at)
+        if n < job.output_tokens:
+            ahead = job.first_s + n * self.profile.c0_s
+            heappush(self._steps, (ahead, next(self._order), job, n + 1, 0))
+        else:
+            job.finish_s = at
+            self._finish(job)
+
+    def _late(self, at: float) -> None:
+        if len(self.late_ms) < 1_000_000:
+            self.late_ms.append((time.monotonic() - self.zero_s - at / self.speed) * 1e3)
+
+    def _token(self, job: Job, at: float) -> None:
+        stream = job.tag
+        if not isinstance(stream, Stream) or job.gone:
+            return
+        stream.sent += 1
+        now = time.monotonic()
+        if stream.sent == 1:
+            stream.first_s = now
+        stream.last_s = now
+        transport = stream.transport
+        if transport is None:
+            return
+        if transport.is_closing() or transport.get_write_buffer_size() > MOST_BUFFERED:
+            transport.abort()
+            if not stream.done.done():
+                stream.done.set_result(False)
+            return
+        transport.write(stream.opening if stream.sent == 1 else stream.frame)
+
+    def _finish(self, job: Job) -> None:
+        stream = job.tag
+        if not isinstance(stream, Stream):
+            return
+        zero, speed = self.zero_s, self.speed
+        self.log.append(
+            (
+                stream.id,
+                stream.arrive_s,
+                stream.first_s,
+                stream.last_s,
+                zero + job.first_s / speed,
+                zero + job.finish_s / speed,
+                job.prompt_tokens,
+                stream.sent,
+                job.prefill_worker,
+                job.decode_worker,
+            )
+        )
+        if not stream.done.done():
+            stream.done.set_result(True)
+
+    def lateness(self) -> dict[str, float]:
+        """How late tokens were written, ms: p50, p99, max, and n steps."""
+        late = np.asarray(self.late_ms, dtype=float)
+        if not len(late):
+            return {"p50_ms": 0.0, "p99_ms": 0.0, "max_ms": 0.0, "steps": 0}
+        p50, p99 = np.quantile(late, [0.5, 0.99])
+        return {"p50_ms": float(p50), "p99_ms": float(p99), "max_ms": float(late.max()), "steps": len(late)}
+
+    # --- metrics ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> Iterator[Metric]:
+        """Prometheus metrics by worker and role."""
+        self.run_due()
+        now = self.now_s()
+        gauges = {
+            "waiting_requests": "requests queued (prefill) or waiting to be admitted (decode)",
+            "running_requests": "requests in the current batch",
+            "waiting_tokens": "prompt tokens queued",
+            "kv_used_tokens": "tokens of KV cache reserved",
+        }
+        counters = {
+            "busy_seconds": "seconds with work in hand",
+            "steps": "forward passes",
+            "prompt_tokens": "prompt tokens processed",
+            "output_tokens": "output tokens made",
+            "finished_requests": "requests that left this worker",
+        }
+        families: dict[str, Any] = {
+            name: GaugeMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"]) for name, text in gauges.items()
+        }
+        families |= {
+            name: CounterMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"]) for name, text in counters.items()
+        }
+        for w in self.cluster.workers:
+            role = w.role if w.role in ("prefill", "decode") else w.target
+            labels = [str(w.id), role]
+            prefill = role == "prefill"
+            n = max(0, self._steps_done(w, now))
+            values = {
+                "waiting_requests": len(w.queue) if prefill else len(w.waiting),
+                "running_requests": len(w.preparing or ()) if prefill else w.size,
+                "waiting_tokens": w.queued_tokens if prefill else sum(j.prompt_tokens for j in w.waiting),
+                "kv_used_tokens": 0 if prefill else w.kv_used,
+                "busy_seconds": w.busy_until(now, role) / self.speed,
+                "steps": w.steps + (0 if prefill else n),
+                "prompt_tokens": w.prompt_tokens,
+                "output_tokens": w.output_tokens + (0 if prefill else n * w.size),
+                "finished_requests": w.finished,
+            }
+            for name, value in values.items():
+                families[name].add_metric(labels, value)
+        yield from families.values()
+        fleet = GaugeMetricFamily("steelyard_fleet_workers", "workers in service", labels=["role"])
+        for role, n in zip(("prefill", "decode"), self.cluster.fleet, strict=True):
+            fleet.add_metric([role], n)
+        yield fleet
+        switches = CounterMetricFamily("steelyard_role_switches", "role changes begun")
+        switches.add_metric([], len(self.cluster.switches))
+        yield switches
+
+    def _steps_done(self, worker: Worker, now: float) -> int:
+        """Steps of the present segment that are complete."""
+        if worker.size == 0 or worker.next_n == 0:
+            return 0
+        done = 0
+        low, high = 0, worker.next_n
+        while low <= high:
+            middle = (low + high) // 2
+            if worker.t0 + self.cluster.span_s(worker, middle) <= now:
+                done, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return done
+
+
+# --- HTTP -----------------------------------------------------------------------------------------------------------
+
+
+def refuse(message: str, status: int = 400, kind: str = "invalid_request_error") -> web.Response:
+    """An error as OpenAI shapes it."""
+    return web.json_response({"error": {"message": message, "type": kind, "code": status}}, status=status)
+
+
+def chunk(payload: bytes) -> bytes:
+    """One HTTP chunk."""
+    return b"%x\r\n%s\r\n" % (len(payload), payload)
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+def make_app(
+    endpoint: Endpoint, *, token: str | None = None, fail_every: int = 0, fail_kind: str = "status"
+) -> web.Application:
+    """The aiohttp application. token: needed as bearer on every path but /health. fail_every: each Nth completion fails."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        if token is not None and request.path != "/health":
+            given = request.headers.get("Authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                return refuse("a bearer token is needed", 401, "authentication_error")
+        return await handler(request)
+
+    app = web.Application(client_max_size=MOST_BODY, middlewares=[guard])
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(endpoint)  # type: ignore[arg-type]
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        return await _complete(endpoint, request, fail_every, fail_kind)
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response(
+            {"object": "list", "data": [{"id": endpoint.profile.name, "object": "model", "owned_by": "steelyard"}]}
+        )
+
+    async def health(_: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "status": "ok",
+                "engine": "steelyard-reference",
+                "profile": endpoint.profile.name,
+                "speed": endpoint.speed,
+                "late": endpoint.lateness(),
+            }
+        )
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+    async def get_fleet(_: web.Request) -> web.Response:
+        return web.json_response(_fleet(endpoint))
+
+    async def put_fleet(request: web.Request) -> web.Response:
+        workers = len(endpoint.cluster.workers)
+        try:
+            body = await request.json()
+            prefill, decode = body["prefill"], body["decode"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            return refuse('PUT /fleet takes {"prefill": 3, "decode": 5}')
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in (prefill, decode)):
+            return refuse(f"prefill and decode must be integers (got {prefill!r}, {decode!r})")
+        if prefill < 1 or decode < 1 or prefill + decode != workers:
+            return refuse(
+                f"fleet {prefill}:{decode} is impossible: {workers} workers, at least one a role, all in use. "
+                f"Try {max(1, workers // 2)}:{workers - max(1, workers // 2)}."
+            )
+        endpoint.set_fleet(Fleet(prefill, decode))
+        return web.json_response(_fleet(endpoint), status=202)
+
+    async def log(_: web.Request) -> web.Response:
+        out = io.StringIO()
+        writer = csv.writer(out)
+        writer.writerow(LOG_COLUMNS)
+        writer.writerows(endpoint.log)
+        return web.Response(text=out.getvalue(), content_type="text/csv")
+
+    app.router.add_post("/v1/completions", complete)
+    app.router.add_post("/v1/chat/completions", complete)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/health", health)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/fleet", get_fleet)
+    app.router.add_put("/fleet", put_fleet)
+    app.router.add_get("/log", log)
+    return app
+
+
+def _fleet(endpoint: Endpoint) -> dict[str, Any]:
+    endpoint.run_due()
+    cluster = endpoint.cluster
+    prefill, decode = cluster.fleet
+    target = {"prefill": cluster.target.prefill, "decode": cluster.target.decode}
+    return {"prefill": prefill, "decode": decode, "target": target, "draining": cluster.changing}
+
+
+def _asked(body: Any, chat: bool) -> tuple[int, int]:
+    """Prompt tokens and answer tokens of a request body. InputError says what is wrong."""
+    if not isinstance(body, dict):
+        raise InputError("the body must be a JSON object")
+    if chat:
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise InputError("messages must be a list that is not empty")
+        prompt = 0
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            if not isinstance(content, str):
+                raise InputError("a message needs a role and text content")
+            prompt += len(content.split())
+    else:
+        given = body.get("prompt")
+        if isinstance(given, str):
+            prompt = len(given.split())
+        elif isinstance(given, list) and given and all(type(t) is int for t in given):
+            prompt = len(given)
+        else:
+            raise InputError("prompt must be text or a list of token ids")
+    if prompt < 1:
+        raise InputError("the prompt is empty")
+    most = body.get("max_tokens", body.get("max_completion_tokens", 16))
+    if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= 1_000_000:
+        raise InputError(f"max_tokens must be an integer from 1 to 1000000 (got {most!r})")
+    return prompt, most
+
+
+async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, fail_kind: str) -> web.StreamResponse:
+    arrive_s = time.monotonic()
+    number = next(endpoint.requests)
+    chat = request.path == "/v1/chat/completions"
+    try:
+        body = await request.json()
+    except (ValueError, UnicodeDecodeError, RecursionError):
+        return refuse("the body is not JSON")
+    try:
+        prompt_tokens, output_tokens = _asked(body, chat)
+    except InputError as error:
+        return refuse(str(error))
+    model = body.get("model", endpoint.profile.name)
+    if model != endpoint.profile.name:
+        return refuse(f"the model {str(model)[:80]!r} does not exist; served: {endpoint.profile.name!r}", 404, "not_found_error")
+    if fail_every and number % fail_every == 0:
+        if fail_kind == "reset":
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response()
+        if fail_kind == "stall":
+            await asyncio.sleep(3600)
+        if fail_kind == "html":
+            return web.Response(text="<!doctype html><html><body>gateway</body></html>", content_type="text/html")
+        return refuse("this request was told to fail", 500, "server_error")
+    given = request.headers.get("x-request-id", "")
+    name = given if given.isprintable() and 0 < len(given) <= 80 else f"r{number}"
+    kind = "chat.completion" if chat else "text_completion"
+    base = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+        "object": f"{kind}.chunk" if chat else kind,
+        "created": int(time.time()),
+        "model": endpoint.profile.name,
+    }
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
+    if not body.get("stream"):
+        stream = Stream(name, None, b"", b"")
+        stream.arrive_s = arrive_s
+        job = endpoint.submit(stream, prompt_tokens, output_tokens)
+        try:
+            await stream.done
+        except asyncio.CancelledError:
+            endpoint.cancel(job)
+            raise
+        text = " tok" * output_tokens
+        choice = (
+            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+            if chat
+            else {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
+        )
+        return web.json_response(base | {"object": kind, "choices": [choice], "usage": usage})
+
+    def token(role: bool) -> bytes:
+        if chat:
+            delta = {"role": "assistant", "content": " tok"} if role else {"content": " tok"}
+            return event(base | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]})
+        return event(base | {"choices": [{"index": 0, "text": " tok", "logprobs": None, "finish_reason": None}]})
+
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+    response.enable_chunked_encoding()
+    await response.prepare(request)
+    frame = chunk(token(False))
+    stream = Stream(name, request.transport, chunk(token(True)) if chat else frame, frame)
+    stream.arrive_s = arrive_s
+    job = endpoint.submit(stream, prompt_tokens, output_tokens)
+    try:
+        whole = await stream.done
+    except asyncio.CancelledError:
+        endpoint.cancel(job)
+        raise
+    if not whole:
+        endpoint.cancel(job)
+        return response
+    empty: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+    closing = event(base | {"choices": [{"index": 0, **empty, "logprobs": None, "finish_reason": "length"}]})
+    options = body.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage"):
+        closing += event(base | {"choices": [], "usage": usage})
+    await response.write(closing + b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response
+
+
+async def serve(
+    profile: Profile,
+    fleet: Fleet,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    speed: float = 1.0,
+    token: str | None = None,
+    fail_every: int = 0,
+    fail_kind: str = "status",
+    ready: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT. ready(url) is called when requests are answered. EndpointError when it cannot bind."""
+    if not speed > 0:
+        raise InputError(f"--speed must be above 0 (got {speed:g}).")
+    if host not in ("127.0.0.1", "::1", "localhost") and token is None:
+        raise InputError(
+            f"--host {host}: other machines could use this endpoint, so it needs a token. "
+            "Set STEELYARD_SERVE_TOKEN or --token-file, or stay on 127.0.0.1."
+        )
+    endpoint = Endpoint(profile, fleet, speed=speed)
+    app = make_app(endpoint, token=token, fail_every=fail_every, fail_kind=fail_kind)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise EndpointError(f"cannot listen on {host}:{port} ({error.strerror}). Give another --port, or 0.") from error
+    await web.SockSite(runner, sock, backlog=4096).start()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    shown = f"[{host}]" if ":" in host else host
+    ready(f"http://{shown}:{sock.getsockname()[1]}")
+    parent = os.getppid()
+    watch = os.environ.get("STEELYARD_WITH_PARENT") == "1"
+    while not stopping.is_set():
+        try:
+            await asyncio.wait_for(stopping.wait(), 1.0)
+        except TimeoutError:
+            # Started by a demo or a test that was killed: nobody is left to stop this endpoint.
+            if watch and os.getppid() != parent:
+                break
+    await runner.cleanup()
+
+
+def run(profile: Profile, fleet: Fleet, **options: Any) -> None:
+    """:func:`serve` on uvloop, printing one line when it listens."""
+
+    def ready(url: str) -> None:
+        print(f"listening on {url}", flush=True)
+
+    options.setdefault("ready", ready)
+    uvloop.run(serve(profile, fleet, **options))
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token from a file, or from STEELYARD_SERVE_TOKEN; None without either."""
+    if path is None:
+        return os.environ.get("STEELYARD_SERVE_TOKEN") or None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the token cannot be read.") from error
+    if not token:
+        raise InputError(f"{path}: holds no token.")
+    return token
+
+
+if __name__ == "__main__":
+    chosen = json.loads(sys.argv[1])
+    run(Profile.load(chosen.pop("profile")), Fleet.parse(chosen.pop("fleet")), **chosen)

@@ -1,0 +1,99 @@
+"""What a decode worker carried, from client timestamps alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from advisor.features import BLOCKS, RunData, decode_load, decode_rows, quiet_rows, time_block
+from tests.test_records import one_answer
+from traces.records import Fleet, Observations, Run
+
+
+def run_of(fleet: Fleet, n: int = 1) -> Run:
+    return Run(
+        name="r",
+        trace="t",
+        schedule_digest="",
+        scheduled=n,
+        endpoint="http://127.0.0.1:1",
+        engine="reference",
+        model="m",
+        fleet=fleet,
+        started_unix_s=0.0,
+        workers=1,
+        ended=True,
+        complete=True,
+        verdict="valid",
+    )
+
+
+def answer(start: float, step: float, tokens: int, prompt: int) -> Observations:
+    """A sequence that joins at ``start`` and makes ``tokens`` tokens, one a step."""
+    rows = one_answer(due=start, sent=start, first=start + step, last=start + step * tokens, tokens=tokens)
+    rows.prompt_tokens[:] = prompt
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 5), st.floats(0.01, 0.1), st.integers(2, 40), st.integers(1, 500)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 4),
+)
+def test_decode_load_is_what_counting_by_hand_gives(
+    sequences: list[tuple[float, float, int, int]], workers: int
+) -> None:
+    """Mean batch and context between two instants equal a fine numerical integration over the sequences."""
+    rows = Observations.concat([answer(*s) for s in sequences])
+    load = decode_load(rows, workers)
+    start, end = float(rows.first_token_s.min()), float(rows.last_token_s.max())
+    if end - start < 1e-3:
+        return
+    batch, context = load.mean_between(np.array([start]), np.array([end]))
+    t = np.linspace(start, end, 40_001)
+    t = (t[:-1] + t[1:]) / 2
+    active, held = np.zeros_like(t), np.zeros_like(t)
+    for begin, step, tokens, prompt in sequences:
+        inside = (t >= begin) & (t < begin + step * tokens)
+        active += inside
+        held += inside * (prompt + (t - begin) / step)
+    share = np.where(active > 0, np.maximum(1, active / workers) / np.maximum(active, 1), 0)
+    assert batch[0] == pytest.approx(float((share * active).mean()), rel=5e-3, abs=5e-3)
+    assert context[0] == pytest.approx(float((share * held).mean()), rel=5e-3, abs=0.5)
+
+
+def test_a_lone_sequence_is_a_batch_of_one() -> None:
+    """One sequence on eight workers is a batch of one, not of an eighth."""
+    data = RunData(run_of(Fleet(1, 8)), answer(0.0, 0.05, 20, 100))
+    rows = decode_rows(data, 0)
+    assert rows.x[0, 1] == pytest.approx(1.0)
+    assert rows.y[0] == pytest.approx(0.05)
+
+
+def test_short_answers_teach_nothing_about_a_step() -> None:
+    """Answers of fewer than four tokens are left out."""
+    data = RunData(run_of(Fleet(1, 1)), answer(0.0, 0.05, 3, 100))
+    assert len(decode_rows(data, 0)) == 0
+
+
+def test_quiet_requests_are_those_that_met_nobody_else_in_prefill() -> None:
+    """Of three requests the two that overlap on one prefill worker are not quiet; on two workers all are."""
+    rows = Observations.concat([answer(0.0, 0.5, 9, 10), answer(0.2, 0.5, 9, 10), answer(3.0, 0.5, 9, 10)])
+    assert len(quiet_rows(RunData(run_of(Fleet(1, 1)), rows), 0)) == 1
+    assert len(quiet_rows(RunData(run_of(Fleet(2, 1)), rows), 0)) == 3
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
+def test_every_instant_has_a_block(times: list[float]) -> None:
+    """Every instant falls in one of the blocks, the span's start in the first and its end in the last."""
+    rows = Observations.concat([answer(t, 0.01, 2, 1) for t in [0.0, *times, 100.0]])
+    blocks = time_block(rows, rows.due_s)
+    assert blocks.min() == 0
+    assert blocks.max() == BLOCKS - 1
+    assert (np.diff(blocks) >= 0).all()

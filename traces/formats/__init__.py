@@ -1,0 +1,99 @@
+"""One file a format: how to recognise it, how to read it row by row.
+
+A format is an object with the attributes of :class:`TraceFormat`. Those of other packages are found through the entry
+point group ``steelyard.formats``; ours are found without an installation, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import IO, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request as recorded. arrival_us: microseconds on the source's own clock, any origin. output_tokens None: unknown.
+
+    zoned: False when the source's time carries no zone, None when it has no calendar.
+    """
+
+    arrival_us: int
+    prompt_tokens: int
+    output_tokens: int | None
+    session_key: str | None = None
+    hash_ids: bytes | None = None
+    zoned: bool | None = None
+
+
+class BadRowError(Exception):
+    """A row that is skipped and counted. reason: one of the names in docs/traces.md; detail says what was seen."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class BadFileError(Exception):
+    """A file that is refused whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What a format knows of a source before its rows. clock: name of the time unit."""
+
+    clock: str
+    block_size: int | None = None
+    hash_scope: str | None = None
+
+
+class TraceFormat(Protocol):
+    """A recorded-trace format."""
+
+    name: str
+    title: str
+    meta: Meta
+
+    def sniff(self, head: str) -> str | None:
+        """None if the first 64 KiB (decoded) are of this format, else what is missing, in words."""
+
+    def rows(self, lines: IO[str]) -> Iterator[tuple[int, Row | BadRowError]]:
+        """Every data row with its line number (1-based), a good one or why it is not. BadFileError refuses the whole file."""
+
+
+def formats() -> dict[str, TraceFormat]:
+    """Every known format by name."""
+    from traces.formats import azure, mooncake
+
+    known: dict[str, TraceFormat] = {f.name: f for f in (azure.FORMAT, mooncake.FORMAT)}
+    for point in entry_points(group="steelyard.formats"):
+        if point.name not in known:
+            known[point.name] = point.load()
+    return known
+
+
+def count(text: str, what: str, least: int = 0) -> int:
+    """An integer field: ``12`` or ``12.0``. BadRowError names what it is not."""
+    try:
+        value = int(text)
+    except ValueError:
+        try:
+            number = float(text)
+        except ValueError:
+            raise BadRowError(f"{what}_not_a_number", f"{what} must be an integer (got {text[:40]!r})") from None
+        if "e" in text.lower() or not number.is_integer():
+            raise BadRowError(f"{what}_not_an_integer", f"{what} must be an integer (got {text[:40]!r})") from None
+        value = int(number)
+    return bounded(value, what, least)
+
+
+def bounded(value: int, what: str, least: int = 0) -> int:
+    """A count within its bounds; 2^31-1 is the most that is stored."""
+    if value < least:
+        raise BadRowError(
+            f"{what}_negative" if least == 0 else f"{what}_too_small", f"{what} must be >= {least} (got {value})"
+        )
+    if value > 2**31 - 1:
+        raise BadRowError(f"{what}_too_large", f"{what} must be below 2^31 (got {value})")
+    return value

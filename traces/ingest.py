@@ -1,0 +1,415 @@
+"""A recorded trace into the database: recognised, validated, counted, all of it or none.
+
+Invariant, checked on every load: ``rows_read == rows_kept + sum(skipped) + other_events``. The same bytes again are a
+no-op that says so; the same name with other bytes is refused.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from traces.errors import InputError
+from traces.formats import BadFileError, BadRowError, Row, TraceFormat, formats
+from traces.formats.mooncake import unpack
+from traces.store import Store, TraceInfo
+
+HEAD = 65_536
+"""Bytes that a format is recognised by."""
+
+MAX_BAD = 0.05
+LINE_LIMIT = 4 << 20
+"""Longest line that is read, in characters; a longer one is skipped and counted, never held."""
+
+ZERO_OUTPUT = ("keep-failed", "skip", "min1")
+_OK, _FAILED = 0, 1
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Rows left out for one reason."""
+
+    count: int = 0
+    first_lines: list[int] = field(default_factory=list)
+    example: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What a load did. Keys as ``ingest --json`` prints them. span_s, distinct_arrivals, sums: of the rows kept.
+
+    inversions: rows that came before their predecessor's time; equal_times: rows at the same time as it.
+    prefix_hit_tokens: prompt tokens that an unlimited prefix cache would have held, None without block ids.
+    """
+
+    name: str
+    format: str
+    rows_read: int
+    rows_kept: int
+    skipped: dict[str, Skipped]
+    other_events: int
+    sum_prompt_tokens: int
+    sum_output_tokens: int
+    span_s: float
+    distinct_arrivals: int
+    prefix_hit_tokens: int | None
+    inversions: int
+    equal_times: int
+    failed_rows: int
+    clock: str
+    notes: list[str]
+    already: bool = False
+
+    @classmethod
+    def of(cls, info: TraceInfo, *, already: bool = False) -> IngestReport:
+        """The report that was stored with a trace."""
+        values = dict(info.summary)
+        values["skipped"] = {reason: Skipped(**s) for reason, s in values["skipped"].items()}
+        return cls(**values | {"name": info.name, "format": info.format, "already": already})
+
+
+def ingest(
+    store: Store,
+    paths: Sequence[Path],
+    *,
+    name: str | None = None,
+    format: str | None = None,
+    max_bad: float = MAX_BAD,
+    zero_output: str = "keep-failed",
+    progress: Callable[[int], None] | None = None,
+) -> IngestReport:
+    """Load files as one trace. InputError refuses a file whole and leaves nothing behind.
+
+    name: default is the first file's stem. zero_output: rows without answer tokens are kept as failed, skipped, or given
+    one token. progress(bytes read so far).
+    """
+    if not paths:
+        raise InputError("no file was given. Write: steelyard ingest FILE")
+    if zero_output not in ZERO_OUTPUT:
+        raise InputError(f"--zero-output must be one of {', '.join(ZERO_OUTPUT)} (got {zero_output!r}).")
+    files = [_identity(path) for path in paths]
+    digest = hashlib.sha256("".join(f["sha256"] for f in files).encode() if len(files) > 1 else b"").hexdigest()
+    sha256 = digest if len(files) > 1 else files[0]["sha256"]
+    wanted = name or Path(files[0]["name"]).name.split(".")[0]
+    reader = _recognise(paths[0], format)
+    options = {"zero_output": zero_output, "max_bad": max_bad}
+    for info in store.traces():
+        if info.name != wanted:
+            continue
+        same = info.sha256 == sha256 and info.format == reader.name and info.options.get("zero_output") == zero_output
+        if same:
+            return IngestReport.of(info, already=True)
+        raise InputError(
+            f"a trace named {wanted!r} is already stored with other content or options. Give another --name, "
+            f"or remove it: steelyard traces delete {wanted}"
+        )
+    loaded = _Loaded(reader, zero_output)
+    for path in paths:
+        loaded.read(path, progress)
+    loaded.check(paths, max_bad)
+
+    def summary() -> tuple[dict[str, Any], str | None, int | None, str | None]:
+        report = asdict(loaded.report(wanted))
+        for gone in ("name", "format", "already"):
+            report.pop(gone)
+        return report, loaded.origin, reader.meta.block_size, reader.meta.hash_scope
+
+    info = store.add_trace(
+        name=wanted,
+        format=reader.name,
+        sha256=sha256,
+        files=files,
+        options=options,
+        batches=loaded.batches(),
+        summary=summary,
+    )
+    return IngestReport.of(info)
+
+
+class _Loaded:
+    """The rows of a source in columns (34 bytes a row), then sorted by arrival."""
+
+    def __init__(self, reader: TraceFormat, zero_output: str) -> None:
+        self.reader = reader
+        self.zero_output = zero_output
+        self.arrival, self.line = array("q"), array("q")
+        self.prompt, self.output, self.status = array("q"), array("q"), array("b")
+        self.session: dict[int, str] = {}
+        self.hashes: dict[int, bytes] = {}
+        self.skipped: dict[str, Skipped] = {}
+        self.read_rows = 0
+        self.zoned: set[bool | None] = set()
+        self.order: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, dtype=np.int64)
+
+    def skip(self, reason: str, line: int, detail: str) -> None:
+        held = self.skipped.setdefault(reason, Skipped())
+        held.count += 1
+        if len(held.first_lines) < 5:
+            held.first_lines.append(line)
+        held.example = held.example or detail
+
+    def read(self, path: Path, progress: Callable[[int], None] | None) -> None:
+        try:
+            with _open(path) as lines:
+                for line, row in self.reader.rows(_Bounded(lines, progress)):  # type: ignore[arg-type]
+                    self.read_rows += 1
+                    if isinstance(row, BadRowError):
+                        self.skip(row.reason, line, str(row))
+                    else:
+                        self.keep(line, row)
+        except BadFileError as error:
+            raise InputError(f"{path}: {error}.") from error
+        except (OSError, EOFError, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}: cannot be read to its end ({error}). Nothing was stored.") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Nothing was stored.") from error
+
+    def keep(self, line: int, row: Row) -> None:
+        if row.prompt_tokens == 0:
+            self.skip("failed_zero_input", line, "a request without prompt tokens")
+            return
+        output, status = row.output_tokens, _OK
+        if output == 0:
+            if self.zero_output == "skip":
+                self.skip("failed_zero_output", line, "a request without answer tokens")
+                return
+            output, status = (1, _OK) if self.zero_output == "min1" else (0, _FAILED)
+        at = len(self.arrival)
+        self.arrival.append(row.arrival_us)
+        self.line.append(line)
+        self.prompt.append(row.prompt_tokens)
+        self.output.append(-1 if output is None else output)
+        self.status.append(status)
+        self.zoned.add(row.zoned)
+        if row.session_key is not None:
+            self.session[at] = row.session_key
+        if row.hash_ids is not None:
+            self.hashes[at] = row.hash_ids
+
+    def check(self, paths: Sequence[Path], max_bad: float) -> None:
+        where = str(paths[0])
+        bad = sum(s.count for s in self.skipped.values())
+        if not self.read_rows:
+            raise InputError(f"{where}: holds no rows, only a header. Nothing was stored.")
+        counted = bad - sum(
+            self.skipped[r].count for r in ("failed_zero_input", "failed_zero_output") if r in self.skipped
+        )
+        if counted > max_bad * self.read_rows:
+            reason, worst = max(
+                ((r, s) for r, s in self.skipped.items() if not r.startswith("failed_")), key=lambda item: item[1].count
+            )
+            raise InputError(
+                f"{where}:{worst.first_lines[0]}: {worst.example} ({reason}); {counted} of {self.read_rows} rows are bad, "
+                f"more than {max_bad:.0%}. Mend the file or pass --max-bad. Nothing was stored."
+            )
+        if not len(self.arrival):
+            raise InputError(f"{where}: no row can be kept ({', '.join(self.skipped)}). Nothing was stored.")
+        arrival = np.frombuffer(self.arrival, dtype=np.int64)
+        self.order = np.lexsort((np.frombuffer(self.line, dtype=np.int64), arrival))
+
+    @property
+    def origin(self) -> str | None:
+        if self.zoned <= {None}:
+            return None
+        first = int(np.frombuffer(self.arrival, dtype=np.int64)[self.order[0]])
+        return datetime.fromtimestamp(first / 1e6, UTC).isoformat()
+
+    def batches(self) -> Iterator[dict[str, list[Any]]]:
+        columns = {
+            "source_line": np.frombuffer(self.line, dtype=np.int64),
+            "arrival_us": np.frombuffer(self.arrival, dtype=np.int64),
+            "prompt_tokens": np.frombuffer(self.prompt, dtype=np.int64),
+            "output_tokens": np.frombuffer(self.output, dtype=np.int64),
+            "status": np.frombuffer(self.status, dtype=np.int8),
+        }
+        origin = int(columns["arrival_us"][self.order[0]])
+        for start in range(0, len(self.order), HEAD):
+            picked = self.order[start : start + HEAD]
+            batch: dict[str, list[Any]] = {name: column[picked].tolist() for name, column in columns.items()}
+            batch["seq"] = list(range(start, start + len(picked)))
+            batch["arrival_us"] = [t - origin for t in batch["arrival_us"]]
+            batch["output_tokens"] = [None if v < 0 else v for v in batch["output_tokens"]]
+            rows = picked.tolist()
+            batch["session_key"] = [self.session.get(i) for i in rows]
+            batch["hash_ids"] = [self.hashes.get(i) for i in rows]
+            yield batch
+
+    def report(self, name: str) -> IngestReport:
+        arrival = np.frombuffer(self.arrival, dtype=np.int64)
+        gaps = np.diff(arrival)
+        kept = len(arrival)
+        output = np.frombuffer(self.output, dtype=np.int64)
+        notes = []
+        if False in self.zoned:
+            notes.append("times carry no zone: taken as UTC")
+        if {True, False} <= self.zoned:
+            notes.append("some times carry a zone and some do not")
+        distinct = len(np.unique(arrival))
+        ordered = np.diff(arrival[self.order])
+        if kept > 2 and distinct > 2 and len(np.unique(ordered)) == 1:
+            notes.append("looks synthetic: every gap is the same")
+        if distinct < kept:
+            notes.append(f"{kept - distinct} of {kept} rows share another row's time: the source's clock is coarse")
+        skipped = sum(s.count for s in self.skipped.values())
+        if self.read_rows != kept + skipped:
+            raise AssertionError(f"{self.read_rows} rows read, {kept} kept, {skipped} skipped")
+        return IngestReport(
+            name=name,
+            format=self.reader.name,
+            rows_read=self.read_rows,
+            rows_kept=kept,
+            skipped=self.skipped,
+            other_events=0,
+            sum_prompt_tokens=int(np.frombuffer(self.prompt, dtype=np.int64).sum()),
+            sum_output_tokens=int(output[output > 0].sum()),
+            span_s=float(arrival.max() - arrival.min()) / 1e6,
+            distinct_arrivals=distinct,
+            prefix_hit_tokens=self.prefix_hits() if self.hashes else None,
+            inversions=int((gaps < 0).sum()),
+            equal_times=int((gaps == 0).sum()),
+            failed_rows=int(np.frombuffer(self.status, dtype=np.int8).sum()),
+            clock=self.reader.meta.clock,
+            notes=notes,
+        )
+
+    def prefix_hits(self) -> int:
+        """Prompt tokens in leading blocks that an earlier request already had, with an unlimited cache from cold."""
+        block = self.reader.meta.block_size or 1
+        seen: set[int] = set()
+        total = 0
+        for at in self.order.tolist():
+            ids = unpack(self.hashes[at]) if at in self.hashes else []
+            leading = 0
+            for i in ids:
+                if i not in seen:
+                    break
+                leading += 1
+            total += min(leading * block, self.prompt[at])
+            seen.update(ids)
+        return total
+
+
+class _Bounded:
+    """Lines of a text file, none longer than LINE_LIMIT; a longer one arrives cut, and so fails as a row."""
+
+    def __init__(self, text: TextIO, progress: Callable[[int], None] | None) -> None:
+        self._text = text
+        self._progress = progress
+        self._seen = 0
+
+    def __iter__(self) -> Iterator[str]:
+        n = 0
+        while True:
+            line = self._text.readline(LINE_LIMIT)
+            if not line:
+                break
+            if len(line) == LINE_LIMIT and not line.endswith("\n"):
+                while rest := self._text.readline(LINE_LIMIT):
+                    if rest.endswith("\n"):
+                        break
+                line = line[:100] + "\n"
+            yield line.replace("\x00", "\ufffd")
+            self._seen += len(line)
+            n += 1
+            if self._progress and n % 4096 == 0:
+                self._progress(self._seen)
+        if self._progress:
+            self._progress(self._seen)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Name, size and sha256 of a regular file."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder. Give a file.")
+        if not path.exists():
+            raise InputError(f"{path}: no such file. Check the path, or see the shipped traces: steelyard demo")
+        if not path.is_file():
+            raise InputError(f"{path}: is not a regular file. Give a file that ends.")
+        digest = hashlib.sha256()
+        with path.open("rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+        return {"name": path.name, "sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _open(path: Path) -> TextIO:
+    with path.open("rb") as f:
+        magic = f.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _recognise(path: Path, wanted: str | None) -> TraceFormat:
+    """The one format that the file is of."""
+    known = formats()
+    if wanted is not None and wanted not in known:
+        raise InputError(f"--format must be one of {', '.join(known)} (got {wanted!r}).")
+    try:
+        with path.open("rb") as f:
+            raw = f.read(HEAD)
+        if raw[:2] == b"\x1f\x8b":
+            with gzip.open(path, "rb") as g:
+                raw = g.read(HEAD)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}).") from error
+    refusal = _refusal(raw)
+    if refusal:
+        raise InputError(f"{path}: {refusal}. Known formats: {', '.join(known)}.")
+    if wanted is not None:
+        return known[wanted]
+    head = raw.decode("utf-8-sig", errors="replace")
+    verdicts = {name: reader.sniff(head) for name, reader in known.items()}
+    winners = [name for name, missing in verdicts.items() if missing is None]
+    if len(winners) != 1:
+        why = (
+            f"could be {' or '.join(winners)}: say which with --format"
+            if winners
+            else "is of no known format (" + "; ".join(f"{n}: {missing}" for n, missing in verdicts.items()) + ")"
+        )
+        raise InputError(f"{path}: {why}.")
+    return known[winners[0]]
+
+
+def _refusal(raw: bytes) -> str | None:
+    start = raw.lstrip()[:64].lower()
+    if not raw.strip():
+        return "the file is empty"
+    if raw.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not a trace: was a download link saved instead of the file?"
+    if raw.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "is a Python pickle, which is never opened: export it as CSV or JSONL"
+    if raw.startswith(b"PK\x03\x04"):
+        return "is a zip archive: unpack it first"
+    if raw.startswith(b"PAR1"):
+        return "is a Parquet file, which this version does not read"
+    text = raw.count(b"\x00")
+    if text and text > len(raw) // 100:
+        return "is binary, not a text log"
+    return None
+
+
+def clean_rate(text: str) -> float:
+    """``5%`` or ``0.05``, within 0..1."""
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise InputError(f"--max-bad must be a share like 5% or 0.05 (got {text!r}).")
+    return value

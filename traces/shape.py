@@ -1,0 +1,179 @@
+"""Pure functions from schedule to schedule, and schedules from nothing. What they change stands in ``changes``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from traces.errors import InputError
+from traces.records import Floats, Ints, Schedule
+
+ARRIVALS = ("poisson", "uniform", "constant", "gamma", "burst")
+
+
+def head(schedule: Schedule, n: int) -> Schedule:
+    """The first n requests."""
+    if n >= len(schedule):
+        return schedule
+    return _changed(schedule.take(np.arange(n)), f"first {n} of {len(schedule)} requests")
+
+
+def window(schedule: Schedule, start_s: float, end_s: float) -> Schedule:
+    """Requests due in [start, end), counted from the window's start."""
+    inside = (schedule.due_s >= start_s) & (schedule.due_s < end_s)
+    if not inside.any():
+        raise InputError(
+            f"no request is due between {start_s:g} and {end_s:g} s (the trace spans {schedule.span_s:.6g} s)."
+        )
+    piece = schedule.take(inside)
+    return _changed(replace(piece, due_s=piece.due_s - start_s), f"window {start_s:g} to {end_s:g} s")
+
+
+def scale_rate(schedule: Schedule, factor: float) -> Schedule:
+    """Every due time divided by the factor: twice the factor is twice the rate, and nothing else changes."""
+    if not (factor > 0 and math.isfinite(factor)):
+        raise InputError(f"a rate factor must be above 0 (got {factor:g}).")
+    if factor == 1:
+        return schedule
+    return _changed(replace(schedule, due_s=schedule.due_s / factor), f"rate x{factor:.6g}")
+
+
+def to_rate(schedule: Schedule, rate_per_s: float) -> Schedule:
+    """Scaled to a mean rate."""
+    if not (rate_per_s > 0 and math.isfinite(rate_per_s)):
+        raise InputError(f"a rate must be above 0 (got {rate_per_s:g}).")
+    now = schedule.rate_per_s
+    if not math.isfinite(now):
+        raise InputError(
+            f"{schedule.name!r} has no rate to scale: its {len(schedule)} requests are due at one instant."
+        )
+    return scale_rate(schedule, rate_per_s / now)
+
+
+def clip_tokens(schedule: Schedule, max_prompt: int | None = None, max_output: int | None = None) -> Schedule:
+    """Lengths capped; how many were is said."""
+    prompt, output, words = schedule.prompt_tokens, schedule.output_tokens, []
+    for what, column, most in (("prompt", prompt, max_prompt), ("output", output, max_output)):
+        if most is None:
+            continue
+        if most < 1:
+            raise InputError(f"a cap on {what} tokens must be at least 1 (got {most}).")
+        over = int((column > most).sum())
+        if over:
+            words.append(f"{over} {what}s capped at {most} tokens")
+    if not words:
+        return schedule
+    capped = replace(
+        schedule,
+        prompt_tokens=np.minimum(prompt, max_prompt or prompt.max()),
+        output_tokens=np.minimum(output, max_output or output.max()),
+    )
+    return _changed(capped, ", ".join(words))
+
+
+def _changed(schedule: Schedule, how: str) -> Schedule:
+    return replace(schedule, changes=(*schedule.changes, how))
+
+
+# --- synthesis ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LogNormal:
+    """exp(Normal(mu, sigma)), rounded, clipped to [low, high]. The median is exp(mu), the mean exp(mu + sigma^2 / 2).
+
+    ``median``, ``mean`` and ``mu`` are three different words: a text that says "mean 400" for mu = 6 means the median.
+    """
+
+    mu: float
+    sigma: float
+    low: int = 1
+    high: int = 2**31 - 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``lognormal:median=403,sigma=1,min=10,max=4096``; exactly one of median, mean and mu (all before clipping)."""
+        kind, _, rest = text.partition(":")
+        if kind.strip() != "lognormal":
+            raise InputError(f"lengths must be lognormal:median=..,sigma=.. (got {text!r}).")
+        values: dict[str, float] = {}
+        for term in filter(None, (t.strip() for t in rest.split(","))):
+            key, _, number = term.partition("=")
+            try:
+                values[key.strip()] = float(number)
+            except ValueError:
+                raise InputError(f"{term!r} in {text!r} must be key=number.") from None
+        unknown = set(values) - {"median", "mean", "mu", "sigma", "min", "max"}
+        if unknown:
+            raise InputError(
+                f"unknown key {sorted(unknown)[0]!r} in {text!r}. Known: median, mean, mu, sigma, min, max."
+            )
+        centre = [k for k in ("median", "mean", "mu") if k in values]
+        if len(centre) != 1 or "sigma" not in values:
+            raise InputError(f"give sigma and exactly one of median, mean and mu (got {text!r}).")
+        sigma, value = values["sigma"], values[centre[0]]
+        if sigma < 0 or not math.isfinite(sigma) or not math.isfinite(value) or (centre[0] != "mu" and value <= 0):
+            raise InputError(f"{centre[0]} must be above 0 and sigma >= 0 (got {text!r}).")
+        low, high = int(values.get("min", 1)), int(values.get("max", 2**31 - 1))
+        if not 1 <= low <= high <= 2**31 - 1:
+            raise InputError(f"1 <= min <= max is needed (got {text!r}).")
+        mu = value if centre[0] == "mu" else math.log(value) - (sigma * sigma / 2 if centre[0] == "mean" else 0.0)
+        return cls(mu, sigma, low, high)
+
+    def draw(self, n: int, rng: np.random.Generator) -> Ints:
+        """n lengths."""
+        drawn = np.rint(np.exp(np.minimum(rng.normal(self.mu, self.sigma, n), 40.0)))
+        return np.clip(drawn, self.low, self.high).astype(np.int64)
+
+
+ORIGIN_PROMPT = LogNormal(6.0, 1.0, 10, 4096)
+ORIGIN_OUTPUT = LogNormal(5.0, 0.8, 10, 2048)
+ORIGIN_SPAN_S = 60.0
+"""The workload of the report that steelyard comes from: arrivals uniform over a minute."""
+
+
+def synthesize(
+    n: int,
+    prompt: LogNormal,
+    output: LogNormal,
+    *,
+    rate_per_s: float,
+    arrivals: str = "poisson",
+    cv: float = 2.0,
+    seed: int = 0,
+    name: str = "synthetic",
+) -> Schedule:
+    """n requests with independent lengths. Arrivals start at 0 and have the mean rate given.
+
+    poisson: exponential gaps. gamma: gaps with coefficient of variation ``cv``. uniform: n instants drawn evenly over
+    n / rate seconds, sorted. constant: equal gaps. burst: all at 0. Lengths and arrivals have streams of their own, so
+    another arrival process leaves the lengths as they are.
+    """
+    if n < 1:
+        raise InputError(f"a trace needs at least one request (got {n}).")
+    if arrivals not in ARRIVALS:
+        raise InputError(f"--arrivals must be one of {', '.join(ARRIVALS)} (got {arrivals!r}).")
+    if arrivals != "burst" and not (rate_per_s > 0 and math.isfinite(rate_per_s)):
+        raise InputError(f"--rate must be above 0 (got {rate_per_s:g}).")
+    if arrivals == "gamma" and not (cv > 0 and math.isfinite(cv)):
+        raise InputError(f"--cv must be above 0 (got {cv:g}).")
+    lengths, times = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    due: Floats
+    if arrivals == "burst":
+        due = np.zeros(n)
+    elif arrivals == "uniform":
+        due = np.sort(times.uniform(0.0, n / rate_per_s, n))
+    else:
+        if arrivals == "constant":
+            gaps = np.full(n, 1.0 / rate_per_s)
+        elif arrivals == "poisson":
+            gaps = times.exponential(1.0 / rate_per_s, n)
+        else:
+            shape = 1.0 / (cv * cv)
+            gaps = times.gamma(shape, 1.0 / (rate_per_s * shape), n)
+        due = np.cumsum(gaps) - gaps[0]
+    due = np.floor(due * 1e6) / 1e6  # stored in microseconds: what is drawn is what is replayed
+    return Schedule(name, np.arange(n, dtype=np.int64), due, prompt.draw(n, lengths), output.draw(n, lengths))

@@ -1,0 +1,753 @@
+"""The database: the only SQL in the project beside ``migrations/``.
+
+The contract
+- **Who writes.** One writer a run: the process that replays. Any number of readers, meanwhile. Several masters may
+  write different runs to one database at once.
+- **What is atomic.** A trace: all of it or none. A batch of observations or samples: all of it or none. A run that
+  never ended is a run with ``ended = false``; its rows count as what was measured before the interruption.
+- **What is written twice.** An observation is keyed by (run, index): writing the same row again changes nothing, so
+  a batch whose answer was lost can be sent again.
+- **What a reader sees.** Whole batches, in any order of arrival; never half a batch (SQLite: WAL; PostgreSQL: MVCC).
+- **What is never stored.** Prompt or answer text, API keys, passwords in URLs.
+
+NaN in a record is NULL in a row, and so is -1 in a count.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from traces import __version__
+from traces.errors import InputError, StoreError
+from traces.records import Fleet, FleetChange, Observations, Run, Sample, Schedule
+
+metadata = sa.MetaData()
+
+trace_sources = sa.Table(
+    "trace_sources",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("format", sa.String(40), nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("files", sa.JSON, nullable=False),
+    sa.Column("options", sa.JSON, nullable=False),
+    sa.Column("summary", sa.JSON, nullable=False),
+    sa.Column("origin_utc", sa.String(40)),
+    sa.Column("block_size", sa.Integer),
+    sa.Column("hash_scope", sa.String(20)),
+    sa.Column("tool_version", sa.String(40), nullable=False),
+    sa.Column("created_at", sa.String(40), nullable=False),
+)
+
+trace_rows = sa.Table(
+    "traces",
+    metadata,
+    sa.Column("source_id", sa.ForeignKey("trace_sources.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("source_line", sa.Integer, nullable=False),
+    sa.Column("arrival_us", sa.BigInteger, nullable=False),
+    sa.Column("prompt_tokens", sa.Integer, nullable=False),
+    sa.Column("output_tokens", sa.Integer),
+    sa.Column("status", sa.SmallInteger, nullable=False),
+    sa.Column("session_key", sa.Text),
+    sa.Column("hash_ids", sa.LargeBinary),
+    sqlite_with_rowid=False,
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("key", sa.String(32), nullable=False, unique=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("group", sa.String(200), nullable=False, index=True),
+    sa.Column("trace", sa.String(200), nullable=False),
+    sa.Column("schedule_digest", sa.String(64), nullable=False),
+    sa.Column("scheduled", sa.Integer, nullable=False),
+    sa.Column("endpoint", sa.Text, nullable=False),
+    sa.Column("engine", sa.String(40), nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("profile", sa.Text, nullable=False),
+    sa.Column("prefill", sa.Integer),
+    sa.Column("decode", sa.Integer),
+    sa.Column("prefill_gpus", sa.Integer, nullable=False),
+    sa.Column("decode_gpus", sa.Integer, nullable=False),
+    sa.Column("started_unix_s", sa.Double, nullable=False),
+    sa.Column("workers", sa.Integer, nullable=False),
+    sa.Column("rate_factor", sa.Double, nullable=False),
+    sa.Column("rate_per_s", sa.Double),
+    sa.Column("changes", sa.JSON, nullable=False),
+    sa.Column("policy", sa.String(40), nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("slo", sa.Text, nullable=False),
+    sa.Column("version", sa.String(40), nullable=False),
+    sa.Column("ended", sa.Boolean, nullable=False),
+    sa.Column("complete", sa.Boolean, nullable=False),
+    sa.Column("verdict", sa.String(10), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("lag_p50_ms", sa.Double),
+    sa.Column("lag_p99_ms", sa.Double),
+    sa.Column("lag_max_ms", sa.Double),
+    sa.Column("counts", sa.JSON, nullable=False),
+)
+
+observations = sa.Table(
+    "observations",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("index", sa.BigInteger, primary_key=True),
+    sa.Column("worker", sa.SmallInteger),
+    sa.Column("due_s", sa.Double),
+    sa.Column("sent_s", sa.Double),
+    sa.Column("first_byte_s", sa.Double),
+    sa.Column("first_token_s", sa.Double),
+    sa.Column("last_token_s", sa.Double),
+    sa.Column("requested_prompt_tokens", sa.Integer),
+    sa.Column("requested_tokens", sa.Integer),
+    sa.Column("prompt_tokens", sa.Integer),
+    sa.Column("output_tokens", sa.Integer),
+    sa.Column("chunks", sa.Integer),
+    sa.Column("max_gap_s", sa.Double),
+    sa.Column("http_status", sa.SmallInteger),
+    sa.Column("status", sa.String(9), nullable=False),
+    sa.Column("error", sa.String(16), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+samples = sa.Table(
+    "samples",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("at_s", sa.Double, nullable=False),
+    sa.Column("worker", sa.Text, nullable=False),
+    sa.Column("role", sa.String(10), nullable=False),
+    *(sa.Column(f.name, sa.Double) for f in fields(Sample)[3:]),
+)
+
+fleet_changes = sa.Table(
+    "fleet_changes",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("asked_s", sa.Double, nullable=False),
+    sa.Column("ready_s", sa.Double),
+    sa.Column("before_prefill", sa.Integer, nullable=False),
+    sa.Column("before_decode", sa.Integer, nullable=False),
+    sa.Column("after_prefill", sa.Integer, nullable=False),
+    sa.Column("after_decode", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+)
+
+recommendations = sa.Table(
+    "recommendations",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("created_at", sa.String(40), nullable=False),
+    sa.Column("kind", sa.String(40), nullable=False),
+    sa.Column("answer", sa.JSON, nullable=False),
+    sa.Column("data_hash", sa.String(64), nullable=False),
+    sa.Column("version", sa.String(40), nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+)
+
+recommendation_runs = sa.Table(
+    "recommendation_runs",
+    metadata,
+    sa.Column("recommendation_id", sa.ForeignKey("recommendations.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+)
+
+BATCH = 5000
+"""Rows a statement; a compromise between round trips and the size of a failed batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceInfo:
+    """A stored trace. summary: the counts and sums that ``ingest`` printed, see :mod:`traces.ingest`."""
+
+    id: int
+    name: str
+    format: str
+    sha256: str
+    files: list[dict[str, Any]]
+    options: dict[str, Any]
+    summary: dict[str, Any]
+    origin_utc: str | None
+    block_size: int | None
+    hash_scope: str | None
+    created_at: str
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+def open_store(url: str, *, create: bool = True) -> Store:
+    """Open a database, making its schema if it is empty and ``create``.
+
+    StoreError says what is wrong in one line: not reachable, no driver, older or newer revision, not ours.
+    """
+    engine = _engine(url, create=create)
+    shown = redact(url)
+    try:
+        with _connected(engine, shown) as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+            wanted = head_revision()
+            if found is None:
+                tables = set(sa.inspect(connection).get_table_names())
+                if tables & set(metadata.tables):
+                    raise StoreError(
+                        f"{shown}: has tables named like ours but no revision. Give another --db, or restore a backup."
+                    )
+                if not create and not tables:
+                    raise StoreError(
+                        f"{shown}: the database is empty. Start with: steelyard ingest FILE, or steelyard demo"
+                    )
+                _upgrade(connection)
+            elif found != wanted:
+                if found in _revisions():
+                    raise StoreError(
+                        f"{shown}: database is at revision {found}, this version needs {wanted}. "
+                        f"Back it up, then run: steelyard migrate --db {shown}"
+                    )
+                raise StoreError(
+                    f"{shown}: database is at revision {found}, which this version ({__version__}, revision {wanted}) "
+                    "does not know: a newer steelyard wrote it. Install that one: pip install --upgrade steelyard"
+                )
+    except BaseException:
+        engine.dispose()
+        raise
+    return Store(engine, shown)
+
+
+def migrate(url: str) -> tuple[str | None, str, Path | None]:
+    """Bring a database to this version's revision. Returns (revision before, revision now, SQLite backup or None)."""
+    engine = _engine(url, create=True)
+    shown = redact(url)
+    backup: Path | None = None
+    try:
+        with _connected(engine, shown) as connection:
+            before = MigrationContext.configure(connection).get_current_revision()
+            wanted = head_revision()
+            if before is not None and before not in _revisions():
+                raise StoreError(
+                    f"{shown}: database is at revision {before}, newer than this version's {wanted}. steelyard does not "
+                    "downgrade databases: install the newer steelyard, or restore a backup."
+                )
+            if before == wanted:
+                return before, wanted, None
+            file = engine.url.database
+            if before is not None and engine.dialect.name == "sqlite" and file and file != ":memory:":
+                backup = Path(f"{file}.{before}.{time.strftime('%Y%m%dT%H%M%S')}.backup")
+                with sqlite3.connect(file) as source, sqlite3.connect(backup) as target:
+                    source.backup(target)
+            _upgrade(connection)
+            return before, wanted, backup
+    finally:
+        engine.dispose()
+
+
+def redact(url: str) -> str:
+    """The URL without user and password, for messages and rows."""
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+def _migrations() -> Path:
+    inside = Path(__file__).parent / "_migrations"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "migrations"
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def head_revision() -> str:
+    """The revision that this version's schema has."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    if head is None:
+        raise StoreError("the package holds no migrations: install steelyard again.")
+    return head
+
+
+def _revisions() -> set[str]:
+    return {s.revision for s in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        # Two that start at once: the second waits, then finds the work done.
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(7311220)"))
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+    connection.commit()
+
+
+def _engine(url: str, *, create: bool) -> sa.Engine:
+    shown = redact(url)
+    try:
+        parsed = sa.make_url(url)
+    except ArgumentError:
+        raise StoreError(
+            f"--db {shown!r} is not a database URL. Write sqlite:///FILE or postgresql://HOST/NAME."
+        ) from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        path = Path(str(parsed.database))
+        if path.is_dir():
+            raise StoreError(f"{shown}: is a folder. Give a file: sqlite:///{path}/steelyard.db")
+        if not path.exists():
+            if not create:
+                raise StoreError(f"{shown}: no such database. Start with: steelyard ingest FILE, or steelyard demo")
+            if not path.parent.is_dir():
+                raise StoreError(f"{shown}: the folder {path.parent} does not exist. Make it, or give another --db.")
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
+            sa.event.listen(engine, "connect", _tune_sqlite)
+        else:
+            engine = sa.create_engine(
+                parsed,
+                pool_pre_ping=True,
+                connect_args={"connect_timeout": 10} if "psycopg" in parsed.drivername else {},
+            )
+    except NoSuchModuleError:
+        raise StoreError(f"--db {shown!r}: unknown kind of database. Use sqlite:/// or postgresql://.") from None
+    except ModuleNotFoundError as error:
+        hint = "pip install 'steelyard[postgres]'" if error.name == "psycopg" else f"pip install {error.name}"
+        raise StoreError(f"--db {shown}: the driver {error.name} is not installed. Run: {hint}") from None
+    return engine
+
+
+def _tune_sqlite(connection: Any, _record: Any) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+@contextmanager
+def _connected(engine: sa.Engine, shown: str) -> Iterator[sa.Connection]:
+    with _said(shown), engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def _said(shown: str) -> Iterator[None]:
+    """Turn a driver's error into one line without secrets."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or error).strip().splitlines()
+        what = redact(cause[0] if cause else type(error).__name__)
+        what = re.sub(r"user \"[^\"]*\"", "the user", what)
+        if "not a database" in what:
+            raise StoreError(f"{shown}: is not a database file. Give another --db.") from None
+        raise StoreError(f"{shown}: {what}. Check that the database is there and can be written.") from None
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """An open database. Safe to use from several threads; each call takes its own connection."""
+
+    def __init__(self, engine: sa.Engine, shown: str) -> None:
+        self._engine = engine
+        self.url = shown
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give every connection back."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        with _said(self.url), self._engine.begin() as connection:
+            yield connection
+
+    # --- traces ----------------------------------------------------------------------------------------------------
+
+    def add_trace(
+        self,
+        *,
+        name: str,
+        format: str,
+        sha256: str,
+        files: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        batches: Iterable[Mapping[str, Sequence[Any]]],
+        summary: Any,
+    ) -> TraceInfo:
+        """Store a trace, all of it or none.
+
+        batches: columns seq, source_line, arrival_us, prompt_tokens, output_tokens, status, session_key, hash_ids.
+        summary: called after the last batch; gives (summary dict, origin_utc, block_size, hash_scope). InputError when the
+        name is taken.
+        """
+        with self._begin() as connection:
+            if connection.execute(sa.select(trace_sources.c.id).where(trace_sources.c.name == name)).first():
+                raise InputError(f"a trace named {name!r} is already stored with other content. Give another --name.")
+            values = {
+                "name": name,
+                "format": format,
+                "sha256": sha256,
+                "files": list(files),
+                "options": dict(options),
+                "summary": {},
+                "tool_version": __version__,
+                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            key = connection.execute(trace_sources.insert().values(values)).inserted_primary_key
+            source = int(key[0]) if key else 0
+            columns = (
+                "seq",
+                "source_line",
+                "arrival_us",
+                "prompt_tokens",
+                "output_tokens",
+                "status",
+                "session_key",
+                "hash_ids",
+            )
+            for batch in batches:
+                n = len(batch["seq"])
+                rows = zip([source] * n, *(batch[c] for c in columns), strict=True)
+                self._bulk(connection, trace_rows, ("source_id", *columns), rows)
+            figures, origin, block, scope = summary()
+            connection.execute(
+                trace_sources.update()
+                .where(trace_sources.c.id == source)
+                .values(summary=figures, origin_utc=origin, block_size=block, hash_scope=scope)
+            )
+        return self.trace(name)
+
+    def _bulk(
+        self, connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
+    ) -> None:
+        """Insert tuples by the driver's own fast way: COPY on PostgreSQL, executemany elsewhere. Rows that are there stay."""
+        if connection.dialect.name == "postgresql" and table is trace_rows:
+            raw = connection.connection.driver_connection
+            quoted = ", ".join(f'"{c}"' for c in columns)
+            with raw.cursor() as cursor, cursor.copy(f"COPY {table.name} ({quoted}) FROM STDIN") as copy:  # type: ignore[union-attr]
+                for row in rows:
+                    copy.write_row(row)
+            return
+        if connection.dialect.name == "sqlite":
+            # The driver's tuples, not SQLAlchemy's dictionaries: twice as fast. The statement is built from our own names.
+            quoted = ", ".join(f'"{c}"' for c in columns)
+            marks = ", ".join("?" * len(columns))
+            statement = f"INSERT OR IGNORE INTO {table.name} ({quoted}) VALUES ({marks})"  # noqa: S608
+            connection.connection.driver_connection.executemany(statement, rows)  # type: ignore[union-attr]
+            return
+        held = [dict(zip(columns, row, strict=True)) for row in rows]
+        for start in range(0, len(held), BATCH):
+            insert = postgresql.insert(table).on_conflict_do_nothing()
+            connection.execute(insert, held[start : start + BATCH])
+
+    def traces(self) -> list[TraceInfo]:
+        """All stored traces, by name."""
+        with self._begin() as connection:
+            return [_info(row) for row in connection.execute(sa.select(trace_sources).order_by(trace_sources.c.name))]
+
+    def trace(self, name: str) -> TraceInfo:
+        """One trace. InputError, with the nearest name, when there is none."""
+        with self._begin() as connection:
+            row = connection.execute(sa.select(trace_sources).where(trace_sources.c.name == name)).first()
+            if row is None:
+                known = list(connection.execute(sa.select(trace_sources.c.name)).scalars())
+        if row is None:
+            near = get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Stored: {', '.join(sorted(known)) or 'none'}."
+            raise InputError(
+                f"no trace is named {name!r}. {hint} See: steelyard traces; add one: steelyard ingest FILE"
+            )
+        return _info(row)
+
+    def find_trace(self, sha256: str) -> TraceInfo | None:
+        """The stored trace with this content, if there is one."""
+        with self._begin() as connection:
+            row = connection.execute(sa.select(trace_sources).where(trace_sources.c.sha256 == sha256)).first()
+        return _info(row) if row is not None else None
+
+    def schedule(self, name: str) -> Schedule:
+        """The trace's successful requests as a schedule at the recorded times."""
+        info = self.trace(name)
+        query = (
+            sa.select(trace_rows.c.seq, trace_rows.c.arrival_us, trace_rows.c.prompt_tokens, trace_rows.c.output_tokens)
+            .where(trace_rows.c.source_id == info.id, trace_rows.c.status == 0, trace_rows.c.output_tokens >= 1)
+            .order_by(trace_rows.c.seq)
+        )
+        with self._begin() as connection:
+            rows = connection.execute(query).all()
+        table = np.array(rows, dtype=np.int64).reshape(len(rows), 4)
+        due = table[:, 1] / 1e6
+        return Schedule(name, table[:, 0], due - (due[0] if len(due) else 0.0), table[:, 2], table[:, 3])
+
+    def delete_trace(self, name: str) -> None:
+        """Remove a trace and its rows; runs made from it stay."""
+        info = self.trace(name)
+        with self._begin() as connection:
+            connection.execute(trace_rows.delete().where(trace_rows.c.source_id == info.id))
+            connection.execute(trace_sources.delete().where(trace_sources.c.id == info.id))
+
+    # --- runs ------------------------------------------------------------------------------------------------------
+
+    def begin_run(self, run: Run) -> Run:
+        """Store a run that starts; returns it with its id."""
+        values = _run_values(run) | {"key": uuid.uuid4().hex}
+        with self._begin() as connection:
+            key = connection.execute(runs.insert().values(values)).inserted_primary_key
+        return replace(run, id=int(key[0]) if key else 0)
+
+    def end_run(self, run: Run) -> Run:
+        """Store what came of a run."""
+        run = replace(run, ended=True)
+        with self._begin() as connection:
+            connection.execute(runs.update().where(runs.c.id == run.id).values(_run_values(run)))
+        return run
+
+    def runs(self, *, group: str | None = None, ids: Sequence[int] | None = None) -> list[Run]:
+        """Runs in the order in which they were begun; of one group, or those named."""
+        query = sa.select(runs).order_by(runs.c.id)
+        if group is not None:
+            query = query.where(runs.c.group == group)
+        if ids is not None:
+            query = query.where(runs.c.id.in_(list(ids)))
+        with self._begin() as connection:
+            return [_run(row) for row in connection.execute(query)]
+
+    def run(self, id: int) -> Run:
+        """One run. InputError when there is none."""
+        found = self.runs(ids=[id])
+        if not found:
+            raise InputError(f"no run has id {id}. See: steelyard runs")
+        return found[0]
+
+    def delete_run(self, id: int) -> None:
+        """Remove a run and its rows."""
+        self.run(id)
+        with self._begin() as connection:
+            for table in (observations, samples, fleet_changes):
+                connection.execute(table.delete().where(table.c.run_id == id))
+            connection.execute(recommendation_runs.delete().where(recommendation_runs.c.run_id == id))
+            connection.execute(runs.delete().where(runs.c.id == id))
+
+    def add_observations(self, run_id: int, rows: Observations) -> None:
+        """Store a batch; a row that is there already stays as it is."""
+        columns = Observations.columns()
+        lists = [_nullable(name, getattr(rows, name)) for name in columns]
+        with self._begin() as connection:
+            tuples = zip([run_id] * len(rows), *lists, strict=True)
+            self._bulk(connection, observations, ("run_id", *columns), tuples)
+
+    def observations(self, run_id: int) -> Observations:
+        """All rows of a run, in order of due time."""
+        names = Observations.columns()
+        query = (
+            sa.select(*(observations.c[name] for name in names))
+            .where(observations.c.run_id == run_id)
+            .order_by(observations.c.due_s, observations.c.index)
+        )
+        with self._begin() as connection:
+            rows = connection.execute(query).all()
+        empty = Observations.empty(len(rows))
+        for name, values in zip(names, zip(*rows, strict=True), strict=True) if rows else ():
+            column = getattr(empty, name)
+            if column.dtype == object:
+                column[:] = values
+            else:
+                missing = np.nan if column.dtype == np.float64 else -1
+                column[:] = [missing if v is None else v for v in values]
+        return empty
+
+    def add_samples(self, run_id: int, readings: Sequence[Sample]) -> None:
+        """Store server readings."""
+        if not readings:
+            return
+        names = [f.name for f in fields(Sample)]
+        values = [{"run_id": run_id} | {name: getattr(s, name) for name in names} for s in readings]
+        with self._begin() as connection:
+            connection.execute(samples.insert(), values)
+
+    def samples(self, run_id: int) -> list[Sample]:
+        """A run's server readings, in order of time."""
+        names = [f.name for f in fields(Sample)]
+        query = (
+            sa.select(*(samples.c[name] for name in names))
+            .where(samples.c.run_id == run_id)
+            .order_by(samples.c.at_s, samples.c.id)
+        )
+        with self._begin() as connection:
+            return [Sample(*row) for row in connection.execute(query)]
+
+    def add_fleet_change(self, run_id: int, change: FleetChange) -> None:
+        """Store a change of P:D."""
+        with self._begin() as connection:
+            connection.execute(
+                fleet_changes.insert().values(
+                    run_id=run_id,
+                    asked_s=change.asked_s,
+                    ready_s=change.ready_s if math.isfinite(change.ready_s) else None,
+                    before_prefill=change.before.prefill,
+                    before_decode=change.before.decode,
+                    after_prefill=change.after.prefill,
+                    after_decode=change.after.decode,
+                    reason=change.reason,
+                )
+            )
+
+    def fleet_changes(self, run_id: int) -> list[FleetChange]:
+        """A run's changes of P:D, in order of time."""
+        query = sa.select(fleet_changes).where(fleet_changes.c.run_id == run_id).order_by(fleet_changes.c.asked_s)
+        with self._begin() as connection:
+            return [
+                FleetChange(
+                    row.asked_s,
+                    math.nan if row.ready_s is None else row.ready_s,
+                    Fleet(row.before_prefill, row.before_decode),
+                    Fleet(row.after_prefill, row.after_decode),
+                    row.reason,
+                )
+                for row in connection.execute(query)
+            ]
+
+    # --- recommendations -------------------------------------------------------------------------------------------
+
+    def add_recommendation(
+        self, kind: str, answer: Mapping[str, Any], run_ids: Sequence[int], data_hash: str, seed: int
+    ) -> int:
+        """Store an answer with the runs it rests on; returns its id."""
+        with self._begin() as connection:
+            key = connection.execute(
+                recommendations.insert().values(
+                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    kind=kind,
+                    answer=_plain(answer),
+                    data_hash=data_hash,
+                    version=__version__,
+                    seed=seed,
+                )
+            ).inserted_primary_key
+            number = int(key[0]) if key else 0
+            if run_ids:
+                connection.execute(
+                    recommendation_runs.insert(),
+                    [{"recommendation_id": number, "run_id": r} for r in sorted(set(run_ids))],
+                )
+        return number
+
+    def recommendation(self, id: int | None = None) -> dict[str, Any]:
+        """An answer by id, the latest without one; its JSON with ``id``, ``created_at`` and ``run_ids`` added."""
+        query = sa.select(recommendations).order_by(recommendations.c.id.desc()).limit(1)
+        if id is not None:
+            query = query.where(recommendations.c.id == id)
+        with self._begin() as connection:
+            row = connection.execute(query).first()
+            if row is None:
+                raise InputError(
+                    "no recommendation is stored" + (f" with id {id}" if id else "") + ". Run: steelyard advise"
+                )
+            used = connection.execute(
+                sa.select(recommendation_runs.c.run_id).where(recommendation_runs.c.recommendation_id == row.id)
+            ).scalars()
+            return dict(row.answer) | {"id": row.id, "created_at": row.created_at, "run_ids": list(used)}
+
+    def compare_schema(self) -> list[Any]:
+        """What ``alembic check`` would report: differences between the database and this version's tables."""
+        from alembic.autogenerate import compare_metadata
+
+        with self._begin() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            return list(compare_metadata(context, metadata))
+
+
+# --- records and rows -----------------------------------------------------------------------------------------------
+
+
+def _nullable(name: str, column: Any) -> list[Any]:
+    values = column.tolist()
+    if column.dtype == np.float64:
+        return [v if v == v else None for v in values]
+    if column.dtype == object:
+        return [str(v).replace("\x00", "") for v in values]
+    return values if name == "index" else [v if v >= 0 else None for v in values]
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN: PostgreSQL refuses it, and so do we."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _info(row: Any) -> TraceInfo:
+    return TraceInfo(
+        row.id,
+        row.name,
+        row.format,
+        row.sha256,
+        row.files,
+        row.options,
+        row.summary,
+        row.origin_utc,
+        row.block_size,
+        row.hash_scope,
+        row.created_at,
+    )
+
+
+def _run_values(run: Run) -> dict[str, Any]:
+    values = {f.name: getattr(run, f.name) for f in fields(Run) if f.name not in ("id", "fleet", "gpus_per_worker")}
+    values["prefill"] = run.fleet.prefill if run.fleet else None
+    values["decode"] = run.fleet.decode if run.fleet else None
+    values["prefill_gpus"], values["decode_gpus"] = run.gpus_per_worker
+    values["endpoint"] = redact(run.endpoint)
+    values["changes"] = list(run.changes)
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+
+
+def _run(row: Any) -> Run:
+    values = {f.name: getattr(row, f.name) for f in fields(Run) if f.name not in ("fleet", "gpus_per_worker")}
+    for name in ("rate_per_s", "lag_p50_ms", "lag_p99_ms", "lag_max_ms"):
+        values[name] = math.nan if values[name] is None else values[name]
+    values["changes"] = tuple(row.changes)
+    values["fleet"] = Fleet(row.prefill, row.decode) if row.prefill and row.decode else None
+    values["gpus_per_worker"] = (row.prefill_gpus, row.decode_gpus)
+    return Run(**values)
