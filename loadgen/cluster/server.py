@@ -274,10 +274,12 @@ class Endpoint:
             "finished_requests": "requests that left this worker",
         }
         families: dict[str, Any] = {
-            name: GaugeMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"]) for name, text in gauges.items()
+            name: GaugeMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"])
+            for name, text in gauges.items()
         }
         families |= {
-            name: CounterMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"]) for name, text in counters.items()
+            name: CounterMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"])
+            for name, text in counters.items()
         }
         for w in self.cluster.workers:
             role = w.role if w.role in ("prefill", "decode") else w.target
@@ -345,7 +347,9 @@ def make_app(
     """The aiohttp application. token: needed as bearer on every path but /health. fail_every: each Nth completion fails."""
 
     @web.middleware
-    async def guard(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    async def guard(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
         if token is not None and request.path != "/health":
             given = request.headers.get("Authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
@@ -468,7 +472,9 @@ async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, f
         return refuse(str(error))
     model = body.get("model", endpoint.profile.name)
     if model != endpoint.profile.name:
-        return refuse(f"the model {str(model)[:80]!r} does not exist; served: {endpoint.profile.name!r}", 404, "not_found_error")
+        return refuse(
+            f"the model {str(model)[:80]!r} does not exist; served: {endpoint.profile.name!r}", 404, "not_found_error"
+        )
     if fail_every and number % fail_every == 0:
         if fail_kind == "reset":
             if request.transport is not None:
@@ -516,7 +522,9 @@ async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, f
             return event(base | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]})
         return event(base | {"choices": [{"index": 0, "text": " tok", "logprobs": None, "finish_reason": None}]})
 
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+    )
     response.enable_chunked_encoding()
     await response.prepare(request)
     frame = chunk(token(False))
