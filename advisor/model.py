@@ -43,6 +43,9 @@ BUDGETS = (1, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 FIT_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 """TTFT quantiles that a calibrated law must reproduce, equally weighted."""
 
+NO_CAP = 1_000_000
+"""max_batch where no limit was seen."""
+
 FIT_REQUESTS = 1500
 """Requests of a run that a calibration simulates at most: its quantiles are known well enough from these."""
 
@@ -180,7 +183,7 @@ def predicted_load(fit: Fit, schedule: Schedule, fleet: Fleet) -> Load:
     together = float(np.clip(profile.max_batch_tokens / n.mean(), 1, profile.max_batch_requests))
     service = profile.a_s / together + profile.b_s_per_token * n.mean() + profile.c_s_per_token2 * (n * n).mean()
     context = float((m * (n + m / 2)).sum() / m.sum())
-    most = float(profile.max_batch) if profile.max_batch else 1e6
+    most = float(profile.max_batch)
     batch = 1.0
     for _ in range(200):
         step = profile.c0_s + profile.c1_s * batch + profile.c2_s * batch * context
@@ -199,8 +202,7 @@ def _fit_profile(data: Sequence[RunData], counts: Ints, start: Profile | None = 
 
     start: laws of the full fit, near which a draw's calibration searches.
     """
-    decode, decode_law = _fit_decode(data, counts)
-    profile = replace(start or Profile(name="fitted"), **decode)
+    profile, decode_law = _fit_decode(start or Profile(name="fitted"), data, counts)
     quiet = Rows.concat([quiet_rows(one, i) for i, one in enumerate(data)])
     weight = counts[quiet.run, quiet.block].astype(float)
     if (weight > 0).sum() < 8:
@@ -212,6 +214,7 @@ def _fit_profile(data: Sequence[RunData], counts: Ints, start: Profile | None = 
     readings = Rows.concat([prefill_reading_rows(one, i) for i, one in enumerate(data)])
     reading_weight = counts[readings.run, readings.block].astype(float)
     replays = [_Replay.of(one, counts[i]) for i, one in enumerate(data)]
+    capped = profile.max_batch < NO_CAP
     if (reading_weight > 0).sum() >= 6:
         busy, busy_error = relative_nnls(readings.x, readings.y, reading_weight)
         profile = replace(profile, a_s=busy[0], b_s_per_token=busy[1], c_s_per_token2=busy[2])
@@ -225,7 +228,14 @@ def _fit_profile(data: Sequence[RunData], counts: Ints, start: Profile | None = 
             profile = _calibrate_latency(profile, replays)
         source, n, error = "server readings of busy seconds and steps", len(readings), busy_error
     else:
+        if start is not None and not capped:
+            profile = replace(profile, max_batch=start.max_batch)
         profile = _calibrate_shares(profile, line, replays, start)
+        if start is None and not capped:
+            plain = profile
+            profile = _calibrate_cap(profile, data, replays)
+            if profile.max_batch != plain.max_batch:
+                profile = _calibrate_shares(profile, line, replays, start)
         profile = _calibrate_latency(profile, replays)
         source, n, error = (
             "client rows at low load, occupying share by simulation",
@@ -250,6 +260,15 @@ def _fit_profile(data: Sequence[RunData], counts: Ints, start: Profile | None = 
             sum(len(r.observed) for r in replays),
             _misfit(profile, replays),
             "simulation against TTFT quantiles",
+        ),
+        Law(
+            "decode batch",
+            {"max_batch": float(profile.max_batch)},
+            sum(len(r.observed) for r in replays),
+            _misfit(profile, replays),
+            "readings while sequences waited"
+            if capped
+            else "simulation against TTFT quantiles (1000000: no limit seen)",
         ),
         Law(
             "latency that occupies nobody",
@@ -285,7 +304,7 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
     return coefficients, float(np.median(np.abs(1 - scaled @ coefficients)))
 
 
-def _fit_decode(data: Sequence[RunData], counts: Ints) -> tuple[dict[str, float | int], Law]:
+def _fit_decode(profile: Profile, data: Sequence[RunData], counts: Ints) -> tuple[Profile, Law]:
     """Decode step c0 + c1 B + c2 context from TPOT and the load meanwhile; caps from readings, where there are any."""
     rows = Rows.concat([decode_rows(one, i) for i, one in enumerate(data)])
     weight = counts[rows.run, rows.block].astype(float)
@@ -304,12 +323,12 @@ def _fit_decode(data: Sequence[RunData], counts: Ints) -> tuple[dict[str, float 
             kv = max(kv, int(used) if math.isfinite(used) else 0)
     law = Law(
         "decode step",
-        {"c0_s": c0, "c1_s": c1, "c2_s": c2, "max_batch": float(batch)},
+        {"c0_s": c0, "c1_s": c1, "c2_s": c2},
         len(rows),
         error,
         "TPOT against batch and context per worker",
     )
-    return {"c0_s": c0, "c1_s": c1, "c2_s": c2, "max_batch": batch or 1_000_000, "kv_tokens": 0}, law
+    return replace(profile, c0_s=c0, c1_s=c1, c2_s=c2, max_batch=batch or NO_CAP), law
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,6 +387,19 @@ def _calibrate_batch(profile: Profile, replays: Sequence[_Replay], *, wide: bool
     return replace(profile, max_batch_tokens=min(tried)[1])
 
 
+def _calibrate_cap(profile: Profile, data: Sequence[RunData], replays: Sequence[_Replay]) -> Profile:
+    """Without readings: does a decode worker admit at most as many sequences as the runs ever showed on one?
+
+    A plateau alone could be the load's; it is a limit if TTFT, which then holds the wait for admission, says so.
+    """
+    most = max(_batch_quantile(one, 0.95) for one in data)
+    caps = sorted({max(1, round(most) + d) for d in (-1, 0, 1)})
+    tried = [(_misfit(replace(profile, max_batch=cap), replays), cap) for cap in (NO_CAP, *caps)]
+    best = min(tried)
+    # A limit is one more parameter: it must explain clearly more than none does.
+    return replace(profile, max_batch=best[1] if best[0] < 0.9 * tried[0][0] else NO_CAP)
+
+
 def _calibrate_latency(profile: Profile, replays: Sequence[_Replay]) -> Profile:
     """Overhead and transfer per token: what quiet requests took beyond the simulation, as a line in prompt length.
 
@@ -423,7 +455,7 @@ def _calibrate_shares(profile: Profile, line: Floats, replays: Sequence[_Replay]
             method="Nelder-Mead",
             options={"maxfev": 60 if start is None else 25, "xatol": 0.05, "fatol": 1e-3},
         )
-        if found.fun < best[0]:
+        if float(found.fun) < best[0]:
             best = float(found.fun), np.asarray(found.x, dtype=float)
     return at(best[1])
 
@@ -439,18 +471,23 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
         together = float(np.clip(profile.max_batch_tokens / n.mean(), 1, profile.max_batch_requests))
         work = profile.a_s / together * len(n) + (profile.b_s_per_token * n + profile.c_s_per_token2 * n * n).sum()
         prefill = max(prefill, float(work) / max(rows.span_s, 1e-9) / one.prefill)
-        load = decode_load(one.observations, one.decode)
-        gaps = np.diff(load.at_s)
-        if gaps.sum() > 0:
-            order = np.argsort(load.batch)
-            share = np.cumsum(gaps[order]) / gaps.sum()
-            high = float(load.batch[order][np.searchsorted(share, 0.95)])
-            batch = max(batch, high)
+        batch = max(batch, _batch_quantile(one, 0.95))
         tpot = one.observations.tpot_s[one.observations.ok]
         tpot = tpot[np.isfinite(tpot)]
         slowed = len(tpot) > 0 and float(np.quantile(tpot, 0.9)) > 1.25 * floor
         loaded = loaded or slowed or reading_max(one, "decode", "waiting_requests") > 0
     return Seen(quiet_rows=quiet, prefill=prefill, batch=batch, decode_loaded=loaded)
+
+
+def _batch_quantile(one: RunData, q: float) -> float:
+    """Sequences per decode worker that were exceeded for 1 - q of the time."""
+    load = decode_load(one.observations, one.decode)
+    gaps = np.diff(load.at_s)
+    if not gaps.sum() > 0:
+        return 0.0
+    order = np.argsort(load.batch)
+    share = np.cumsum(gaps[order]) / gaps.sum()
+    return float(load.batch[order][min(int(np.searchsorted(share, q)), len(order) - 1)])
 
 
 def _from_sent(observations: Observations) -> Observations:

@@ -1,6 +1,6 @@
 """Which fleet: simulate every split on the trace with the fitted laws, decide by what is sure, say what is not.
 
-The decision (lexicographic): the lower bound of goodput within 2 % of the best lower bound; then the smallest P99 E2E;
+The decision (lexicographic): the goodput within 1 % of the best, by its lower bound and by its value; then the smallest P99 E2E;
 then the fewest GPUs; then nearest to the fleet that runs. Without the second step a tie at low load would pick an
 absurd edge split.
 """
@@ -28,8 +28,8 @@ DRAWS = 30
 DRAW_REQUESTS = 2000
 """Requests of the trace that a draw simulates; the point estimate always simulates all of them."""
 
-NEAR = 0.02
-"""Two fleets are as good as each other when their lower bounds of goodput differ by less than this share."""
+NEAR = 0.01
+"""Two fleets are as good as each other when their lower bounds of goodput differ by less than this share. Half of what an answer may lose: the other half is the fit's."""
 
 CALIBRATED_RUNS = 10
 """Fewer runs than this cannot show whether a 90 % interval covers 90 %."""
@@ -294,6 +294,8 @@ def rank(candidates: Sequence[Candidate], current: Fleet | None, gpus_per_worker
     while left:
         top = max(c.figures["goodput_per_s"].low for c in left)
         near = [c for c in left if c.figures["goodput_per_s"].low >= top * (1 - NEAR)]
+        most = max(c.figures["goodput_per_s"].value for c in near)
+        near = [c for c in near if c.figures["goodput_per_s"].value >= most * (1 - NEAR)]
 
         def key(c: Candidate) -> tuple[float, int, int]:
             away = abs(c.fleet.prefill - current.prefill) if current else 0

@@ -225,7 +225,7 @@ class _Loaded:
         return datetime.fromtimestamp(first / 1e6, UTC).isoformat()
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        columns = {
+        columns: dict[str, np.ndarray[Any, Any]] = {
             "source_line": np.frombuffer(self.line, dtype=np.int64),
             "arrival_us": np.frombuffer(self.arrival, dtype=np.int64),
             "prompt_tokens": np.frombuffer(self.prompt, dtype=np.int64),

@@ -358,7 +358,7 @@ def make_app(
 
     app = web.Application(client_max_size=MOST_BODY, middlewares=[guard])
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(endpoint)  # type: ignore[arg-type]
+    registry.register(endpoint)
 
     async def complete(request: web.Request) -> web.StreamResponse:
         return await _complete(endpoint, request, fail_every, fail_kind)
