@@ -10,7 +10,7 @@ from advisor.recommend import Note, Recommendation, recommend
 from traces import __version__
 from traces.errors import InputError, NotEnoughDataError
 from traces.measures import Slo
-from traces.records import Run, Schedule
+from traces.records import Fleet, Run, Schedule
 from traces.shape import head, to_rate
 from traces.store import Store
 
@@ -74,6 +74,7 @@ def advise(
     endpoint: str | None = None,
     gpus_per_worker: tuple[int, int] | None = None,
     attainment: float = 0.9,
+    current: Fleet | None = None,
     seed: int = 0,
     schedule: Schedule | None = None,
     note: Note | None = None,
@@ -108,6 +109,7 @@ def advise(
         slo=wanted,
         gpus_per_worker=per_worker,
         attainment=attainment,
+        current=current,
         seed=seed,
         note=note,
     )

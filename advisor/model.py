@@ -23,8 +23,8 @@ from sklearn.linear_model import LinearRegression
 
 from advisor.features import (
     BLOCKS,
-    RunData,
     Rows,
+    RunData,
     decode_load,
     decode_rows,
     prefill_reading_rows,

@@ -29,7 +29,7 @@ DRAW_REQUESTS = 2000
 """Requests of the trace that a draw simulates; the point estimate always simulates all of them."""
 
 NEAR = 0.01
-"""Two fleets are as good as each other when their lower bounds of goodput differ by less than this share. Half of what an answer may lose: the other half is the fit's."""
+"""Fleets whose goodput differs by less than this share are as good as each other."""
 
 CALIBRATED_RUNS = 10
 """Fewer runs than this cannot show whether a 90 % interval covers 90 %."""
@@ -109,7 +109,7 @@ class Recommendation:
         if even is not None:
             other = even.figures["goodput_per_s"].value
             gain = goodput.value / other - 1 if other > 0 else math.inf
-            name = f"{even.fleet}"
+            name = f"today's {even.fleet}" if self.current else f"{even.fleet}"
             text += f", {gain:.0%} more than {name}" if math.isfinite(gain) else f"; {name} serves none"
         label = "90 % interval" if self.calibrated else "90 % band, not yet calibrated"
         return text + f" ({label}: {goodput.low:.3g} to {goodput.high:.3g})."
@@ -117,12 +117,8 @@ class Recommendation:
     @property
     def compared_with(self) -> Candidate | None:
         """The fleet the user would otherwise run: the current one, else the even split; None if that is the answer."""
-        fallback = Fleet(self.gpus // 2, self.gpus - self.gpus // 2) if self.gpus > 1 else None
-        for fleet in (self.current, fallback):
-            for candidate in self.candidates:
-                if candidate.fleet == fleet and fleet != self.best.fleet:
-                    return candidate
-        return None
+        other = self.current or Fleet(self.gpus // 2, self.gpus - self.gpus // 2)
+        return next((c for c in self.candidates if c.fleet == other != self.best.fleet), None)
 
     def as_json(self) -> dict[str, Any]:
         """The keys of ``advise --json``."""
@@ -181,11 +177,12 @@ def recommend(
     slo: Slo,
     gpus_per_worker: tuple[int, int] = (1, 1),
     attainment: float = 0.9,
+    current: Fleet | None = None,
     seed: int = 0,
     draws: int = DRAWS,
     note: Note | None = None,
 ) -> Recommendation:
-    """Fit the runs, simulate every split of ``gpus`` on the schedule, decide.
+    """Fit the runs, simulate every split of ``gpus`` on the schedule, decide. current: the fleet in production, if any.
 
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
     the SLO, InputError when there is no split.
@@ -243,7 +240,6 @@ def recommend(
                 extrapolated=fit.outside(load),
             )
         )
-    current = usable[-1].run.fleet
     ranked = rank(candidates, current, gpus_per_worker)
     best = ranked[0]
     runner_up = ranked[1] if len(ranked) > 1 else None
@@ -407,7 +403,10 @@ def next_probe(fit: Fit, schedule: Schedule, best: Candidate, runner_up: Candida
         why = "it would confirm the answer where it will be used"
         if runner_up and runner_up.wins > best.wins:
             fleet, why = runner_up.fleet, "it is the closest rival"
-    command = f"steelyard replay {schedule.name} --endpoint URL --fleet {fleet} --rate {probe_rate:.3g} --requests {len(schedule)}"
+    command = (
+        f"steelyard replay {schedule.name} --endpoint URL --fleet {fleet} --rate {probe_rate:.3g} "
+        f"--requests {len(schedule)}"
+    )
     return {"prefill": fleet.prefill, "decode": fleet.decode, "rate_per_s": probe_rate, "why": why, "command": command}
 
 

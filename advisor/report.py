@@ -44,7 +44,7 @@ main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.1rem;
 .card h2{margin:0 0 .25rem;font-size:1rem}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}tr.best td{font-weight:700;color:var(--good)}caption{text-align:left;color:var(--dim);padding:.3rem 0}
-figure{margin:1rem 0}figcaption{color:var(--dim);font-size:.95rem}.plot{background:#fff;border:1px solid var(--line);border-radius:.5rem;min-height:22rem}
+figure{margin:1rem 0}figcaption{color:var(--dim);font-size:.95rem}.plot{background:#fff;border:1px solid var(--line);border-radius:.5rem;min-height:22rem;overflow:hidden;max-width:100%}
 code,pre{font:14px/1.45 ui-monospace,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);padding:.75rem;border-radius:.5rem}
 .warn{color:var(--warn)}a{color:inherit}a:focus,summary:focus{outline:3px solid #56B4E9}@media print{.plot{break-inside:avoid}body{font-size:11pt}}
 """
@@ -339,7 +339,11 @@ def _distributions(data: Sequence[RunData], slo: Slo) -> list[tuple[str, str, st
             )
         limit = slo.limit(metric)
         if limit:
-            figure.add_vline(x=limit * 1e3, line_dash="dot", annotation_text=f"SLO {limit * 1e3:g} ms")
+            figure.add_vline(x=limit * 1e3, line_dash="dot")
+            # On a log axis plotly wants a shape's place as a value and an annotation's as its logarithm.
+            figure.add_annotation(
+                x=math.log10(limit * 1e3), y=1, yref="paper", text=f"SLO {limit * 1e3:g} ms", showarrow=False
+            )
         _layout(figure, f"{label}, ms (log)", "% of requests at or below", xaxis_type="log")
         found.append(
             (metric, f"{label} by run", f"Share of requests at or below each {label}, from due time, per run.", figure)

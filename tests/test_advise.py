@@ -126,7 +126,7 @@ def test_one_quiet_run_is_not_enough_for_a_busy_question() -> None:
     """Low load alone cannot say how stages behave when loaded: exit 5 and the run that would show it."""
     profile = Profile.load("demo")
     rate = busy_rate(profile)
-    with pytest.raises(NotEnoughDataError, match="never loaded.*steelyard replay"):
+    with pytest.raises(NotEnoughDataError, match=r"never loaded.*steelyard replay"):
         recommend(three_runs(profile, rate)[:1], lognormal(200, rate, 5), gpus=8, slo=SLO, draws=2)
 
 
@@ -194,7 +194,10 @@ def candidate(fleet: str, goodput: tuple[float, float], p99: float) -> Candidate
         # the lower bound decides, not the point
         ([candidate("4:4", (10, 6), 1), candidate("3:5", (9.5, 9), 1)], "3:5 4:4"),
         # within 1 % of the best lower bound the smaller P99 wins, so that ties do not pick an edge
-        ([candidate("1:7", (10, 10), 9), candidate("3:5", (9.95, 9.95), 2), candidate("4:4", (9, 9), 1)], "3:5 1:7 4:4"),
+        (
+            [candidate("1:7", (10, 10), 9), candidate("3:5", (9.95, 9.95), 2), candidate("4:4", (9, 9), 1)],
+            "3:5 1:7 4:4",
+        ),
         # a P99 that is not known loses a tie
         ([candidate("1:7", (10, 10), math.nan), candidate("3:5", (10, 10), 5)], "3:5 1:7"),
     ],

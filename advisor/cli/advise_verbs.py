@@ -48,6 +48,9 @@ def question(f: Any) -> Any:
             show_default=True,
             help="Share of requests that must meet the limits for a fleet to count.",
         ),
+        click.option(
+            "--current", metavar="P:D", help="The fleet in production: compared with, and preferred in a tie."
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
     ]
     for option in reversed(options):
@@ -58,10 +61,12 @@ def question(f: Any) -> Any:
 def ask(db: str, as_json: bool, **options: Any) -> Any:
     """Open the database and advise, with a progress bar for each step."""
     from advisor.advise import advise as answer_for
+    from traces.records import Fleet
     from traces.store import open_store
 
     options["gpus_per_worker"] = _pair(options["gpus_per_worker"])
     options["rate_per_s"] = options.pop("rate")
+    options["current"] = Fleet.parse(options["current"]) if options["current"] else None
     with open_store(db, create=False) as store, progress(as_json) as bars:
         return answer_for(store, note=tasks(bars), **options)
 
