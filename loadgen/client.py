@@ -1,0 +1,742 @@
+"""The load client: sends requests at absolute due times and stamps bytes when they arrive.
+
+One asyncio loop (uvloop), one :class:`asyncio.Protocol` a connection, httptools for HTTP framing. No request waits
+for another's answer: the sender looks only at the clock. Bytes are stamped in ``data_received`` and read when the
+answer has ended (:mod:`loadgen.stream`); a Python wake-up for every token is what makes other clients late.
+
+*Sent* is the moment the client turned to the network for a request: when it wrote to a kept connection, or, where
+none was free, when it began to connect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import socket
+import ssl
+import struct
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httptools
+
+from loadgen.engines import Prompts
+from loadgen.stream import Answer, printable
+from traces.errors import InputError
+
+TIMEOUT_S = 600.0
+"""Default time a request may take from sent to its end."""
+
+BURST = 32
+"""Requests sent in a row before arrived bytes get their turn."""
+
+MAX_HEADER_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go. headers hold credentials: a Target is never stored, printed or logged."""
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ca_file: str = ""
+    insecure: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The URL without anything secret."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The TLS context, or None for plain HTTP."""
+        if self.scheme != "https":
+            return None
+        context = ssl.create_default_context(cafile=self.ca_file or None)
+        if self.insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    def head(self, path: str, key: str) -> bytes:
+        """Request line and headers, up to the request's number: ``X-Request-Id: key-`` joins rows to a server's log."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        lines = [
+            f"POST {self.prefix}{path} HTTP/1.1",
+            f"Host: {host}:{self.port}",
+            "Content-Type: application/json",
+            "Accept: text/event-stream",
+            "Accept-Encoding: identity",
+            *(f"{name}: {value}" for name, value in self.headers.items()),
+            f"X-Request-Id: {key}-",
+        ]
+        return "\r\n".join(lines).encode("latin-1")
+
+
+def target(
+    url: str,
+    *,
+    api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    ca_file: str = "",
+    insecure: bool = False,
+) -> Target:
+    """Read a base URL such as http://127.0.0.1:8000 or https://host/prefix. InputError says what is wrong.
+
+    A user and password in the URL become a Basic header; a trailing /v1 is understood.
+    """
+    import base64
+
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise InputError("endpoint URL cannot be read. Give a base URL such as http://127.0.0.1:8000.") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(
+            f"endpoint must be an http or https URL (got {printable(url)!r}). Give a base URL such as http://127.0.0.1:8000."
+        )
+    wanted = dict(headers or {})
+    if parts.username is not None:
+        pair = f"{parts.username}:{parts.password or ''}"
+        wanted["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    if api_key:
+        wanted["Authorization"] = f"Bearer {api_key}"
+    for name, value in wanted.items():
+        if not (name + value).isascii() or any(c in name + value for c in "\r\n"):
+            raise InputError(f"header {printable(name)!r} holds a character that HTTP does not allow.")
+    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    return Target(parts.scheme, parts.hostname, port, prefix, wanted, ca_file, insecure)
+
+
+class Row(NamedTuple):
+    """What came of one request; ``position`` is its place in the schedule. Times are the clock's, NaN if never."""
+
+    position: int
+    sent: float
+    first_byte: float
+    first_token: float
+    last_token: float
+    ended: float
+    prompt_tokens: int
+    output_tokens: int
+    chunks: int
+    max_gap: float
+    http_status: int
+    status: str
+    error: str
+    detail: str
+    body_bytes: int
+
+
+class _Flight:
+    """A request that is under way."""
+
+    __slots__ = (
+        "answer",
+        "body",
+        "body_bytes",
+        "connection",
+        "first_byte",
+        "http_status",
+        "position",
+        "retried",
+        "sent",
+        "task",
+    )
+
+    def __init__(self, position: int, sent: float, body: bytes | None) -> None:
+        self.position = position
+        self.sent = sent
+        self.body = body
+        self.first_byte = math.nan
+        self.http_status = 0
+        self.answer = Answer()
+        self.body_bytes = 0
+        self.connection: _Connection | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.retried = False
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, used by one request after another."""
+
+    __slots__ = (
+        "at",
+        "client",
+        "complete",
+        "content_type",
+        "encoding",
+        "flight",
+        "framed",
+        "header_bytes",
+        "inflate",
+        "parser",
+        "served",
+        "transport",
+    )
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.transport: asyncio.Transport | None = None
+        self.parser: Any = None
+        self.flight: _Flight | None = None
+        self.served = 0
+        self.at = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last answer."""
+        self.content_type = b""
+        self.encoding = b""
+        self.framed = False
+        self.inflate: Any = None
+        self.complete = False
+        self.header_bytes = 0
+
+    # --- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")  # noqa: S101 - for the type checker
+        self.transport = transport  # type: ignore[assignment]
+        self.client._open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.at = at = self.client.clock()
+        flight = self.flight
+        if flight is None:  # a server that speaks unasked, or goes on after the end
+            self.close()
+            return
+        if flight.first_byte != flight.first_byte:  # still NaN
+            flight.first_byte = at
+            flight.body = None
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            if self.flight is flight and not self.complete:
+                self.client._end(flight, "failed", "malformed", f"HTTP: {error or type(error).__name__}")
+            self.close()
+            return
+        except httptools.HttpParserUpgrade:
+            self.client._end(flight, "failed", "malformed", "HTTP: the server switched protocols")
+            self.close()
+            return
+        if self.complete:
+            keep = self.parser.should_keep_alive()
+            self.client._answered(flight, self, whole=True)
+            if keep:
+                self.client._release(self)
+            else:
+                self.close()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.client._open.discard(self)
+        flight, self.flight = self.flight, None
+        if flight is not None:
+            self.client._lost(flight, self, exc)
+        self.transport = None
+        self.parser = None
+
+    # --- httptools
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.header_bytes += len(name) + len(value)
+        if self.header_bytes > MAX_HEADER_BYTES:
+            raise ValueError("headers too large")
+        name = name.lower()
+        if name == b"content-type":
+            self.content_type = value.lower()
+        elif name == b"content-encoding":
+            self.encoding = value.strip().lower()
+        elif name in (b"content-length", b"transfer-encoding"):
+            self.framed = True
+
+    def on_headers_complete(self) -> None:
+        flight = self.flight
+        if flight is None:
+            return
+        flight.http_status = self.parser.get_status_code()
+        if self.encoding in (b"gzip", b"x-gzip", b"deflate"):
+            self.inflate = zlib.decompressobj(47 if self.encoding != b"deflate" else 15)
+        elif self.encoding not in (b"", b"identity") and not flight.answer.error:
+            flight.answer.error = "malformed"
+            flight.answer.detail = printable(f"Content-Encoding {self.encoding.decode('latin-1')} was not asked for")
+
+    def on_body(self, body: bytes) -> None:
+        flight = self.flight
+        if flight is None:
+            return
+        if self.inflate is not None:
+            try:
+                body = self.inflate.decompress(body)
+            except zlib.error as error:
+                if not flight.answer.error:
+                    flight.answer.error, flight.answer.detail = "malformed", printable(f"Content-Encoding: {error}")
+                return
+        if flight.http_status // 100 == 2 and (flight.body_bytes or not self._html(body)):
+            flight.answer.push(self.at, body)
+        elif not flight.answer.detail:
+            flight.answer.detail = printable(body[:2000].decode("utf-8", "replace"))
+        flight.body_bytes += len(body)
+
+    def on_message_complete(self) -> None:
+        if self.flight is not None and self.flight.http_status >= 200:
+            self.complete = True
+        else:
+            self.reset()  # 100 Continue and its like
+
+    def _html(self, body: bytes) -> bool:
+        """Is this 200 no event stream? Decided at its first bytes, so that a page is not read as a stream."""
+        if self.content_type.startswith(b"text/event-stream"):
+            return False
+        start = body.lstrip(b"\xef\xbb\xbf \r\n\t")[:6]
+        if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")):
+            return False
+        flight = self.flight
+        if flight is not None and not flight.answer.error:
+            kind = (self.content_type or b"no content type").decode("latin-1").split(";")[0]
+            flight.answer.error = "malformed"
+            words = body[:1000].decode("utf-8", "replace")
+            if b'"error"' in body[:1000] and b"json" in self.content_type:
+                flight.answer.error = "stream_error"
+            flight.answer.detail = printable(f"not an event stream but {kind}: {words}")
+        return True
+
+    # --- use
+
+    def start(self, flight: _Flight, head: bytes, body: bytes) -> None:
+        """Write a request."""
+        self.reset()
+        self.parser = httptools.HttpResponseParser(self)
+        self.flight = flight
+        flight.connection = self
+        assert self.transport is not None  # noqa: S101 - only live connections are handed out
+        self.transport.write(b"%s%d\r\nContent-Length: %d\r\n\r\n%s" % (head, flight.position, len(body), body))
+
+    def close(self) -> None:
+        """Give the connection up."""
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class Alarm:
+    """Calls back at an absolute time of CLOCK_MONOTONIC, to the microsecond.
+
+    uvloop's own timers count whole milliseconds: alone they put a median of 1 ms on every send. A timerfd does not.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
+        self._fd = -1
+        self._set: Any = None
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None, use_errno=True)
+            self._set = libc.timerfd_settime
+            self._fd = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd >= 0:
+            loop.add_reader(self._fd, self._rang)
+
+    def at(self, when: float) -> None:
+        """Ring at ``when`` (seconds of the monotonic clock); a new time replaces the old."""
+        if self._fd >= 0:
+            nanoseconds = max(1, int(when * 1e9))
+            spec = struct.pack("qqqq", 0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
+            self._set(self._fd, 1, spec, None)
+            return
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_later(max(0.0, when - time.monotonic()), self._callback)
+
+    def _rang(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._fd, 8)
+        self._callback()
+
+    def close(self) -> None:
+        """Ring no more."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+        if self._handle is not None:
+            self._handle.cancel()
+
+
+class Client:
+    """Sends one shard of a schedule. Lives in one event loop; ``done`` is called there with each finished row."""
+
+    def __init__(
+        self,
+        where: Target,
+        path: str,
+        prompts: Prompts,
+        done: Callable[[Row], None],
+        *,
+        timeout_s: float = TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
+        self.max_stall_s = 0.0
+        self._where = where
+        self._head = where.head(path, prompts.key)
+        self._prompts = prompts
+        self._done = done
+        self._timeout_s = timeout_s
+        self._tls = where.tls()
+        self._address: tuple[str, int] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._open: set[_Connection] = set()
+        self._idle: list[_Connection] = []
+        self._flights: dict[int, _Flight] = {}
+        self._positions: Sequence[int] = ()
+        self._due: Sequence[float] = ()
+        self._sizes: tuple[Sequence[int], Sequence[int]] = ((), ())
+        self._next = 0
+        self._zero = 0.0
+        self._ended: asyncio.Future[None] | None = None
+        self._closing = False
+
+    async def warm(self, connections: int) -> None:
+        """Open a few connections, so that the first requests do not pay for it. A refusal is left to the requests."""
+        wanted = [self._connect() for _ in range(connections)]
+        for connection in await asyncio.gather(*wanted, return_exceptions=True):
+            if isinstance(connection, _Connection):
+                self._idle.append(connection)
+
+    async def run(
+        self,
+        positions: Sequence[int],
+        due: Sequence[float],
+        prompt_tokens: Sequence[int],
+        output_tokens: Sequence[int],
+        zero: float,
+    ) -> None:
+        """Send every request at ``zero + due`` and return when each has ended. Requests must be in order of due."""
+        self._positions, self._due, self._sizes = positions, due, (prompt_tokens, output_tokens)
+        self._zero, self._next = zero, 0
+        self._ended = self._loop.create_future()
+        self._alarm = Alarm(self._loop, self._tick)
+        watch = self._loop.create_task(self._watch())
+        try:
+            self._tick()
+            self._check()
+            await self._ended
+        finally:
+            watch.cancel()
+            self._alarm.close()
+
+    def stop(self) -> None:
+        """Send no more; what was not sent becomes ``unsent``. What is in flight goes on."""
+        first, self._next = self._next, len(self._due)
+        for i in range(first, len(self._due)):
+            nan = math.nan
+            self._done(Row(self._positions[i], nan, nan, nan, nan, nan, -1, -1, 0, 0.0, 0, "unsent", "", "stopped", 0))
+        self._check()
+
+    def cancel(self) -> None:
+        """Give up what is in flight: ``cancelled``, with what was measured so far."""
+        for flight in list(self._flights.values()):
+            self._end(flight, "cancelled", "", "stopped while in flight")
+            self._drop(flight)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self._closing = True
+        self._idle.clear()
+        for connection in list(self._open):
+            connection.close()
+        await asyncio.sleep(0)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not ended."""
+        return len(self._flights)
+
+    # --- sending
+
+    def _tick(self) -> None:
+        due, n = self._due, len(self._due)
+        for _ in range(BURST):
+            if self._next >= n:
+                return
+            when = self._zero + due[self._next]
+            if when > self.clock():
+                self._alarm.at(when)
+                return
+            i = self._next
+            self._next += 1
+            self._send(i)
+        self._loop.call_soon(self._tick)
+
+    def _send(self, i: int) -> None:
+        position = self._positions[i]
+        body = self._prompts.body(position, self._sizes[0][i], self._sizes[1][i])
+        idle = self._idle
+        while idle:
+            connection = idle.pop()
+            if connection.transport is not None and not connection.transport.is_closing():
+                # The body is kept until the first byte: a kept connection may turn out to be closed.
+                flight = _Flight(position, self.clock(), body)
+                self._flights[position] = flight
+                connection.start(flight, self._head, body)
+                return
+        flight = _Flight(position, self.clock(), body)
+        self._flights[position] = flight
+        flight.task = self._loop.create_task(self._send_fresh(flight))
+
+    async def _send_fresh(self, flight: _Flight) -> None:
+        try:
+            connection = await self._connect()
+        except OSError as error:
+            kind, detail = _connect_error(error)
+            self._end(flight, "failed", kind, detail)
+            return
+        flight.task = None
+        if flight.position not in self._flights or self._flights[flight.position] is not flight:
+            self._release(connection)  # given up meanwhile
+            return
+        body, flight.body = flight.body, None
+        assert body is not None  # noqa: S101 - kept until sent
+        connection.start(flight, self._head, body)
+
+    async def _connect(self) -> _Connection:
+        if self._address is None:
+            # Resolved once: a name server must not be part of a latency.
+            found = await self._loop.getaddrinfo(self._where.host, self._where.port, type=socket.SOCK_STREAM)
+            self._address = (str(found[0][4][0]), int(found[0][4][1]))
+            if len(found) > 1:  # several addresses: take the first that answers
+                for one in found:
+                    with contextlib.suppress(OSError):
+                        return await self._open_to(str(one[4][0]), int(one[4][1]))
+        return await self._open_to(*self._address)
+
+    async def _open_to(self, host: str, port: int) -> _Connection:
+        _, connection = await self._loop.create_connection(
+            lambda: _Connection(self),
+            host,
+            port,
+            ssl=self._tls,
+            server_hostname=self._where.host if self._tls else None,
+        )
+        self._address = (host, port)
+        return connection
+
+    def _release(self, connection: _Connection) -> None:
+        connection.flight = None
+        connection.parser = None
+        connection.served += 1
+        if connection.transport is None or connection.transport.is_closing():
+            return
+        if self._closing:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    # --- ending
+
+    def _answered(self, flight: _Flight, connection: _Connection, *, whole: bool, why: str = "") -> None:
+        """The answer has ended; ``whole``: its framing says that nothing is missing."""
+        connection.flight = None
+        answer = flight.answer
+        if flight.http_status // 100 != 2:
+            words = f"HTTP {flight.http_status}" + (f": {answer.detail}" if answer.detail else "")
+            self._end(flight, "failed", "status", words)
+            return
+        answer.finish(whole=whole)
+        if answer.error:
+            self._end(flight, "failed", answer.error, answer.detail)
+        elif not answer.said_end:
+            self._end(flight, "failed", "short" if whole or not why else "reset", why or "the stream ended early")
+        elif not answer.chunks:
+            self._end(flight, "failed", "short", "the stream ended without any content")
+        else:
+            self._end(flight, "ok", "", "")
+
+    def _lost(self, flight: _Flight, connection: _Connection, exc: Exception | None) -> None:
+        """The connection went away under a request."""
+        if self._flights.get(flight.position) is not flight:
+            return
+        if math.isnan(flight.first_byte):
+            if connection.served and not flight.retried and flight.body is not None and not self._closing:
+                # A kept connection that the server closed as we wrote: the server never saw the request. Sent stays.
+                flight.retried = True
+                flight.connection = None
+                flight.task = self._loop.create_task(self._send_fresh(flight))
+                return
+            self._end(flight, "failed", "reset", printable(str(exc or "the connection was closed without an answer")))
+            return
+        if flight.http_status == 0:
+            self._end(flight, "failed", "reset", "the connection was closed inside the headers")
+        elif exc is None and not connection.framed:
+            self._answered(flight, connection, whole=True)  # HTTP/1.0: the end of the connection is the end
+        else:
+            why = str(exc) if exc is not None else "the connection was closed inside the body"
+            kind_if_open = "short" if exc is None else "reset"
+            flight.answer.finish(whole=False)
+            answer = flight.answer
+            if flight.http_status // 100 != 2 or answer.error or answer.said_end:
+                self._answered(flight, connection, whole=False)
+            else:
+                self._end(flight, "failed", kind_if_open, printable(why))
+
+    def _end(self, flight: _Flight, status: str, error: str, detail: str) -> None:
+        if self._flights.get(flight.position) is not flight:
+            return
+        del self._flights[flight.position]
+        answer = flight.answer
+        if status != "ok":
+            answer.finish(whole=False)  # keep what was measured
+        self._done(
+            Row(
+                flight.position,
+                flight.sent,
+                flight.first_byte,
+                answer.first_token,
+                answer.last_token,
+                self.clock(),
+                answer.prompt_tokens,
+                answer.output_tokens,
+                answer.chunks,
+                answer.max_gap if answer.chunks > 1 else math.nan,
+                flight.http_status,
+                status,
+                error,
+                printable(detail) if detail else "",
+                flight.body_bytes,
+            )
+        )
+        self._check()
+
+    def _drop(self, flight: _Flight) -> None:
+        if flight.task is not None:
+            flight.task.cancel()
+        if flight.connection is not None:
+            flight.connection.flight = None
+            flight.connection.close()
+
+    def _check(self) -> None:
+        if self._ended is not None and not self._ended.done() and self._next >= len(self._due) and not self._flights:
+            self._ended.set_result(None)
+
+    async def _watch(self) -> None:
+        """Times requests out, oldest first, and notes how long the loop stood still."""
+        step = 0.05
+        while True:
+            before = self.clock()
+            await asyncio.sleep(step)
+            now = self.clock()
+            self.max_stall_s = max(self.max_stall_s, now - before - step)
+            while self._flights:
+                oldest = next(iter(self._flights.values()))
+                if now - oldest.sent < self._timeout_s:
+                    break
+                self._end(oldest, "failed", "timeout", f"no end within {self._timeout_s:g} s")
+                self._drop(oldest)
+
+
+def _connect_error(error: OSError) -> tuple[str, str]:
+    if isinstance(error, ConnectionRefusedError):
+        return "refused", "connection refused"
+    if isinstance(error, ConnectionResetError):
+        return "reset", "connection reset while connecting"
+    if isinstance(error, TimeoutError):
+        return "timeout", "no connection in time"
+    if isinstance(error, socket.gaierror):
+        return "refused", f"the host name cannot be resolved: {error.strerror}"
+    if isinstance(error, ssl.SSLError):
+        return "other", f"TLS: {error.reason or error}"
+    return "other", str(error)
+
+
+class Engine:
+    """A native thread with its own uvloop, in which clients run; commands come from other threads.
+
+    The garbage collector is frozen and off while a client runs: its pauses of 30 to 80 ms would be lateness.
+    """
+
+    def __init__(self) -> None:
+        import threading
+
+        self.rows: deque[Row] = deque()
+        self.loop: asyncio.AbstractEventLoop
+        self._client: Client | None = None
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._main, args=(started,), name="steelyard-client", daemon=True)
+        self._thread.start()
+        started.wait(10)
+
+    def _main(self, started: Any) -> None:
+        import uvloop
+
+        self.loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(started.set)
+        self.loop.run_forever()
+
+    def submit(self, work: Any) -> Any:
+        """Run a coroutine in the thread; returns its concurrent future."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def prepare(self, where: Target, path: str, prompts: Prompts, *, timeout_s: float, connections: int) -> None:
+        """Make the client of the next run and warm its connections."""
+        await self.close()
+        self.rows.clear()
+        self._client = Client(where, path, prompts, self.rows.append, timeout_s=timeout_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._client.warm(connections), 5.0)
+
+    async def run(
+        self,
+        positions: Sequence[int],
+        due: Sequence[float],
+        prompt_tokens: Sequence[int],
+        output_tokens: Sequence[int],
+        zero: float,
+    ) -> dict[str, float]:
+        """Send a shard; returns what it cost: CPU seconds of this process, the longest stall of the loop."""
+        client = self._client
+        assert client is not None  # noqa: S101 - prepare comes first
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        before = time.process_time()
+        try:
+            await client.run(positions, due, prompt_tokens, output_tokens, zero)
+        finally:
+            gc.enable()
+            gc.unfreeze()
+        return {"cpu_s": time.process_time() - before, "max_stall_s": client.max_stall_s}
+
+    async def stop(self, drain_s: float) -> None:
+        """Send no more, wait ``drain_s`` for answers, cancel the rest."""
+        client = self._client
+        if client is None:
+            return
+        client.stop()
+        until = self.loop.time() + drain_s
+        while client.in_flight and self.loop.time() < until:
+            await asyncio.sleep(0.02)
+        client.cancel()
+
+    async def close(self) -> None:
+        """Close the client's connections."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None

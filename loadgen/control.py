@@ -1,0 +1,227 @@
+"""Talks to an endpoint beside the load: is it what we take it for, which fleet is in force, put another in force."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import ssl
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from loadgen.client import Target
+from loadgen.engines import Dialect, Prompts
+from loadgen.stream import Answer, printable
+from traces.errors import EndpointError
+from traces.records import Fleet
+
+PREFLIGHT_S = 15.0
+"""How long the endpoint may take to answer a question before the run."""
+
+FLEET_S = 180.0
+"""How long a change of P:D may take to be in force."""
+
+MAX_BODY = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as a whole."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as text; what is not UTF-8 is replaced."""
+        return self.body.decode("utf-8", "replace")
+
+    def json(self) -> Any:
+        """The body as JSON, None if it is none."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+
+class Endpoint:
+    """A server under test, asked outside the load. Every failure is an EndpointError of one line."""
+
+    def __init__(self, where: Target) -> None:
+        self.where = where
+        self.shown = where.shown
+
+    def fetch(self, method: str, path: str, body: bytes | None = None, timeout_s: float = PREFLIGHT_S) -> Reply:
+        """One request on a connection of its own; the whole answer must come within ``timeout_s``."""
+        where = self.where
+        until = time.monotonic() + timeout_s
+        late = EndpointError(
+            f"{self.shown}{path}: no answer within {timeout_s:g} s. Is the server loaded, and is this its port?"
+        )
+        try:
+            tls = where.tls()
+            connection = (
+                http.client.HTTPSConnection(where.host, where.port, timeout=timeout_s, context=tls)
+                if tls is not None
+                else http.client.HTTPConnection(where.host, where.port, timeout=timeout_s)
+            )
+        except OSError as error:
+            raise EndpointError(f"{self.shown}: the TLS settings cannot be used ({error}).") from None
+        try:
+            headers = dict(where.headers) | ({"Content-Type": "application/json"} if body is not None else {})
+            connection.request(method, where.prefix + path, body=body, headers=headers)
+            answer = connection.getresponse()
+            held = bytearray()
+            while piece := answer.read1(65536):
+                held += piece
+                if time.monotonic() > until:
+                    raise late
+                if len(held) > MAX_BODY:
+                    raise EndpointError(f"{self.shown}{path}: the answer is larger than {MAX_BODY} bytes.")
+            return Reply(answer.status, (answer.getheader("Content-Type") or "").lower(), bytes(held))
+        except ConnectionRefusedError:
+            raise EndpointError(
+                f"{self.shown}: connection refused. Start the server, or give another --endpoint."
+            ) from None
+        except ssl.SSLError as error:
+            raise EndpointError(
+                f"{self.shown}: TLS failed ({error.reason or error}). Give --ca-file FILE or another URL."
+            ) from None
+        except TimeoutError:
+            raise late from None
+        except (OSError, http.client.HTTPException) as error:
+            words = printable(str(error) or type(error).__name__)
+            raise EndpointError(f"{self.shown}{path}: no HTTP answer ({words}). Check the URL.") from None
+        finally:
+            connection.close()
+
+    # --- is it what we take it for
+
+    def models(self) -> list[dict[str, Any]] | None:
+        """What ``/v1/models`` lists; None if the server has no such list."""
+        reply = self.fetch("GET", "/v1/models")
+        if reply.status in (404, 405, 501):
+            return None
+        self._must_be_json(reply, "/v1/models")
+        held = reply.json()
+        data = held.get("data") if isinstance(held, dict) else None
+        return [m for m in data if isinstance(m, dict)] if isinstance(data, list) else None
+
+    def choose_model(self, model: str | None) -> tuple[str, str]:
+        """(model, owner) to ask for: the one given, if the server has it, or the server's first."""
+        listed = self.models()
+        names = [str(m.get("id")) for m in listed or () if m.get("id")]
+        owners = {str(m.get("id")): str(m.get("owned_by") or "") for m in listed or ()}
+        if model is None:
+            if not names:
+                raise EndpointError(f"{self.shown}/v1/models lists no model. Name one with --model.")
+            return names[0], owners[names[0]]
+        if names and model not in names:
+            raise EndpointError(
+                f"{self.shown} does not serve the model {model!r}. It serves: {', '.join(names[:10])}. Pass one as --model."
+            )
+        return model, owners.get(model, "")
+
+    def try_one(self, dialect: Dialect, model: str, tries: int = 3) -> None:
+        """Ask for two tokens: does it stream? A server that fails now and then gets ``tries``."""
+        body = Prompts(dialect, model, 8, time.time_ns()).body(0, 8, 2)
+        problem = ""
+        for _ in range(tries):
+            reply = self.fetch("POST", dialect.path, body)
+            problem = self._problem(reply, dialect)
+            if not problem:
+                return
+            if reply.status < 500:
+                break
+        raise EndpointError(f"{self.shown}{dialect.path}: {problem}")
+
+    def _problem(self, reply: Reply, dialect: Dialect) -> str:
+        words = printable(reply.text[:400])
+        if reply.status in (401, 403):
+            return f"HTTP {reply.status}, it wants credentials. Set STEELYARD_API_KEY or pass --api-key-file FILE."
+        if reply.status // 100 == 3:
+            return f"HTTP {reply.status}, a redirect, which is not followed. Give the final URL as --endpoint."
+        if reply.status in (400, 422) and dialect.token_ids:
+            return f"HTTP {reply.status} to a prompt of token ids: {words}. Try --prompts text."
+        if reply.status // 100 != 2:
+            return f"HTTP {reply.status}: {words or 'no text'}. Look at the server's log."
+        if "html" in reply.content_type or reply.body[:512].lstrip()[:1] == b"<":
+            return "it answers with a web page, not with an event stream. Check the URL and the port."
+        answer = Answer()
+        answer.push(0.0, reply.body)
+        answer.finish(whole=True)
+        if answer.error or not answer.chunks:
+            seen = f"{answer.error}: {answer.detail}" if answer.error else f"{reply.content_type or 'no type'}: {words}"
+            return f"no event stream of tokens came back ({seen}). Is this an OpenAI-shaped server?"
+        return ""
+
+    def _must_be_json(self, reply: Reply, path: str) -> None:
+        if reply.status in (401, 403):
+            raise EndpointError(
+                f"{self.shown}{path}: HTTP {reply.status}, it wants credentials. "
+                "Set STEELYARD_API_KEY or pass --api-key-file FILE."
+            )
+        if "html" in reply.content_type or reply.body[:512].lstrip()[:1] == b"<":
+            raise EndpointError(
+                f"{self.shown}{path}: HTTP {reply.status} with a web page, not JSON. Check the URL and the port."
+            )
+        if reply.status // 100 != 2:
+            words = printable(reply.text[:400]) or "no text"
+            raise EndpointError(f"{self.shown}{path}: HTTP {reply.status}: {words}. Look at the server's log.")
+        if reply.json() is None:
+            raise EndpointError(f"{self.shown}{path}: the answer is not JSON. Check the URL and the port.")
+
+    # --- the fleet
+
+    def fleet(self) -> Fleet | None:
+        """The fleet in force; None if this endpoint cannot say."""
+        state = self._state()
+        return state[0] if state else None
+
+    def _state(self) -> tuple[Fleet, bool] | None:
+        """(fleet, settled: nothing drains and the target is reached)."""
+        reply = self.fetch("GET", "/fleet")
+        held = reply.json() if reply.status == 200 else None
+        if not isinstance(held, dict):
+            return None
+        fleet = _fleet(held)
+        if fleet is None:
+            return None
+        target = held.get("target")
+        aimed = _fleet(target) if isinstance(target, dict) else None
+        if isinstance(target, str) and ":" in target:
+            aimed = Fleet.parse(target)
+        return fleet, not held.get("draining") and aimed in (None, fleet)
+
+    def set_fleet(self, fleet: Fleet, timeout_s: float = FLEET_S) -> float:
+        """Put a fleet in force and wait until it is; returns the seconds that took."""
+        asked = time.monotonic()
+        body = json.dumps({"prefill": fleet.prefill, "decode": fleet.decode}).encode()
+        reply = self.fetch("PUT", "/fleet", body)
+        if reply.status // 100 != 2:
+            held = reply.json()
+            said = held.get("error") if isinstance(held, dict) else None
+            if isinstance(said, dict):
+                said = said.get("message")
+            words = printable(str(said or reply.text[:400]))
+            raise EndpointError(f"{self.shown}/fleet: it refused the fleet {fleet} (HTTP {reply.status}: {words}).")
+        state: tuple[Fleet, bool] | None = None
+        while time.monotonic() < asked + timeout_s:
+            state = self._state()
+            if state is not None and state == (fleet, True):
+                return time.monotonic() - asked
+            time.sleep(0.05)
+        shown = state[0] if state else "unknown"
+        raise EndpointError(
+            f"{self.shown}: the fleet {fleet} was not in force within {timeout_s:g} s (it is {shown}). "
+            "Look at the server: a worker may not drain."
+        )
+
+
+def _fleet(held: dict[str, Any]) -> Fleet | None:
+    prefill, decode = held.get("prefill"), held.get("decode")
+    if type(prefill) is int and type(decode) is int and prefill >= 1 and decode >= 1 and math.isfinite(prefill):
+        return Fleet(prefill, decode)
+    return None

@@ -1,0 +1,118 @@
+"""How an engine is asked: path and body of one request, and what its metrics are called. One file an engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from traces.errors import InputError
+
+_COMMON = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work number night point home water room mother area money "
+    "story fact month lot right study book eye job word business issue side kind head house service friend father "
+    "power hour game line end member law car city name team minute idea kid body back parent face others level office "
+    "door health person art war history party result change morning reason research girl guy moment air teacher force"
+)
+WORDS = tuple(_COMMON.split())
+"""Common words that nearly every tokenizer holds as one token with the space before it. A default, not a promise:
+the server's ``usage`` says what a prompt really counted."""
+
+BASE_IDS = 4096
+"""Distinct starting points in the prebuilt text, so that neighbouring prompts differ beyond their salt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """name: of the engine. chat: chat completions instead of completions. token_ids: prompts as ids, exact to a token.
+
+    metrics: the engine's metric name -> field of :class:`traces.records.Sample`. extra: JSON members for every body.
+    """
+
+    name: str
+    chat: bool = False
+    token_ids: bool = True
+    metrics: Mapping[str, str] | None = None
+    role_label: str = "role"
+    worker_label: str = "worker"
+
+    @property
+    def path(self) -> str:
+        """The request's path under the base URL."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+
+class Prompts:
+    """Request bodies cut from text that was made once, before schedule zero: a request costs a few copies of bytes.
+
+    Every prompt starts with a salt of its own (from run salt and request position), so that no prefix cache helps by
+    accident. Nothing in a prompt comes from a user.
+    """
+
+    def __init__(self, dialect: Dialect, model: str, longest: int, salt: int) -> None:
+        import json
+
+        self._salt = salt & (2**64 - 1)
+        self.key = f"{self._salt:016x}"
+        self._ids = dialect.token_ids and not dialect.chat
+        rng = random.Random(self._salt)  # noqa: S311 - filler text, not a secret
+        n = longest + BASE_IDS
+        if self._ids:
+            # Four digits an id: below 10,000 lies in every real vocabulary, and a fixed width makes a slice exact.
+            self._text = ",".join(map(str, rng.choices(range(1000, 10_000), k=n))).encode() + b","
+            self._starts: list[int] = []
+        else:
+            words = rng.choices(WORDS, k=n)
+            self._text = (" " + " ".join(words) + " ").encode()
+            self._starts = [0]
+            for word in words:
+                self._starts.append(self._starts[-1] + len(word) + 1)
+        named = json.dumps(model)
+        opening, closing = ("[", "]") if self._ids else ('"', '"')
+        if dialect.chat:
+            self._head = f'{{"model":{named},"messages":[{{"role":"user","content":{opening}'.encode()
+            tail = f"{closing}}}]"
+        else:
+            self._head = f'{{"model":{named},"prompt":{opening}'.encode()
+            tail = closing
+        self._tail = (
+            tail + ',"max_tokens":%d,"min_tokens":%d,"ignore_eos":true,"temperature":0,"stream":true,'
+            '"stream_options":{"include_usage":true}}'
+        )
+
+    def body(self, position: int, prompt_tokens: int, output_tokens: int) -> bytes:
+        """The body of request ``position``: exactly ``prompt_tokens`` ids, or as many words."""
+        mixed = ((position + 1) * 0x9E3779B97F4A7C15 + self._salt) & (2**64 - 1)
+        mixed ^= mixed >> 29
+        start = mixed % BASE_IDS
+        tail = (self._tail % (output_tokens, output_tokens)).encode()
+        if self._ids:
+            salt = b"%d,%d,%d,%d" % (
+                1000 + mixed % 9000,
+                1000 + (mixed >> 16) % 9000,
+                1000 + (mixed >> 32) % 9000,
+                1000 + position % 9000,
+            )
+            if prompt_tokens <= 4:
+                return b"".join((self._head, salt[: prompt_tokens * 5 - 1], tail))
+            rest = self._text[start * 5 : (start + prompt_tokens - 4) * 5 - 1]
+            return b"".join((self._head, salt, b",", rest, tail))
+        first = WORDS[mixed % len(WORDS)] + " " + WORDS[(mixed >> 16) % len(WORDS)]
+        salt = (first + " " + WORDS[(mixed >> 32) % len(WORDS)] + " " + WORDS[position % len(WORDS)]).encode()
+        if prompt_tokens <= 4:
+            return b"".join((self._head, b" ".join(salt.split()[:prompt_tokens]), tail))
+        rest = self._text[self._starts[start] : self._starts[start + prompt_tokens - 4]]
+        return b"".join((self._head, salt, rest, tail))
+
+
+def dialect(name: str, *, chat: bool = False, text: bool = False) -> Dialect:
+    """The dialect of an engine by name. InputError lists the names."""
+    from dataclasses import replace
+
+    from loadgen.engines import generic, reference
+
+    known = {d.name: d for d in (reference.DIALECT, *generic.DIALECTS)}
+    if name not in known:
+        raise InputError(f"no engine is named {name!r}. Known: auto, {', '.join(known)}.")
+    return replace(known[name], chat=chat, token_ids=known[name].token_ids and not (chat or text))

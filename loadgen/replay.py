@@ -1,0 +1,254 @@
+"""One replay: a schedule asked of an endpoint, every request and every server reading stored, a verdict at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loadgen import engines
+from loadgen.client import TIMEOUT_S, Target, target
+from loadgen.control import Endpoint
+from loadgen.scrape import PERIOD_S, Scraper
+from loadgen.swarm import Job, Outcome, Swarm
+from traces import __version__
+from traces.errors import InputError, StoreError
+from traces.measures import Slo, verdict
+from traces.records import Fleet, Observations, Run, Sample, Schedule
+from traces.store import Store
+
+API_KEY = "STEELYARD_API_KEY"
+"""Environment variable that holds the endpoint's bearer token."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run, which is stored and marked; ``run`` is it."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("interrupted")
+        self.run = run
+
+
+def read_api_key(file: Path | None) -> str | None:
+    """The bearer token from a file, or from STEELYARD_API_KEY; never from the command line, where others see it."""
+    if file is None:
+        return os.environ.get(API_KEY) or None
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        words = error.strerror if isinstance(error, OSError) else "not text"
+        raise InputError(f"--api-key-file {file}: cannot be read ({words}).") from None
+    if not text or "\n" in text:
+        raise InputError(f"--api-key-file {file}: it must hold the token alone, on one line.")
+    return text
+
+
+def replay(
+    store: Store,
+    swarm: Swarm,
+    schedule: Schedule,
+    endpoint: str | Target,
+    *,
+    name: str = "",
+    fleet: Fleet | None = None,
+    engine: str = "auto",
+    model: str | None = None,
+    chat: bool = False,
+    text: bool = False,
+    slo: Slo | None = None,
+    rate_factor: float = 1.0,
+    seed: int = 0,
+    group: str = "",
+    policy: str = "static",
+    profile: str = "",
+    gpus_per_worker: tuple[int, int] = (1, 1),
+    timeout_s: float = TIMEOUT_S,
+    drain_s: float = 5.0,
+    scrape_s: float = PERIOD_S,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Ask ``schedule`` of ``endpoint``, store what happened, return the run with verdict, completeness and counts.
+
+    endpoint: base URL, or a Target (headers, TLS); a plain URL takes the token from STEELYARD_API_KEY. fleet: put in
+    force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
+    engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive.
+    EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
+    incomplete and raises :class:`Interrupted`.
+    """
+    if not len(schedule):
+        raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
+    where = target(endpoint, api_key=os.environ.get(API_KEY) or None) if isinstance(endpoint, str) else endpoint
+    server = Endpoint(where)
+    model, owner = server.choose_model(model)
+    in_force = server.fleet()
+    if engine == "auto":
+        engine = {"steelyard": "reference", "vllm": "vllm", "sglang": "sglang"}.get(owner, "openai")
+    dialect = engines.dialect(engine, chat=chat, text=text)
+    server.try_one(dialect, model)
+    if in_force is not None:
+        if fleet is not None:
+            server.set_fleet(fleet)
+        else:
+            fleet = in_force
+    if engine == "reference":
+        profile = profile or _profile(server)
+    began = Run(
+        name=name or schedule.name,
+        trace=schedule.name,
+        schedule_digest=schedule.digest(),
+        scheduled=len(schedule),
+        endpoint=where.shown,
+        engine=dialect.name,
+        model=model,
+        fleet=fleet,
+        started_unix_s=time.time(),
+        workers=swarm.workers,
+        gpus_per_worker=gpus_per_worker,
+        rate_factor=rate_factor,
+        rate_per_s=schedule.rate_per_s,
+        changes=schedule.changes,
+        policy=policy,
+        seed=seed,
+        slo=str(slo) if slo else "",
+        group=group,
+        profile=profile,
+        version=__version__,
+    )
+    # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
+    job = Job(where, dialect, model, random.SystemRandom().getrandbits(60), timeout_s)
+    run = store.begin_run(began)
+    writer = Writer(store, run.id)
+    parts: list[Observations] = []
+    done = 0
+
+    def on_rows(rows: Observations) -> None:
+        nonlocal done
+        parts.append(rows)
+        writer.put(rows)
+        done += len(rows)
+        if on_progress is not None:
+            on_progress(done, run.scheduled)
+
+    outcome: Outcome | None = None
+    reason = ""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writer)
+
+        def on_start(zero: float, unix: float) -> None:
+            stack.enter_context(Scraper(server, dialect, zero, writer.put, scrape_s))
+
+        try:
+            outcome = swarm.run(schedule, job, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
+            reason = outcome.reason
+        except BaseException as error:
+            # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            stack.close()
+            _close(store, run, parts, slo, None, reason)
+            raise
+    run = _close(store, run, parts, slo, outcome, reason)
+    if writer.error is not None:
+        raise writer.error
+    if outcome.interrupted:
+        raise Interrupted(run)
+    return run
+
+
+def counts(rows: Observations) -> dict[str, int]:
+    """How many requests ended in each status, and ``failed.<kind>`` for the kinds of failure."""
+    found = Counter(rows.status.tolist())
+    kinds = Counter(e for s, e in zip(rows.status.tolist(), rows.error.tolist(), strict=True) if s == "failed")
+    return dict(sorted(found.items())) | {f"failed.{kind}": n for kind, n in sorted(kinds.items())}
+
+
+def _close(
+    store: Store, run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Outcome | None, reason: str
+) -> Run:
+    rows = Observations.concat(parts)
+    judged = verdict(rows, slo)
+    why = "; ".join(filter(None, (reason, judged.reason)))
+    return store.end_run(
+        replace(
+            run,
+            started_unix_s=outcome.started_unix_s if outcome is not None else run.started_unix_s,
+            complete=outcome is not None and not reason and len(rows) == run.scheduled,
+            verdict=judged.word,
+            reason=why,
+            lag_p50_ms=judged.lag_p50_ms,
+            lag_p99_ms=judged.lag_p99_ms,
+            lag_max_ms=judged.lag_max_ms,
+            counts=counts(rows),
+        )
+    )
+
+
+def _profile(server: Endpoint) -> str:
+    """The reference endpoint's profile, "" if it does not say."""
+    held: Any = server.fetch("GET", "/health").json()
+    return str(held.get("profile") or "") if isinstance(held, Mapping) else ""
+
+
+class Writer:
+    """Stores rows and readings from one thread while the run goes on; a context manager.
+
+    Batches of about half a second become one transaction. A batch that cannot be stored is tried again (a busy or
+    restarting database), until the run has ended and ``patience_s`` have passed; then ``error`` says so.
+    """
+
+    def __init__(self, store: Store, run_id: int, *, every_s: float = 0.5, patience_s: float = 30.0) -> None:
+        self.error: StoreError | None = None
+        self._store, self._run_id = store, run_id
+        self._every_s, self._patience_s = every_s, patience_s
+        self._queue: queue.SimpleQueue[Observations | Sequence[Sample]] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="steelyard-writer", daemon=True)
+
+    def put(self, batch: Observations | Sequence[Sample]) -> None:
+        """Hand over rows or readings; never blocks."""
+        self._queue.put(batch)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _main(self) -> None:
+        rows: list[Observations] = []
+        readings: list[Sample] = []
+        give_up = float("inf")
+        while True:
+            last = self._stop.wait(self._every_s)
+            while not self._queue.empty():
+                batch = self._queue.get()
+                if isinstance(batch, Observations):
+                    rows.append(batch)
+                else:
+                    readings.extend(batch)
+            try:
+                if rows:
+                    self._store.add_observations(self._run_id, Observations.concat(rows))
+                    rows = []
+                if readings:
+                    self._store.add_samples(self._run_id, readings)
+                    readings = []
+            except StoreError as error:
+                if last:
+                    give_up = min(give_up, time.monotonic() + self._patience_s)
+                    if time.monotonic() > give_up:
+                        self.error = error
+                        return
+                    time.sleep(0.5)
+                continue
+            if last and self._queue.empty():
+                return

@@ -1,0 +1,237 @@
+"""Reads one streamed answer: bytes stamped when they arrived go in, what was measured comes out.
+
+Nothing is parsed while tokens arrive. Pieces are kept with their stamps and read when the answer has ended, or when
+more than ``FOLD_BYTES`` have gathered, so that an endless stream costs no more memory than a short one.
+
+An event counts at the stamp of the piece that completed it: the piece that holds its blank line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+FOLD_BYTES = 16 * 1024
+"""Bytes kept unread at most (plus one unfinished event)."""
+
+MAX_EVENT_BYTES = 8 * 1024 * 1024
+"""An event larger than this is called malformed; 1 MB events are read."""
+
+DETAIL_CHARS = 200
+
+_BLANK = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE = re.compile(rb"\r\n|\n|\r")
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+_SECRETS = re.compile(r"(?i)(bearer\s+)[^\s\"',;]+|\b(sk-)[A-Za-z0-9_-]{6,}|(://)[^/\s@]+@")
+
+
+def printable(text: str) -> str:
+    """At most 200 printable characters on one line; terminal escapes and anything like a credential removed."""
+    text = _ESCAPES.sub("", text[:4000])
+    text = _SECRETS.sub(lambda m: "".join(g for g in m.groups() if g) + "***", text)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.split())[:DETAIL_CHARS]
+
+
+class Answer:
+    """What a streamed answer has told so far. Times are on the clock of the stamps, NaN where nothing came.
+
+    first_token, last_token: stamps of the first and last event with non-empty content or reasoning. chunks: such
+    events. max_gap: largest time between two of them. prompt_tokens, output_tokens: from ``usage``, -1 without.
+    said_end: the stream said that it had ended (``[DONE]``, a finish reason, or usage after content).
+    error: "", "malformed" or "stream_error"; detail: what was seen.
+    """
+
+    __slots__ = (
+        "_at",
+        "_parts",
+        "_size",
+        "chunks",
+        "detail",
+        "error",
+        "first_token",
+        "last_token",
+        "max_gap",
+        "output_tokens",
+        "prompt_tokens",
+        "said_end",
+    )
+
+    def __init__(self) -> None:
+        self.first_token = math.nan
+        self.last_token = math.nan
+        self.chunks = 0
+        self.max_gap = 0.0
+        self.prompt_tokens = -1
+        self.output_tokens = -1
+        self.said_end = False
+        self.error = ""
+        self.detail = ""
+        self._parts: list[bytes] = []
+        self._at: list[float] = []
+        self._size = 0
+
+    def push(self, at: float, data: bytes) -> None:
+        """A piece of the body that arrived at ``at``. Never raises: what is wrong ends up in ``error``."""
+        self._parts.append(data)
+        self._at.append(at)
+        self._size += len(data)
+        if self._size > FOLD_BYTES:
+            self._fold()
+
+    def finish(self, *, whole: bool) -> None:
+        """The body has ended; ``whole`` says that its framing was complete. A last event needs no blank line then."""
+        self._fold()
+        if self._parts and not self.error:
+            rest, at = b"".join(self._parts), self._at[-1]
+            self._parts, self._at, self._size = [], [], 0
+            payload = _data(rest)
+            if payload is not None and (whole or _is_json(payload)):
+                self._read([payload], [at])
+
+    def _fold(self) -> None:
+        """Read every finished event, keep the rest."""
+        data = b"".join(self._parts) if len(self._parts) != 1 else self._parts[0]
+        if self.error:  # what comes after an error changes nothing
+            self._parts, self._at, self._size = [], [], 0
+            return
+        payloads: list[bytes] = []
+        ends: list[int] = []
+        if b"\r" not in data:
+            blocks = data.split(b"\n\n")
+            end = 0
+            for block in blocks[:-1]:
+                end += len(block) + 2
+                if block.startswith(b"data: ") and b"\n" not in block:
+                    payloads.append(block[6:])
+                    ends.append(end)
+                elif (payload := _data(block)) is not None:
+                    payloads.append(payload)
+                    ends.append(end)
+        else:
+            end = 0
+            for match in _BLANK.finditer(data):
+                if (payload := _data(data[end : match.start()])) is not None:
+                    payloads.append(payload)
+                    ends.append(match.end())
+                end = match.end()
+        if payloads:
+            self._read(payloads, self._stamps(ends))
+        rest = data[end:]
+        if len(rest) > MAX_EVENT_BYTES:
+            self._fail("malformed", f"an event of more than {MAX_EVENT_BYTES} bytes")
+            rest = b""
+        last = self._at[-1] if self._at else math.nan
+        self._parts, self._at = ([rest], [last]) if rest else ([], [])
+        # The rest counts as read for the limit, or every further piece of a large event would be joined anew.
+        self._size = 0 if len(rest) < FOLD_BYTES else -len(rest)
+
+    def _stamps(self, ends: list[int]) -> list[float]:
+        """The stamp of the piece that holds the last byte of each event."""
+        found: list[float] = []
+        piece, reached = 0, len(self._parts[0])
+        for end in ends:
+            while reached < end:
+                piece += 1
+                reached += len(self._parts[piece])
+            found.append(self._at[piece])
+        return found
+
+    def _read(self, payloads: list[bytes], stamps: list[float]) -> None:
+        held = [(p, at) for p, at in zip(payloads, stamps, strict=True) if p and p != b"[DONE]"]
+        if len(held) != len(payloads) and any(p == b"[DONE]" for p in payloads):
+            self.said_end = True
+        if not held:
+            return
+        try:
+            # One call for all events: half the cost of a call for each.
+            events = json.loads(b"[" + b",".join([p for p, _ in held]) + b"]")
+            if len(events) != len(held):
+                raise ValueError("an event holds more than one value")
+        except (ValueError, RecursionError):
+            events = []
+            for payload, _ in held:
+                try:
+                    events.append(json.loads(payload))
+                except (ValueError, RecursionError):
+                    events.append(None)
+        for event, (payload, at) in zip(events, held, strict=True):
+            if self.error:
+                return
+            if payload.strip() == b"[DONE]":
+                self.said_end = True
+            elif not isinstance(event, dict):
+                self._fail("malformed", "not a JSON object: " + payload[:300].decode("utf-8", "replace"))
+            else:
+                self._take(event, at)
+
+    def _take(self, event: dict[str, Any], at: float) -> None:
+        """One event of the stream."""
+        if event.get("error"):
+            error = event["error"]
+            words = error.get("message") if isinstance(error, dict) else error
+            self._fail("stream_error", str(words or error))
+            return
+        usage = event.get("usage")
+        if isinstance(usage, dict):
+            self.prompt_tokens = _count(usage.get("prompt_tokens"), self.prompt_tokens)
+            self.output_tokens = _count(usage.get("completion_tokens"), self.output_tokens)
+        choices = event.get("choices")
+        if not isinstance(choices, list):
+            return
+        if not choices and isinstance(usage, dict) and self.chunks:
+            self.said_end = True
+        for choice in choices:
+            if not isinstance(choice, dict):
+                continue
+            if choice.get("finish_reason"):
+                self.said_end = True
+            if _content(choice):
+                if self.chunks:
+                    if at - self.last_token > self.max_gap:
+                        self.max_gap = at - self.last_token
+                else:
+                    self.first_token = at
+                self.last_token = at
+                self.chunks += 1
+                return
+
+    def _fail(self, kind: str, detail: str) -> None:
+        self.error = kind
+        self.detail = printable(detail)
+
+
+def _content(choice: dict[str, Any]) -> bool:
+    if choice.get("text"):
+        return True
+    delta = choice.get("delta")
+    return isinstance(delta, dict) and bool(
+        delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
+    )
+
+
+def _count(value: Any, otherwise: int) -> int:
+    return value if type(value) is int and 0 <= value < 2**53 else otherwise
+
+
+def _is_json(payload: bytes) -> bool:
+    if payload.strip() == b"[DONE]":
+        return True
+    try:
+        json.loads(payload)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _data(block: bytes) -> bytes | None:
+    """The joined data lines of one event; None if it has none (a comment, a keep-alive)."""
+    lines = []
+    for line in _LINE.split(block.removeprefix(b"\xef\xbb\xbf")):
+        if line.startswith(b"data:"):
+            lines.append(line[6:] if line.startswith(b"data: ") else line[5:])
+        elif line == b"data":
+            lines.append(b"")
+    return b"\n".join(lines) if lines else None

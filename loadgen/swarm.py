@@ -1,0 +1,694 @@
+"""The only room that knows Locust: a master in this process, workers in processes of their own.
+
+Locust gives processes, messages, heartbeats and statistics. It is used as a library and unpatched (gevent's monkey
+patching would put asyncio on gevent's hub, and must never happen in a user's process): the master's hub lives in a
+thread of its own, and in each worker the asyncio client runs in a native thread beside the hub.
+
+What travels: columns of a shard down, columns of finished rows up, at least twice a second. No prompt passes through
+the master: a worker makes its own from a salt and the lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
+
+import gevent
+import gevent.event
+from locust.env import Environment
+from locust.event import Events
+
+from loadgen.client import TIMEOUT_S, Engine, Row, Target
+from loadgen.engines import Dialect, Prompts
+from traces.errors import EndpointError, InputError, SteelyardError
+from traces.records import ERRORS, STATUSES, Observations, Schedule
+
+logging.getLogger("locust").addHandler(logging.NullHandler())
+logging.getLogger("locust").propagate = False
+
+FLUSH_S = 0.25
+"""How often a worker sends finished rows to the master."""
+
+START_AHEAD_S = 0.5
+"""The agreed start lies this far ahead of the message that agrees on it."""
+
+READY_TIMEOUT_S = 60.0
+SILENCE_S = 4.0
+"""A worker that is not ours to watch is given up after this long without a heartbeat."""
+
+BLOCK = 50_000
+"""Requests a message when a shard is sent."""
+
+_NUMBERS = (
+    ("position", np.dtype(np.int64)),
+    ("sent", np.dtype(np.float64)),
+    ("first_byte", np.dtype(np.float64)),
+    ("first_token", np.dtype(np.float64)),
+    ("last_token", np.dtype(np.float64)),
+    ("prompt_tokens", np.dtype(np.int64)),
+    ("output_tokens", np.dtype(np.int64)),
+    ("chunks", np.dtype(np.int64)),
+    ("max_gap", np.dtype(np.float64)),
+    ("http_status", np.dtype(np.int64)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker needs to know of a run besides its shard. ``where`` holds credentials: never stored."""
+
+    where: Target
+    dialect: Dialect
+    model: str
+    salt: int
+    timeout_s: float = TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run went. reason: "" when every worker finished its shard. zero: schedule zero on this machine's monotonic
+    clock. costs: per worker, CPU seconds and longest stall of its loop, in seconds. interrupted: by Ctrl-C."""
+
+    zero: float
+    started_unix_s: float
+    rows: int
+    reason: str = ""
+    interrupted: bool = False
+    costs: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+# --- rows as bytes ---------------------------------------------------------------------------------------------------
+
+
+def pack(rows: list[Row]) -> dict[str, Any]:
+    """Rows as columns of bytes for a message."""
+    message: dict[str, Any] = {
+        name: np.array([getattr(r, name) for r in rows], dtype=kind).tobytes() for name, kind in _NUMBERS
+    }
+    message["status"] = bytes(STATUSES.index(r.status) for r in rows)
+    message["error"] = bytes(ERRORS.index(r.error) + 1 if r.error else 0 for r in rows)
+    message["detail"] = {str(i): r.detail for i, r in enumerate(rows) if r.detail}
+    return message
+
+
+def unpack(message: dict[str, Any], schedule: Schedule, worker: int, zero: float) -> Observations:
+    """Columns of bytes as observations of the schedule; times from the worker's ``zero``."""
+    columns: dict[str, Any] = {name: np.frombuffer(message[name], dtype=kind) for name, kind in _NUMBERS}
+    at = columns["position"]
+    n = len(at)
+    status = np.array([STATUSES[code] for code in message["status"]], dtype=object)
+    error = np.array([ERRORS[code - 1] if code else "" for code in message["error"]], dtype=object)
+    detail = np.full(n, "", dtype=object)
+    for i, words in message["detail"].items():
+        detail[int(i)] = words
+    return Observations(
+        index=schedule.index[at],
+        worker=np.full(n, worker, dtype=np.int64),
+        due_s=schedule.due_s[at],
+        sent_s=columns["sent"] - zero,
+        first_byte_s=columns["first_byte"] - zero,
+        first_token_s=columns["first_token"] - zero,
+        last_token_s=columns["last_token"] - zero,
+        requested_prompt_tokens=schedule.prompt_tokens[at],
+        requested_tokens=schedule.output_tokens[at],
+        prompt_tokens=columns["prompt_tokens"].astype(np.int64),
+        output_tokens=columns["output_tokens"].astype(np.int64),
+        chunks=columns["chunks"].astype(np.int64),
+        max_gap_s=columns["max_gap"].astype(np.float64),
+        http_status=columns["http_status"].astype(np.int64),
+        status=status,
+        error=error,
+        detail=detail,
+    )
+
+
+def ended(schedule: Schedule, positions: Any, status: str, worker: int, detail: str) -> Observations:
+    """Rows for requests of which nothing more will be heard."""
+    rows = Observations.unsent(schedule.take(np.asarray(positions)))
+    rows.status[:] = status
+    rows.detail[:] = detail
+    rows.worker[:] = worker
+    return rows
+
+
+# --- the master ------------------------------------------------------------------------------------------------------
+
+
+def _boot() -> str:
+    """What two processes share if, and only if, they read the same monotonic clock."""
+    try:
+        clocks = os.readlink("/proc/self/ns/time")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + clocks
+    except OSError:
+        return socket.gethostname()
+
+
+@dataclass
+class _Worker:
+    """What the master knows of one worker."""
+
+    client_id: str
+    index: int
+    pid: int
+    same_clock: bool
+    process: subprocess.Popen[bytes] | None = None
+    offset: float = 0.0
+    round_trip: float = float("inf")
+    gone: str = ""
+
+
+class Swarm:
+    """A Locust master and its workers; a context manager, used for any number of runs, one at a time.
+
+    workers: how many processes to start on this machine (0: none). expect: how many workers must have joined before
+    a run starts, if some come from other machines (``steelyard worker --master HOST:PORT``). bind: HOST or HOST:PORT
+    for the master; the default is loopback and a free port.
+    """
+
+    def __init__(self, workers: int = 2, *, expect: int | None = None, bind: str = "127.0.0.1") -> None:
+        if workers < 0 or (workers == 0 and not expect):
+            raise InputError(f"a swarm needs at least one worker (got {workers}).")
+        self._local = workers
+        self._expect = max(workers, expect or 0)
+        host, _, port = bind.rpartition(":") if ":" in bind else (bind, "", "0")
+        if not port.isdigit() or not host:
+            raise InputError(f"--bind takes HOST or HOST:PORT (got {bind!r}).")
+        self._bind = host, int(port)
+        self._inbox: queue.SimpleQueue[tuple[str, str, Any, float]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[str, Any, str] | None] = queue.SimpleQueue()
+        self._workers: dict[str, _Worker] = {}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._thread: threading.Thread | None = None
+        self._wake: Any = None
+        self._boot = _boot()
+        self.environment: Environment | None = None
+        self.port = 0
+
+    # --- life
+
+    def __enter__(self) -> Self:
+        started: Future[int] = Future()
+        self._thread = threading.Thread(target=self._master, args=(started,), name="locust-master", daemon=True)
+        self._thread.start()
+        try:
+            self.port = started.result(30)
+            for _ in range(self._local):
+                self._spawn()
+            self._join()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def workers(self) -> int:
+        """Workers that are alive."""
+        return sum(not w.gone for w in self._workers.values())
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT that workers join."""
+        return f"{self._bind[0]}:{self.port}"
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """Worker index -> process id, for the workers that are alive."""
+        return {w.index: w.pid for w in self._workers.values() if not w.gone}
+
+    def statistics(self) -> dict[str, Any]:
+        """Locust's own figures of the run so far: requests, failures, median response time in ms."""
+        assert self.environment is not None  # noqa: S101 - entered
+        total = self.environment.stats.total
+        return {
+            "requests": total.num_requests,
+            "failures": total.num_failures,
+            "median_ms": total.median_response_time,
+            "names": sorted(name for name, _ in self.environment.stats.entries),
+        }
+
+    def close(self) -> None:
+        """Stop workers and master; every wait is bounded."""
+        if self._thread is not None and self._thread.is_alive():
+            self._send("steelyard.quit", {})
+            self._outbox.put(None)
+            self._ring()
+        until = time.monotonic() + 3.0
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.05, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+        self._processes.clear()
+        if self._thread is not None:
+            self._thread.join(5)
+            self._thread = None
+
+    def _spawn(self) -> None:
+        here = str(Path(__file__).resolve().parent.parent)
+        paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+            # -P: a folder named traces where the user happens to be must not be taken for ours.
+            [sys.executable, "-P", "-m", "loadgen.worker", "--master", self.address, "--parent", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "LOCUST_SKIP_MONKEY_PATCH": "1"},
+            start_new_session=True,  # Ctrl-C is the master's to handle
+        )
+        self._processes[process.pid] = process
+
+    def _join(self) -> None:
+        """Wait until the workers have said hello and their clocks are known."""
+        until = time.monotonic() + READY_TIMEOUT_S
+        while self.workers < self._expect:
+            for process in self._processes.values():
+                if process.poll() is not None and not any(w.pid == process.pid for w in self._workers.values()):
+                    raise SteelyardError(
+                        f"a load worker ended with code {process.returncode} before it joined. "
+                        "Run python -m loadgen.worker --master 127.0.0.1:1 to see why."
+                    )
+            if time.monotonic() > until:
+                raise SteelyardError(
+                    f"{self.workers} of {self._expect} load workers joined {self.address} within {READY_TIMEOUT_S:g} s. "
+                    f"Start them with: steelyard worker --master {self.address}"
+                )
+            self._next(0.2)
+        for worker in self._workers.values():
+            if not worker.same_clock:
+                self._measure(worker)
+
+    def _measure(self, worker: _Worker) -> None:
+        """The offset of a worker's clock, from the fastest of some round trips (half of it is the error at most)."""
+        for _ in range(20):
+            self._send("steelyard.ping", {"at": time.monotonic()}, worker.client_id)
+            until = time.monotonic() + 0.25
+            while time.monotonic() < until:
+                found = self._next(0.05)
+                if found is not None and found[0] == "pong" and found[1] == worker.client_id:
+                    break
+
+    # --- the master's thread
+
+    def _master(self, started: Future[int]) -> None:
+        """Hub, master runner and message pump; lives until ``close``."""
+        try:
+            self.environment = _environment()
+            runner = self.environment.create_master_runner(*self._bind)
+            runner.master_bind_port = runner.server.port
+        except (SystemExit, Exception) as error:
+            started.set_exception(
+                SteelyardError(f"the Locust master cannot listen on {self._bind[0]}:{self._bind[1]} ({error}).")
+            )
+            return
+
+        def forward(kind: str) -> Callable[..., None]:
+            def listener(environment: Any, msg: Any) -> None:
+                self._inbox.put((kind, msg.node_id, msg.data, time.monotonic()))
+
+            return listener
+
+        for kind in ("hello", "pong", "ready", "rows", "finished"):
+            runner.register_message(f"steelyard.{kind}", forward(kind))
+        hub = gevent.get_hub()
+        self._wake = hub.loop.async_()
+        bell = gevent.event.Event()
+        self._wake.start(bell.set)
+        started.set_result(int(runner.server.port))
+        try:
+            while True:
+                bell.wait(1.0)
+                bell.clear()
+                for client in list(runner.clients.values()):
+                    if client.state == "missing" and client.id in self._workers:
+                        self._inbox.put(("missing", client.id, None, time.monotonic()))
+                while not self._outbox.empty():
+                    item = self._outbox.get()
+                    if item is None:
+                        return
+                    kind, data, client_id = item
+                    if kind == "statistics":
+                        self.environment.stats.clear_all()
+                    elif not client_id or client_id in runner.clients:
+                        runner.send_message(kind, data, client_id or None)
+        finally:
+            self._wake.stop()
+            with contextlib.suppress(Exception):
+                runner.greenlet.kill(block=True, timeout=2)
+                runner.server.close(200)  # type: ignore[no-untyped-call]
+            self._wake = None
+
+    def _send(self, kind: str, data: Any, client_id: str = "") -> None:
+        self._outbox.put((kind, data, client_id))
+        self._ring()
+
+    def _ring(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            wake.send()
+
+    # --- the caller's thread
+
+    def _next(self, timeout_s: float) -> tuple[str, str, Any] | None:
+        """The next message; greetings, clocks and deaths are noted on the way."""
+        try:
+            kind, client_id, data, at = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            kind, client_id, data, at = "", "", None, 0.0
+        if kind == "hello" and client_id not in self._workers:
+            self._workers[client_id] = _Worker(
+                client_id, len(self._workers), int(data["pid"]), data["boot"] == self._boot,
+                self._processes.get(int(data["pid"])),
+            )  # fmt: skip
+        worker = self._workers.get(client_id)
+        if worker is not None:
+            if kind == "pong":
+                trip = at - data["at"]
+                if trip < worker.round_trip:
+                    worker.round_trip = trip
+                    worker.offset = data["mine"] - (data["at"] + at) / 2
+            elif kind == "missing" and not worker.gone:
+                worker.gone = "sent no heartbeat"
+        for known in self._workers.values():
+            if not known.gone and known.process is not None and known.process.poll() is not None:
+                code = known.process.returncode
+                known.gone = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return (kind, client_id, data) if kind else None
+
+    def run(
+        self,
+        schedule: Schedule,
+        job: Job,
+        *,
+        on_start: Callable[[float, float], None] = lambda zero, unix: None,
+        on_rows: Callable[[Observations], None],
+        drain_s: float = 5.0,
+        start_ahead_s: float = START_AHEAD_S,
+        deadline_s: float | None = None,
+    ) -> Outcome:
+        """Replay a schedule; ``on_rows`` gets every row exactly once, in this thread, as batches arrive.
+
+        on_start(zero, unix): schedule zero on the monotonic clock and on the wall, once agreed. Ctrl-C stops sending,
+        waits ``drain_s`` for answers in flight, and returns with ``interrupted``. deadline_s: longest time that the
+        run may take after the last due time; default the request timeout plus 30 s.
+        """
+        while self._next(0.0) is not None:
+            pass  # what an interrupted run left behind
+        crew = [w for w in self._workers.values() if not w.gone]
+        if not crew:
+            raise SteelyardError("no load worker is left. Start again.")
+        n = len(schedule)
+        token = random.getrandbits(48)
+        positions = np.arange(n)
+        shards = {w.client_id: positions[k :: len(crew)] for k, w in enumerate(crew)}
+        waiting = {w.client_id for w in crew}
+        missing = np.ones(n, dtype=np.bool_)
+        costs: dict[int, dict[str, float]] = {}
+        reasons: list[str] = []
+        self._send("statistics", None)
+        for worker in crew:
+            self._send_shard(worker, shards[worker.client_id], schedule, job, token)
+        ready: set[str] = set()
+        until = time.monotonic() + READY_TIMEOUT_S
+        while ready < waiting:
+            found = self._next(0.1)
+            if found is not None and found[0] == "ready" and found[2]["run"] == token:
+                ready.add(found[1])
+            waiting -= {w.client_id for w in crew if w.gone}
+            if time.monotonic() > until:
+                raise SteelyardError(f"{len(ready)} of {len(crew)} load workers were ready in {READY_TIMEOUT_S:g} s.")
+        zero = time.monotonic() + start_ahead_s
+        unix = time.time() + start_ahead_s
+        for worker in crew:
+            at = zero if worker.same_clock else zero + worker.offset
+            self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
+        on_start(zero, unix)
+        last_due = float(schedule.due_s[-1]) if n else 0.0
+        until = zero + last_due + (deadline_s if deadline_s is not None else job.timeout_s + 30.0)
+        stopping = interrupted = False
+        while True:
+            try:
+                found = self._next(0.1)
+                for worker in crew:
+                    if worker.gone and worker.client_id in waiting:
+                        waiting.discard(worker.client_id)
+                        # What it had sent before it died may still be in the inbox: rows come before the verdict.
+                        while (late := self._next(0.3)) is not None:
+                            self._accept(late, token, schedule, zero, missing, waiting, costs, on_rows)
+                        mine = shards[worker.client_id]
+                        left = mine[missing[mine]]
+                        why = f"worker {worker.index} {worker.gone}"
+                        reasons.append(f"{why}, {len(left)} of its {len(mine)} requests are lost")
+                        if len(left):
+                            missing[left] = False
+                            on_rows(ended(schedule, left, "lost", worker.index, why))
+                if found is not None:
+                    self._accept(found, token, schedule, zero, missing, waiting, costs, on_rows)
+                if not waiting:
+                    break
+                if time.monotonic() > until:
+                    reasons.append("interrupted" if interrupted else "the deadline passed")
+                    break
+            except KeyboardInterrupt:
+                if stopping:
+                    raise
+                stopping = interrupted = True
+                for client_id in waiting:
+                    self._send("steelyard.stop", {"run": token, "drain_s": drain_s}, client_id)
+                until = time.monotonic() + drain_s + 5.0
+        if interrupted and "interrupted" not in reasons:
+            reasons.insert(0, "interrupted")
+        left = np.flatnonzero(missing)
+        if len(left):
+            on_rows(ended(schedule, left, "lost", -1, reasons[-1] if reasons else "no row came"))
+            reasons.append(f"{len(left)} requests were not reported by their workers")
+        return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs)
+
+    def _send_shard(self, worker: _Worker, shard: Any, schedule: Schedule, job: Job, token: int) -> None:
+        where = asdict(job.where)
+        where["headers"] = dict(job.where.headers)
+        self._send(
+            "steelyard.job",
+            {
+                "run": token,
+                "where": where,
+                "dialect": {"name": job.dialect.name, "chat": job.dialect.chat, "token_ids": job.dialect.token_ids},
+                "model": job.model,
+                "salt": job.salt,
+                "timeout_s": job.timeout_s,
+                "requests": len(shard),
+                "longest": int(schedule.prompt_tokens.max()) if len(schedule) else 1,
+            },
+            worker.client_id,
+        )
+        for first in range(0, len(shard), BLOCK):
+            part = shard[first : first + BLOCK]
+            self._send(
+                "steelyard.shard",
+                {
+                    "run": token,
+                    "position": part.astype(np.int64).tobytes(),
+                    "due": schedule.due_s[part].astype(np.float64).tobytes(),
+                    "prompt": schedule.prompt_tokens[part].astype(np.int64).tobytes(),
+                    "output": schedule.output_tokens[part].astype(np.int64).tobytes(),
+                },
+                worker.client_id,
+            )
+        self._send("steelyard.prepare", {"run": token}, worker.client_id)
+
+    def _accept(
+        self,
+        found: tuple[str, str, Any],
+        token: int,
+        schedule: Schedule,
+        zero: float,
+        missing: Any,
+        waiting: set[str],
+        costs: dict[int, dict[str, float]],
+        on_rows: Callable[[Observations], None],
+    ) -> None:
+        kind, client_id, data = found
+        worker = self._workers.get(client_id)
+        if worker is None or not isinstance(data, dict) or data.get("run") != token:
+            return
+        if kind == "rows":
+            rows = unpack(data, schedule, worker.index, zero if worker.same_clock else zero + worker.offset)
+            at = np.frombuffer(data["position"], dtype=np.int64)
+            fresh = missing[at]
+            missing[at] = False
+            if fresh.any():
+                on_rows(rows if fresh.all() else rows.take(fresh))
+        elif kind == "finished":
+            costs[worker.index] = data["cost"]
+            waiting.discard(client_id)
+
+
+def _environment() -> Environment:
+    """An environment of its own events: nothing of a Locust user's leaks in."""
+    return Environment(events=Events(), reset_stats=False)  # type: ignore[no-untyped-call]
+
+
+# --- the worker ------------------------------------------------------------------------------------------------------
+
+
+class _RequestError(Exception):
+    """A failed request as Locust's statistics show it."""
+
+
+def work(master: str, parent: int = 0) -> int:
+    """Be a load worker of ``master`` (HOST:PORT) until it says quit, goes silent or ``parent`` is gone.
+
+    Returns the exit code.
+    """
+    import resource
+    import signal
+
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--master takes HOST:PORT (got {master!r}).")
+    with contextlib.suppress(ValueError, OSError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN if parent else signal.SIG_DFL)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sys.setswitchinterval(0.0005)  # the hub's statistics must not hold the client up for 5 ms
+    environment = _environment()
+    try:
+        runner = environment.create_worker_runner(host, int(port))
+    except ConnectionError:
+        raise EndpointError(
+            f"no Locust master answers at {master}. Start one: steelyard replay ... --bind HOST"
+        ) from None
+    worker = _WorkerSide(environment, runner, Engine())
+    for kind in ("job", "shard", "prepare", "go", "stop", "ping", "quit"):
+        runner.register_message(f"steelyard.{kind}", getattr(worker, kind))
+    runner.send_message("steelyard.hello", {"pid": os.getpid(), "boot": _boot()})
+    while not worker.quitting:
+        worker.flush()
+        gevent.sleep(FLUSH_S)
+        if parent and os.getppid() != parent:
+            break  # the master was killed
+        if not runner.greenlet:
+            break  # Locust gave its master up
+    os._exit(0)
+
+
+class _WorkerSide:
+    """A worker's answers to the master's messages; all methods run in the hub."""
+
+    def __init__(self, environment: Environment, runner: Any, engine: Engine) -> None:
+        self.environment = environment
+        self.runner = runner
+        self.engine = engine
+        self.quitting = False
+        self.run_id = 0
+        self.name = ""
+        self._job: dict[str, Any] = {}
+        self._blocks: list[dict[str, Any]] = []
+        self._columns: tuple[list[int], list[float], list[int], list[int]] = ([], [], [], [])
+        self._running: Future[dict[str, float]] | None = None
+
+    def job(self, environment: Any, msg: Any) -> None:
+        self._job, self._blocks, self.run_id = msg.data, [], msg.data["run"]
+
+    def shard(self, environment: Any, msg: Any) -> None:
+        if msg.data["run"] == self.run_id:
+            self._blocks.append(msg.data)
+
+    def prepare(self, environment: Any, msg: Any) -> None:
+        if msg.data["run"] == self.run_id:
+            gevent.spawn(self._prepare)
+
+    def _prepare(self) -> None:
+        job, blocks = self._job, self._blocks
+        self.environment.stats.clear_all()
+
+        def column(name: str, kind: Any) -> list[Any]:
+            parts = [np.frombuffer(b[name], dtype=kind) for b in blocks]
+            return np.concatenate(parts).tolist() if parts else []
+
+        self._columns = (
+            column("position", np.int64),
+            column("due", np.float64),
+            column("prompt", np.int64),
+            column("output", np.int64),
+        )
+        self._blocks = []
+        dialect = Dialect(**job["dialect"])
+        self.name = dialect.path
+        prompts = Prompts(dialect, job["model"], job["longest"], job["salt"])
+        connections = min(32, len(self._columns[0]))
+        wait = self.engine.submit(
+            self.engine.prepare(
+                Target(**job["where"]), dialect.path, prompts, timeout_s=job["timeout_s"], connections=connections
+            )
+        )
+        while not wait.done():
+            gevent.sleep(0.005)
+        wait.result()
+        self.runner.send_message("steelyard.ready", {"run": self.run_id})
+
+    def go(self, environment: Any, msg: Any) -> None:
+        if msg.data["run"] == self.run_id:
+            self._running = self.engine.submit(self.engine.run(*self._columns, msg.data["zero"]))
+
+    def stop(self, environment: Any, msg: Any) -> None:
+        if msg.data["run"] == self.run_id:
+            self.engine.submit(self.engine.stop(msg.data["drain_s"]))
+
+    def ping(self, environment: Any, msg: Any) -> None:
+        self.runner.send_message("steelyard.pong", {"at": msg.data["at"], "mine": time.monotonic()})
+
+    def quit(self, environment: Any, msg: Any) -> None:
+        self.quitting = True
+
+    def flush(self) -> None:
+        """Send finished rows up and show them to Locust."""
+        # Read before the rows: what finished before this line is in them.
+        over = self._running is not None and self._running.done()
+        source = self.engine.rows
+        rows = [source.popleft() for _ in range(len(source))]
+        if rows:
+            self.runner.send_message("steelyard.rows", pack(rows) | {"run": self.run_id})
+            fire = self.environment.events.request.fire
+            for i, row in enumerate(rows):
+                if row.status == "unsent":
+                    continue
+                fire(  # type: ignore[no-untyped-call]
+                    request_type="POST",
+                    name=self.name,
+                    response_time=(row.ended - row.sent) * 1e3,
+                    response_length=row.body_bytes,
+                    exception=None if row.status == "ok" else _RequestError(row.error or row.status),
+                    context={},
+                )
+                if i % 16 == 15:
+                    gevent.sleep(0)  # let heartbeats and the client through
+        if over and self._running is not None:
+            running, self._running = self._running, None
+            error = running.exception()
+            cost = {} if error else running.result()
+            self.runner._send_stats()  # Locust's own last report, before we say that it is over
+            self.runner.send_message("steelyard.finished", {"run": self.run_id, "cost": cost})

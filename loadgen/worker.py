@@ -1,0 +1,26 @@
+"""The entry point of a load worker's process: ``python -m loadgen.worker --master HOST:PORT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from loadgen.swarm import work
+from traces.errors import SteelyardError
+
+
+def main() -> int:
+    """Parse and work; one line on stderr if there is no master."""
+    parser = argparse.ArgumentParser(prog="python -m loadgen.worker", description=__doc__)
+    parser.add_argument("--master", required=True, metavar="HOST:PORT", help="address of the Locust master")
+    parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer the parent")
+    options = parser.parse_args()
+    try:
+        return work(options.master, options.parent)
+    except SteelyardError as error:
+        print(f"steelyard: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
