@@ -201,6 +201,7 @@ class Swarm:
         self._boot = _boot()
         self.environment: Environment | None = None
         self.port = 0
+        self.on_listen: Callable[[str], None] = lambda address: None
 
     # --- life
 
@@ -210,6 +211,7 @@ class Swarm:
         self._thread.start()
         try:
             self.port = started.result(30)
+            self.on_listen(self.address)
             for _ in range(self._local):
                 self._spawn()
             self._join()

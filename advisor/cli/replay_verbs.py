@@ -1,0 +1,334 @@
+"""The verbs replay, worker and sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+
+
+def asked(f: Any) -> Any:
+    """The options that say what is asked of which endpoint: shared by replay and sweep."""
+    options = [
+        click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Mean requests per second."),
+        click.option(
+            "--rate-factor", type=click.FloatRange(min=0, min_open=True), help="Divide the recorded gaps by this."
+        ),
+        click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
+        click.option(
+            "--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Local load workers."
+        ),
+        click.option(
+            "--expect-workers", type=click.IntRange(min=1), help="Wait for this many workers, others' included."
+        ),
+        click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
+        click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
+        click.option("--engine", default="auto", show_default=True, help="auto, reference, openai, vllm or sglang."),
+        click.option("--model", help="Model to ask for [default: the server's first]."),
+        click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions."),
+        click.option(
+            "--prompts",
+            type=click.Choice(["ids", "text"]),
+            default="ids",
+            show_default=True,
+            help="Token ids (exact lengths) or words.",
+        ),
+        click.option(
+            "--api-key-file",
+            type=click.Path(path_type=Path),
+            help="File with the bearer token [default: env STEELYARD_API_KEY].",
+        ),
+        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
+        click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
+        click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=click.FloatRange(min=0, min_open=True),
+            default=600.0,
+            show_default=True,
+            help="Seconds a request may take.",
+        ),
+        click.option("--gpus-per-worker", metavar="P,D", default="1,1", show_default=True, help="GPUs a worker uses."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed, stored with the run."),
+    ]
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def pair(text: str) -> tuple[int, int]:
+    """``1,2`` as GPUs per (prefill, decode) worker."""
+    prefill, _, decode = text.partition(",")
+    if not (prefill.strip().isdigit() and decode.strip().isdigit()) or min(int(prefill), int(decode)) < 1:
+        raise click.UsageError(
+            f"--gpus-per-worker takes PREFILL,DECODE, both at least 1, for example 1,2 (got {text!r})."
+        )
+    return int(prefill), int(decode)
+
+
+def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, float]:
+    """(schedule as asked, rate factor) from a stored trace; a shipped trace that is not there yet is said to be one."""
+    from traces.errors import InputError
+    from traces.shape import head, scale_rate, to_rate
+    from traces.shipped import NAMES
+
+    if options["rate"] and options["rate_factor"]:
+        raise click.UsageError("give --rate or --rate-factor, not both.")
+    try:
+        recorded = store.schedule(trace)
+    except InputError as error:
+        if trace in NAMES:
+            raise InputError(
+                f"trace {trace!r} ships with steelyard but is not in this database. Run: steelyard ingest {trace}"
+            ) from None
+        raise error
+    schedule = head(recorded, options["requests"]) if options["requests"] else recorded
+    factor = float(options["rate_factor"] or 1.0)
+    if options["rate"]:
+        factor = options["rate"] / schedule.rate_per_s
+        return to_rate(schedule, options["rate"]), factor
+    return scale_rate(schedule, factor), factor
+
+
+def how(endpoint: str, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
+    """(target, keyword arguments of :func:`loadgen.replay.replay`) from the options."""
+    from loadgen.client import target
+    from loadgen.replay import read_api_key
+
+    headers = {}
+    for header in options["headers"]:
+        name, colon, value = header.partition(":")
+        if not colon or not name.strip():
+            raise click.UsageError("--header takes NAME:VALUE.")
+        headers[name.strip()] = value.strip()
+    where = target(
+        endpoint,
+        api_key=read_api_key(options["api_key_file"]),
+        headers=headers,
+        ca_file=options["ca_file"],
+        insecure=options["insecure"],
+    )
+    return where, {
+        "engine": options["engine"],
+        "model": options["model"],
+        "chat": options["chat"],
+        "text": options["prompts"] == "text",
+        "timeout_s": options["timeout_s"],
+        "gpus_per_worker": pair(options["gpus_per_worker"]),
+        "seed": options["seed"],
+        "slo": slo,
+    }
+
+
+def result(store: Any, run: Any) -> dict[str, Any]:
+    """The JSON of one run, with the keys of the house."""
+    from advisor.cli.run_verbs import figures
+
+    return {"run": run.id} | figures(run, store.observations(run.id))
+
+
+@click.command(
+    **example("steelyard replay azure-2023-conv --endpoint http://127.0.0.1:8080 --fleet 3:5 --requests 100")
+)
+@click.argument("trace")
+@click.option("--endpoint", required=True, metavar="URL", help="Base URL of the OpenAI-shaped endpoint.")
+@click.option("--fleet", metavar="P:D", help="Put this fleet in force first, or say which it is.")
+@click.option("--name", default="", help="Name of the run [default: the trace's].")
+@click.option("--group", default="", help="Group that the run belongs to.")
+@asked
+@json_option
+@db_option
+def replay(
+    trace: str, endpoint: str, fleet: str | None, name: str, group: str, db: str, as_json: bool, **options: Any
+) -> int:
+    """Replay a trace against an endpoint through Locust and store every request.
+
+    Requests leave at their recorded times, whatever the answers do. Exit code 4 when the run is incomplete or the
+    generator was too late to be trusted.
+    """
+    from loadgen.replay import Interrupted
+    from loadgen.replay import replay as run_replay
+    from traces.measures import Slo
+    from traces.records import Fleet
+    from traces.store import open_store
+
+    slo = Slo.parse(options["slo"]) if options["slo"] else None
+    wanted = Fleet.parse(fleet) if fleet else None
+    where, arguments = how(endpoint, options, slo)
+    interrupted = False
+    with open_store(db, create=False) as store:
+        schedule, factor = schedule_of(store, trace, options)
+        with swarm_of(options, as_json) as swarm, progress(as_json) as bars:
+            task = bars.add_task(f"replay {trace}", total=len(schedule), note="")
+            try:
+                run = run_replay(
+                    store,
+                    swarm,
+                    schedule,
+                    where,
+                    name=name,
+                    fleet=wanted,
+                    group=group,
+                    rate_factor=factor,
+                    on_progress=lambda done, _: bars.update(task, completed=done),
+                    **arguments,
+                )
+            except Interrupted as stop:
+                run, interrupted = stop.run, True
+        found = result(store, run)
+    if as_json:
+        emit_json(found)
+    else:
+        show(found, run)
+    if interrupted:
+        return 130
+    return 0 if run.complete and run.verdict != "invalid" else 4
+
+
+@contextmanager
+def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
+    """The swarm that the options ask for; says where workers join when others are expected."""
+    from loadgen.swarm import Swarm
+
+    expect = options["expect_workers"]
+    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"])
+    if expect and expect > options["workers"]:
+        swarm.on_listen = lambda address: messages(as_json).print(
+            f"Waiting for {expect - options['workers']} more workers: steelyard worker --master {address}", markup=False
+        )
+    with swarm:
+        yield swarm
+
+
+def show(found: dict[str, Any], run: Any) -> None:
+    """Print one run for people."""
+
+    def spread(name: str) -> str:
+        values = found[name]
+        return f"p50 {values['p50']:.1f}  p99 {values['p99']:.1f} ms"
+
+    console = messages()
+    failed = ", ".join(f"{n} {kind}" for kind, n in found["failed"].items()) or "none"
+    lines = [
+        f"run {run.id}: {run.trace} on {run.endpoint}" + (f", fleet {run.fleet}" if run.fleet else ""),
+        f"  {found['ok']} of {found['scheduled']} ok; failed: {failed}; unsent: {found['unsent']}",
+        f"  TTFT {spread('ttft_ms')}   TPOT {spread('tpot_ms')}   E2E {spread('e2e_ms')}   (from due)",
+        f"  goodput {found['goodput_per_s']:.2f}/s"
+        + (f" within {run.slo}" if run.slo else " (no SLO given: every answer counts)"),
+        f"  generator: send lag p50 {found['lag_ms']['p50']:.1f}  p99 {found['lag_ms']['p99']:.1f}  "
+        f"max {found['lag_ms']['max']:.1f} ms -> {run.verdict}" + ("" if run.complete else ", INCOMPLETE"),
+        f"  {run.reason}",
+    ]
+    for line in lines:
+        console.print(line, markup=False)
+
+
+@click.command(**example("steelyard worker --master 10.0.0.5:5557"))
+@click.option("--master", required=True, metavar="HOST:PORT", help="Address that the replay printed.")
+def worker(master: str) -> int:
+    """Join a replay's master from this or another machine, and send a share of its requests.
+
+    The master hands the endpoint's credentials to its workers in the clear: keep this network your own.
+    """
+    from loadgen.swarm import work
+
+    return work(master)
+
+
+@click.command(**example("steelyard sweep azure-2023-conv --profile demo --fleets 2:6,4:4 --requests 60 --rate 3"))
+@click.argument("trace")
+@click.option(
+    "--endpoint", metavar="URL", help="Endpoint whose fleet can be set [default: an embedded one, see --profile]."
+)
+@click.option("--profile", default="demo", show_default=True, help="Profile of the embedded endpoint.")
+@click.option("--fleets", metavar="P:D,P:D,...", help="Fleets to measure.")
+@click.option("--all", "every", is_flag=True, help="Every split of --gpus.")
+@click.option("--gpus", type=click.IntRange(min=2), default=8, show_default=True, help="GPUs to split.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Times each fleet is measured."
+)
+@click.option("--group", default="", help="Group name [default: sweep-DATE-TIME].")
+@asked
+@json_option
+@db_option
+def sweep(
+    trace: str,
+    endpoint: str | None,
+    profile: str,
+    fleets: str | None,
+    every: bool,
+    gpus: int,
+    repeats: int,
+    group: str,
+    db: str,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Replay a trace on several fleets, in random order, and put them side by side.
+
+    The order is shuffled by --seed, so that a drift of the server does not look like an effect of the fleet. The
+    fleet that was in force before is put back at the end, after Ctrl-C too.
+    """
+    from advisor.cli.run_verbs import table
+    from loadgen.sweep import sweep as run_sweep
+    from traces.measures import Slo
+    from traces.records import Fleet
+    from traces.store import open_store
+
+    if bool(fleets) == every:
+        raise click.UsageError("give --fleets 2:6,3:5 or --all.")
+    per = pair(options["gpus_per_worker"])
+    wanted = [Fleet.parse(text) for text in fleets.split(",")] if fleets else Fleet.splits(gpus, per)
+    slo = Slo.parse(options["slo"] or "ttft<0.5s tpot<50ms")
+    with open_store(db, create=False) as store:
+        schedule, factor = schedule_of(store, trace, options)
+        arguments: dict[str, Any] = {}
+        with progress(as_json) as bars:
+            task = bars.add_task("sweep", total=len(wanted) * repeats * len(schedule), note="")
+
+            def note(line: str, done: int) -> None:
+                bars.update(task, completed=done, note=line)
+
+            with swarm_of(options, as_json) as swarm, endpoint_of(endpoint, profile, wanted[0]) as url:
+                where, arguments = how(url, options, slo)
+                seed = arguments.pop("seed")
+                group, runs = run_sweep(
+                    store,
+                    swarm,
+                    schedule,
+                    where,
+                    wanted,
+                    seed=seed,
+                    repeats=repeats,
+                    group=group,
+                    rate_factor=factor,
+                    note=note,
+                    **arguments,
+                )
+        rows = [result(store, run) for run in runs]
+    if as_json:
+        emit_json({"group": group, "runs": rows})
+    else:
+        table(
+            rows,
+            f"group {group}: {trace}, {len(schedule)} requests at {schedule.rate_per_s:.3g}/s, goodput within {slo}",
+        )
+    return 0 if all(run.complete and run.verdict != "invalid" for run in runs) else 4
+
+
+@contextmanager
+def endpoint_of(url: str | None, profile: str, fleet: Any) -> Iterator[str]:
+    """The URL given, or an embedded reference endpoint."""
+    if url is not None:
+        yield url
+        return
+    from loadgen.cluster.embedded import embedded
+
+    with embedded(profile, fleet) as own:
+        yield own

@@ -1,0 +1,262 @@
+"""The verbs runs and compare."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advisor.cli.common import db_option, emit_json, example, json_option, messages, plain
+
+
+def figures(run: Any, rows: Any) -> dict[str, Any]:
+    """What is said of a run, in numbers, with the keys of the house. Latencies in ms, over ok requests, from due."""
+    from traces.measures import Slo, quantile, summarise
+
+    slo = Slo.parse(run.slo) if run.slo else Slo()
+    summary = summarise(rows, slo)
+    ok = rows.take(rows.ok)
+
+    def spread(values: Any) -> dict[str, float]:
+        return {
+            "p50": quantile(values, 0.5) * 1e3,
+            "p90": quantile(values, 0.9) * 1e3,
+            "p99": quantile(values, 0.99) * 1e3,
+            "max": quantile(values, 1.0) * 1e3,
+        }
+
+    return {
+        "name": run.name,
+        "trace": run.trace,
+        "scheduled": run.scheduled,
+        "ok": run.counts.get("ok", 0),
+        "failed": {k.removeprefix("failed."): n for k, n in run.counts.items() if k.startswith("failed.")},
+        "unsent": run.counts.get("unsent", 0),
+        "cancelled": run.counts.get("cancelled", 0),
+        "lost": run.counts.get("lost", 0),
+        "verdict": run.verdict,
+        "complete": run.complete,
+        "reason": run.reason,
+        "lag_ms": {"p50": run.lag_p50_ms, "p99": run.lag_p99_ms, "max": run.lag_max_ms},
+        "ttft_ms": spread(ok.ttft_s),
+        "tpot_ms": spread(ok.tpot_s),
+        "e2e_ms": spread(ok.e2e_s),
+        "ttft_sent_ms": spread(ok.ttft_sent_s),
+        "e2e_sent_ms": spread(ok.e2e_sent_s),
+        "goodput_per_s": summary.goodput_per_s,
+        "throughput_per_s": summary.throughput_per_s,
+        "output_tokens_per_s": summary.output_tokens_per_s,
+        "attainment": summary.attainment,
+        "slo": run.slo,
+        "fleet": {"prefill": run.fleet.prefill, "decode": run.fleet.decode} if run.fleet else None,
+        "rate_per_s": run.rate_per_s,
+        "endpoint": run.endpoint,
+        "engine": run.engine,
+        "model": run.model,
+        "profile": run.profile,
+        "group": run.group,
+        "workers": run.workers,
+    }
+
+
+def table(rows: list[dict[str, Any]], title: str) -> None:
+    """Runs side by side, one line a run, by fleet."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    columns = (
+        "run",
+        "P:D",
+        "ok",
+        "goodput/s",
+        "TTFT p50",
+        "p99",
+        "TPOT p50",
+        "p99",
+        "E2E p50",
+        "p99 ms",
+        "lag p99",
+        "",
+    )
+    for column in columns:
+        made.add_column(column, justify="left" if column in ("P:D", "") else "right")
+    best = max((r["goodput_per_s"] or 0.0 for r in rows), default=0.0)
+    for r in sorted(rows, key=lambda r: (r["fleet"]["prefill"] if r["fleet"] else 0, r["run"])):
+        fleet = f"{r['fleet']['prefill']}:{r['fleet']['decode']}" if r["fleet"] else "?"
+        word = r["verdict"] if r["verdict"] != "valid" or r["complete"] else ""
+        word = "incomplete" if not r["complete"] else word
+        made.add_row(
+            str(r["run"]),
+            fleet,
+            f"{r['ok']}/{r['scheduled']}",
+            f"{r['goodput_per_s']:.2f}",
+            *(f"{r[name][q]:.4g}" for name in ("ttft_ms", "tpot_ms", "e2e_ms") for q in ("p50", "p99")),
+            f"{r['lag_ms']['p99']:.1f}",
+            word,
+            style="bold" if r["goodput_per_s"] == best and best > 0 else None,
+        )
+    messages().print(made)
+
+
+@click.group(invoke_without_command=True, **example("steelyard runs"))
+@click.option("--group", help="Only runs of this group.")
+@json_option
+@db_option
+@click.pass_context
+def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> None:
+    """List stored runs; show or export one."""
+    context.obj = db
+    if context.invoked_subcommand is not None:
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    from traces.store import open_store
+
+    with open_store(db, create=False) as store:
+        found = store.runs(group=group)
+    if as_json:
+        emit_json({"runs": [_short(run) for run in found]})
+        return
+    made = Table(box=None, pad_edge=False)
+    for column in ("run", "name", "trace", "P:D", "rate/s", "ok", "lag p99 ms", "verdict"):
+        made.add_column(column, justify="right" if column in ("run", "rate/s", "ok", "lag p99 ms") else "left")
+    for run in found:
+        state = run.verdict if run.ended else "running or broken off"
+        made.add_row(
+            str(run.id),
+            escape(run.name),
+            escape(run.trace),
+            str(run.fleet or "?"),
+            f"{run.rate_per_s:.3g}",
+            f"{run.counts.get('ok', 0)}/{run.scheduled}",
+            f"{run.lag_p99_ms:.1f}",
+            state if run.complete or not run.ended else f"{state}, incomplete",
+        )
+    console = messages()
+    console.print(made)
+    if not found:
+        console.print("No runs yet. Make one: steelyard replay --help")
+
+
+def _short(run: Any) -> dict[str, Any]:
+    held: dict[str, Any] = plain(run)
+    held["run"] = held.pop("id")
+    return held
+
+
+@runs.command("show", **example("steelyard runs show 1"))
+@click.argument("run_id", metavar="ID", type=int)
+@json_option
+@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
+@click.pass_context
+def show_run(context: click.Context, run_id: int, as_json: bool, db: str | None) -> None:
+    """Everything known of one run."""
+    from traces.store import open_store
+
+    with open_store(db or context.obj, create=False) as store:
+        run = store.run(run_id)
+        found = {"run": run.id} | figures(run, store.observations(run.id))
+        readings = len(store.samples(run.id))
+    if as_json:
+        emit_json(found | {"samples": readings, "changes": list(run.changes), "digest": run.schedule_digest})
+        return
+    from advisor.cli.replay_verbs import show
+
+    show(found, run)
+    console = messages()
+    console.print(
+        f"  from sent: TTFT p50 {found['ttft_sent_ms']['p50']:.1f}  p99 {found['ttft_sent_ms']['p99']:.1f} ms   "
+        f"E2E p50 {found['e2e_sent_ms']['p50']:.1f}  p99 {found['e2e_sent_ms']['p99']:.1f} ms",
+        markup=False,
+    )
+    console.print(
+        f"  model {run.model}, engine {run.engine}, {run.workers} workers, {readings} server readings; "
+        f"schedule {run.schedule_digest[:12]}" + (f" ({'; '.join(run.changes)})" if run.changes else ""),
+        markup=False,
+    )
+
+
+@runs.command("export", **example("steelyard runs export 1 --out run-1.csv"))
+@click.argument("run_id", metavar="ID", type=int)
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="CSV file to write.")
+@json_option
+@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
+@click.pass_context
+def export_run(context: click.Context, run_id: int, out: Path, as_json: bool, db: str | None) -> None:
+    """Write one line a request, with the names of traces/records.py; what did not come is empty."""
+    from traces.errors import InputError
+    from traces.store import open_store
+
+    with open_store(db or context.obj, create=False) as store:
+        run = store.run(run_id)
+        rows = store.observations(run.id)
+    names = type(rows).columns()
+    try:
+        # Written beside and moved: a full disk leaves no half file under the name that was asked for.
+        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            for row in zip(*(getattr(rows, name).tolist() for name in names), strict=True):
+                writer.writerow(["" if v is None or v != v else _guarded(v) for v in row])
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
+    if as_json:
+        emit_json({"run": run.id, "rows": len(rows), "out": str(out)})
+    else:
+        messages().print(f"{len(rows)} rows of run {run.id} written to {out}", markup=False)
+
+
+def _guarded(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula gets an apostrophe: details come from servers."""
+    return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+
+
+@click.command(**example("steelyard compare 1 2"))
+@click.argument("ids", metavar="RUN..", type=int, nargs=-1)
+@click.option("--group", help="All runs of this sweep or demo.")
+@json_option
+@db_option
+def compare(ids: tuple[int, ...], group: str | None, db: str, as_json: bool) -> None:
+    """Put runs side by side: goodput, TTFT, TPOT and E2E by fleet.
+
+    Refuses runs that did not ask the same, and runs whose generator was too late to be trusted.
+    """
+    from traces.errors import InputError
+    from traces.store import open_store
+
+    if bool(ids) == bool(group):
+        raise click.UsageError("name the runs, or give --group NAME.")
+    with open_store(db, create=False) as store:
+        found = store.runs(group=group) if group else [store.run(i) for i in dict.fromkeys(ids)]
+        if len(found) < 2:
+            raise InputError(f"comparing needs two runs or more (got {len(found)}). See: steelyard runs")
+        for run in found:
+            why = ""
+            if not run.ended:
+                why = "has not ended"
+            elif not run.complete:
+                why = f"is incomplete ({run.reason})"
+            elif run.verdict == "invalid":
+                why = f"is invalid ({run.reason})"
+            elif run.schedule_digest != found[0].schedule_digest:
+                why = f"asked another schedule than run {found[0].id} ({run.trace}, {run.scheduled} requests)"
+            elif run.slo != found[0].slo:
+                why = f"has another SLO than run {found[0].id} ({run.slo or 'none'}, not {found[0].slo or 'none'})"
+            if why:
+                raise InputError(f"run {run.id} {why}: it cannot be compared. Name other runs, see: steelyard runs")
+        rows = [{"run": run.id} | figures(run, store.observations(run.id)) for run in found]
+    if as_json:
+        best = max(rows, key=lambda r: r["goodput_per_s"])
+        emit_json({"runs": rows, "best": best["run"]})
+    else:
+        first = found[0]
+        asked = f"{first.trace}, {first.scheduled} requests at {first.rate_per_s:.3g}/s"
+        table(rows, asked + (f", goodput within {first.slo}" if first.slo else ""))
