@@ -43,12 +43,12 @@ class Probe:
 
 
 PROBES = (
-    Probe("low load", Fleet(4, 4), 0.6, 60),
-    Probe("prefill saturated", Fleet(1, 7), 2.0, 240),
-    Probe("decode saturated", Fleet(7, 1), 1.0, 120),
+    Probe("low load", Fleet(4, 4), 2.0, 40),
+    Probe("prefill saturated", Fleet(1, 7), 10.0, 180),
+    Probe("decode saturated", Fleet(7, 1), 4.0, 48),
 )
 
-ASKED_FACTOR = 2.5
+ASKED_FACTOR = 2.2
 """The rate that is asked about: the recorded gaps divided by this."""
 
 ASKED_REQUESTS = 600
