@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -449,12 +450,9 @@ def _calibrate_shares(profile: Profile, line: Floats, replays: Sequence[_Replay]
     best: tuple[float, Floats] = (math.inf, np.zeros(3))
     budgets = (1.0, 4096.0, 16384.0) if start is None else (float(start.max_batch_tokens),)
     for budget in budgets:
-        found = minimize(
-            lambda z: _misfit(at(z), replays),
-            np.array([0.0, 2.0, math.log(budget)]),
-            method="Nelder-Mead",
-            options={"maxfev": 60 if start is None else 25, "xatol": 0.05, "fatol": 1e-3},
-        )
+        options: Any = {"maxfev": 60 if start is None else 25, "xatol": 0.05, "fatol": 1e-3}
+        begin = np.array([0.0, 2.0, math.log(budget)])
+        found = minimize(lambda z: _misfit(at(z), replays), begin, method="Nelder-Mead", options=options)
         if float(found.fun) < best[0]:
             best = float(found.fun), np.asarray(found.x, dtype=float)
     return at(best[1])

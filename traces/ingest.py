@@ -22,6 +22,7 @@ import numpy as np
 from traces.errors import InputError
 from traces.formats import BadFileError, BadRowError, Row, TraceFormat, formats
 from traces.formats.mooncake import unpack
+from traces.records import Schedule
 from traces.store import Store, TraceInfo
 
 HEAD = 65_536
@@ -413,3 +414,57 @@ def clean_rate(text: str) -> float:
     if not 0 <= value <= 1:
         raise InputError(f"--max-bad must be a share like 5% or 0.05 (got {text!r}).")
     return value
+
+
+def store_schedule(store: Store, schedule: Schedule, *, options: dict[str, Any]) -> IngestReport:
+    """Store a synthetic schedule as a trace. The same options again are a no-op; the name with others is refused."""
+    digest = schedule.digest()
+    for info in store.traces():
+        if info.name == schedule.name:
+            if info.sha256 == digest:
+                return IngestReport.of(info, already=True)
+            raise InputError(
+                f"a trace named {schedule.name!r} is already stored with other content. Give another --name, "
+                f"or remove it: steelyard traces delete {schedule.name}"
+            )
+    n = len(schedule)
+    arrival = np.rint(schedule.due_s * 1e6).astype(np.int64)
+    columns = {
+        "seq": list(range(n)),
+        "source_line": list(range(1, n + 1)),
+        "arrival_us": arrival.tolist(),
+        "prompt_tokens": schedule.prompt_tokens.tolist(),
+        "output_tokens": schedule.output_tokens.tolist(),
+        "status": [_OK] * n,
+        "session_key": [None] * n,
+        "hash_ids": [None] * n,
+    }
+    report = IngestReport(
+        name=schedule.name,
+        format="synthetic",
+        rows_read=n,
+        rows_kept=n,
+        skipped={},
+        other_events=0,
+        sum_prompt_tokens=int(schedule.prompt_tokens.sum()),
+        sum_output_tokens=int(schedule.output_tokens.sum()),
+        span_s=schedule.span_s,
+        distinct_arrivals=len(np.unique(arrival)),
+        prefix_hit_tokens=None,
+        inversions=0,
+        equal_times=int((np.diff(arrival) == 0).sum()),
+        failed_rows=0,
+        clock="microsecond",
+        notes=["synthetic: " + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None)],
+    )
+    summary = {k: v for k, v in asdict(report).items() if k not in ("name", "format", "already")}
+    info = store.add_trace(
+        name=schedule.name,
+        format="synthetic",
+        sha256=digest,
+        files=[],
+        options=options,
+        batches=[columns],
+        summary=lambda: (summary, None, None, None),
+    )
+    return IngestReport.of(info)

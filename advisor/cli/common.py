@@ -64,7 +64,8 @@ def emit_json(value: Any) -> None:
 
 def messages(as_json: bool = False) -> Console:
     """Where people read: stdout, or stderr when stdout belongs to JSON. Honours NO_COLOR and non-terminals."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+    stream = sys.stderr if as_json else sys.stdout
+    return Console(stderr=as_json, highlight=False, width=None if stream.isatty() else 160)
 
 
 @contextmanager

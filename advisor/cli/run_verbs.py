@@ -99,7 +99,8 @@ def table(rows: list[dict[str, Any]], title: str) -> None:
             word,
             style="bold" if r["goodput_per_s"] == best and best > 0 else None,
         )
-    messages().print(made)
+    console = messages()
+    console.print(made, width=max(console.width, 120))
 
 
 @click.group(invoke_without_command=True, **example("steelyard runs"))
@@ -138,7 +139,7 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
             state if run.complete or not run.ended else f"{state}, incomplete",
         )
     console = messages()
-    console.print(made)
+    console.print(made, width=max(console.width, 120))
     if not found:
         console.print("No runs yet. Make one: steelyard replay --help")
 

@@ -1,0 +1,146 @@
+"""The verbs serve and simulate: the cluster model at wall-clock speed, and in virtual time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from advisor.cli.common import db_option, emit_json, example, json_option, messages
+
+
+@click.command(**example("steelyard serve --profile demo --fleet 4:4 --port 8123"))
+@click.option("--profile", default="demo", show_default=True, help="A shipped profile, or a TOML file.")
+@click.option("--fleet", default="4:4", show_default=True, metavar="P:D", help="Prefill and decode workers at start.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to bind; others than loopback need a token."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="Port; 0 takes a free one.")
+@click.option("--speed", type=float, default=1.0, show_default=True, help="Model seconds per second.")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="Bearer token to ask for [or STEELYARD_SERVE_TOKEN]."
+)
+@click.option("--fail-every", type=click.IntRange(min=0), default=0, help="Let every Nth completion fail.")
+@click.option(
+    "--fail-kind",
+    type=click.Choice(["status", "reset", "stall", "html"]),
+    default="status",
+    show_default=True,
+    help="How.",
+)
+@json_option
+def serve(
+    profile: str,
+    fleet: str,
+    host: str,
+    port: int,
+    speed: float,
+    token_file: Path | None,
+    fail_every: int,
+    fail_kind: str,
+    as_json: bool,
+) -> None:
+    """Run the reference PD endpoint: OpenAI-shaped, its answers as slow as the profile's laws say under the load.
+
+    Prints one line when it listens, ends on Ctrl-C or SIGTERM. PUT /fleet {"prefill": 3, "decode": 5} moves workers.
+    """
+    from loadgen.cluster import Profile
+    from loadgen.cluster.server import read_token, run
+    from traces.records import Fleet
+
+    def ready(url: str) -> None:
+        if as_json:
+            emit_json({"url": url, "profile": profile, "fleet": fleet})
+        else:
+            click.echo(f"listening on {url}")
+
+    run(
+        Profile.load(profile),
+        Fleet.parse(fleet),
+        host=host,
+        port=port,
+        speed=speed,
+        token=read_token(token_file),
+        fail_every=fail_every,
+        fail_kind=fail_kind,
+        ready=ready,
+    )
+
+
+@click.command(**example("steelyard simulate azure-2023-conv --profile demo --gpus 8 --requests 600 --rate 9"))
+@click.argument("trace")
+@click.option(
+    "--profile", default="demo", show_default=True, help="A shipped profile, or a TOML file (advise --profile-out)."
+)
+@click.option("--fleet", metavar="P:D", help="One fleet [default: all splits of --gpus].")
+@click.option("--gpus", type=click.IntRange(min=2), default=8, show_default=True, help="GPUs to split.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's].")
+@click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests.")
+@click.option("--slo", default="ttft<0.5s tpot<50ms", show_default=True, help="Limits per request.")
+@json_option
+@db_option
+def simulate(
+    trace: str,
+    profile: str,
+    fleet: str | None,
+    gpus: int,
+    rate: float | None,
+    requests: int | None,
+    slo: str,
+    as_json: bool,
+    db: str,
+) -> None:
+    """Run a stored trace through the cluster model in virtual time, on one fleet or on every split."""
+    from rich.table import Table
+
+    from loadgen.cluster import Profile
+    from loadgen.cluster import simulate as run
+    from traces.measures import Slo, summarise
+    from traces.records import Fleet
+    from traces.shape import head, to_rate
+    from traces.store import open_store
+
+    laws, wanted = Profile.load(profile), Slo.parse(slo)
+    with open_store(db, create=False) as store:
+        schedule = store.schedule(trace)
+    if requests:
+        schedule = head(schedule, requests)
+    if rate:
+        schedule = to_rate(schedule, rate)
+    rows = []
+    for one in [Fleet.parse(fleet)] if fleet else Fleet.splits(gpus):
+        result = run(schedule, one, laws)
+        rows.append((one, summarise(result.observations, wanted), result.utilisation))
+    if as_json:
+        emit_json(
+            {
+                "trace": trace,
+                "profile": laws.name,
+                "slo": str(wanted),
+                "requests": len(schedule),
+                "rate_per_s": schedule.rate_per_s,
+                "fleets": [
+                    {"prefill": one.prefill, "decode": one.decode, "summary": summary, "utilisation": busy}
+                    for one, summary, busy in rows
+                ],
+            }
+        )
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("P:D", "goodput/s", "within SLO", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "E2E p99 s", "busy P/D"):
+        table.add_column(name, justify="left" if name == "P:D" else "right")
+    for one, s, busy in rows:
+        table.add_row(
+            str(one),
+            f"{s.goodput_per_s:.3g}",
+            f"{s.attainment:.1%}",
+            f"{s.ttft_p50_s * 1e3:.0f}/{s.ttft_p99_s * 1e3:.0f}",
+            f"{s.tpot_p50_s * 1e3:.1f}/{s.tpot_p99_s * 1e3:.1f}",
+            f"{s.e2e_p99_s:.2f}",
+            f"{busy['prefill']:.0%}/{busy['decode']:.0%}",
+        )
+    console = messages()
+    console.print(
+        f"{trace}: {len(schedule)} requests at {schedule.rate_per_s:.3g}/s, profile {laws.name}, {wanted}", markup=False
+    )
+    console.print(table)

@@ -1,0 +1,281 @@
+"""The verbs ingest, synth and traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+
+REPORT_KEYS = (
+    "name",
+    "format",
+    "rows_read",
+    "rows_kept",
+    "skipped",
+    "other_events",
+    "sum_prompt_tokens",
+    "sum_output_tokens",
+    "span_s",
+    "distinct_arrivals",
+    "prefix_hit_tokens",
+    "inversions",
+    "equal_times",
+    "failed_rows",
+    "clock",
+    "notes",
+    "already",
+)
+
+
+def _json(report: Any) -> dict[str, Any]:
+    held = {key: getattr(report, key) for key in REPORT_KEYS}
+    held["skipped"] = {
+        reason: {"count": s.count, "first_lines": s.first_lines, "example": s.example}
+        for reason, s in report.skipped.items()
+    }
+    return held
+
+
+def _say(report: Any) -> None:
+    console = messages()
+    head = "already stored, nothing to do: " if report.already else ""
+    console.print(
+        f"{head}{report.name} ({report.format}): {report.rows_read} rows read, {report.rows_kept} kept; "
+        f"{report.sum_prompt_tokens} prompt and {report.sum_output_tokens} output tokens over {report.span_s:.6g} s",
+        markup=False,
+    )
+    for reason, skipped in report.skipped.items():
+        lines = ", ".join(map(str, skipped.first_lines))
+        console.print(f"  skipped {skipped.count}: {reason} (lines {lines}); {skipped.example}", markup=False)
+    if report.inversions or report.equal_times:
+        console.print(f"  {report.inversions} out of order, {report.equal_times} at the time of the row before")
+    if report.failed_rows:
+        console.print(f"  {report.failed_rows} without answer tokens: kept as failed, not replayed")
+    if report.prefix_hit_tokens is not None:
+        console.print(f"  {report.prefix_hit_tokens} prompt tokens are shared prefixes (unlimited cache, from cold)")
+    for note in report.notes:
+        console.print(f"  note: {note}", markup=False)
+
+
+@click.command(**example("steelyard ingest traces/data/azure-2023-conv.csv --name conv"))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the trace [default: the file's].")
+@click.option("--format", "format_", help="azure or mooncake [default: recognised from the file].")
+@click.option("--max-bad", default="5%", show_default=True, help="Refuse the file when more rows than this are bad.")
+@click.option(
+    "--zero-output",
+    type=click.Choice(["keep-failed", "skip", "min1"]),
+    default="keep-failed",
+    show_default=True,
+    help="Rows without answer tokens.",
+)
+@json_option
+@db_option
+def ingest(
+    files: tuple[Path, ...],
+    name: str | None,
+    format_: str | None,
+    max_bad: str,
+    zero_output: str,
+    as_json: bool,
+    db: str,
+) -> None:
+    """Read a recorded trace into the database: validated, counted, all of it or none.
+
+    Several files are shards of one trace. The same file again changes nothing.
+    """
+    from traces.ingest import clean_rate
+    from traces.ingest import ingest as load
+    from traces.store import open_store
+
+    share = clean_rate(max_bad)
+    with open_store(db) as store, progress(as_json) as bars:
+        size = sum(f.stat().st_size for f in files if f.is_file())
+        task = bars.add_task("read", total=size, note="bytes")
+        report = load(
+            store,
+            list(files),
+            name=name,
+            format=format_,
+            max_bad=share,
+            zero_output=zero_output,
+            progress=lambda n: bars.update(task, completed=n),
+        )
+        bars.update(task, completed=size)
+    if as_json:
+        emit_json(_json(report))
+    else:
+        _say(report)
+
+
+@click.command(
+    **example(
+        "steelyard synth --name chat --requests 500 --rate 8 --arrivals poisson \\\n"
+        "    --prompt lognormal:median=403,sigma=1,min=10,max=4096 --output lognormal:median=148,sigma=0.8,min=10,max=2048"
+    )
+)
+@click.option("--name", required=True, help="Name of the trace.")
+@click.option("--preset", type=click.Choice(["origin"]), help="The workload of the origin report, by name.")
+@click.option("--prompt", help="lognormal:median=..,sigma=..[,min=..,max=..]; or mean=.., or mu=..")
+@click.option("--output", help="The same for answers.")
+@click.option("--requests", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Mean arrivals per second.")
+@click.option(
+    "--arrivals",
+    type=click.Choice(["poisson", "uniform", "constant", "gamma", "burst"]),
+    help="Arrival process [default: poisson].",
+)
+@click.option("--cv", type=float, default=2.0, show_default=True, help="Coefficient of variation of gamma gaps.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+@db_option
+def synth(
+    name: str,
+    preset: str | None,
+    prompt: str | None,
+    output: str | None,
+    requests: int,
+    rate: float | None,
+    arrivals: str | None,
+    cv: float,
+    seed: int,
+    as_json: bool,
+    db: str,
+) -> None:
+    """Make a synthetic trace and store it: log-normal lengths, clipped, seeded."""
+    from traces import shape
+    from traces.errors import InputError
+    from traces.ingest import store_schedule
+    from traces.store import open_store
+
+    if preset == "origin":
+        lengths = shape.ORIGIN_PROMPT, shape.ORIGIN_OUTPUT
+        arrivals, rate = arrivals or "uniform", rate or requests / shape.ORIGIN_SPAN_S
+    elif prompt and output:
+        lengths = shape.LogNormal.parse(prompt), shape.LogNormal.parse(output)
+    else:
+        raise InputError("give --prompt and --output (lognormal:median=..,sigma=..), or --preset origin.")
+    if rate is None and arrivals != "burst":
+        raise InputError("give --rate, the mean arrivals per second (or --arrivals burst).")
+    schedule = shape.synthesize(
+        requests, *lengths, rate_per_s=rate or 1.0, arrivals=arrivals or "poisson", cv=cv, seed=seed, name=name
+    )
+    options = {
+        "preset": preset,
+        "prompt": str(lengths[0]),
+        "output": str(lengths[1]),
+        "requests": requests,
+        "rate_per_s": rate,
+        "arrivals": arrivals or "poisson",
+        "cv": cv,
+        "seed": seed,
+    }
+    with open_store(db) as store:
+        report = store_schedule(store, schedule, options=options)
+    if as_json:
+        emit_json(_json(report))
+    else:
+        _say(report)
+
+
+@click.group(invoke_without_command=True, **example("steelyard traces show azure-2023-conv"))
+@json_option
+@db_option
+@click.pass_context
+def traces(context: click.Context, as_json: bool, db: str) -> None:
+    """List the stored traces; show or delete one."""
+    from rich.table import Table
+
+    from traces.store import open_store
+
+    if context.invoked_subcommand is not None:
+        return
+    with open_store(db, create=False) as store:
+        stored = store.traces()
+    if as_json:
+        emit_json(
+            {"traces": [{"name": t.name, "format": t.format, **t.summary, "created_at": t.created_at} for t in stored]}
+        )
+        return
+    if not stored:
+        messages().print("No trace is stored. Add one: steelyard ingest FILE")
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "format", "requests", "span s", "prompt tokens", "output tokens"):
+        table.add_column(heading, justify="left" if heading in ("name", "format") else "right")
+    for t in stored:
+        s = t.summary
+        table.add_row(
+            t.name,
+            t.format,
+            str(s["rows_kept"]),
+            f"{s['span_s']:.6g}",
+            str(s["sum_prompt_tokens"]),
+            str(s["sum_output_tokens"]),
+        )
+    messages().print(table)
+
+
+@traces.command(**example("steelyard traces show azure-2023-conv --json"))
+@click.argument("name")
+@json_option
+@db_option
+def show(name: str, as_json: bool, db: str) -> None:
+    """What is known of a trace: counts, rate, lengths, the prefill:decode token ratio by quarter."""
+    import numpy as np
+
+    from traces.ingest import IngestReport
+    from traces.store import open_store
+
+    with open_store(db, create=False) as store:
+        report = IngestReport.of(store.trace(name))
+        schedule = store.schedule(name)
+    figures: dict[str, Any] = {"rate_per_s": schedule.rate_per_s, "replayable": len(schedule)}
+    for what, column in (("prompt", schedule.prompt_tokens), ("output", schedule.output_tokens)):
+        if len(column):
+            p50, p90, p99 = np.quantile(column, [0.5, 0.9, 0.99])
+            figures[f"{what}_tokens"] = {
+                "mean": float(column.mean()),
+                "p50": float(p50),
+                "p90": float(p90),
+                "p99": float(p99),
+                "max": int(column.max()),
+            }
+    figures["prompt_per_output_token_by_quarter"] = [
+        float(schedule.prompt_tokens[part].sum() / schedule.output_tokens[part].sum())
+        for part in np.array_split(np.arange(len(schedule)), 4)
+        if len(part)
+    ]
+    if as_json:
+        emit_json(_json(report) | figures)
+        return
+    _say(report)
+    console = messages()
+    console.print(f"  recorded rate {schedule.rate_per_s:.4g}/s, {len(schedule)} requests can be replayed")
+    for what in ("prompt", "output"):
+        f = figures.get(f"{what}_tokens")
+        if f:
+            console.print(
+                f"  {what} tokens: mean {f['mean']:.0f}, p50 {f['p50']:.0f}, p90 {f['p90']:.0f}, p99 {f['p99']:.0f}"
+            )
+    ratios = ", ".join(f"{r:.2g}" for r in figures["prompt_per_output_token_by_quarter"])
+    console.print(f"  prompt tokens per output token, by quarter: {ratios}")
+
+
+@traces.command(**example("steelyard traces delete azure-2023-conv"))
+@click.argument("name")
+@json_option
+@db_option
+def delete(name: str, as_json: bool, db: str) -> None:
+    """Remove a trace; runs made from it stay."""
+    from traces.store import open_store
+
+    with open_store(db, create=False) as store:
+        store.delete_trace(name)
+    if as_json:
+        emit_json({"deleted": name})
+    else:
+        messages().print(f"Deleted {name}.", markup=False)
