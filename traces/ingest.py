@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import math
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -170,7 +171,7 @@ class _Loaded:
                         self.keep(line, row)
         except BadFileError as error:
             raise InputError(f"{path}: {error}.") from error
-        except (OSError, EOFError, gzip.BadGzipFile) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path}: cannot be read to its end ({error}). Nothing was stored.") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Nothing was stored.") from error
@@ -365,7 +366,7 @@ def _recognise(path: Path, wanted: str | None) -> TraceFormat:
         if raw[:2] == b"\x1f\x8b":
             with gzip.open(path, "rb") as g:
                 raw = g.read(HEAD)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}).") from error
     refusal = _refusal(raw)
     if refusal:
@@ -399,8 +400,7 @@ def _refusal(raw: bytes) -> str | None:
         return "is a zip archive: unpack it first"
     if raw.startswith(b"PAR1"):
         return "is a Parquet file, which this version does not read"
-    text = raw.count(b"\x00")
-    if text and text > len(raw) // 100:
+    if raw.count(b"\x00") > len(raw) // 1000:
         return "is binary, not a text log"
     return None
 

@@ -1,0 +1,259 @@
+"""Ingest: what is kept is exact, what is not is counted, and a refused file leaves nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from traces.errors import InputError
+from traces.formats.mooncake import pack, unpack
+from traces.ingest import ingest
+from traces.shipped import NAMES, shipped
+from traces.store import open_store
+
+DATA = Path(__file__).parent / "data" / "traces"
+FACTS: dict[str, dict[str, Any]] = json.loads((DATA / "facts.json").read_text())
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
+
+DIGEST = "587c1402b0a90bb372097476cb7a01b82e18d3c04452d26024ecd8a38bafc92f"
+"""Of the Mooncake slice as a schedule: the same on every backend and in every release."""
+
+FILES = [
+    (shipped("azure-2023-conv"), "azure-2023/AzureLLMInferenceTrace_conv.first.csv"),
+    (shipped("azure-2023-code"), "azure-2023/AzureLLMInferenceTrace_code.first.csv"),
+    *((DATA / name.split("/")[1], name) for name in FACTS if name.startswith(("azure-2024/", "mooncake/"))),
+]
+
+
+@pytest.mark.parametrize(("path", "fact"), FILES, ids=[f[1] for f in FILES])
+def test_every_real_file_gives_exactly_its_published_facts(path: Path, fact: str, sqlite_url: str) -> None:
+    """Rows, sums, maxima, medians, span, distinct times, inversions and prefix reuse equal the facts."""
+    truth = FACTS[fact]
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [path], name="t")
+        schedule = store.schedule("t")
+    assert report.rows_read == report.rows_kept == truth["rows"]
+    assert report.sum_prompt_tokens == truth["sum_in"]
+    assert report.sum_output_tokens == truth["sum_out"]
+    assert round(report.span_s * 1e6) == truth["span_us"]
+    assert report.distinct_arrivals == truth["distinct_times"]
+    assert report.inversions == truth["adjacent_inversions"]
+    assert report.equal_times == truth["adjacent_equal"]
+    assert int(schedule.prompt_tokens.max()) == truth["max_in"]
+    assert int(np.sort(schedule.prompt_tokens)[len(schedule) // 2]) == truth["median_in"]
+    assert report.prefix_hit_tokens == truth.get("prefix_hit_tokens_cold_unbounded")
+
+
+def test_shipped_traces_exist_with_licence_and_attribution() -> None:
+    """Each shipped trace has its licence and attribution beside it."""
+    for name in NAMES:
+        folder = shipped(name).parent
+        assert (folder / "LICENSES" / "CC-BY-4.0.txt").is_file()
+        assert shipped(name).name in (folder / "ATTRIBUTION.md").read_text()
+
+
+def test_a_trace_is_the_same_on_both_databases(db_url: str) -> None:
+    """The schedule that comes back is the same whatever the backend."""
+    with open_store(db_url) as store:
+        ingest(store, [DATA / "synthetic_trace.first.jsonl"], name="t")
+        assert store.schedule("t").digest() == DIGEST
+        assert len(store.schedule("t")) == FACTS["mooncake/synthetic_trace.first.jsonl"]["rows"]
+        assert store.trace("t").block_size == 512
+
+
+def test_the_same_file_again_is_a_no_op_and_another_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+    """Loading twice stores once; the name with other content is refused with the way out."""
+    path = tmp_path / "a.csv"
+    path.write_text(HEADER + GOOD)
+    with open_store(sqlite_url) as store:
+        assert not ingest(store, [path]).already
+        assert ingest(store, [path]).already
+        path.write_text(HEADER + GOOD + GOOD)
+        with pytest.raises(InputError, match=r"other content.*traces delete a"):
+            ingest(store, [path])
+        assert len(store.schedule("a")) == 1
+
+
+def test_rows_out_of_order_are_sorted_and_counted(sqlite_url: str, tmp_path: Path) -> None:
+    """Late rows are put in order, the disorder is counted, and time starts at the first arrival."""
+    path = tmp_path / "a.csv"
+    path.write_text(
+        HEADER + "2024-05-10 00:00:02+00:00,2,1\n2024-05-10 00:00:00.5+00:00,1,1\n2024-05-10 00:00:02+00:00,3,1\n"
+    )
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [path])
+        schedule = store.schedule("a")
+    assert report.inversions == 1
+    assert schedule.due_s.tolist() == [0.0, 1.5, 1.5]
+    assert schedule.prompt_tokens.tolist() == [1, 2, 3]
+
+
+def test_shards_and_gzip_are_one_trace(sqlite_url: str, tmp_path: Path) -> None:
+    """Several files, compressed or not, are one source."""
+    (tmp_path / "a.csv").write_text(HEADER + GOOD)
+    with gzip.open(tmp_path / "b.csv.gz", "wt") as f:
+        f.write(HEADER + GOOD.replace("46.68", "47.68"))
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [tmp_path / "a.csv", tmp_path / "b.csv.gz"], name="both")
+    assert report.rows_kept == 2
+    assert report.span_s == pytest.approx(1.0)
+
+
+BAD_ROWS = [
+    # (row, reason)
+    ("2023-11-16 18:15,1,2,3\n", "wrong_field_count"),
+    ("yesterday,374,44\n", "bad_time"),
+    (",374,44\n", "bad_time"),
+    ("2023-11-16 18:15:46,abc,44\n", "ContextTokens_not_a_number"),
+    ("2023-11-16 18:15:46,12.5,44\n", "ContextTokens_not_an_integer"),
+    ("2023-11-16 18:15:46,1e3,44\n", "ContextTokens_not_an_integer"),
+    ("2023-11-16 18:15:46,nan,44\n", "ContextTokens_not_an_integer"),
+    ("2023-11-16 18:15:46,inf,44\n", "ContextTokens_not_an_integer"),
+    ("2023-11-16 18:15:46,-3,44\n", "ContextTokens_negative"),
+    ("2023-11-16 18:15:46,2147483648,44\n", "ContextTokens_too_large"),
+    ('2023-11-16 18:15:46,"1,234",44\n', "ContextTokens_not_a_number"),
+    ("2023-11-16 18:15:46,374,True\n", "GeneratedTokens_not_a_number"),
+    ("\n", "empty_line"),
+    ("2023-11-16 18:15:46,0,44\n", "failed_zero_input"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[f"{r}-{i}" for i, (_, r) in enumerate(BAD_ROWS)])
+def test_a_bad_row_is_skipped_under_its_own_name(row: str, reason: str, sqlite_url: str, tmp_path: Path) -> None:
+    """One bad row of a hundred is skipped, named, and its line number kept; read = kept + skipped."""
+    path = tmp_path / "a.csv"
+    path.write_text(HEADER + GOOD * 50 + row + GOOD * 50)
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [path])
+    assert report.rows_kept == 100
+    assert {r: s.count for r, s in report.skipped.items()} == {reason: 1}
+    assert report.skipped[reason].first_lines == [52]
+    assert report.rows_read == report.rows_kept + sum(s.count for s in report.skipped.values()) + report.other_events
+
+
+def test_whole_numbers_may_be_written_with_a_point(sqlite_url: str, tmp_path: Path) -> None:
+    """``12.0`` is 12."""
+    path = tmp_path / "a.csv"
+    path.write_text(HEADER + "2023-11-16 18:15:46,12.0,44\n")
+    with open_store(sqlite_url) as store:
+        ingest(store, [path])
+        assert store.schedule("a").prompt_tokens.tolist() == [12]
+
+
+@pytest.mark.parametrize(("how", "kept", "replayed"), [("keep-failed", 2, 1), ("skip", 1, 1), ("min1", 2, 2)])
+def test_zero_output_is_kept_as_failed_unless_told_otherwise(
+    how: str, kept: int, replayed: int, sqlite_url: str, tmp_path: Path
+) -> None:
+    """A row without answer tokens is a failure of the source: kept but not replayed, skipped, or given one token."""
+    path = tmp_path / "a.csv"
+    path.write_text(HEADER + GOOD + "2023-11-16 18:15:47,5,0\n")
+    with open_store(sqlite_url) as store:
+        assert ingest(store, [path], zero_output=how).rows_kept == kept
+        assert len(store.schedule("a")) == replayed
+
+
+REFUSED = [
+    # (content, words of the one line)
+    (b"", "empty"),
+    (b"   \n\n", "empty"),
+    (HEADER.encode(), "only a header"),
+    (b"<!DOCTYPE html><html>not found</html>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+    (b"\x80\x04\x95\x10\x00pickled", "never opened"),
+    (b"PK\x03\x04zipped", "zip archive"),
+    (b"PAR1parquet", "Parquet"),
+    (bytes(range(256)) * 40, "binary"),
+    (b"\x1f\x8b\x08\x00broken gzip", "cannot be read"),
+    (b"a,b,c\n1,2,3\n", "no known format"),
+    (b"TIMESTAMP,ContextTokens\n2023-11-16,4\n", "GeneratedTokens"),
+    ((HEADER + "x,y,z\n" * 10).encode(), "--max-bad"),
+    ((HEADER + GOOD * 9 + "x,y,z\n").encode(), "more than 5%"),
+    ((HEADER + "2023-11-16 18:15:46,0,4\n").encode(), "no row can be kept"),
+    ((HEADER + GOOD).encode("utf-16"), ""),
+    (b'{"timestamp": 1}\n', "output_length"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), REFUSED, ids=[w or "utf-16" for _, w in REFUSED])
+def test_a_file_that_cannot_be_used_is_refused_whole(
+    content: bytes, words: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """One line with the file's name; nothing is left in the database."""
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    with open_store(sqlite_url) as store:
+        with pytest.raises(InputError) as caught:
+            ingest(store, [path])
+        assert words in str(caught.value)
+        assert "bad.csv" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert store.traces() == []
+
+
+def test_what_is_no_file_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+    """A folder, a missing file and a pipe are refused without waiting."""
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    with open_store(sqlite_url) as store:
+        for path, words in (
+            (tmp_path, "folder"),
+            (tmp_path / "no.csv", "no such file"),
+            (tmp_path / "pipe", "regular"),
+        ):
+            with pytest.raises(InputError, match=words):
+                ingest(store, [path])
+
+
+def test_a_mooncake_row_with_the_wrong_block_count_is_skipped(sqlite_url: str, tmp_path: Path) -> None:
+    """Block ids must be ceil or floor of prompt / 512; ids beyond 2^63 are kept apart exactly."""
+    rows = [
+        {"timestamp": 0, "input_length": 1024, "output_length": 5, "hash_ids": [2**64 - 1, 2**64 - 2]},
+        {"timestamp": 3, "input_length": 1024, "output_length": 5, "hash_ids": [2**64 - 1, 2**64 - 3]},
+        {"timestamp": 5, "input_length": 1024, "output_length": 5, "hash_ids": [1]},
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows * 8))
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [path], max_bad=0.5)
+    assert report.skipped["block_count_mismatch"].count == 8
+    assert report.rows_kept == 16
+    # cold: of the first pair one block is shared; every later request finds both of its own
+    assert report.prefix_hit_tokens == 512 + 14 * 1024
+
+
+@given(st.lists(st.integers(0, 2**40), max_size=300))
+def test_packed_block_ids_come_back(ids: list[int]) -> None:
+    """Packing loses nothing."""
+    assert unpack(pack(ids)) == ids
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.binary(max_size=400), st.text(max_size=300).map(str.encode)),
+    st.sampled_from(["", HEADER, HEADER + GOOD]),
+)
+def test_no_bytes_crash_the_reader(tmp_path: Path, tail: bytes, head: str) -> None:
+    """Whatever follows a header, a file is loaded with every row accounted for, or refused in one line."""
+    path = tmp_path / "fuzz.csv"
+    path.write_bytes(head.encode() + tail)
+    database = tmp_path / "fuzz.db"
+    database.unlink(missing_ok=True)
+    with open_store(f"sqlite:///{database}") as store:
+        try:
+            report = ingest(store, [path], max_bad=1.0)
+        except InputError as error:
+            refused = str(error)
+        else:
+            refused = ""
+            assert report.rows_read == report.rows_kept + sum(s.count for s in report.skipped.values())
+        assert "\n" not in refused
+        assert not (refused and store.traces())
