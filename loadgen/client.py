@@ -36,6 +36,10 @@ from traces.errors import InputError
 TIMEOUT_S = 600.0
 """Default time a request may take from sent to its end."""
 
+IDLE_S = 4.0
+"""A kept connection that lay idle this long is not used again: many servers close theirs after five seconds, and a
+request written into a closing connection would look like a failure of the server."""
+
 BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
 
@@ -152,7 +156,6 @@ class _Flight:
         "first_byte",
         "http_status",
         "position",
-        "retried",
         "sent",
         "task",
     )
@@ -167,7 +170,6 @@ class _Flight:
         self.body_bytes = 0
         self.connection: _Connection | None = None
         self.task: asyncio.Task[None] | None = None
-        self.retried = False
 
 
 class _Connection(asyncio.Protocol):
@@ -183,8 +185,8 @@ class _Connection(asyncio.Protocol):
         "framed",
         "header_bytes",
         "inflate",
+        "keep",
         "parser",
-        "served",
         "transport",
     )
 
@@ -193,8 +195,7 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.parser: Any = None
         self.flight: _Flight | None = None
-        self.served = 0
-        self.at = 0.0
+        self.at = client.clock()
         self.reset()
 
     def reset(self) -> None:
@@ -204,6 +205,7 @@ class _Connection(asyncio.Protocol):
         self.framed = False
         self.inflate: Any = None
         self.complete = False
+        self.keep = False
         self.header_bytes = 0
 
     # --- asyncio
@@ -221,7 +223,6 @@ class _Connection(asyncio.Protocol):
             return
         if flight.first_byte != flight.first_byte:  # still NaN
             flight.first_byte = at
-            flight.body = None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -234,9 +235,8 @@ class _Connection(asyncio.Protocol):
             self.close()
             return
         if self.complete:
-            keep = self.parser.should_keep_alive()
             self.client._answered(flight, self, whole=True)
-            if keep:
+            if self.keep:
                 self.client._release(self)
             else:
                 self.close()
@@ -297,6 +297,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.flight is not None and self.flight.http_status >= 200:
             self.complete = True
+            self.keep = self.parser.should_keep_alive()  # afterwards the parser has forgotten
         else:
             self.reset()  # 100 Continue and its like
 
@@ -390,6 +391,7 @@ class Client:
         done: Callable[[Row], None],
         *,
         timeout_s: float = TIMEOUT_S,
+        idle_s: float = IDLE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
@@ -412,6 +414,8 @@ class Client:
         self._zero = 0.0
         self._ended: asyncio.Future[None] | None = None
         self._closing = False
+        self._idle_s = idle_s
+        self._spare: asyncio.Task[None] | None = None
 
     async def warm(self, connections: int) -> None:
         """Open a few connections, so that the first requests do not pay for it. A refusal is left to the requests."""
@@ -492,8 +496,7 @@ class Client:
         while idle:
             connection = idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
-                # The body is kept until the first byte: a kept connection may turn out to be closed.
-                flight = _Flight(position, self.clock(), body)
+                flight = _Flight(position, self.clock(), None)
                 self._flights[position] = flight
                 connection.start(flight, self._head, body)
                 return
@@ -541,7 +544,7 @@ class Client:
     def _release(self, connection: _Connection) -> None:
         connection.flight = None
         connection.parser = None
-        connection.served += 1
+        connection.at = self.clock()
         if connection.transport is None or connection.transport.is_closing():
             return
         if self._closing:
@@ -574,12 +577,6 @@ class Client:
         if self._flights.get(flight.position) is not flight:
             return
         if math.isnan(flight.first_byte):
-            if connection.served and not flight.retried and flight.body is not None and not self._closing:
-                # A kept connection that the server closed as we wrote: the server never saw the request. Sent stays.
-                flight.retried = True
-                flight.connection = None
-                flight.task = self._loop.create_task(self._send_fresh(flight))
-                return
             self._end(flight, "failed", "reset", printable(str(exc or "the connection was closed without an answer")))
             return
         if flight.http_status == 0:
@@ -649,6 +646,25 @@ class Client:
                     break
                 self._end(oldest, "failed", "timeout", f"no end within {self._timeout_s:g} s")
                 self._drop(oldest)
+            self._refresh(now)
+
+    def _refresh(self, now: float) -> None:
+        """Close kept connections that lay idle, oldest first; where none is left, open a spare one ahead of need."""
+        idle = self._idle
+        stale = 0
+        while stale < len(idle) and now - idle[stale].at > self._idle_s:
+            stale += 1
+        if stale:
+            for connection in idle[:stale]:
+                connection.close()
+            del idle[:stale]
+            if not idle and self._next < len(self._due) and self._spare is None:
+                self._spare = self._loop.create_task(self._open_spare())
+
+    async def _open_spare(self) -> None:
+        with contextlib.suppress(OSError):
+            self._release(await self._connect())
+        self._spare = None
 
 
 def _connect_error(error: OSError) -> tuple[str, str]:

@@ -272,7 +272,7 @@ class Swarm:
     def _spawn(self) -> None:
         here = str(Path(__file__).resolve().parent.parent)
         paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+        process = subprocess.Popen(
             # -P: a folder named traces where the user happens to be must not be taken for ours.
             [sys.executable, "-P", "-m", "loadgen.worker", "--master", self.address, "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,367 @@
+"""loadgen.client: on time, over real sockets, every failure by its name."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import math
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadgen.client import Client, Row, Target, target
+from loadgen.engines import Prompts, dialect
+from traces.errors import InputError
+
+EVENTS = [
+    b'data: {"choices":[{"text":"a","finish_reason":null}]}\n\n',
+    b'data: {"choices":[{"text":"b","finish_reason":"length"}]}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}\n\n',
+    b"data: [DONE]\n\n",
+]
+BODY = b"".join(EVENTS)
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+Answerer = Callable[[asyncio.StreamReader, asyncio.StreamWriter, bytes], Awaitable[None]]
+
+
+def chunked(*parts: bytes, end: bool = True) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in parts) + (b"0\r\n\r\n" if end else b"")
+
+
+def typed(kind: bytes, body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (kind, len(body), body)
+
+
+def replies(*raw: bytes, then: str = "keep") -> Answerer:
+    """A server's answer, byte for byte, piece by piece; then it keeps, closes, resets or stalls the connection."""
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _request: bytes) -> None:
+        for piece in raw:
+            writer.write(piece)
+            await writer.drain()
+            if len(raw) > 1:
+                await asyncio.sleep(0.002)
+        if then == "close":
+            writer.close()
+        elif then == "reset":
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            writer.transport.abort()
+        elif then == "stall":
+            await asyncio.sleep(30)
+
+    return answer
+
+
+async def ask(
+    answer: Answerer,
+    n: int = 1,
+    *,
+    due: list[float] | None = None,
+    timeout_s: float = 5.0,
+    idle_s: float = 4.0,
+    tls: tuple[ssl.SSLContext, Target] | None = None,
+    act: Callable[[Client], Awaitable[None]] | None = None,
+) -> tuple[list[Row], list[bytes], int]:
+    """(rows, requests as they arrived, connections) of ``n`` requests to a server that answers as told."""
+    seen: list[bytes] = []
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                body = await reader.readexactly(length)
+                seen.append(head + body)
+                await answer(reader, writer, head + body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls[0] if tls else None)
+    port = server.sockets[0].getsockname()[1]
+    where = tls[1] if tls else Target("http", "127.0.0.1", 0)
+    where = Target(where.scheme, where.host, port, where.prefix, where.headers, where.ca_file, where.insecure)
+    rows: list[Row] = []
+    kind = dialect("openai")
+    client = Client(where, kind.path, Prompts(kind, "m", 100, 1), rows.append, timeout_s=timeout_s, idle_s=idle_s)
+    times = due if due is not None else [0.0] * n
+    count = len(times)
+    run = asyncio.ensure_future(client.run(range(count), times, [5] * count, [2] * count, time.monotonic() + 0.01))
+    if act is not None:
+        await act(client)
+    await asyncio.wait_for(run, 20)
+    await client.close()
+    server.close()
+    await asyncio.sleep(0)
+    return sorted(rows), seen, connections
+
+
+def one(answer: Answerer, **options: Any) -> Row:
+    rows, _, _ = asyncio.run(ask(answer, **options))
+    assert len(rows) == 1
+    return rows[0]
+
+
+GOOD = [
+    # chunked, one chunk an event; all in one chunk; a chunk boundary inside an event
+    replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS)),
+    replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(BODY)),
+    replies(
+        SSE + b"Transfer-Encoding: chunked\r\n\r\n", chunked(BODY[:33], BODY[33:70], end=False), chunked(BODY[70:])
+    ),
+    # Content-Length
+    replies(SSE + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY),
+    # HTTP/1.1 and HTTP/1.0 ended by closing, with and without [DONE]
+    replies(SSE + b"Connection: close\r\n\r\n" + BODY, then="close"),
+    replies(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + b"".join(EVENTS[:3]), then="close"),
+    # split byte by byte, headers and all
+    replies(*(bytes([b]) for b in SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS))),
+    # 100 Continue first
+    replies(b"HTTP/1.1 100 Continue\r\n\r\n" + SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS)),
+    # gzip, though we ask for identity
+    replies(
+        SSE + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(gzip.compress(BODY, mtime=0)),
+        gzip.compress(BODY, mtime=0),
+    ),
+    # no content type, but a stream
+    replies(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY),
+    # said that it had ended, then lost its last chunk
+    replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS, end=False), then="close"),
+]
+
+
+@pytest.mark.parametrize("answer", GOOD, ids=range(len(GOOD)))
+def test_every_framing_gives_the_same_row(answer: Answerer) -> None:
+    """Chunks, lengths, closing, gzip and interim answers are transport, not content."""
+    row = one(answer)
+    assert (row.status, row.error, row.detail, row.http_status) == ("ok", "", "", 200)
+    assert (row.chunks, row.prompt_tokens, row.output_tokens) == (2, 5, 2)
+    assert row.sent < row.first_byte <= row.first_token <= row.last_token <= row.ended
+
+
+CHUNKED = SSE + b"Transfer-Encoding: chunked\r\n\r\n"
+HTML = b"<!doctype html><html>gateway</html>"
+ERROR = b'{"error":{"message":"no such model"}}'
+BAD = [
+    # what the server does -> kind, HTTP status, words in the detail
+    (replies(b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nboom"), "status", 500, "HTTP 500: boom"),
+    (replies(b"HTTP/1.1 429 Slow\r\nContent-Length: 0\r\n\r\n"), "status", 429, "HTTP 429"),
+    (replies(b"HTTP/1.1 307 Go\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n"), "status", 307, "HTTP 307"),
+    (replies(typed(b"text/html", HTML)), "malformed", 200, "text/html"),
+    (replies(typed(b"application/json", ERROR)), "stream_error", 200, "no such model"),
+    (replies(typed(b"application/json", b"{}")), "malformed", 200, "application/json"),
+    (replies(SSE + b"Content-Length: 0\r\n\r\n"), "short", 200, "ended early"),
+    (replies(SSE + b"Content-Length: 14\r\n\r\ndata: [DONE]\n\n"), "short", 200, "without any content"),
+    (replies(SSE + b"Content-Length: %d\r\n\r\n" % len(EVENTS[0]) + EVENTS[0]), "short", 200, "ended early"),
+    (replies(CHUNKED + chunked(EVENTS[0], end=False), then="close"), "short", 200, "inside the body"),
+    (replies(CHUNKED, chunked(EVENTS[0], end=False), then="reset"), "reset", 200, ""),
+    (replies(then="close"), "reset", 0, "without an answer"),
+    (replies(b"HTTP/1.1 200", then="close"), "reset", 0, "inside the headers"),
+    (replies(b"SSH-2.0-OpenSSH\r\n"), "malformed", 0, "HTTP"),
+    (replies(SSE + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"), "malformed", 200, "HTTP"),
+    (replies(SSE + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd"), "malformed", 200, "Content-Encoding"),
+    (replies(SSE + b"Content-Encoding: zstd\r\nContent-Length: 4\r\n\r\nabcd"), "malformed", 200, "zstd"),
+    (replies(CHUNKED + chunked(b'data: {"error":"\\u001b[2Jfull"}\n\n')), "stream_error", 200, "full"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "http", "words"), BAD, ids=[f"{k}-{i}" for i, (_, k, _, _) in enumerate(BAD)]
+)
+def test_every_failure_has_a_name(answer: Answerer, kind: str, http: int, words: str) -> None:
+    """What goes wrong is counted under one of the kinds of records.ERRORS, with what was seen."""
+    row = one(answer)
+    assert (row.status, row.error, row.http_status) == ("failed", kind, http)
+    assert words in row.detail
+    assert len(row.detail) <= 200
+    assert row.detail.isprintable()
+
+
+def test_nobody_listening_is_refused() -> None:
+    """A port without a server is 'refused'."""
+
+    async def run() -> list[Row]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        rows: list[Row] = []
+        kind = dialect("openai")
+        client = Client(Target("http", "127.0.0.1", port), kind.path, Prompts(kind, "m", 9, 1), rows.append)
+        await client.warm(2)
+        await asyncio.wait_for(client.run([0, 1], [0.0, 0.01], [5, 5], [1, 1], time.monotonic()), 10)
+        return rows
+
+    rows = asyncio.run(run())
+    assert [(r.status, r.error) for r in rows] == [("failed", "refused")] * 2
+
+
+def test_a_request_that_takes_too_long_times_out_and_keeps_what_it_measured() -> None:
+    """A stall is a timeout; the tokens that came stay in the row."""
+    answer = replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(EVENTS[0], end=False), then="stall")
+    row = one(answer, timeout_s=0.3)
+    assert (row.status, row.error, row.chunks) == ("failed", "timeout", 1)
+    assert math.isfinite(row.first_token)
+
+
+def test_no_request_waits_for_an_answer() -> None:
+    """With a server that never answers, every request leaves at its due time all the same."""
+    due = [k * 0.01 for k in range(50)]
+    rows, seen, connections = asyncio.run(ask(replies(then="stall"), due=due, timeout_s=0.8))
+    assert len(seen) == connections == 50
+    assert {r.error for r in rows} == {"timeout"}
+    first = rows[0].sent
+    assert max(abs((r.sent - first) - d) for r, d in zip(rows, due, strict=True)) < 0.5
+
+
+def test_requests_never_leave_early() -> None:
+    """Sent is at or after due, for every request."""
+    due = [k * 0.003 for k in range(100)]
+    before = time.monotonic()
+    rows, _, _ = asyncio.run(ask(GOOD[0], due=due))
+    assert all(r.sent >= before + d for r, d in zip(rows, due, strict=True))
+    assert [r.status for r in rows] == ["ok"] * 100
+
+
+def test_connections_are_reused() -> None:
+    """One request after another takes one connection."""
+    rows, seen, connections = asyncio.run(ask(GOOD[0], due=[k * 0.05 for k in range(10)]))
+    assert [r.status for r in rows] == ["ok"] * 10
+    assert len(seen) == 10
+    assert connections == 1
+
+
+def test_a_reset_is_counted_on_a_kept_connection_too() -> None:
+    """A server that resets a request is not asked again behind the user's back: the failure is a row."""
+    count = 0
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            writer.transport.abort()
+            return
+        await GOOD[0](_reader, writer, request)
+
+    rows, seen, connections = asyncio.run(ask(answer, due=[0.0, 0.2, 0.4]))
+    assert [(r.status, r.error) for r in rows] == [("ok", ""), ("failed", "reset"), ("ok", "")]
+    assert len(seen) == 3
+    assert connections == 2
+
+
+def test_a_connection_that_lay_idle_is_not_used_again() -> None:
+    """Servers close idle connections; ours are closed before, and a spare one is opened ahead of need."""
+    rows, _, connections = asyncio.run(ask(GOOD[0], due=[0.0, 0.05, 1.0], idle_s=0.3))
+    assert [r.status for r in rows] == ["ok"] * 3
+    assert connections >= 2
+
+
+def test_stopping_leaves_no_request_without_a_row() -> None:
+    """Stop and cancel: what was not sent is unsent, what was under way is cancelled with what it measured."""
+
+    async def act(client: Client) -> None:
+        await asyncio.sleep(0.3)
+        client.stop()
+        client.cancel()
+
+    answer = replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(EVENTS[0], end=False), then="stall")
+    rows, _, _ = asyncio.run(ask(answer, due=[0.0, 0.05, 30.0, 40.0], act=act))
+    assert [r.status for r in rows] == ["cancelled", "cancelled", "unsent", "unsent"]
+    assert [r.chunks for r in rows] == [1, 1, 0, 0]
+
+
+def test_tls_works_and_an_unknown_certificate_is_a_named_failure(tmp_path: Path) -> None:
+    """HTTPS with a CA file is HTTPS; without it the failure says TLS."""
+    pytest.importorskip("ssl")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("no openssl command here")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    trusted = Target("https", "localhost", 0, ca_file=str(certificate))
+    assert one(GOOD[0], tls=(context, trusted)).status == "ok"
+    row = one(GOOD[0], tls=(context, Target("https", "localhost", 0)))
+    assert (row.status, row.error) == ("failed", "other")
+    assert "TLS" in row.detail
+    assert one(GOOD[0], tls=(context, Target("https", "localhost", 0, insecure=True))).status == "ok"
+
+
+def test_the_request_is_what_it_should_be() -> None:
+    """Exact prompt length, forced answer length, usage asked for, an id to join with, no two prompts alike."""
+    rows, seen, _ = asyncio.run(ask(GOOD[0], 3))
+    assert len(rows) == 3
+    prompts = set()
+    ids = set()
+    for raw in seen:
+        head, _, body = raw.partition(b"\r\n\r\n")
+        sent = json.loads(body)
+        assert len(sent["prompt"]) == 5
+        prompts.add(tuple(sent.pop("prompt")[:4]))
+        assert sent == {
+            "model": "m", "max_tokens": 2, "min_tokens": 2, "ignore_eos": True, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        ids.add(head.lower().split(b"x-request-id: ")[1].split(b"\r\n")[0])
+    assert len(prompts) == len(ids) == 3
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 1000])
+def test_a_prompt_has_as_many_tokens_as_asked(n: int, text: bool, chat: bool) -> None:
+    """Ids or words are counted to the one, and every body is JSON."""
+    kind = dialect("openai", chat=chat, text=text)
+    prompts = Prompts(kind, 'a "model"', 1000, 3)
+    for position in (0, 1, 9_999_999):
+        body = json.loads(prompts.body(position, n, 7))
+        prompt = body["messages"][0]["content"] if chat else body["prompt"]
+        assert len(prompt if isinstance(prompt, list) else prompt.split()) == n
+        assert body["model"] == 'a "model"'
+        assert isinstance(prompt, str) == (chat or text)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://127.0.0.1:8000/", "http://127.0.0.1:8000"),
+        ("https://host/prefix/v1/", "https://host:443/prefix"),
+        ("http://user:secret@host:1", "http://host:1"),
+        ("http://[::1]:9", "http://[::1]:9"),
+    ],
+)
+def test_an_endpoint_is_shown_without_secrets(url: str, shown: str) -> None:
+    """What is stored of an endpoint is scheme, host, port and path."""
+    where = target(url, api_key="key")
+    assert where.shown == shown
+    assert "secret" not in repr(where)
+    assert "key" not in repr(where)
+
+
+@pytest.mark.parametrize("url", ["", "host:80", "ftp://host", "http://", "http://host:port", "http://h:99999"])
+def test_a_url_that_cannot_be_used_is_an_input_error(url: str) -> None:
+    """Each says what a base URL looks like."""
+    with pytest.raises(InputError, match="base URL"):
+        target(url)
+
+
+def test_a_header_cannot_smuggle_a_line() -> None:
+    """A line break in a token would be a second header."""
+    with pytest.raises(InputError, match="does not allow"):
+        target("http://h", api_key="a\r\nX: y")

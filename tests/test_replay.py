@@ -1,0 +1,404 @@
+"""loadgen.replay and its verbs, end to end: a real endpoint, a real swarm, real rows in SQL."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from advisor.cli import main
+from loadgen.client import target
+from loadgen.cluster.embedded import embedded
+from loadgen.control import Endpoint
+from loadgen.replay import read_api_key, replay
+from loadgen.swarm import Swarm
+from loadgen.sweep import sweep
+from traces.errors import EndpointError, InputError
+from traces.ingest import ingest
+from traces.measures import Slo, summarise
+from traces.records import Fleet, Observations, Schedule
+from traces.shipped import shipped
+from traces.store import Store, open_store
+
+SLO = Slo.parse("ttft<0.5s tpot<50ms")
+
+
+def schedule(n: int, rate_per_s: float, output_tokens: int = 10) -> Schedule:
+    gaps = np.random.default_rng(1).exponential(1 / rate_per_s, n)
+    due = np.cumsum(gaps) - gaps[0]
+    return Schedule("t", np.arange(n), due, np.full(n, 40), np.full(n, output_tokens))
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[Swarm]:
+    with Swarm(workers=2) as made:
+        yield made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(f"sqlite:///{tmp_path}/t.db") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with embedded("constant", Fleet(4, 4)) as url:
+        yield url
+
+
+def test_known_truth(store: Store, swarm: Swarm, endpoint: str) -> None:
+    """Latencies from sent, through Locust into SQL, agree with the server's own log of the same requests."""
+    asked = schedule(100, 40.0)
+    run = replay(store, swarm, asked, endpoint, slo=SLO)
+    rows = store.observations(run.id)
+    assert run.counts == {"ok": 100}
+    assert run.complete
+    assert (run.engine, run.model, run.profile, run.fleet) == ("reference", "constant", "constant", Fleet(4, 4))
+    with urllib.request.urlopen(endpoint + "/log", timeout=10) as answer:
+        log = list(csv.DictReader(io.StringIO(answer.read().decode())))
+    theirs = {int(r["id"].rpartition("-")[2]): r for r in log[-100:]}
+    assert len(theirs) == 100
+    first = np.array([float(theirs[i]["first_s"]) - float(theirs[i]["arrive_s"]) for i in rows.index])
+    last = np.array([float(theirs[i]["last_s"]) - float(theirs[i]["arrive_s"]) for i in rows.index])
+    ttft_ms = (rows.ttft_sent_s - first) * 1e3
+    e2e_ms = (rows.e2e_sent_s - last) * 1e3
+    print(f"TTFT error ms p50 {np.median(ttft_ms):.2f} p99 {np.quantile(ttft_ms, 0.99):.2f}")
+    assert abs(np.median(ttft_ms)) < 5
+    assert abs(np.median(e2e_ms)) < 5
+    assert 0.045 < np.median(rows.ttft_sent_s) < 0.060
+    assert 0.009 < np.median(rows.tpot_s) < 0.012
+    assert (rows.prompt_tokens == 40).all()
+    assert (rows.output_tokens == 10).all()
+    assert (rows.chunks == 10).all()
+    roles = {s.role for s in store.samples(run.id)}
+    assert roles == {"prefill", "decode"}
+
+
+def test_a_fleet_is_put_in_force_first(store: Store, swarm: Swarm) -> None:
+    """The run starts when the fleet is the one that was asked for, and an impossible one is refused with the reason."""
+    with embedded("demo", Fleet(4, 4)) as url:
+        run = replay(store, swarm, schedule(5, 20.0, 3), url, fleet=Fleet(2, 6))
+        assert run.fleet == Fleet(2, 6)
+        assert Endpoint(target(url)).fleet() == Fleet(2, 6)
+        with pytest.raises(EndpointError, match=r"refused the fleet 9:9 .*8 workers"):
+            replay(store, swarm, schedule(5, 20.0, 3), url, fleet=Fleet(9, 9))
+    assert len(store.runs()) == 1
+
+
+def test_every_tenth_request_fails_and_the_run_finishes(store: Store, swarm: Swarm) -> None:
+    """Failures are stored by kind; the run is whole and its verdict speaks of the generator alone."""
+    for kind, name in (("status", "status"), ("reset", "reset"), ("html", "malformed")):
+        with embedded("constant", Fleet(1, 1), fail_every=10, fail_kind=kind) as url:
+            run = replay(store, swarm, schedule(60, 60.0), url)
+            rows = store.observations(run.id)
+        assert run.complete
+        assert run.counts == {"ok": 54, "failed": 6, f"failed.{name}": 6}
+        assert len(rows) == 60
+        assert set(rows.error) == {"", name}
+        assert {len(d) > 0 for d in rows.detail[rows.error == name]} == {True}
+
+
+def test_a_stalled_request_times_out(store: Store, swarm: Swarm) -> None:
+    """A server that never ends an answer costs the timeout and a named row."""
+    with embedded("constant", Fleet(1, 1), fail_every=5, fail_kind="stall") as url:
+        run = replay(store, swarm, schedule(10, 50.0), url, timeout_s=1.5)
+    assert run.counts == {"ok": 8, "failed": 2, "failed.timeout": 2}
+
+
+def test_a_killed_worker_leaves_an_incomplete_run(store: Store, endpoint: str) -> None:
+    """SIGKILL of one of two workers in the middle: marked incomplete, every row of the other is in the database."""
+    import os
+
+    asked = schedule(120, 40.0)
+    with Swarm(workers=2) as pair:
+        killer = threading.Timer(2.0, os.kill, (pair.processes[0], signal.SIGKILL))
+        killer.start()
+        run = replay(store, pair, asked, endpoint)
+        killer.join()
+    rows = store.observations(run.id)
+    assert not run.complete
+    assert "killed by signal 9" in run.reason
+    assert len(rows) == 120
+    assert set(rows.status[rows.worker == 1]) == {"ok"}
+    assert (rows.worker == 1).sum() == 60
+    assert run.counts["lost"] > 0
+    assert store.run(run.id).counts == run.counts
+
+
+def serve_raw(answer: bytes | None) -> tuple[str, socket.socket]:
+    """A server that gives every request the same bytes, or nothing at all."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def loop() -> None:
+        held = []
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            held.append(connection)
+            connection.recv(65536)
+            if answer is not None:
+                connection.sendall(answer)
+                connection.close()
+
+    threading.Thread(target=loop, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", listener
+
+
+def raw(status: str, kind: str, body: bytes) -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (raw("500 Oops", "text/plain", b"\x1b[31mout of memory"), "HTTP 500: out of memory"),
+        (raw("200 OK", "text/html", b"<html>gateway</html>"), "web page"),
+        (raw("401 No", "application/json", b"{}"), "STEELYARD_API_KEY"),
+        (raw("200 OK", "application/json", b'{"data": [{"id": "other"}]}'), "does not serve the model 'mine'. It serves: other"),
+        (raw("404 No", "text/plain", b"nothing here"), "HTTP 404"),
+        (raw("200 OK", "text/plain", b"ok"), "not JSON"),
+        (b"SSH-2.0-x\r\n", "no HTTP answer"),
+        (b"", "no HTTP answer"),
+    ],
+)  # fmt: skip
+def test_an_endpoint_that_cannot_be_used_is_one_line(store: Store, swarm: Swarm, answer: bytes, words: str) -> None:
+    """Before anything is stored: what, where, got, next step."""
+    url, listener = serve_raw(answer)
+    with listener, pytest.raises(EndpointError) as caught:
+        replay(store, swarm, schedule(2, 10.0), url, model="mine")
+    assert words in str(caught.value)
+    assert url in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert store.runs() == []
+
+
+def test_an_endpoint_that_never_answers_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts and says nothing is given up after the time allowed."""
+    url, listener = serve_raw(None)
+    with listener, pytest.raises(EndpointError, match=r"no answer within 0\.5 s"):
+        Endpoint(target(url)).fetch("GET", "/v1/models", timeout_s=0.5)
+
+
+def test_secrets_are_never_stored(store: Store, swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password in the URL and a token in the environment work, and appear nowhere in the database."""
+    monkeypatch.setenv("STEELYARD_API_KEY", "tok-3141592653")
+    command = [sys.executable, "-c", (
+        "import sys; from pathlib import Path; from loadgen.cluster.server import run; from loadgen.cluster.laws import Profile;"
+        "from traces.records import Fleet; run(Profile.load('constant'), Fleet(1, 1), token='tok-3141592653')"
+    )]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        url = server.stdout.readline().split()[-1]
+        run = replay(store, swarm, schedule(4, 20.0), url.replace("//", "//user:pass2718@"))
+        assert run.counts == {"ok": 4}
+        assert run.endpoint == url
+        monkeypatch.delenv("STEELYARD_API_KEY")
+        with pytest.raises(EndpointError, match="wants credentials"):
+            replay(store, swarm, schedule(4, 20.0), url)
+    finally:
+        server.terminate()
+        server.wait(10)
+        server.stdout.close()
+    held = b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    assert b"tok-3141592653" not in held
+    assert b"pass2718" not in held
+
+
+def test_a_token_file_holds_a_token(tmp_path: Path) -> None:
+    """A missing, empty or many-lined file is an input error that does not show what it holds."""
+    good = tmp_path / "key"
+    good.write_text("abc\n")
+    assert read_api_key(good) == "abc"
+    for content in ("", "a\nb"):
+        good.write_text(content)
+        with pytest.raises(InputError, match="token alone"):
+            read_api_key(good)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_api_key(tmp_path / "none")
+
+
+def test_a_sweep_measures_every_fleet_and_puts_the_old_one_back(store: Store, swarm: Swarm) -> None:
+    """Each fleet once a repeat, in an order that the seed decides, under one group; then the fleet from before."""
+    with embedded("demo", Fleet(4, 4)) as url:
+        fleets = [Fleet(1, 7), Fleet(3, 5), Fleet(6, 2)]
+        group, runs = sweep(store, swarm, schedule(3, 30.0, 2), target(url), fleets, seed=3, repeats=2, slo=SLO)
+        assert Endpoint(target(url)).fleet() == Fleet(4, 4)
+    assert sorted(run.fleet for run in runs[:3] if run.fleet) == fleets
+    assert sorted(run.fleet for run in runs[3:] if run.fleet) == fleets
+    assert {run.group for run in runs} == {group}
+    assert [r.id for r in store.runs(group=group)] == [r.id for r in runs]
+
+
+# --- the verbs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> str:
+    url = f"sqlite:///{tmp_path}/cli.db"
+    with open_store(url) as made:
+        ingest(made, [shipped("azure-2023-conv")], name="azure-2023-conv")
+    return url
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    out = capsys.readouterr().out
+    held: dict[str, Any] = json.loads(out)
+    return held
+
+
+def test_replay_show_export_and_compare(
+    db: str, endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The verbs of a run, with the keys that other programs rely on."""
+    common = ["--endpoint", endpoint, "--requests", "20", "--rate", "40", "--slo", str(SLO), "--db", db, "--json"]
+    for fleet in ("4:4", "3:5"):
+        assert main(["replay", "azure-2023-conv", "--fleet", fleet, "--group", "g", *common]) == 0
+        found = said(capsys)
+        assert set(found) >= {
+            "run", "scheduled", "ok", "failed", "unsent", "verdict", "lag_ms", "ttft_ms", "tpot_ms", "e2e_ms",
+            "goodput_per_s", "fleet",
+        }  # fmt: skip
+        assert set(found["lag_ms"]) >= {"p50", "p99", "max"}
+        assert found["fleet"] == {"prefill": int(fleet[0]), "decode": int(fleet[2])}
+        assert (found["scheduled"], found["ok"], found["failed"], found["unsent"]) == (20, 20, {}, 0)
+        assert found["rate_per_s"] == pytest.approx(40)
+    assert main(["runs", "--db", db, "--json"]) == 0
+    assert [r["run"] for r in said(capsys)["runs"]] == [1, 2]
+    assert main(["runs", "show", "1", "--db", db, "--json"]) == 0
+    shown = said(capsys)
+    assert shown["run"] == 1
+    assert shown["samples"] > 0
+    out = tmp_path / "rows.csv"
+    assert main(["runs", "export", "1", "--out", str(out), "--db", db]) == 0
+    capsys.readouterr()
+    with out.open() as file:
+        exported = list(csv.DictReader(file))
+    assert len(exported) == 20
+    assert tuple(exported[0]) == Observations.columns()
+    with open_store(db) as store:
+        rows = store.observations(1)
+        assert float(exported[3]["last_token_s"]) == rows.last_token_s[3]
+        assert shown["goodput_per_s"] == pytest.approx(summarise(rows, SLO).goodput_per_s)
+    for arguments in (["1", "2"], ["--group", "g"]):
+        assert main(["compare", *arguments, "--db", db, "--json"]) == 0
+        assert [r["run"] for r in said(capsys)["runs"]] == [1, 2]
+    assert main(["compare", "1", "2", "--db", db]) == 0
+    assert "4:4" in capsys.readouterr().out
+    # another schedule cannot be compared, nor can one run
+    assert (
+        main(["replay", "azure-2023-conv", "--endpoint", endpoint, "--requests", "5", "--rate", "40", "--db", db]) == 0
+    )
+    capsys.readouterr()
+    assert main(["compare", "1", "3", "--db", db]) == 1
+    assert "asked another schedule than run 1" in capsys.readouterr().err
+    assert main(["compare", "1", "--db", db]) == 1
+    assert main(["compare", "1", "99", "--db", db]) == 1
+    assert "no run has id 99" in capsys.readouterr().err
+
+
+def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --endpoint the sweep brings the reference endpoint along."""
+    command = [
+        "sweep",
+        "azure-2023-conv",
+        "--profile",
+        "demo",
+        "--fleets",
+        "2:6,4:4",
+        "--requests",
+        "5",
+        "--rate",
+        "20",
+    ]
+    assert main([*command, "--db", db, "--json"]) == 0
+    found = said(capsys)
+    assert sorted(r["fleet"]["prefill"] for r in found["runs"]) == [2, 4]
+    assert all(r["group"] == found["group"] for r in found["runs"])
+
+
+def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: Path) -> None:
+    """A user's Ctrl-C: the run is stored, marked incomplete, reported; exit code 130, no traceback."""
+    command = [
+        sys.executable,
+        "-m",
+        "advisor",
+        "replay",
+        "azure-2023-conv",
+        "--endpoint",
+        endpoint,
+        "--db",
+        db,
+        "--json",
+    ]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "cli.db"
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        with open_store(f"sqlite:///{path}") as store:
+            if store.runs() and len(store.observations(1)) >= 3:
+                break
+        time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    found = json.loads(out)
+    assert found["complete"] is False
+    assert "interrupted" in found["reason"]
+    assert found["ok"] >= 3
+    assert found["ok"] + found["unsent"] + found["cancelled"] == found["scheduled"] == 9754
+    with open_store(f"sqlite:///{path}") as store:
+        assert len(store.observations(1)) == 9754
+        assert store.run(1).verdict == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nope", "--endpoint", "http://127.0.0.1:1"], 1, "no trace is named 'nope'"),
+        (["azure-2023-code", "--endpoint", "http://127.0.0.1:1"], 1, "ships with steelyard .* steelyard ingest azure-2023-code"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1"], 1, "connection refused"),
+        (["azure-2023-conv", "--endpoint", "nonsense"], 1, "base URL"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--fleet", "0:8"], 1, "at least one worker"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--slo", "fast"], 1, "SLO term 'fast'"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--rate", "1", "--rate-factor", "2"], 2, "not both"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--rate", "0"], 2, "--rate"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--engine", "x"], 1, "refused|no engine"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(
+    db: str, arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What, where, got, next step; no traceback, nothing stored."""
+    assert main(["replay", *arguments, "--db", db]) == code
+    err = capsys.readouterr().err
+    assert re.search(words, err)
+    if code == 1:
+        assert err.count("\n") == 1
+    with open_store(db) as store:
+        assert store.runs() == []
+
+
+def test_a_worker_without_a_master_is_refused_its_address(capsys: pytest.CaptureFixture[str]) -> None:
+    """An address that is none is said to be none."""
+    assert main(["worker", "--master", "nowhere"]) == 1
+    assert "HOST:PORT" in capsys.readouterr().err

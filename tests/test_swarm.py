@@ -1,0 +1,239 @@
+"""loadgen.swarm: a Locust master and its workers; whatever dies, every request ends in exactly one row."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from loadgen.client import Row, target
+from loadgen.cluster.embedded import embedded
+from loadgen.engines import dialect
+from loadgen.swarm import Job, Outcome, Swarm, ended, pack, unpack
+from traces.errors import InputError
+from traces.records import Fleet, Observations, Schedule
+
+
+def schedule(n: int, rate_per_s: float, output_tokens: int = 5) -> Schedule:
+    gaps = np.random.default_rng(0).exponential(1 / rate_per_s, n)
+    due = np.cumsum(gaps) - gaps[0]
+    return Schedule("t", np.arange(n) * 3, due, np.full(n, 20), np.full(n, output_tokens))
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with embedded("constant", Fleet(1, 1)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[Swarm]:
+    with Swarm(workers=2) as made:
+        yield made
+
+
+def job(url: str, timeout_s: float = 20.0) -> Job:
+    return Job(target(url), dialect("reference"), "constant", 1, timeout_s)
+
+
+def run(
+    swarm: Swarm, asked: Schedule, what: Job, meanwhile: Callable[[], None] | None = None, drain_s: float = 2.0
+) -> tuple[Outcome, Observations]:
+    """One run; ``meanwhile`` happens in a thread from schedule zero."""
+    parts: list[Observations] = []
+    thread = threading.Thread(target=meanwhile or (lambda: None))
+
+    def on_start(zero: float, unix: float) -> None:
+        thread.start()
+
+    outcome = swarm.run(asked, what, on_start=on_start, on_rows=parts.append, drain_s=drain_s)
+    thread.join()
+    return outcome, Observations.concat(parts)
+
+
+def test_rows_survive_the_journey() -> None:
+    """What a worker packs is what the master unpacks, counted from schedule zero."""
+    asked = schedule(3, 1.0)
+    rows = [
+        Row(2, 12.0, 12.1, 12.2, 12.5, 12.6, 20, 5, 5, 0.1, 200, "ok", "", "", 800),
+        Row(0, 10.0, *[float("nan")] * 3, 10.1, -1, -1, 0, float("nan"), 0, "failed", "refused", "nobody", 0),
+    ]
+    found = unpack(pack(rows), asked, 1, 10.0)
+    assert found.index.tolist() == [6, 0]
+    assert found.worker.tolist() == [1, 1]
+    assert found.sent_s.tolist() == [2.0, 0.0]
+    assert found.last_token_s[0] == 2.5
+    assert np.isnan(found.first_token_s[1])
+    assert found.status.tolist() == ["ok", "failed"]
+    assert found.error.tolist() == ["", "refused"]
+    assert found.detail.tolist() == ["", "nobody"]
+    assert found.due_s.tolist() == asked.due_s[[2, 0]].tolist()
+
+
+def test_lost_rows_say_who_lost_them() -> None:
+    """A request that died with its worker has a row with what was asked and nothing measured."""
+    rows = ended(schedule(4, 1.0), [1, 3], "lost", 7, "worker 7 was killed by signal 9")
+    assert rows.index.tolist() == [3, 9]
+    assert set(rows.status) == {"lost"}
+    assert rows.worker.tolist() == [7, 7]
+    assert rows.requested_tokens.tolist() == [5, 5]
+    assert np.isnan(rows.sent_s).all()
+
+
+def test_two_workers_share_a_schedule_run_after_run(swarm: Swarm, endpoint: str) -> None:
+    """One row a request, shards striped over workers, Locust's statistics show them, and the swarm serves again."""
+    asked = schedule(60, 60.0)
+    for _ in range(2):
+        outcome, rows = run(swarm, asked, job(endpoint))
+        assert outcome.reason == ""
+        assert rows.index.tolist() == asked.index.tolist()
+        assert Counter(rows.status) == {"ok": 60}
+        assert rows.worker.tolist() == [0, 1] * 30
+        assert (rows.sent_s >= rows.due_s).all()
+        assert (rows.output_tokens == 5).all()
+        assert (rows.prompt_tokens == 20).all()
+        assert set(outcome.costs) == {0, 1}
+        statistics = swarm.statistics()
+        assert statistics["requests"] == 60
+        assert statistics["failures"] == 0
+        assert statistics["names"] == ["/v1/completions"]
+        assert 80 < statistics["median_ms"] < 2000
+
+
+def test_an_idle_worker_does_no_harm(swarm: Swarm, endpoint: str) -> None:
+    """Fewer requests than workers is a run like any other."""
+    outcome, rows = run(swarm, schedule(1, 1.0), job(endpoint))
+    assert outcome.reason == ""
+    assert rows.status.tolist() == ["ok"]
+
+
+def test_a_refusing_endpoint_is_rows_not_a_crash(swarm: Swarm) -> None:
+    """Failures are data: every request ends as refused, and Locust counts them as failures."""
+    outcome, rows = run(swarm, schedule(20, 200.0), job("http://127.0.0.1:1"))
+    assert outcome.reason == ""
+    assert Counter(rows.error) == {"refused": 20}
+    assert swarm.statistics()["failures"] == 20
+
+
+def test_ctrl_c_stops_sending_and_leaves_a_row_for_every_request(swarm: Swarm, endpoint: str) -> None:
+    """After Ctrl-C nothing more is sent, answers in flight are awaited for the drain, the rest is named."""
+    asked = schedule(400, 20.0, output_tokens=20)
+    outcome, rows = run(swarm, asked, job(endpoint), lambda: (time.sleep(1.0), _thread.interrupt_main())[1])  # type: ignore[func-returns-value]
+    assert outcome.interrupted
+    assert outcome.reason == "interrupted"
+    assert len(rows) == 400
+    counts = Counter(rows.status)
+    assert counts["ok"] >= 5
+    assert counts["unsent"] > 300
+    assert counts["ok"] + counts["unsent"] + counts["cancelled"] == 400
+    assert counts["lost"] == 0
+    # and the swarm is ready for the next run
+    assert run(swarm, schedule(4, 50.0), job(endpoint))[0].reason == ""
+
+
+def test_a_drain_that_is_too_short_cancels_what_is_in_flight(swarm: Swarm, endpoint: str) -> None:
+    """An answer that outlasts the drain is cancelled and keeps the tokens that came."""
+    asked = schedule(10, 50.0, output_tokens=3000)
+    outcome, rows = run(
+        swarm, asked, job(endpoint), lambda: (time.sleep(0.8), _thread.interrupt_main())[1], drain_s=0.2  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    assert outcome.interrupted
+    assert set(rows.status) == {"cancelled"}
+    assert (rows.chunks > 0).all()
+    assert np.isfinite(rows.first_token_s).all()
+
+
+def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> None:
+    """SIGKILL of one of two workers: the run ends with the reason, every row of the other worker is there."""
+    asked = schedule(120, 40.0)
+    with Swarm(workers=2) as swarm:
+        victim = swarm.processes[1]
+
+        def kill() -> None:
+            time.sleep(1.2)
+            os.kill(victim, signal.SIGKILL)
+
+        before = time.monotonic()
+        outcome, rows = run(swarm, asked, job(endpoint), kill)
+        assert time.monotonic() - before < asked.span_s + 15
+        assert "worker 1 was killed by signal 9" in outcome.reason
+        assert rows.index.tolist() == asked.index.tolist()
+        mine = rows.worker == 0
+        assert mine.sum() == 60
+        assert set(rows.status[mine]) == {"ok"}
+        theirs = Counter(rows.status[rows.worker == 1])
+        assert theirs["ok"] + theirs["lost"] == 60
+        assert theirs["ok"] > 0
+        assert theirs["lost"] > 20
+        # the rest of the swarm goes on working
+        outcome, rows = run(swarm, schedule(10, 100.0), job(endpoint))
+        assert outcome.reason == ""
+        assert set(rows.worker) == {0}
+
+
+def test_both_workers_killed_ends_the_run(endpoint: str) -> None:
+    """With nobody left the run ends at once; nothing hangs."""
+    asked = schedule(200, 10.0)
+    with Swarm(workers=2) as swarm:
+        victims = list(swarm.processes.values())
+
+        def kill() -> None:
+            time.sleep(0.5)
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+
+        before = time.monotonic()
+        outcome, rows = run(swarm, asked, job(endpoint), kill)
+        assert time.monotonic() - before < 10
+        assert "worker 0" in outcome.reason
+        assert "worker 1" in outcome.reason
+        assert len(rows) == 200
+
+
+def test_workers_end_with_their_master(endpoint: str) -> None:
+    """A master that is killed leaves no worker behind."""
+    code = (
+        "import time; from loadgen.swarm import Swarm\n"
+        "with Swarm(workers=1) as s:\n print(*s.processes.values(), flush=True); time.sleep(60)"
+    )
+    master = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert master.stdout is not None
+    worker = int(master.stdout.readline())
+    master.kill()
+    master.wait()
+    master.stdout.close()
+    until = time.monotonic() + 10
+    while _alive(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _alive(worker)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_importing_the_swarm_patches_nothing() -> None:
+    """gevent's monkey patching must never happen in a user's process."""
+    code = "import loadgen.swarm, gevent.monkey as m; assert not m.saved, m.saved"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_swarm_needs_a_worker_and_an_address() -> None:
+    """Nonsense is refused before a process is started."""
+    with pytest.raises(InputError, match="at least one worker"):
+        Swarm(workers=0)
+    with pytest.raises(InputError, match="HOST:PORT"):
+        Swarm(workers=1, bind="host:port")
