@@ -48,7 +48,7 @@ PROBES = (
     Probe("decode saturated", Fleet(7, 1), 4.0, 48),
 )
 
-ASKED_FACTOR = 2.2
+ASKED_FACTOR = 2.0
 """The rate that is asked about: the recorded gaps divided by this."""
 
 ASKED_REQUESTS = 600
