@@ -1,0 +1,249 @@
+"""The reference endpoint over real HTTP: OpenAI-shaped, as slow as its laws say, and on the simulator's schedule."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from loadgen.cluster import Profile, simulate
+from loadgen.cluster.embedded import embedded
+from traces.errors import EndpointError
+from traces.records import Fleet, Schedule
+
+
+@pytest.fixture(scope="module")
+def demo_url() -> Iterator[str]:
+    with embedded("demo", Fleet(4, 4)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def constant_url() -> Iterator[str]:
+    with embedded("constant", Fleet(4, 4)) as url:
+        yield url
+
+
+def call(url: str, body: Any = None, method: str = "GET") -> tuple[int, Any]:
+    data = None if body is None else (body if isinstance(body, bytes) else json.dumps(body).encode())
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            text = answer.read().decode()
+            return answer.status, json.loads(text) if text.startswith(("{", "[")) else text
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def events(text: str) -> list[Any]:
+    payloads = [block.removeprefix("data: ") for block in text.split("\n\n") if block]
+    return [p if p == "[DONE]" else json.loads(p) for p in payloads]
+
+
+def test_a_stream_has_one_event_a_token_then_a_finish_then_usage(constant_url: str) -> None:
+    """Completions: m tokens, a finish reason, usage when asked for, [DONE]."""
+    body = {"model": "constant", "prompt": list(range(30)), "max_tokens": 7, "stream": True, "ignore_eos": True}
+    status, text = call(f"{constant_url}/v1/completions", body | {"stream_options": {"include_usage": True}}, "POST")
+    assert status == 200
+    *tokens, finish, usage, done = events(text)
+    assert [t["choices"][0]["text"] for t in tokens] == [" tok"] * 7
+    assert finish["choices"][0]["finish_reason"] == "length"
+    assert usage["choices"] == []
+    assert usage["usage"] == {"prompt_tokens": 30, "completion_tokens": 7, "total_tokens": 37}
+    assert done == "[DONE]"
+    assert "usage" not in call(f"{constant_url}/v1/completions", body, "POST")[1]
+
+
+def test_chat_counts_words_and_starts_with_the_role(constant_url: str) -> None:
+    """Chat: the first chunk carries the role beside its token; a word is a token."""
+    body = {
+        "model": "constant",
+        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one two three"}],
+        "max_completion_tokens": 3,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    *tokens, _, usage, _ = events(call(f"{constant_url}/v1/chat/completions", body, "POST")[1])
+    assert tokens[0]["choices"][0]["delta"] == {"role": "assistant", "content": " tok"}
+    assert [t["choices"][0]["delta"]["content"] for t in tokens] == [" tok"] * 3
+    assert usage["usage"]["prompt_tokens"] == 5
+
+
+def test_an_answer_may_come_in_one_piece(constant_url: str) -> None:
+    """Without ``stream`` the whole answer comes as one JSON object."""
+    status, answer = call(f"{constant_url}/v1/completions", {"prompt": "a b c", "max_tokens": 4}, "POST")
+    assert status == 200
+    assert answer["choices"][0]["text"] == " tok" * 4
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/completions", b"{not json", 400, "not JSON"),
+        ("/v1/completions", [1, 2], 400, "JSON object"),
+        ("/v1/completions", {"prompt": ""}, 400, "empty"),
+        ("/v1/completions", {"prompt": [True]}, 400, "token ids"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, 400, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "model": "gpt-9"}, 404, "does not exist"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content"),
+    ],
+)
+def test_a_bad_request_is_refused_as_openai_does(demo_url: str, path: str, body: Any, status: int, words: str) -> None:
+    """Each wrong request gets its status and an error object that says what is wrong."""
+    got, answer = call(demo_url + path, body, "POST")
+    assert got == status
+    assert words in answer["error"]["message"]
+
+
+def test_models_health_and_metrics_are_there(demo_url: str) -> None:
+    """The model list names the profile; metrics have every worker with its role."""
+    assert call(f"{demo_url}/v1/models")[1]["data"][0]["id"] == "demo"
+    assert call(f"{demo_url}/health")[1]["status"] == "ok"
+    text = call(f"{demo_url}/metrics")[1]
+    for name in ("waiting_requests", "running_requests", "busy_seconds_total", "steps_total", "prompt_tokens_total"):
+        assert text.count(f"\nsteelyard_{name}{{") == 8
+    assert 'steelyard_fleet_workers{role="prefill"}' in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        {"prefill": 0, "decode": 8},
+        {"prefill": 9, "decode": 0},
+        {"prefill": 4, "decode": 5},
+        {"prefill": True, "decode": 7},
+    ],
+)
+def test_an_impossible_fleet_is_refused(demo_url: str, body: Any) -> None:
+    """0:8, 9:0 of 8, another size, no numbers: 400 with one line, and nothing changes."""
+    before = call(f"{demo_url}/fleet")[1]
+    status, answer = call(f"{demo_url}/fleet", body, "PUT")
+    assert status == 400
+    assert "\n" not in answer["error"]["message"]
+    assert call(f"{demo_url}/fleet")[1] == before
+
+
+def test_a_fleet_is_put_in_force() -> None:
+    """PUT /fleet answers 202; after drain and flip the fleet is the one asked for, and the metrics say so."""
+    with embedded("demo", Fleet(4, 4)) as url:
+        status, answer = call(f"{url}/fleet", {"prefill": 2, "decode": 6}, "PUT")
+        assert status == 202
+        assert answer["target"] == {"prefill": 2, "decode": 6}
+        assert answer["draining"] == 2
+        end = time.monotonic() + 10
+        while call(f"{url}/fleet")[1]["draining"] and time.monotonic() < end:
+            time.sleep(0.05)
+        answer = call(f"{url}/fleet")[1]
+        assert (answer["prefill"], answer["decode"], answer["draining"]) == (2, 6, 0)
+        assert 'steelyard_fleet_workers{role="decode"} 6.0' in call(f"{url}/metrics")[1]
+
+
+@pytest.mark.parametrize(("kind", "seen"), [("status", 500), ("html", "<!doctype html>")])
+def test_every_nth_request_fails_on_demand(kind: str, seen: Any) -> None:
+    """Faults come when asked for, and only then."""
+    with embedded("constant", Fleet(1, 1), fail_every=3, fail_kind=kind) as url:
+        answers = [call(f"{url}/v1/completions", {"prompt": "a", "max_tokens": 1}, "POST") for _ in range(6)]
+    failed = [
+        i for i, (status, text) in enumerate(answers) if status == seen or (isinstance(text, str) and seen == text[:15])
+    ]
+    assert failed == [2, 5]
+
+
+def test_other_addresses_need_a_token() -> None:
+    """Binding beyond loopback without a token is refused; with one, requests without it are."""
+    with pytest.raises(EndpointError, match="token"), embedded("demo", Fleet(1, 1), host="0.0.0.0"):
+        pass
+    with embedded("demo", Fleet(1, 1), token="t0p") as url:
+        assert call(f"{url}/v1/models")[0] == 401
+        assert call(f"{url}/health")[0] == 200
+
+
+def test_a_port_in_use_is_one_line(demo_url: str) -> None:
+    """A second server on the same port says so and ends."""
+    with (
+        pytest.raises(EndpointError, match="cannot listen"),
+        embedded("demo", Fleet(1, 1), port=int(demo_url.rsplit(":", 1)[1])),
+    ):
+        pass
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, model: str, at: float, index: int, n: int, m: int) -> None:
+    await asyncio.sleep(max(0.0, at - time.monotonic()))
+    body = {"model": model, "prompt": [1] * n, "max_tokens": m, "stream": True}
+    async with session.post(f"{url}/v1/completions", json=body, headers={"x-request-id": str(index)}) as answer:
+        await answer.read()
+
+
+def test_the_server_keeps_the_simulators_schedule() -> None:
+    """On the arrivals it saw, the server's own model times are the simulator's, and its writes follow them closely."""
+    rng = np.random.default_rng(3)
+    n = 60
+    prompts, outputs = rng.integers(50, 3000, n), rng.integers(2, 60, n)
+    due = np.cumsum(rng.exponential(0.05, n))
+
+    async def load(url: str) -> None:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            start = time.monotonic() + 0.2
+            rows = zip(due.tolist(), range(n), prompts.tolist(), outputs.tolist(), strict=True)
+            await asyncio.gather(*(_ask(session, url, "demo", start + at, i, p, m) for at, i, p, m in rows))
+
+    with embedded("demo", Fleet(2, 2)) as url:
+        asyncio.run(load(url))
+        log = list(csv.DictReader(io.StringIO(call(f"{url}/log")[1])))
+    assert len(log) == n
+    log.sort(key=lambda r: float(r["arrive_s"]))
+    zero = float(log[0]["arrive_s"])
+    seen = Schedule(
+        "seen",
+        np.array([int(r["id"]) for r in log]),
+        np.array([float(r["arrive_s"]) - zero for r in log]),
+        np.array([int(r["prompt_tokens"]) for r in log]),
+        np.array([int(r["output_tokens"]) for r in log]),
+    )
+    assert seen.prompt_tokens.tolist() == prompts[seen.index].tolist()
+    assert seen.output_tokens.tolist() == outputs[seen.index].tolist()
+    rows = simulate(seen, Fleet(2, 2), Profile.load("demo")).observations
+    first = np.array([float(r["model_first_s"]) - zero for r in log])
+    last = np.array([float(r["model_last_s"]) - zero for r in log])
+    # The kernel takes a request a little after it was stamped, so a step's grain may differ now and then: the median
+    # shows that it is the same schedule.
+    assert float(np.median(np.abs(first - rows.first_token_s))) < 0.002
+    assert float(np.median(np.abs(last - rows.last_token_s))) < 0.005
+    late = np.array([float(r["first_s"]) - float(r["model_first_s"]) for r in log])
+    assert late.min() > -0.001
+
+
+def test_a_client_that_leaves_frees_the_cluster(demo_url: str) -> None:
+    """A client that disconnects in the middle leaves nothing running."""
+
+    async def leave() -> None:
+        async with aiohttp.ClientSession() as session:
+            body = {"model": "demo", "prompt": [1] * 10, "max_tokens": 5000, "stream": True}
+            answer = await session.post(f"{demo_url}/v1/completions", json=body)
+            await answer.content.readany()
+            answer.close()
+
+    asyncio.run(leave())
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        text = call(f"{demo_url}/metrics")[1]
+        running = [float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if x.startswith("steelyard_running_requests{")]
+        if sum(running) == 0:
+            return
+        time.sleep(0.1)
+    pytest.fail("a sequence is still running after its client has left")
