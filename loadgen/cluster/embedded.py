@@ -27,7 +27,7 @@ def embedded(profile: str, fleet: Fleet, **options: Any) -> Iterator[str]:
     """
     arguments = json.dumps({"profile": profile, "fleet": str(fleet), **options})
     child = subprocess.Popen(
-        [sys.executable, "-m", "loadgen.cluster.server", arguments],
+        [sys.executable, "-P", "-m", "loadgen.cluster.server", arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
