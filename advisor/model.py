@@ -51,6 +51,19 @@ FIT_REQUESTS = 1500
 """Requests of a run that a calibration simulates at most: its quantiles are known well enough from these."""
 
 
+METRICS = (
+    "goodput_per_s",
+    "throughput_per_s",
+    "ttft_p50_s",
+    "ttft_p99_s",
+    "tpot_p50_s",
+    "tpot_p99_s",
+    "e2e_p50_s",
+    "e2e_p99_s",
+)
+"""Run-level figures that are predicted, and held against every run. Names of traces.measures.Summary."""
+
+
 @dataclass(frozen=True, slots=True)
 class Law:
     """One fitted stage. coefficients: name -> value in SI units. n: rows. error: median absolute relative error.
@@ -133,7 +146,7 @@ def fit_laws(data: Sequence[RunData]) -> Fit:
         residuals.append(
             {
                 name: math.log(getattr(ours, name) / getattr(theirs, name))
-                for name in _RESIDUALS
+                for name in METRICS
                 if getattr(ours, name) > 0 and getattr(theirs, name) > 0
             }
         )
@@ -144,22 +157,10 @@ def fit_laws(data: Sequence[RunData]) -> Fit:
                 f"{math.exp(worst[1]):.2f} times what was measured"
             )
     spread = {}
-    for name in _RESIDUALS:
+    for name in METRICS:
         values = [r[name] for r in residuals if name in r]
         spread[name] = float(np.sqrt(np.mean(np.square(values)))) if values else 0.0
     return Fit(profile, laws, seen, residuals, spread, warnings, data)
-
-
-_RESIDUALS = (
-    "goodput_per_s",
-    "throughput_per_s",
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "tpot_p50_s",
-    "tpot_p99_s",
-    "e2e_p50_s",
-    "e2e_p99_s",
-)
 
 
 def asked(observations: Observations) -> Schedule:

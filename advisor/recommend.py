@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from advisor.features import RunData
-from advisor.model import Fit, fit_laws, predicted_load
+from advisor.model import METRICS, Fit, fit_laws, predicted_load
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, Summary, meets, summarise
@@ -33,17 +33,6 @@ NEAR = 0.01
 
 CALIBRATED_RUNS = 10
 """Fewer runs than this cannot show whether a 90 % interval covers 90 %."""
-
-METRICS = (
-    "goodput_per_s",
-    "throughput_per_s",
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "tpot_p50_s",
-    "tpot_p99_s",
-    "e2e_p50_s",
-    "e2e_p99_s",
-)
 
 Note = Callable[[str, int, int], None]
 

@@ -8,21 +8,7 @@ from typing import Any
 import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
-
-
-def _pair(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    prefill, _, decode = text.partition(",")
-    try:
-        pair = int(prefill), int(decode)
-    except ValueError:
-        pair = (0, 0)
-    if min(pair) < 1:
-        raise click.UsageError(
-            f"--gpus-per-worker takes PREFILL,DECODE, both at least 1, for example 1,2 (got {text!r})."
-        )
-    return pair
+from advisor.cli.replay_verbs import pair
 
 
 def question(f: Any) -> Any:
@@ -64,7 +50,8 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     from traces.records import Fleet
     from traces.store import open_store
 
-    options["gpus_per_worker"] = _pair(options["gpus_per_worker"])
+    text = options["gpus_per_worker"]
+    options["gpus_per_worker"] = pair(text) if text else None
     options["rate_per_s"] = options.pop("rate")
     options["current"] = Fleet.parse(options["current"]) if options["current"] else None
     with open_store(db, create=False) as store, progress(as_json) as bars:
