@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from loadgen.engines import Prompts
-from loadgen.stream import Answer, printable
+from loadgen.stream import FOLD_BYTES, MAX_EVENT_BYTES, Answer, printable
 from traces.errors import InputError
 
 TIMEOUT_S = 600.0
@@ -44,6 +44,9 @@ BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
 
 MAX_HEADER_BYTES = 256 * 1024
+
+FOLD_PIECES = 96
+"""Pieces of an answer kept unread at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,7 @@ class _Connection(asyncio.Protocol):
         "header_bytes",
         "inflate",
         "keep",
+        "on_body",
         "parser",
         "transport",
     )
@@ -234,6 +238,12 @@ class _Connection(asyncio.Protocol):
             self.client._end(flight, "failed", "malformed", "HTTP: the server switched protocols")
             self.close()
             return
+        stamps = flight.answer.stamps
+        k = len(flight.answer.parts) - len(stamps)
+        if k:
+            stamps.extend([at] * k)
+            if len(stamps) > FOLD_PIECES or len(data) > FOLD_BYTES:
+                self.digest(flight)
         if self.complete:
             self.client._answered(flight, self, whole=True)
             if self.keep:
@@ -277,23 +287,6 @@ class _Connection(asyncio.Protocol):
             flight.answer.error = "malformed"
             flight.answer.detail = printable(f"Content-Encoding {self.encoding.decode('latin-1')} was not asked for")
 
-    def on_body(self, body: bytes) -> None:
-        flight = self.flight
-        if flight is None:
-            return
-        if self.inflate is not None:
-            try:
-                body = self.inflate.decompress(body)
-            except zlib.error as error:
-                if not flight.answer.error:
-                    flight.answer.error, flight.answer.detail = "malformed", printable(f"Content-Encoding: {error}")
-                return
-        if flight.http_status // 100 == 2 and (flight.body_bytes or not self._html(body)):
-            flight.answer.push(self.at, body)
-        elif not flight.answer.detail:
-            flight.answer.detail = printable(body[:2000].decode("utf-8", "replace"))
-        flight.body_bytes += len(body)
-
     def on_message_complete(self) -> None:
         if self.flight is not None and self.flight.http_status >= 200:
             self.complete = True
@@ -301,28 +294,51 @@ class _Connection(asyncio.Protocol):
         else:
             self.reset()  # 100 Continue and its like
 
-    def _html(self, body: bytes) -> bool:
-        """Is this 200 no event stream? Decided at its first bytes, so that a page is not read as a stream."""
+    def digest(self, flight: _Flight) -> None:
+        """Read what has gathered: undo the encoding, see whether it is a stream at all, hand it on."""
+        answer = flight.answer
+        parts = answer.parts
+        if not parts:
+            return
+        if len(parts) > len(answer.stamps):  # the parser raised before they were stamped
+            answer.stamps.extend([self.at] * (len(parts) - len(answer.stamps)))
+        if self.inflate is not None:
+            try:
+                parts[:] = [self.inflate.decompress(part, MAX_EVENT_BYTES) for part in parts]
+            except zlib.error as error:
+                if not answer.error:
+                    answer.error, answer.detail = "malformed", printable(f"Content-Encoding: {error}")
+        if not flight.body_bytes:
+            self._look(answer, b"".join(parts)[:2000], flight.http_status)
+        flight.body_bytes += sum(map(len, parts))
+        if flight.http_status // 100 == 2:
+            answer.fold()
+        else:
+            parts.clear()
+            answer.stamps.clear()
+
+    def _look(self, answer: Answer, start: bytes, status: int) -> None:
+        """Is this an event stream? Decided at its first bytes, so that a page is not read as a stream."""
+        if answer.error:
+            return
+        if status // 100 != 2:
+            answer.detail = printable(start.decode("utf-8", "replace"))
+            return
         if self.content_type.startswith(b"text/event-stream"):
-            return False
-        start = body.lstrip(b"\xef\xbb\xbf \r\n\t")[:6]
-        if start.startswith((b"data:", b"event:", b":", b"id:", b"retry:")):
-            return False
-        flight = self.flight
-        if flight is not None and not flight.answer.error:
-            kind = (self.content_type or b"no content type").decode("latin-1").split(";")[0]
-            flight.answer.error = "malformed"
-            words = body[:1000].decode("utf-8", "replace")
-            if b'"error"' in body[:1000] and b"json" in self.content_type:
-                flight.answer.error = "stream_error"
-            flight.answer.detail = printable(f"not an event stream but {kind}: {words}")
-        return True
+            return
+        if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"data:", b"event:", b":", b"id:", b"retry:")):
+            return
+        kind = (self.content_type or b"no content type").decode("latin-1").split(";")[0]
+        answer.error = "stream_error" if b'"error"' in start and b"json" in self.content_type else "malformed"
+        answer.detail = printable(f"not an event stream but {kind}: {start.decode('utf-8', 'replace')}")
 
     # --- use
 
     def start(self, flight: _Flight, head: bytes, body: bytes) -> None:
         """Write a request."""
         self.reset()
+        # The parser puts body pieces straight into the answer's list: no Python runs for a token but data_received.
+        self.on_body = flight.answer.parts.append
         self.parser = httptools.HttpResponseParser(self)
         self.flight = flight
         flight.connection = self
@@ -557,6 +573,7 @@ class Client:
     def _answered(self, flight: _Flight, connection: _Connection, *, whole: bool, why: str = "") -> None:
         """The answer has ended; ``whole``: its framing says that nothing is missing."""
         connection.flight = None
+        connection.digest(flight)
         answer = flight.answer
         if flight.http_status // 100 != 2:
             words = f"HTTP {flight.http_status}" + (f": {answer.detail}" if answer.detail else "")
@@ -586,6 +603,7 @@ class Client:
         else:
             why = str(exc) if exc is not None else "the connection was closed inside the body"
             kind_if_open = "short" if exc is None else "reset"
+            connection.digest(flight)
             flight.answer.finish(whole=False)
             answer = flight.answer
             if flight.http_status // 100 != 2 or answer.error or answer.said_end:
@@ -599,6 +617,8 @@ class Client:
         del self._flights[flight.position]
         answer = flight.answer
         if status != "ok":
+            if flight.connection is not None:
+                flight.connection.digest(flight)
             answer.finish(whole=False)  # keep what was measured
         self._done(
             Row(

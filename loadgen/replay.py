@@ -74,12 +74,14 @@ def replay(
     drain_s: float = 5.0,
     scrape_s: float = PERIOD_S,
     on_progress: Callable[[int, int], None] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
     """Ask ``schedule`` of ``endpoint``, store what happened, return the run with verdict, completeness and counts.
 
     endpoint: base URL, or a Target (headers, TLS); a plain URL takes the token from STEELYARD_API_KEY. fleet: put in
     force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
-    engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive.
+    engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
+    on_outcome(outcome) at the end, with schedule zero and what each worker cost.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
     """
@@ -154,6 +156,8 @@ def replay(
             stack.close()
             _close(store, run, parts, slo, None, reason)
             raise
+    if on_outcome is not None:
+        on_outcome(outcome)
     run = _close(store, run, parts, slo, outcome, reason)
     if writer.error is not None:
         raise writer.error

@@ -35,6 +35,10 @@ def printable(text: str) -> str:
     return " ".join(text.split())[:DETAIL_CHARS]
 
 
+_NOTHING = object()
+"""An event that says nothing."""
+
+
 class Answer:
     """What a streamed answer has told so far. Times are on the clock of the stamps, NaN where nothing came.
 
@@ -45,8 +49,8 @@ class Answer:
     """
 
     __slots__ = (
-        "_at",
-        "_parts",
+        "_rest",
+        "_rest_at",
         "_size",
         "chunks",
         "detail",
@@ -55,8 +59,10 @@ class Answer:
         "last_token",
         "max_gap",
         "output_tokens",
+        "parts",
         "prompt_tokens",
         "said_end",
+        "stamps",
     )
 
     def __init__(self) -> None:
@@ -69,40 +75,49 @@ class Answer:
         self.said_end = False
         self.error = ""
         self.detail = ""
-        self._parts: list[bytes] = []
-        self._at: list[float] = []
+        self.parts: list[bytes] = []  # pieces not yet read, and
+        self.stamps: list[float] = []  # when each arrived; the same two lists for the whole life of the answer
+        self._rest = b""
+        self._rest_at = math.nan
         self._size = 0
 
     def push(self, at: float, data: bytes) -> None:
         """A piece of the body that arrived at ``at``. Never raises: what is wrong ends up in ``error``."""
-        self._parts.append(data)
-        self._at.append(at)
+        self.parts.append(data)
+        self.stamps.append(at)
         self._size += len(data)
         if self._size > FOLD_BYTES:
-            self._fold()
+            self.fold()
 
     def finish(self, *, whole: bool) -> None:
         """The body has ended; ``whole`` says that its framing was complete. A last event needs no blank line then."""
-        self._fold()
-        if self._parts and not self.error:
-            rest, at = b"".join(self._parts), self._at[-1]
-            self._parts, self._at, self._size = [], [], 0
+        self.fold()
+        rest, self._rest = self._rest, b""
+        if rest and not self.error:
             payload = _data(rest)
             if payload is not None and (whole or _is_json(payload)):
-                self._read([payload], [at])
+                self._read([payload], [self._rest_at])
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
         """Read every finished event, keep the rest."""
-        data = b"".join(self._parts) if len(self._parts) != 1 else self._parts[0]
+        parts, stamps = self.parts, self.stamps
         if self.error:  # what comes after an error changes nothing
-            self._parts, self._at, self._size = [], [], 0
+            parts.clear()
+            stamps.clear()
+            self._rest = b""
+        if not parts:
             return
+        if self._rest:
+            parts.insert(0, self._rest)
+            stamps.insert(0, self._rest_at)
+        data = b"".join(parts)
         payloads: list[bytes] = []
         ends: list[int] = []
+        end = 0
         if b"\r" not in data:
             blocks = data.split(b"\n\n")
-            end = 0
-            for block in blocks[:-1]:
+            blocks.pop()
+            for block in blocks:
                 end += len(block) + 2
                 if block.startswith(b"data: ") and b"\n" not in block:
                     payloads.append(block[6:])
@@ -111,61 +126,88 @@ class Answer:
                     payloads.append(payload)
                     ends.append(end)
         else:
-            end = 0
             for match in _BLANK.finditer(data):
                 if (payload := _data(data[end : match.start()])) is not None:
                     payloads.append(payload)
                     ends.append(match.end())
                 end = match.end()
         if payloads:
-            self._read(payloads, self._stamps(ends))
+            self._read(payloads, self._ends(ends))
         rest = data[end:]
         if len(rest) > MAX_EVENT_BYTES:
             self._fail("malformed", f"an event of more than {MAX_EVENT_BYTES} bytes")
             rest = b""
-        last = self._at[-1] if self._at else math.nan
-        self._parts, self._at = ([rest], [last]) if rest else ([], [])
-        # The rest counts as read for the limit, or every further piece of a large event would be joined anew.
+        self._rest, self._rest_at = rest, stamps[-1]
+        parts.clear()
+        stamps.clear()
+        # A large rest counts as read for the limit, or every further piece of a large event would be joined anew.
         self._size = 0 if len(rest) < FOLD_BYTES else -len(rest)
 
-    def _stamps(self, ends: list[int]) -> list[float]:
+    def _ends(self, ends: list[int]) -> list[float]:
         """The stamp of the piece that holds the last byte of each event."""
+        parts, stamps = self.parts, self.stamps
         found: list[float] = []
-        piece, reached = 0, len(self._parts[0])
+        piece, reached = 0, len(parts[0])
         for end in ends:
             while reached < end:
                 piece += 1
-                reached += len(self._parts[piece])
-            found.append(self._at[piece])
+                reached += len(parts[piece])
+            found.append(stamps[piece])
         return found
 
     def _read(self, payloads: list[bytes], stamps: list[float]) -> None:
-        held = [(p, at) for p, at in zip(payloads, stamps, strict=True) if p and p != b"[DONE]"]
-        if len(held) != len(payloads) and any(p == b"[DONE]" for p in payloads):
+        if payloads[-1] == b"[DONE]":
             self.said_end = True
-        if not held:
-            return
+            payloads.pop()
+            if not payloads:
+                return
+        events: list[Any]
         try:
             # One call for all events: half the cost of a call for each.
-            events = json.loads(b"[" + b",".join([p for p, _ in held]) + b"]")
-            if len(events) != len(held):
+            events = json.loads(b"[" + b",".join(payloads) + b"]")
+            if len(events) != len(payloads):
                 raise ValueError("an event holds more than one value")
         except (ValueError, RecursionError):
-            events = []
-            for payload, _ in held:
-                try:
-                    events.append(json.loads(payload))
-                except (ValueError, RecursionError):
-                    events.append(None)
-        for event, (payload, at) in zip(events, held, strict=True):
+            events = [self._lone(payload) for payload in payloads]
+        chunks, last, gap = self.chunks, self.last_token, self.max_gap
+        for i, (event, at) in enumerate(zip(events, stamps, strict=False)):
+            # The common event, in line: a dict with one choice that has content, no usage, no error.
+            if type(event) is dict and not event.get("usage") and not event.get("error"):
+                choices = event.get("choices")
+                if type(choices) is list and len(choices) == 1 and type(choices[0]) is dict and _content(choices[0]):
+                    if chunks == 0:
+                        self.first_token = at
+                    elif at - last > gap:
+                        gap = at - last
+                    last = at
+                    chunks += 1
+                    if choices[0].get("finish_reason"):
+                        self.said_end = True
+                    continue
+            if event is _NOTHING:
+                continue
+            self.chunks, self.last_token, self.max_gap = chunks, last, gap
+            if isinstance(event, dict):
+                self._take(event, at)
+            else:
+                self._fail("malformed", "not a JSON object: " + payloads[i][:300].decode("utf-8", "replace"))
             if self.error:
                 return
-            if payload.strip() == b"[DONE]":
-                self.said_end = True
-            elif not isinstance(event, dict):
-                self._fail("malformed", "not a JSON object: " + payload[:300].decode("utf-8", "replace"))
-            else:
-                self._take(event, at)
+            chunks, last, gap = self.chunks, self.last_token, self.max_gap
+        self.chunks, self.last_token, self.max_gap = chunks, last, gap
+
+    def _lone(self, payload: bytes) -> Any:
+        """One event, when not all can be read in one go."""
+        payload = payload.strip()
+        if payload == b"[DONE]":
+            self.said_end = True
+            return _NOTHING
+        if not payload:
+            return _NOTHING
+        try:
+            return json.loads(payload)
+        except (ValueError, RecursionError):
+            return None
 
     def _take(self, event: dict[str, Any], at: float) -> None:
         """One event of the stream."""
@@ -190,8 +232,7 @@ class Answer:
                 self.said_end = True
             if _content(choice):
                 if self.chunks:
-                    if at - self.last_token > self.max_gap:
-                        self.max_gap = at - self.last_token
+                    self.max_gap = max(self.max_gap, at - self.last_token)
                 else:
                     self.first_token = at
                 self.last_token = at

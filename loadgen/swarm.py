@@ -10,6 +10,7 @@ the master: a worker makes its own from a salt and the lengths.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import os
@@ -641,7 +642,8 @@ class _WorkerSide:
         dialect = Dialect(**job["dialect"])
         self.name = dialect.path
         prompts = Prompts(dialect, job["model"], job["longest"], job["salt"])
-        connections = min(32, len(self._columns[0]))
+        # As many as are due in the first second: opening them costs more than sending on them.
+        connections = min(1000, bisect.bisect_right(self._columns[1], 1.0))
         wait = self.engine.submit(
             self.engine.prepare(
                 Target(**job["where"]), dialect.path, prompts, timeout_s=job["timeout_s"], connections=connections
