@@ -283,6 +283,15 @@ def test_a_profile_is_read_back_from_its_own_toml(name: str, tmp_path: Path) -> 
     assert Profile.load(path) == profile
 
 
+def test_a_fitted_profile_with_numpy_numbers_is_written_as_plain_ones(tmp_path: Path) -> None:
+    """Coefficients that come from a regression are numpy's; the file holds plain numbers."""
+    profile = Profile(name='odd "name"\n', c0_s=np.float64(0.01), b_s_per_token=np.float64(1e-5), max_batch=np.int64(7))  # type: ignore[arg-type]
+    path = tmp_path / "p.toml"
+    path.write_text(profile.to_toml())
+    assert "np." not in path.read_text()
+    assert Profile.load(path) == profile
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -74,6 +74,10 @@ def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
     with sqlite3.connect(out / "steelyard.db") as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
 
+    fitted = tmp_path / "fitted.toml"
+    fitted.write_text(answer["profile"])
+    assert Profile.load(fitted).c0_s == pytest.approx(Profile.load(PROFILE).c0_s, rel=0.1)
+
     page = (out / "report.html").read_text(encoding="utf-8")
     assert json.dumps(answer["sentence"])[1:-1].split("<")[0] in page
     profile, slo = Profile.load(PROFILE), Slo.parse(SLO)

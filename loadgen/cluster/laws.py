@@ -102,7 +102,8 @@ class Profile:
                 escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
                 lines.append(f'{f.name} = "{escaped}"')
             else:
-                lines.append(f"{f.name} = {value!r}")
+                # Fitted values may be numpy's numbers, whose repr is no TOML.
+                lines.append(f"{f.name} = {float(value) if f.type == 'float' else int(value)!r}")
         return "\n".join(lines) + "\n"
 
 
