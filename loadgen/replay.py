@@ -18,6 +18,7 @@ from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Endpoint
 from loadgen.scrape import PERIOD_S, Scraper
+from loadgen.spool import Spool
 from loadgen.swarm import Job, Outcome, Swarm
 from traces import __version__
 from traces.errors import InputError, StoreError
@@ -72,6 +73,7 @@ def replay(
     gpus_per_worker: tuple[int, int] = (1, 1),
     timeout_s: float = TIMEOUT_S,
     drain_s: float = 5.0,
+    patience_s: float = 10.0,
     scrape_s: float = PERIOD_S,
     on_progress: Callable[[int, int], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
@@ -82,6 +84,7 @@ def replay(
     force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
     engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
+    A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
     """
@@ -154,11 +157,11 @@ def replay(
             # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
             stack.close()
-            _close(store, run, parts, slo, None, reason)
+            writer.settle(_ended(run, parts, slo, None, reason), patience_s)
             raise
     if on_outcome is not None:
         on_outcome(outcome)
-    run = _close(store, run, parts, slo, outcome, reason)
+    run = writer.settle(_ended(run, parts, slo, outcome, reason), patience_s)
     if writer.error is not None:
         raise writer.error
     if outcome.interrupted:
@@ -173,24 +176,21 @@ def counts(rows: Observations) -> dict[str, int]:
     return dict(sorted(found.items())) | {f"failed.{kind}": n for kind, n in sorted(kinds.items())}
 
 
-def _close(
-    store: Store, run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Outcome | None, reason: str
-) -> Run:
+def _ended(run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Outcome | None, reason: str) -> Run:
+    """The run with what came of it."""
     rows = Observations.concat(parts)
     judged = verdict(rows, slo)
     why = "; ".join(filter(None, (reason, judged.reason)))
-    return store.end_run(
-        replace(
-            run,
-            started_unix_s=outcome.started_unix_s if outcome is not None else run.started_unix_s,
-            complete=outcome is not None and not reason and len(rows) == run.scheduled,
-            verdict=judged.word,
-            reason=why,
-            lag_p50_ms=judged.lag_p50_ms,
-            lag_p99_ms=judged.lag_p99_ms,
-            lag_max_ms=judged.lag_max_ms,
-            counts=counts(rows),
-        )
+    return replace(
+        run,
+        started_unix_s=outcome.started_unix_s if outcome is not None else run.started_unix_s,
+        complete=outcome is not None and not reason and len(rows) == run.scheduled,
+        verdict=judged.word,
+        reason=why,
+        lag_p50_ms=judged.lag_p50_ms,
+        lag_p99_ms=judged.lag_p99_ms,
+        lag_max_ms=judged.lag_max_ms,
+        counts=counts(rows),
     )
 
 
@@ -203,14 +203,15 @@ def _profile(server: Endpoint) -> str:
 class Writer:
     """Stores rows and readings from one thread while the run goes on; a context manager.
 
-    Batches of about half a second become one transaction. A batch that cannot be stored is tried again (a busy or
-    restarting database), until the run has ended and ``patience_s`` have passed; then ``error`` says so.
+    Batches of about half a second become one transaction. What cannot be stored (a busy database, one that went away)
+    waits in a :class:`loadgen.spool.Spool` on disk, and is loaded as soon as the database takes it; ``settle`` says
+    what is to be done if it is still away at the end.
     """
 
-    def __init__(self, store: Store, run_id: int, *, every_s: float = 0.5, patience_s: float = 30.0) -> None:
-        self.error: StoreError | None = None
-        self._store, self._run_id = store, run_id
-        self._every_s, self._patience_s = every_s, patience_s
+    def __init__(self, store: Store, run_id: int, *, every_s: float = 0.5) -> None:
+        self.spool = Spool(store, run_id)
+        self.error: Exception | None = None
+        self._store, self._run_id, self._every_s = store, run_id, every_s
         self._queue: queue.SimpleQueue[Observations | Sequence[Sample]] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="steelyard-writer", daemon=True)
@@ -227,12 +228,27 @@ class Writer:
         self._stop.set()
         self._thread.join()
 
+    def settle(self, run: Run, patience_s: float) -> Run:
+        """Store what came of the run, and what waits. StoreError after ``patience_s`` says where the rows are."""
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                self.spool.load(self._store)
+                return self._store.end_run(run)
+            except StoreError as error:
+                if time.monotonic() > until:
+                    self.spool.end_run(run)
+                    raise StoreError(
+                        f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
+                        "When the database is back, run: steelyard runs recover"
+                    ) from None
+                time.sleep(0.5)
+
     def _main(self) -> None:
-        rows: list[Observations] = []
-        readings: list[Sample] = []
-        give_up = float("inf")
         while True:
             last = self._stop.wait(self._every_s)
+            rows: list[Observations] = []
+            readings: list[Sample] = []
             while not self._queue.empty():
                 batch = self._queue.get()
                 if isinstance(batch, Observations):
@@ -241,18 +257,26 @@ class Writer:
                     readings.extend(batch)
             try:
                 if rows:
-                    self._store.add_observations(self._run_id, Observations.concat(rows))
-                    rows = []
+                    self._keep(Observations.concat(rows))
                 if readings:
-                    self._store.add_samples(self._run_id, readings)
-                    readings = []
-            except StoreError as error:
-                if last:
-                    give_up = min(give_up, time.monotonic() + self._patience_s)
-                    if time.monotonic() > give_up:
-                        self.error = error
-                        return
-                    time.sleep(0.5)
-                continue
+                    self._keep(readings)
+            except StoreError as error:  # the disk is full as well
+                self.error = error
             if last and self._queue.empty():
                 return
+
+    def _keep(self, batch: Observations | list[Sample]) -> None:
+        """Into the database, or onto the disk."""
+        try:
+            self.spool.load(self._store)
+            if isinstance(batch, Observations):
+                self._store.add_observations(self._run_id, batch)
+            else:
+                self._store.add_samples(self._run_id, batch)
+        except Exception as error:
+            if not isinstance(error, StoreError):
+                self.error = error  # a mistake of ours: said at the end, when the rows are safe
+            if isinstance(batch, Observations):
+                self.spool.add_observations(batch)
+            else:
+                self.spool.add_samples(batch)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,9 +27,10 @@ from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.replay import read_api_key, replay
+from loadgen.spool import Spool
 from loadgen.swarm import Swarm
 from loadgen.sweep import sweep
-from traces.errors import EndpointError, InputError
+from traces.errors import EndpointError, InputError, StoreError
 from traces.ingest import ingest
 from traces.measures import Slo, summarise
 from traces.records import Fleet, Observations, Schedule
@@ -246,6 +249,65 @@ def test_a_sweep_measures_every_fleet_and_puts_the_old_one_back(store: Store, sw
     assert sorted(run.fleet for run in runs[3:] if run.fleet) == fleets
     assert {run.group for run in runs} == {group}
     assert [r.id for r in store.runs(group=group)] == [r.id for r in runs]
+
+
+def rename(path: Path, before: str, after: str) -> None:
+    """Make the database fail for real, and work again."""
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as connection:
+        connection.execute(f"alter table {before} rename to {after}")
+        connection.commit()
+
+
+@pytest.mark.parametrize("back_in_time", [True, False])
+def test_a_database_that_goes_away_costs_nothing(
+    swarm: Swarm, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_in_time: bool
+) -> None:
+    """Rows wait on disk and are stored when the database is back, or by ``runs recover``; nothing twice."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "away.db"
+    url = f"sqlite:///{path}"
+    asked = schedule(60, 30.0)
+    with open_store(url) as store:
+        timers = [threading.Timer(1.4, rename, (path, "observations", "hidden"))]
+        if back_in_time:
+            timers.append(threading.Timer(2.5, rename, (path, "hidden", "observations")))
+        for timer in timers:
+            timer.start()
+        if back_in_time:
+            run = replay(store, swarm, asked, endpoint)
+            assert run.complete
+        else:
+            with pytest.raises(StoreError, match=r"rows of run 1 wait in .*steelyard runs recover"):
+                replay(store, swarm, asked, endpoint, patience_s=0.0)
+            assert list((tmp_path / "steelyard-spool").iterdir())
+            rename(path, "hidden", "observations")
+            assert len(store.observations(1)) < 60
+            assert main(["runs", "recover", "--db", url]) == 0
+        for timer in timers:
+            timer.join()
+        run = store.run(1)
+        assert (run.ended, run.complete, run.counts) == (True, True, {"ok": 60})
+        assert store.observations(1).index.tolist() == asked.index.tolist()
+        readings = [(s.at_s, s.worker) for s in store.samples(1)]
+        assert len(readings) == len(set(readings)) > 0
+    assert not (tmp_path / "steelyard-spool").exists()
+    assert main(["runs", "recover", "--db", url]) == 0
+
+
+def test_a_line_cut_by_a_crash_is_left_out(store: Store, swarm: Swarm, endpoint: str, tmp_path: Path) -> None:
+    """What was written whole before a crash is loaded, the torn end is not, and loading twice changes nothing."""
+    run = replay(store, swarm, schedule(4, 40.0), endpoint)
+    rows = store.observations(run.id)
+    spool = Spool(store, run.id, tmp_path / "spool")
+    spool.add_observations(rows.take(np.array([0, 1])))
+    spool.add_observations(rows)
+    held = spool.path.read_bytes()
+    spool.path.write_bytes(held + held[:50])
+    assert spool.load(store) == 6
+    assert len(store.observations(run.id)) == 4
+    assert spool.load(store) == 0
+    back = store.observations(run.id)
+    assert all(np.array_equal(getattr(back, c), getattr(rows, c), equal_nan=c.endswith("_s")) for c in rows.columns())
 
 
 # --- the verbs -------------------------------------------------------------------------------------------------------

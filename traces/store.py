@@ -362,7 +362,10 @@ def _said(shown: str) -> Iterator[None]:
     """Turn a driver's error into one line without secrets."""
     try:
         yield
-    except SQLAlchemyError as error:
+    except Exception as error:
+        # The bulk paths speak to the driver directly, so its own errors come unwrapped.
+        if not isinstance(error, (SQLAlchemyError, sqlite3.Error)) and not type(error).__module__.startswith("psycopg"):
+            raise
         cause = str(getattr(error, "orig", None) or error).strip().splitlines()
         what = redact(cause[0] if cause else type(error).__name__)
         what = re.sub(r"user \"[^\"]*\"", "the user", what)

@@ -215,6 +215,25 @@ def export_run(context: click.Context, run_id: int, out: Path, as_json: bool, db
         messages().print(f"{len(rows)} rows of run {run.id} written to {out}", markup=False)
 
 
+@runs.command("recover", **example("steelyard runs recover"))
+@json_option
+@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
+@click.pass_context
+def recover(context: click.Context, as_json: bool, db: str | None) -> None:
+    """Store rows that wait in ./steelyard-spool because the database was away when they were measured."""
+    from loadgen.spool import waiting
+    from traces.store import open_store
+
+    with open_store(db or context.obj, create=False) as store:
+        found = {str(spool.path): spool.load(store) for spool in waiting(store)}
+    if as_json:
+        emit_json({"rows": sum(found.values()), "files": found})
+    elif not found:
+        messages().print("Nothing waits for this database here.")
+    for path, rows in () if as_json else found.items():
+        messages().print(f"{rows} rows from {path} are in the database", markup=False)
+
+
 def _guarded(value: Any) -> Any:
     """Text that a spreadsheet would run as a formula gets an apostrophe: details come from servers."""
     return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
