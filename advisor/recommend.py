@@ -389,7 +389,7 @@ def next_probe(fit: Fit, schedule: Schedule, best: Candidate, runner_up: Candida
         why = f"decode batches above {seen.batch:.0f} sequences a worker were never seen"
     else:
         fleet, probe_rate = best.fleet, rate
-        why = "it would confirm the answer where it will be used"
+        why = "it confirms the answer where it will be used"
         if runner_up and runner_up.wins > best.wins:
             fleet, why = runner_up.fleet, "it is the closest rival"
     command = (

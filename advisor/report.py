@@ -194,7 +194,7 @@ def _sure(r: Recommendation) -> str:
 
 def _next(r: Recommendation) -> str:
     return (
-        f'<section class="card"><h2>What to do next</h2><p>{_e(r.next_probe["why"])}:</p>'
+        f'<section class="card"><h2>What to do next</h2><p>Run this: {_e(r.next_probe["why"])}.</p>'
         f"<pre>{_e(r.next_probe['command'])}</pre></section>"
     )
 
@@ -276,11 +276,11 @@ def _laws_table(r: Recommendation) -> str:
 def _layout(figure: go.Figure, x: str, y: str, **more: Any) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        margin={"l": 60, "r": 20, "t": 70, "b": 50},
         font={"size": 13},
         xaxis_title=x,
         yaxis_title=y,
-        legend={"orientation": "h", "y": 1.12},
+        legend={"orientation": "h", "y": 1.04, "yanchor": "bottom"},
         **more,
     )
     return figure

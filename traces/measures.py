@@ -59,8 +59,11 @@ class Slo:
         return dict(self.limits).get(metric)
 
     def __str__(self) -> str:
-        terms = [f"{m}<{v:g}s" for m, v in self.limits]
-        terms += [f"{m}_p{q:g}<{v:g}s" for m, q, v in self.constraints]
+        def time(v: float) -> str:
+            return f"{v * 1e3:g}ms" if v < 0.1 else f"{v:g}s"
+
+        terms = [f"{m}<{time(v)}" for m, v in self.limits]
+        terms += [f"{m}_p{q:g}<{time(v)}" for m, q, v in self.constraints]
         return " ".join(terms)
 
 
