@@ -7,6 +7,7 @@ prefill worker made and how long it was busy.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -205,7 +206,25 @@ def prefill_reading_rows(data: RunData, number: int) -> Rows:
     return Rows(x, y[keep], np.arange(BLOCKS)[keep], np.full(int(keep.sum()), number))
 
 
+def admission_cap(data: RunData) -> int:
+    """Most sequences that a decode worker admitted, from server readings; 0 where no reading shows a limit.
+
+    A reading may catch a request between its transfer and the next step: that is no queue. Only sequences that wait
+    from one reading of a worker to its next stand before a full batch.
+    """
+    workers: dict[str, list[Sample]] = {}
+    for sample in data.samples:
+        if sample.role == "decode" and sample.waiting_requests is not None and sample.running_requests is not None:
+            workers.setdefault(sample.worker, []).append(sample)
+    most = 0.0
+    for held in workers.values():
+        held = sorted(held, key=lambda s: s.at_s)
+        for before, now in itertools.pairwise(held):
+            if before.waiting_requests and now.waiting_requests:
+                most = max(most, before.running_requests or 0.0, now.running_requests or 0.0)
+    return int(most)
+
+
 def reading_max(data: RunData, role: str, name: str) -> float:
-    """The largest value of a gauge that any worker of a role showed; NaN where no reading has it."""
-    values = [getattr(s, name) for s in data.samples if s.role == role and getattr(s, name) is not None]
-    return float(max(values)) if values else float("nan")
+    """The largest value of a gauge that any worker of a role showed; 0 where no reading has it."""
+    return max((float(getattr(s, name) or 0.0) for s in data.samples if s.role == role), default=0.0)

@@ -26,6 +26,7 @@ from advisor.features import (
     BLOCKS,
     Rows,
     RunData,
+    admission_cap,
     decode_load,
     decode_rows,
     prefill_reading_rows,
@@ -210,18 +211,22 @@ def _fit_profile(data: Sequence[RunData], counts: Ints, start: Profile | None = 
     if (weight > 0).sum() < 8:
         raise NotEnoughDataError(
             f"only {int((weight > 0).sum())} requests were answered without meeting another prefill: a run at low load is "
-            "missing. Measure next: steelyard replay TRACE --endpoint URL --fleet 4:4 --rate with a fifth of the rate."
+            "missing."
         )
     line, _ = relative_nnls(quiet.x, quiet.y, weight)
     readings = Rows.concat([prefill_reading_rows(one, i) for i, one in enumerate(data)])
     reading_weight = counts[readings.run, readings.block].astype(float)
     replays = [_Replay.of(one, counts[i]) for i, one in enumerate(data)]
+    if start is not None:
+        profile = replace(profile, max_batch=start.max_batch)
     capped = profile.max_batch < NO_CAP
     if (reading_weight > 0).sum() >= 6:
         busy, busy_error = relative_nnls(readings.x, readings.y, reading_weight)
         profile = replace(profile, a_s=busy[0], b_s_per_token=busy[1], c_s_per_token2=busy[2])
         if start is None:
             profile = replace(profile, overhead_s=0.0, transfer_t0_s=0.0, transfer_s_per_token=0.0)
+            capped = capped and _cap_explains(profile, replays)
+        profile = replace(profile, max_batch=profile.max_batch if capped else NO_CAP)
         profile = _calibrate_batch(profile, replays, wide=start is None)
         profile = _calibrate_latency(profile, replays)
         if start is None:
@@ -230,8 +235,6 @@ def _fit_profile(data: Sequence[RunData], counts: Ints, start: Profile | None = 
             profile = _calibrate_latency(profile, replays)
         source, n, error = "server readings of busy seconds and steps", len(readings), busy_error
     else:
-        if start is not None and not capped:
-            profile = replace(profile, max_batch=start.max_batch)
         profile = _calibrate_shares(profile, line, replays, start)
         if start is None and not capped:
             plain = profile
@@ -312,17 +315,14 @@ def _fit_decode(profile: Profile, data: Sequence[RunData], counts: Ints) -> tupl
     weight = counts[rows.run, rows.block].astype(float)
     if (weight > 0).sum() < 8:
         raise NotEnoughDataError(
-            f"only {int((weight > 0).sum())} answers of four tokens or more: the decode step cannot be fitted. "
-            "Measure next: a trace with longer answers."
+            f"only {int((weight > 0).sum())} answers of four tokens or more: the decode step cannot be fitted "
+            "without longer answers."
         )
     coefficients, error = relative_nnls(rows.x, rows.y, weight)
     c0, c1, c2 = (float(c) for c in coefficients)
-    batch, kv = 0, 0
-    for one in data:
-        if reading_max(one, "decode", "waiting_requests") > 0:
-            batch = max(batch, int(reading_max(one, "decode", "running_requests")))
-            used = reading_max(one, "decode", "kv_used_tokens")
-            kv = max(kv, int(used) if math.isfinite(used) else 0)
+    batch = max(admission_cap(one) for one in data)
+    if batch < max((reading_max(one, "decode", "running_requests") for one in data), default=0.0):
+        batch = 0  # more than that were seen on a worker: it was no limit
     law = Law(
         "decode step",
         {"c0_s": c0, "c1_s": c1, "c2_s": c2},
@@ -387,6 +387,12 @@ def _calibrate_batch(profile: Profile, replays: Sequence[_Replay], *, wide: bool
     budgets = BUDGETS if wide else tuple(BUDGETS[i] for i in near[:3])
     tried = [(_misfit(replace(profile, max_batch_tokens=b), replays), b) for b in budgets]
     return replace(profile, max_batch_tokens=min(tried)[1])
+
+
+def _cap_explains(profile: Profile, replays: Sequence[_Replay]) -> bool:
+    """Is TTFT nearer to what was observed with the limit that readings suggest than without one?"""
+    free = _calibrate_latency(replace(profile, max_batch=NO_CAP), replays)
+    return _misfit(replace(free, max_batch=profile.max_batch), replays) < _misfit(free, replays)
 
 
 def _calibrate_cap(profile: Profile, data: Sequence[RunData], replays: Sequence[_Replay]) -> Profile:
@@ -461,7 +467,7 @@ def _calibrate_shares(profile: Profile, line: Floats, replays: Sequence[_Replay]
 
 def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
     """How far the runs went, measured on the rows (and readings, where there are any)."""
-    quiet, prefill, batch, loaded = 0, 0.0, 0.0, False
+    quiet, prefill, batch, loaded = 0, 0.0, 0.0, profile.max_batch < NO_CAP
     floor = profile.c0_s + profile.c1_s
     for i, one in enumerate(data):
         quiet += len(quiet_rows(one, i))
@@ -474,7 +480,7 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
         tpot = one.observations.tpot_s[one.observations.ok]
         tpot = tpot[np.isfinite(tpot)]
         slowed = len(tpot) > 0 and float(np.quantile(tpot, 0.9)) > 1.25 * floor
-        loaded = loaded or slowed or reading_max(one, "decode", "waiting_requests") > 0
+        loaded = loaded or slowed
     return Seen(quiet_rows=quiet, prefill=prefill, batch=batch, decode_loaded=loaded)
 
 

@@ -187,7 +187,14 @@ def recommend(
     warnings: list[str] = []
     usable = _usable(data, schedule, warnings)
     tell("fit", 0, 1)
-    fit = fit_laws(usable)
+    try:
+        fit = fit_laws(usable)
+    except NotEnoughDataError as error:
+        even = Fleet(max(1, gpus // 2), max(1, gpus - gpus // 2))
+        raise NotEnoughDataError(
+            f"{error} Measure next: steelyard replay {schedule.name} --endpoint URL --fleet {even} "
+            f"--rate {schedule.rate_per_s * 0.2:.3g}"
+        ) from None
     warnings += fit.warnings
     tell("fit", 1, 1)
 

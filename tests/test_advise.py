@@ -135,7 +135,7 @@ def test_only_saturated_runs_are_not_enough_either() -> None:
     profile = Profile.load("demo")
     rate = busy_rate(profile)
     burst = lognormal(200, 1e5, 3)
-    with pytest.raises(NotEnoughDataError, match="low load"):
+    with pytest.raises(NotEnoughDataError, match=r"low load.*steelyard replay lognormal-5 --endpoint"):
         recommend([measured(profile, burst, Fleet(1, 7), 1)], lognormal(200, rate, 5), gpus=8, slo=SLO, draws=2)
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advisor.features import BLOCKS, RunData, decode_load, decode_rows, quiet_rows, time_block
+from advisor.features import BLOCKS, RunData, admission_cap, decode_load, decode_rows, quiet_rows, time_block
 from tests.test_records import one_answer
-from traces.records import Fleet, Observations, Run
+from traces.records import Fleet, Observations, Run, Sample
 
 
 def run_of(fleet: Fleet, n: int = 1) -> Run:
@@ -97,3 +97,28 @@ def test_every_instant_has_a_block(times: list[float]) -> None:
     assert blocks.min() == 0
     assert blocks.max() == BLOCKS - 1
     assert (np.diff(blocks) >= 0).all()
+
+
+def readings(waiting: list[float], running: list[float], worker: str = "4") -> list[Sample]:
+    return [
+        Sample(at_s=i * 0.5, worker=worker, role="decode", waiting_requests=w, running_requests=r)
+        for i, (w, r) in enumerate(zip(waiting, running, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "cap"),
+    [
+        # one reading that catches a request between its transfer and the next step says nothing of a limit
+        ([0, 1, 0, 0, 1, 0], [1, 2, 3, 2, 2, 1], 0),
+        ([0, 0, 0], [5, 6, 7], 0),
+        # a queue that lasts from one reading to the next is a queue before a full batch
+        ([0, 3, 5, 4, 0], [18, 20, 20, 20, 12], 20),
+        # while it lasts the batch may dip as answers end
+        ([2, 2, 1], [20, 19, 20], 20),
+    ],
+)
+def test_a_limit_of_admission_needs_a_queue_that_lasts(waiting: list[float], running: list[float], cap: int) -> None:
+    """The batch limit is read off only where sequences waited from one reading to the next."""
+    data = RunData(run_of(Fleet(4, 4)), answer(0.0, 0.05, 20, 100), readings(waiting, running))
+    assert admission_cap(data) == cap
