@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Endpoint
 from loadgen.scrape import PERIOD_S, Scraper
 from loadgen.spool import Spool
-from loadgen.swarm import Job, Outcome, Swarm
+from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import InputError, StoreError
 from traces.measures import Slo, verdict
@@ -156,6 +158,10 @@ def replay(
         except BaseException as error:
             # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            heard = np.concatenate([p.index for p in parts]) if parts else np.empty(0, dtype=np.int64)
+            silent = np.flatnonzero(~np.isin(schedule.index, heard))
+            if len(silent):
+                on_rows(ended(schedule, silent, "unsent", -1, "the run was broken off"))
             stack.close()
             writer.settle(_ended(run, parts, slo, None, reason), patience_s)
             raise

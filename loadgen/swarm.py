@@ -380,7 +380,9 @@ class Swarm:
             kind, client_id, data, at = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             kind, client_id, data, at = "", "", None, 0.0
-        if kind == "hello" and client_id not in self._workers:
+        # Locust's port asks nobody for a name: strangers are let in only where workers from elsewhere are expected.
+        welcome = kind == "hello" and (self._expect > self._local or int(data["pid"]) in self._processes)
+        if welcome and client_id not in self._workers:
             self._workers[client_id] = _Worker(
                 client_id, len(self._workers), int(data["pid"]), data["boot"] == self._boot,
                 self._processes.get(int(data["pid"])),

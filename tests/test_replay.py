@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import re
 import signal
 import socket
@@ -431,6 +432,32 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: P
     with open_store(f"sqlite:///{path}") as store:
         assert len(store.observations(1)) == 9754
         assert store.run(1).verdict == "invalid"
+
+
+def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str) -> None:
+    """kill -9 of the master: what finished more than a second before is in the database, the run has not ended."""
+    command = [sys.executable, "-m", "advisor", "replay", "azure-2023-conv", "--endpoint", endpoint, "--db", db]
+    child = subprocess.Popen([*command, "--rate", "40"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    began = math.inf
+    with open_store(db) as store:
+        while time.monotonic() < until:
+            if began == math.inf and store.runs() and len(store.observations(1)):
+                began = time.monotonic()
+            if time.monotonic() > began + 3:
+                break
+            time.sleep(0.05)
+        child.kill()
+        child.wait()
+        finished_s = time.time() - store.run(1).started_unix_s - 2.5
+        rows = store.observations(1)
+        assert not store.run(1).ended
+        assert len(rows) > 20
+        assert set(rows.status) == {"ok"}
+        last = rows.last_token_s.max()
+        assert last > finished_s - 1
+        assert len(set(rows.index.tolist())) == len(rows)
+    assert main(["compare", "1", "1", "--db", db]) == 1
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,39 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(endpoint: str) -> None:
+    """A worker that was started by hand does the work; where clocks differ, their offset is measured and removed."""
+    asked = schedule(30, 60.0)
+    with Swarm(workers=1) as listening:
+        port = listening.port  # free once it is closed
+    started: list[subprocess.Popen[bytes]] = []
+    swarm = Swarm(workers=0, expect=1, bind=f"127.0.0.1:{port}")
+    swarm._boot = "another machine"
+    swarm.on_listen = lambda address: started.append(
+        subprocess.Popen([sys.executable, "-m", "advisor", "worker", "--master", address])
+    )
+    with swarm:
+        outcome, rows = run(swarm, asked, job(endpoint))
+        offset = next(iter(swarm._workers.values())).offset
+    assert started[0].wait(15) == 0
+    assert outcome.reason == ""
+    assert set(rows.status) == {"ok"}
+    assert abs(offset) < 0.05
+    assert (rows.lag_s > -0.05).all()
+
+
+def test_strangers_are_not_handed_credentials(endpoint: str) -> None:
+    """A process that nobody expects may connect to Locust's port; it gets no shard."""
+    with Swarm(workers=1) as swarm:
+        stranger = subprocess.Popen([sys.executable, "-m", "advisor", "worker", "--master", swarm.address])
+        time.sleep(1.5)
+        outcome, rows = run(swarm, schedule(10, 100.0), job(endpoint))
+        assert outcome.reason == ""
+        assert swarm.workers == 1
+        assert set(rows.worker) == {0}
+    assert stranger.wait(15) == 0
+
+
 def test_importing_the_swarm_patches_nothing() -> None:
     """gevent's monkey patching must never happen in a user's process."""
     code = "import loadgen.swarm, gevent.monkey as m; assert not m.saved, m.saved"
