@@ -176,7 +176,8 @@ def recommend(
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
     the SLO, InputError when there is no split.
     """
-    fleets = Fleet.splits(gpus, gpus_per_worker)
+    used = next((g for g in range(gpus, 1, -1) if Fleet.splits(g, gpus_per_worker)), 0)
+    fleets = Fleet.splits(used, gpus_per_worker)
     if not fleets:
         raise InputError(
             f"{gpus} GPUs at {gpus_per_worker} GPUs a worker make no fleet with both roles. Give more GPUs."
@@ -185,6 +186,9 @@ def recommend(
         raise InputError(f"trace {schedule.name!r} has no request that can be replayed.")
     tell = note or (lambda what, done, of: None)
     warnings: list[str] = []
+    if used < gpus:
+        each = f"{gpus_per_worker[0]} and {gpus_per_worker[1]} GPUs a worker"
+        warnings.append(f"no fleet of {each} uses {gpus} GPUs: fleets of {used} were compared")
     usable = _usable(data, schedule, warnings)
     tell("fit", 0, 1)
     try:

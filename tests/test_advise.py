@@ -148,6 +148,18 @@ def test_an_slo_that_nothing_meets_is_exit_three() -> None:
     assert caught.value.exit_code == 3
 
 
+def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
+    """Nine GPUs with two a worker are used up to eight, with a warning."""
+    profile = Profile.load("demo")
+    rate = busy_rate(profile)
+    schedule = lognormal(150, rate * 0.3, 5)
+    answer = recommend(
+        three_runs(profile, rate), schedule, gpus=9, gpus_per_worker=(2, 2), slo=SLO, draws=2, attainment=0.1
+    )
+    assert [str(c.fleet) for c in answer.candidates] == ["1:3", "2:2", "3:1"]
+    assert any("fleets of 8 were compared" in w for w in answer.warnings)
+
+
 def test_one_gpu_makes_no_fleet() -> None:
     """One GPU cannot hold both roles."""
     with pytest.raises(InputError, match="no fleet"):

@@ -32,6 +32,7 @@ def embedded(profile: str, fleet: Fleet, **options: Any) -> Iterator[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"STEELYARD_WITH_PARENT": "1"},
+        start_new_session=True,  # Ctrl-C is the caller's to handle: answers in flight are drained first
     )
     try:
         yield _url(child)
