@@ -17,10 +17,10 @@ import numpy as np
 
 from advisor.features import RunData
 from advisor.model import METRICS, Fit, fit_laws, predicted_load
-from loadgen.cluster import Profile, simulate
+from loadgen.cluster import simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, Summary, meets, summarise
-from traces.records import Fleet, Floats, Schedule
+from traces.records import Fleet, Schedule
 
 DRAWS = 30
 """Bootstrap draws behind an interval."""
@@ -426,15 +426,3 @@ def _refuse_if_unseen(
         )
     if reasons:
         raise NotEnoughDataError(f"{'; '.join(reasons)}. Measure next: {probe['command']}")
-
-
-def quantiles(values: Floats) -> dict[str, float]:
-    """p50, p90 and p99 of the finite values."""
-    finite = values[np.isfinite(values)]
-    names = (50, 90, 99)
-    return {f"p{q}": float(np.quantile(finite, q / 100)) if len(finite) else float("nan") for q in names}
-
-
-def fitted_profile(recommendation: Recommendation) -> Profile:
-    """The laws behind the answer, in the form that ``steelyard serve --profile`` takes."""
-    return recommendation.fit.profile

@@ -205,6 +205,25 @@ def test_a_file_that_cannot_be_used_is_refused_whole(
         assert store.traces() == []
 
 
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        (HEADER, GOOD),
+        ("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n", "5,GPT-4,10,20,30,API log\n"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n", "0.5,10,20\n"),
+    ],
+    ids=["azure", "burstgpt", "vidur"],
+)
+def test_a_field_too_large_to_read_is_a_skipped_row(header: str, row: str, sqlite_url: str, tmp_path: Path) -> None:
+    """In every CSV format a field beyond the reader's limit costs its row, not the load."""
+    path = tmp_path / "a.csv"
+    path.write_text(header + row * 50 + "x" * 200_000 + row + row * 50)
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [path])
+    assert report.rows_kept == 100
+    assert report.skipped["unreadable_line"].count == 1
+
+
 def test_what_is_no_file_is_refused(sqlite_url: str, tmp_path: Path) -> None:
     """A folder, a missing file and a pipe are refused without waiting."""
     import os

@@ -499,12 +499,6 @@ class Store:
             )
         return _info(row)
 
-    def find_trace(self, sha256: str) -> TraceInfo | None:
-        """The stored trace with this content, if there is one."""
-        with self._begin() as connection:
-            row = connection.execute(sa.select(trace_sources).where(trace_sources.c.sha256 == sha256)).first()
-        return _info(row) if row is not None else None
-
     def schedule(self, name: str) -> Schedule:
         """The trace's successful requests as a schedule at the recorded times."""
         info = self.trace(name)

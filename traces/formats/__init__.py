@@ -104,14 +104,3 @@ def bounded(value: int, what: str, least: int = 0) -> int:
     if value > 2**31 - 1:
         raise BadRowError(f"{what}_too_large", f"{what} must be below 2^31 (got {value})")
     return value
-
-
-def seconds_us(text: str) -> int:
-    """Seconds, whole or with a fraction, as microseconds. BadRowError for what is no time: NaN, negative, beyond 2^40 s."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise BadRowError("bad_time", f"the time must be seconds (got {text[:40]!r})") from None
-    if not 0 <= value < 2**40:
-        raise BadRowError("bad_time", f"the time must be seconds >= 0 (got {text[:40]!r})")
-    return round(value * 1e6)
