@@ -205,7 +205,7 @@ def recommend(
     points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
     for done, fleet in enumerate(fleets):
         tell("splits", done, len(fleets))
-        result = simulate(schedule, fleet, fit.profile, gpus_per_worker=gpus_per_worker)
+        result = simulate(schedule, fleet, fit.profile)
         summary = summarise(result.observations, slo)
         points[fleet] = summary, result.utilisation, meets(summary, result.observations, slo, attainment)
     tell("splits", len(fleets), len(fleets))
@@ -217,7 +217,7 @@ def recommend(
         tell("bootstrap", i, draws)
         profile = fit.redraw(rng)
         for fleet in fleets:
-            result = simulate(window, fleet, profile, gpus_per_worker=gpus_per_worker)
+            result = simulate(window, fleet, profile)
             drawn[fleet].append(summarise(result.observations, slo))
     tell("bootstrap", draws, draws)
 

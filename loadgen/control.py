@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
 import ssl
 import time
 from dataclasses import dataclass
@@ -198,7 +197,9 @@ class Endpoint:
     def set_fleet(self, fleet: Fleet, timeout_s: float = FLEET_S) -> float:
         """Put a fleet in force and wait until it is; returns the seconds that took."""
         asked = time.monotonic()
-        body = json.dumps({"prefill": fleet.prefill, "decode": fleet.decode}).encode()
+        body = json.dumps(
+            {"prefill": fleet.prefill, "decode": fleet.decode} | ({"mixed": fleet.mixed} if fleet.mixed else {})
+        ).encode()
         reply = self.fetch("PUT", "/fleet", body)
         if reply.status // 100 != 2:
             held = reply.json()
@@ -221,7 +222,7 @@ class Endpoint:
 
 
 def _fleet(held: dict[str, Any]) -> Fleet | None:
-    prefill, decode = held.get("prefill"), held.get("decode")
-    if type(prefill) is int and type(decode) is int and prefill >= 1 and decode >= 1 and math.isfinite(prefill):
-        return Fleet(prefill, decode)
+    counts = [held.get(role, 0) for role in ("prefill", "decode", "mixed")]
+    if all(type(n) is int and n >= 0 for n in counts) and (min(counts[:2]) >= 1 or counts[2]):
+        return Fleet(*counts)
     return None

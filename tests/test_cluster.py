@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadgen.cluster import Cluster, Job, Profile, shipped_profiles, simulate
+from loadgen.cluster import Cluster, Job, Profile, shipped_profiles, simulate, simulate_batches
+from loadgen.cluster.cache import PrefixCache
+from loadgen.policy import next_phase
 from traces.errors import InputError
 from traces.records import Fleet, Floats, Schedule
 
@@ -97,6 +99,39 @@ def test_a_lone_request_takes_what_the_laws_say() -> None:
     assert rows.last_token_s[0] == pytest.approx(ready + sum(steps), abs=1e-9)
 
 
+def test_workers_at_one_queue_are_m_m_c() -> None:
+    """Mean wait of M/M/c by Erlang's C formula, within 5 %: roles taken on demand at no cost are c servers at one queue."""
+    rng = np.random.default_rng(12)
+    c, service, rho, n = 4, 1.0, 0.8, 200_000
+    prompts = np.maximum(1, np.rint(rng.exponential(service * 1000, n)))
+    due = poisson(n, c * rho / service, 13)
+    cluster = Cluster(FAST_DECODE, Fleet(2, 2), on_demand=next_phase)
+    jobs = [Job(i, int(k), 1, t) for i, (k, t) in enumerate(zip(prompts.tolist(), due.tolist(), strict=True))]
+    for job in jobs:
+        cluster.advance(job.arrive_s)
+        cluster.submit(job)
+    while cluster.next_s < math.inf:
+        cluster.advance(cluster.next_s)
+    wait = np.array([j.prefill_start_s - j.arrive_s for j in jobs])
+    load = c * rho
+    terms = [load**k / math.factorial(k) for k in range(c)]
+    last = load**c / math.factorial(c) / (1 - rho)
+    waits = last / (sum(terms) + last)
+    assert float(wait.mean()) == pytest.approx(waits * service / (c * (1 - rho)), rel=0.05)
+    assert float((wait > 1e-6).mean()) == pytest.approx(waits, rel=0.03)
+
+
+def test_prefill_then_decode_is_a_tandem_queue() -> None:
+    """Burke: what leaves an M/M/1 queue is Poisson, so decode (one at a time) is M/M/1 too; the sojourns add up."""
+    rng = np.random.default_rng(14)
+    n, rate = 200_000, 0.5
+    prompts = np.maximum(1, np.rint(rng.exponential(1.0 * 1000, n)))
+    outputs = np.maximum(1, np.rint(rng.exponential(1.4 * 1000, n)))
+    profile = replace(FAST_DECODE, c0_s=1e-3, max_batch=1)
+    rows = simulate(schedule_of(poisson(n, rate, 15), prompts, outputs), Fleet(1, 1), profile).observations
+    assert float(rows.e2e_s.mean()) == pytest.approx(1.0 / (1 - 0.5) + 1.4 / (1 - 0.7), rel=0.05)
+
+
 # --- against a slow model that steps token by token ------------------------------------------------------------------
 
 
@@ -170,64 +205,142 @@ def profiles(draw: st.DrawFn) -> Profile:
         max_batch=draw(st.integers(1, 32)),
         kv_tokens=draw(st.sampled_from([0, 1000, 5000])),
         flip_s=draw(st.floats(0, 2)),
-        prefill_route=draw(st.sampled_from(["least_tokens", "least_requests", "round_robin"])),
+        prefill_route=draw(st.sampled_from(["least_tokens", "least_requests", "round_robin", "prefix"])),
         decode_route=draw(st.sampled_from(["least_tokens", "least_requests", "round_robin"])),
+        chunked=draw(st.booleans()),
+        cache_tokens=draw(st.sampled_from([0, 64, 1000])),
+        transfer_link=draw(st.sampled_from(["none", "sender", "shared"])),
+        knee_batch=draw(st.sampled_from([0, 2])),
+        knee_s=draw(st.sampled_from([0.0, 0.005])),
+        kv_policy=draw(st.sampled_from(["reserve", "preempt"])),
+        worker_speed=draw(st.sampled_from([(), (1.0, 2.0), (0.5, 1.0, 1.0, 3.0)])),
+        worker_size=draw(st.sampled_from([(), (0.5,)])),
     )
 
 
-@settings(max_examples=120, deadline=None)
+FLEETS = st.sampled_from([Fleet(2, 3), Fleet(1, 1), Fleet(0, 0, 3), Fleet(1, 2, 2), Fleet(4, 1)])
+
+
+def with_blocks(schedule: Schedule, seed: int = 0) -> Schedule:
+    """The schedule with prompts that share heads: ten conversations of 16-token blocks."""
+    rng = np.random.default_rng(seed)
+    blocks = np.empty(len(schedule), dtype=object)
+    for i, n in enumerate(schedule.prompt_tokens.tolist()):
+        talk = int(rng.integers(10))
+        blocks[i] = tuple(talk * 1000 + k for k in range(-(-n // 16)))
+    return replace(schedule, blocks=blocks, block_tokens=16)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     profiles(),
+    FLEETS,
     st.lists(st.tuples(st.floats(0, 10), st.integers(1, 900), st.integers(1, 80)), min_size=1, max_size=40),
-    st.lists(st.tuples(st.floats(0, 12), st.integers(1, 4)), max_size=4),
+    st.lists(st.tuples(st.floats(0, 12), st.integers(1, 4), st.integers(0, 2)), max_size=4),
+    st.sampled_from(["routed", "on demand", "batches"]),
+    st.booleans(),
 )
 def test_nothing_is_lost_whatever_the_fleet_does(
-    profile: Profile, requests: list[tuple[float, int, int]], moves: list[tuple[float, int]]
+    profile: Profile,
+    fleet: Fleet,
+    requests: list[tuple[float, int, int]],
+    moves: list[tuple[float, int, int]],
+    how: str,
+    shared: bool,
 ) -> None:
-    """Under random laws and role changes every request ends once, in order, and every token is counted."""
+    """Under random laws, fleets, policies and role changes every request ends once, in order, every token counted."""
     requests = sorted(requests)
     schedule = schedule_of(np.array([r[0] for r in requests]), [r[1] for r in requests], [r[2] for r in requests])
-    changes = [(at, Fleet(p, 5 - p)) for at, p in sorted(moves)]
-    result = simulate(schedule, Fleet(2, 3), profile, changes=changes)
-    rows = result.observations
-    assert np.isfinite(rows.last_token_s).all()
-    assert (rows.first_token_s > rows.due_s).all()
-    assert (rows.last_token_s >= rows.first_token_s).all()
-    assert rows.output_tokens.tolist() == schedule.output_tokens.tolist()
+    if shared:
+        schedule = with_blocks(schedule)
+    n = fleet.workers
+    changes = [
+        (at, Fleet(min(p, n - 1), n - min(p, n - 1) - m, m)) for at, p, m in sorted(moves) if n - min(p, n - 1) > m
+    ]
+    if how == "on demand":
+        changes = []
+        fleet = Fleet(max(1, fleet.prefill), n - max(1, fleet.prefill))
+        result = simulate(schedule, fleet, profile, on_demand=next_phase)
+    elif how == "batches":
+        rows = list(range(len(schedule)))
+        batches = [(rows[:7], None), (rows[7:], changes[0][1] if changes else None)]
+        result = simulate_batches(schedule, fleet, profile, batches, start_s=10.0, in_flight=3)
+    else:
+        result = simulate(schedule, fleet, profile, changes=changes)
+    rows_ = result.observations
+    assert np.isfinite(rows_.last_token_s).all()
+    assert (rows_.first_token_s >= rows_.sent_s).all()  # equal where a prompt costs nothing on a mixed worker
+    assert (rows_.last_token_s >= rows_.first_token_s).all()
+    assert rows_.output_tokens.tolist() == schedule.output_tokens.tolist()
     for switch in result.switches:
         assert switch.asked_s <= switch.drained_s + 1e-9
         assert switch.ready_s == pytest.approx(switch.drained_s + profile.flip_s)
-    # a step never takes less than the law's floor, and a fleet is never busier than it is large
-    many = rows.tokens > 1
-    assert (rows.tpot_s[many] >= profile.c0_s - 1e-9).all()
-    if not changes:
-        for busy in result.utilisation.values():
-            assert -1e-9 <= busy <= 1 + 1e-9
+    # a step never takes less than the law's floor on the fastest worker, and nobody is busier than always
+    many = rows_.tokens > 1
+    floor = profile.c0_s / max((1.0, *profile.worker_speed))
+    assert (rows_.tpot_s[many] >= floor - 1e-9).all()
+    for busy in (result.busy_share, *result.utilisation.values()):
+        assert math.isnan(busy) or -1e-9 <= busy <= 1 + 1e-6
 
 
-@settings(max_examples=40, deadline=None)
-@given(profiles(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
-def test_littles_law_holds_in_decode(profile: Profile, prefill: int, decode: int, seed: int) -> None:
-    """Sequence-seconds counted from requests equal those integrated over time; tokens made equal tokens asked for."""
+@settings(max_examples=80, deadline=None)
+@given(profiles(), FLEETS, st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_littles_law_and_conservation(profile: Profile, fleet: Fleet, seed: int, on_demand: bool, shared: bool) -> None:
+    """Tokens made equal tokens asked for, nothing stays reserved, and sequence-seconds agree with what is counted.
+
+    Little: requests in the system, read at many instants, average to arrival rate times time in the system.
+    """
     rng = np.random.default_rng(seed)
-    cluster = Cluster(profile, Fleet(prefill, decode))
-    jobs = [Job(i, int(rng.integers(1, 400)), int(rng.integers(1, 40)), float(i) * 0.05) for i in range(30)]
+    if on_demand and not fleet.prefill:
+        fleet = Fleet(1, 2)
+    schedule = schedule_of(np.arange(30) * 0.05, rng.integers(1, 400, 30).tolist(), rng.integers(1, 40, 30).tolist())
+    blocks = with_blocks(schedule, seed).blocks if shared else None
+    cluster = Cluster(profile, fleet, on_demand=next_phase if on_demand else None, block_tokens=16 if shared else 0)
+    jobs = [
+        Job(r.index, r.prompt_tokens, r.output_tokens, r.due_s, None, () if blocks is None else blocks[r.index])
+        for r in schedule
+    ]
+    area, last, inside = 0.0, 0.0, 0
     for job in jobs:
+        while cluster.next_s <= job.arrive_s:
+            at = cluster.next_s
+            area, last = area + inside * (at - last), at
+            cluster.advance(at)
+            inside = sum(j.finish_s != j.finish_s for j in jobs[: job.id])
+        area, last = area + inside * (job.arrive_s - last), job.arrive_s
         cluster.advance(job.arrive_s)
         cluster.submit(job)
+        inside = sum(j.finish_s != j.finish_s for j in jobs[: job.id + 1])
     while cluster.next_s < math.inf:
-        cluster.advance(cluster.next_s)
-    assert sum(w.output_tokens for w in cluster.workers) == sum(j.output_tokens for j in jobs)
-    assert sum(w.prompt_tokens for w in cluster.workers) == sum(j.prompt_tokens for j in jobs)
-    assert all(w.size == 0 and w.kv_used == 0 and w.queued_tokens == 0 and not w.waiting for w in cluster.workers)
-    assert sum(w.finished for w in cluster.workers if w.role == "prefill") == len(jobs)
+        at = cluster.next_s
+        area, last = area + inside * (at - last), at
+        cluster.advance(at)
+        inside = sum(j.finish_s != j.finish_s for j in jobs)
+    assert area == pytest.approx(sum(j.finish_s - j.arrive_s for j in jobs), rel=1e-9)
+    workers = cluster.workers
+    assert sum(w.output_tokens for w in workers) == pytest.approx(
+        sum(j.output_tokens for j in jobs), abs=len(jobs) if fleet.mixed else 0
+    )
+    assert sum(w.prompt_tokens + w.cached_tokens for w in workers) == sum(j.prompt_tokens for j in jobs)
+    assert all(w.size == 0 and w.kv_used == 0 and not w.waiting and not w.queue for w in workers)
+    assert all(w.requests == 0 and w.tokens == 0 for w in workers)
+    for sample in cluster.samples(cluster.now_s):
+        assert sample.waiting_requests == sample.running_requests == 0
 
 
 @settings(max_examples=60, deadline=None)
-@given(profiles(), st.lists(st.tuples(st.integers(0, 14), st.floats(0, 5)), max_size=10))
-def test_a_client_that_goes_away_frees_its_place(profile: Profile, departures: list[tuple[int, float]]) -> None:
+@given(
+    profiles(),
+    st.sampled_from([Fleet(2, 2), Fleet(0, 0, 2), Fleet(1, 1, 1)]),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 14), st.floats(0, 5)), max_size=10),
+)
+def test_a_client_that_goes_away_frees_its_place(
+    profile: Profile, fleet: Fleet, on_demand: bool, departures: list[tuple[int, float]]
+) -> None:
     """Cancelled requests leave no reservation behind, and the others all finish."""
-    cluster = Cluster(profile, Fleet(2, 2))
+    on_demand = on_demand and not fleet.mixed
+    cluster = Cluster(profile, fleet, on_demand=next_phase if on_demand else None)
     jobs = [Job(i, 50 + i, 30, i * 0.1) for i in range(15)]
     happenings = sorted(
         [(j.arrive_s, 0, j) for j in jobs] + [(at, 1, jobs[i]) for i, at in departures], key=lambda h: h[:2]
@@ -242,7 +355,7 @@ def test_a_client_that_goes_away_frees_its_place(profile: Profile, departures: l
             gone.add(job.id)
     while cluster.next_s < math.inf:
         cluster.advance(cluster.next_s)
-    assert all(w.size == 0 and w.kv_used == 0 for w in cluster.workers)
+    assert all(w.size == 0 and w.kv_used == 0 and w.requests == 0 and w.tokens == 0 for w in cluster.workers)
     assert all(math.isfinite(j.finish_s) for j in jobs if j.id not in gone)
 
 
@@ -263,6 +376,150 @@ def test_a_role_change_costs_its_drain_and_its_flip() -> None:
     assert (switch.before, switch.after) == ("prefill", "decode")
     assert switch.asked_s == 1.0
     assert switch.ready_s == pytest.approx(switch.drained_s + 2.0)
+
+
+# --- the mechanisms, one by one --------------------------------------------------------------------------------------
+
+
+PAIR = Fleet(1, 1)
+
+
+def lone(profile: Profile, prompt: int, output: int, fleet: Fleet = PAIR) -> tuple[float, float]:
+    """(first token, last token) of one request on an empty fleet."""
+    rows = simulate(schedule_of(np.zeros(1), [prompt], [output]), fleet, profile).observations
+    return float(rows.first_token_s[0]), float(rows.last_token_s[0])
+
+
+def test_a_cut_prompt_pays_the_fixed_cost_once_a_chunk() -> None:
+    """1,000 tokens in chunks of 300: four steps; the area is sum of new tokens times context in place."""
+    p = Profile(
+        name="t", a_s=0.01, b_s_per_token=1e-4, c_s_per_token2=1e-8, max_batch_tokens=300, chunked=True, c0_s=0.02
+    )
+    area = 300 * 300 + 300 * 600 + 300 * 900 + 100 * 1000
+    first, _ = lone(p, 1000, 1)
+    assert first == pytest.approx(4 * 0.01 + 1000 * 1e-4 + area * 1e-8 + 0.02)
+    whole, _ = lone(replace(p, chunked=False), 1000, 1)
+    assert whole == pytest.approx(0.01 + 0.1 + 1e6 * 1e-8 + 0.02)
+
+
+def test_a_held_prefix_is_not_computed_again() -> None:
+    """The second of two prompts with a common head pays for its tail; attention still sees the whole context."""
+    p = Profile(name="t", b_s_per_token=1e-3, c_s_per_token2=1e-7, c0_s=0.02, cache_tokens=10_000)
+    schedule = schedule_of(np.array([0.0, 100.0]), [100, 120], [1, 1])
+    blocks = np.empty(2, dtype=object)
+    blocks[:] = [(1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 9, 10, 11)]
+    schedule = replace(schedule, blocks=blocks, block_tokens=16)
+    result = simulate(schedule, Fleet(1, 1), p)
+    new = 120 - 4 * 16
+    assert result.cached_tokens == 64
+    assert result.observations.ttft_s[1] == pytest.approx(new * 1e-3 + new * 120 * 1e-7 + 0.02)
+    assert simulate(schedule, Fleet(1, 1), replace(p, cache_tokens=0)).cached_tokens == 0
+
+
+def test_the_cache_keeps_what_was_used_last() -> None:
+    """Of blocks that do not fit, the least recently used go, a prompt's tail before its head."""
+    cache = PrefixCache(4)
+    cache.keep((1, 2, 3))
+    cache.keep((10, 11))
+    assert (cache.hit((1, 2, 3)), cache.hit((10, 11)), len(cache)) == (2, 2, 4)
+    cache.keep((1, 2))
+    cache.keep((20, 21))
+    assert (cache.hit((1, 2)), cache.hit((10,)), cache.hit((20, 21))) == (2, 0, 2)
+    cache.keep(tuple(range(100, 110)))
+    assert (cache.hit(tuple(range(100, 110))), len(cache)) == (4, 4)
+
+
+def test_prefix_aware_routing_sends_a_conversation_where_its_head_is() -> None:
+    """With round robin two workers compute the same head twice; by prefix it is computed once."""
+    p = Profile(name="t", b_s_per_token=1e-3, c0_s=0.001, cache_tokens=10_000, prefill_route="round_robin")
+    schedule = schedule_of(np.arange(8) * 10.0, [160] * 8, [1] * 8)
+    blocks = np.empty(8, dtype=object)
+    blocks[:] = [tuple(range(9)) for _ in range(8)]
+    schedule = replace(schedule, blocks=blocks, block_tokens=16)
+    spread = simulate(schedule, Fleet(2, 1), p).cached_tokens
+    together = simulate(schedule, Fleet(2, 1), replace(p, prefill_route="prefix")).cached_tokens
+    assert (spread, together) == (6 * 144, 7 * 144)
+
+
+def test_transfers_wait_for_each_other_on_a_shared_link() -> None:
+    """Two prompts that are ready at once: on one link the second's KV cache leaves when the first's has."""
+    p = Profile(name="t", b_s_per_token=1e-3, c0_s=0.001, transfer_s_per_token=1e-3, transfer_t0_s=0.005)
+    schedule = schedule_of(np.zeros(2), [100, 100], [1, 1])
+    done = {
+        link: simulate(schedule, fleet, replace(p, transfer_link=link)).observations.first_token_s.tolist()
+        for link, fleet in (("none", Fleet(2, 2)), ("sender", Fleet(2, 2)), ("shared", Fleet(2, 2)))
+    }
+    assert done["none"] == pytest.approx([0.206, 0.206])
+    assert done["sender"] == pytest.approx([0.206, 0.206])
+    assert done["shared"] == pytest.approx([0.206, 0.306])
+    quick = replace(p, b_s_per_token=1e-4)  # the second prompt is ready long before the first has left
+    for link, second in (("none", 0.126), ("sender", 0.216)):
+        result = simulate(schedule, Fleet(1, 2), replace(quick, transfer_link=link))
+        assert result.observations.first_token_s.tolist() == pytest.approx([0.116, second])
+
+
+def test_beyond_the_knee_a_sequence_costs_more() -> None:
+    """Four sequences with a knee at two: two of them pay the surcharge."""
+    p = Profile(name="t", c0_s=0.01, c1_s=0.001, knee_batch=2, knee_s=0.004)
+    rows = simulate(schedule_of(np.zeros(4), [1] * 4, [10] * 4), Fleet(1, 1), p).observations
+    four, three = 0.01 + 0.004 + 2 * 0.004, 0.01 + 0.003 + 0.004
+    # the first began a step earlier and leaves a step earlier
+    assert rows.tpot_s[1:] == pytest.approx([(8 * four + three) / 9] * 3)
+
+
+def test_a_full_cache_puts_the_latest_back_and_computes_it_again() -> None:
+    """Two sequences of 60 + 40 tokens in 150 of KV: the later one leaves when the next step would not fit.
+
+    It comes back when the first has finished, after a prefill step over all it had.
+    """
+    p = Profile(
+        name="t", a_s=0.5, b_s_per_token=1e-9, c0_s=0.01, kv_tokens=150, kv_policy="preempt", max_batch_requests=1
+    )
+    schedule = schedule_of(np.array([0.0, 0.0]), [60, 60], [40, 40])
+    result = simulate(schedule, Fleet(2, 1), replace(p, a_s=0.5))
+    rows = result.observations
+    assert result.preempted == 1
+    start = 0.5 + 60e-9
+    # the first joins alone, the second one step later: the batch fits until 60 + k + 60 + (k - 1) + 2 > 150
+    assert rows.last_token_s[0] == pytest.approx(start + 40 * 0.01, abs=1e-6)
+    assert rows.last_token_s[1] > rows.last_token_s[0] + 0.5
+    reserved = simulate(schedule, Fleet(2, 1), replace(p, kv_policy="reserve"))
+    assert reserved.preempted == 0
+    assert reserved.observations.first_token_s[1] == pytest.approx(start + 40 * 0.01 + 0.01, abs=1e-6)
+
+
+def test_a_mixed_worker_shares_its_steps() -> None:
+    """A prompt that arrives during an answer delays it by its own step; its first token comes with that step."""
+    p = Profile(name="t", a_s=0.03, b_s_per_token=1e-3, c0_s=0.02, c1_s=0.001, transfer_t0_s=9.0)
+    first, last = lone(p, 100, 11, Fleet(0, 0, 1))
+    assert first == pytest.approx(0.13)
+    assert last == pytest.approx(0.13 + 10 * 0.021)
+    rows = simulate(schedule_of(np.array([0.0, 0.14]), [100, 50], [11, 3]), Fleet(0, 0, 1), p).observations
+    begins = 0.13 + 0.021  # the step under way at 0.14 ends
+    shared = 0.03 + 50e-3 + 0.001  # one fixed cost (the larger), the prompt, one sequence
+    assert rows.first_token_s[1] == pytest.approx(begins + shared)
+    assert rows.last_token_s[1] == pytest.approx(begins + shared + 2 * 0.022)
+    assert rows.last_token_s[0] == pytest.approx(begins + shared + 2 * 0.022 + 6 * 0.021)
+
+
+def test_faster_workers_get_more() -> None:
+    """A worker of twice the speed takes half as long, and the router knows it."""
+    p = Profile(name="t", b_s_per_token=1e-3, c0_s=1e-6, max_batch_requests=1, worker_speed=(2.0, 1.0))
+    rows = simulate(schedule_of(np.zeros(3), [100] * 3, [1] * 3), Fleet(2, 1), p).observations
+    assert sorted(rows.first_token_s.tolist()) == pytest.approx([0.05, 0.1, 0.1], abs=1e-4)
+
+
+def test_on_demand_a_worker_pays_for_each_change() -> None:
+    """One prompt at a time on two workers that both start as prefill and decode: who decodes next pays the flip."""
+    p = Profile(name="t", b_s_per_token=1e-3, c0_s=0.01, max_batch=1, flip_s=5.0, max_batch_requests=1)
+    # both prompts start at once on the prefill worker and, after a flip, on the other
+    result = simulate(schedule_of(np.zeros(2), [1000, 1000], [10, 10]), Fleet(1, 1), p, on_demand=next_phase)
+    assert [(s.worker, s.before, s.after) for s in result.switches][:1] == [(1, "decode", "prefill")]
+    assert all(s.cost_s == pytest.approx(5.0) for s in result.switches)
+    first = result.observations.first_token_s
+    assert first[0] == pytest.approx(1.0 + 5.0 + 0.01)
+    with pytest.raises(ValueError, match="on demand"):
+        Cluster(p, Fleet(1, 1), on_demand=next_phase).set_fleet(Fleet(1, 1))
 
 
 def test_a_fleet_of_another_size_cannot_be_asked_for() -> None:
@@ -300,6 +557,9 @@ def test_a_fitted_profile_with_numpy_numbers_is_written_as_plain_ones(tmp_path: 
         ("name = 'x'\nc0_s = nan\n", "c0_s must be"),
         ("name = 'x'\n", "must take time"),
         ("c0_s = 1.0\n", "name is missing"),
+        ("name = 'x'\nc0_s = 1.0\nchunked = 1\n", "chunked must be true or false"),
+        ("name = 'x'\nc0_s = 1.0\nworker_speed = [1, 0]\n", "worker_speed must be a list of numbers above 0"),
+        ("name = 'x'\nc0_s = 1.0\nmax_batch = 0\n", "max_batch must be a whole number above 0"),
         ("name = 'x'\nc0_s = 1.0\nspeed = 3\n", "unknown key 'speed'"),
         ("name = 'x'\nc0_s = 1.0\nprefill_route = 'magic'\n", "prefill_route must be one of"),
         ("name = \n", "not a TOML file"),

@@ -72,7 +72,7 @@ def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
         schedule = scale_rate(head(store.schedule("azure-2023-conv"), ASKED_REQUESTS), ASKED_FACTOR)
     assert schedule.digest() == answer["schedule_digest"]
     with sqlite3.connect(out / "steelyard.db") as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
 
     fitted = tmp_path / "fitted.toml"
     fitted.write_text(answer["profile"])

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from traces.errors import InputError
-from traces.formats.mooncake import pack, unpack
+from traces.formats.blocks import pack, unpack
 from traces.ingest import ingest
 from traces.shipped import NAMES, shipped
 from traces.store import open_store

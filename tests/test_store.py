@@ -20,6 +20,8 @@ from traces.measures import Slo
 from traces.records import ERRORS, STATUSES, Fleet, FleetChange, Observations, Run, Sample
 from traces.store import head_revision, migrate, open_store
 
+DATA = Path(__file__).parent / "data"
+
 
 def some_rows(n: int, seed: int = 0) -> Observations:
     """Rows with every kind of value: times, NaN, absent counts, every status."""
@@ -230,29 +232,25 @@ def test_a_newer_database_is_refused_in_words(sqlite_url: str) -> None:
         migrate(sqlite_url)
 
 
-def test_an_older_database_is_refused_with_the_command(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database of an older revision is refused with the command to run."""
-    open_store(sqlite_url).close()
-    # There is one released revision: the next one is added here, on disk, as a release would.
-    import shutil
-
-    import traces.store as module
-
-    folder = Path(sqlite_url.removeprefix("sqlite:///")).parent / "migrations"
-    shutil.copytree(module._migrations(), folder)
-    (folder / "versions" / "0002_next.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision = '0002'\ndown_revision = '0001'\n"
-        "def upgrade():\n    op.add_column('runs', sa.Column('note', sa.Text))\n"
-    )
-    monkeypatch.setattr(module, "_migrations", lambda: folder)
-    with pytest.raises(StoreError, match=r"revision 0001, this version needs 0002.*steelyard migrate"):
+def test_a_database_of_the_first_revision_is_upgraded_with_all_it_holds(sqlite_url: str) -> None:
+    """A database of an older revision is refused with the command to run; migrate backs it up and loses nothing."""
+    path = sqlite_url.removeprefix("sqlite:///")
+    with sqlite3.connect(path) as new:
+        new.executescript((DATA / "databases" / "0001.sql").read_text())
+    with pytest.raises(StoreError, match=rf"revision 0001, this version needs {head_revision()}.*steelyard migrate"):
         open_store(sqlite_url)
     before, now, backup = migrate(sqlite_url)
-    assert (before, now) == ("0001", "0002")
+    assert (before, now) == ("0001", head_revision())
     assert backup is not None
     with sqlite3.connect(backup) as old:
         assert old.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
     assert migrate(sqlite_url)[2] is None
+    with open_store(sqlite_url, create=False) as store:
+        (run,) = store.runs()
+        assert (run.fleet, run.verdict, run.counts) == (Fleet(3, 5), "valid", {"ok": 12})
+        assert len(store.observations(run.id)) == 12
+        assert store.fleet_changes(run.id)[0].after == Fleet(2, 6)
+        assert store.compare_schema() == []
 
 
 def test_migrate_makes_an_empty_database_current(db_url: str) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from traces.errors import InputError
 from traces.formats import BadFileError, BadRowError, Row, TraceFormat, formats
-from traces.formats.mooncake import unpack
+from traces.formats.blocks import unpack
 from traces.records import Schedule
 from traces.store import Store, TraceInfo
 

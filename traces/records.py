@@ -40,25 +40,28 @@ ROLES = ("prefill", "decode", "mixed", "router")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Fleet:
-    """P prefill and D decode workers, written ``3:5``."""
+    """P prefill and D decode workers, written ``3:5``; with M mixed (colocated) workers ``3:5+2``, or ``0:0+8``."""
 
     prefill: int
     decode: int
+    mixed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prefill < 1 or self.decode < 1:
+        if min(self.prefill, self.decode, self.mixed) < 0 or not (
+            self.mixed or (self.prefill >= 1 and self.decode >= 1)
+        ):
             raise InputError(
-                f"fleet {self.prefill}:{self.decode}: each role needs at least one worker. "
-                "Give prefill:decode, for example 3:5."
+                f"fleet {self}: each role needs at least one worker. Give prefill:decode, for example 3:5 "
+                "(with mixed workers 3:5+2, mixed only 0:0+8)."
             )
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``3:5``. InputError says what was expected."""
-        match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text)
+        """Read ``3:5`` or ``3:5+2``. InputError says what was expected."""
+        match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*(?:\+\s*(\d{1,6})\s*)?", text)
         if not match:
             raise InputError(f"fleet must be prefill:decode, for example 3:5 (got {text!r}).")
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), int(match[3] or 0))
 
     @classmethod
     def splits(cls, gpus: int, gpus_per_worker: tuple[int, int] = (1, 1)) -> list[Self]:
@@ -73,15 +76,15 @@ class Fleet:
 
     @property
     def workers(self) -> int:
-        """Prefill plus decode workers."""
-        return self.prefill + self.decode
+        """Workers of every role."""
+        return self.prefill + self.decode + self.mixed
 
     def gpus(self, gpus_per_worker: tuple[int, int] = (1, 1)) -> int:
-        """GPUs used, given GPUs per (prefill, decode) worker."""
-        return self.prefill * gpus_per_worker[0] + self.decode * gpus_per_worker[1]
+        """GPUs used, given GPUs per (prefill, decode) worker; a mixed worker counts as a decode worker."""
+        return self.prefill * gpus_per_worker[0] + (self.decode + self.mixed) * gpus_per_worker[1]
 
     def __str__(self) -> str:
-        return f"{self.prefill}:{self.decode}"
+        return f"{self.prefill}:{self.decode}" + (f"+{self.mixed}" if self.mixed else "")
 
 
 # --- what is asked --------------------------------------------------------------------------------------------------
@@ -104,6 +107,8 @@ class Schedule:
     name: the trace it came from. index: int64[n], the row's number in that trace, unique. due_s: float64[n], seconds
     from schedule zero, ascending, >= 0. prompt_tokens, output_tokens: int64[n], >= 1.
     changes: how it differs from the recorded trace, in words, oldest first ("rate x0.5"); never silent.
+    blocks: object[n] of tuples, the ids of each prompt's leading blocks, where the trace has them; block_tokens: what one
+    block holds (0 without blocks). They are not part of the digest.
     """
 
     name: str
@@ -112,6 +117,8 @@ class Schedule:
     prompt_tokens: Ints
     output_tokens: Ints
     changes: tuple[str, ...] = ()
+    blocks: Texts | None = None
+    block_tokens: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.due_s)
@@ -164,6 +171,8 @@ class Schedule:
             self.prompt_tokens[which],
             self.output_tokens[which],
             self.changes,
+            None if self.blocks is None else self.blocks[which],
+            self.block_tokens,
         )
 
 

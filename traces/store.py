@@ -40,6 +40,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from traces import __version__
 from traces.errors import InputError, StoreError
+from traces.formats.blocks import unpack
 from traces.records import Fleet, FleetChange, Observations, Run, Sample, Schedule
 
 metadata = sa.MetaData()
@@ -92,6 +93,7 @@ runs = sa.Table(
     sa.Column("profile", sa.Text, nullable=False),
     sa.Column("prefill", sa.Integer),
     sa.Column("decode", sa.Integer),
+    sa.Column("mixed", sa.Integer, nullable=False, server_default="0"),
     sa.Column("prefill_gpus", sa.Integer, nullable=False),
     sa.Column("decode_gpus", sa.Integer, nullable=False),
     sa.Column("started_unix_s", sa.Double, nullable=False),
@@ -159,6 +161,8 @@ fleet_changes = sa.Table(
     sa.Column("before_decode", sa.Integer, nullable=False),
     sa.Column("after_prefill", sa.Integer, nullable=False),
     sa.Column("after_decode", sa.Integer, nullable=False),
+    sa.Column("before_mixed", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("after_mixed", sa.Integer, nullable=False, server_default="0"),
     sa.Column("reason", sa.Text, nullable=False),
 )
 
@@ -499,19 +503,27 @@ class Store:
             )
         return _info(row)
 
-    def schedule(self, name: str) -> Schedule:
-        """The trace's successful requests as a schedule at the recorded times."""
+    def schedule(self, name: str, *, blocks: bool = False) -> Schedule:
+        """The trace's successful requests as a schedule at the recorded times; with blocks, their prefix blocks too."""
         info = self.trace(name)
+        t = trace_rows.c
+        columns = [t.seq, t.arrival_us, t.prompt_tokens, t.output_tokens]
         query = (
-            sa.select(trace_rows.c.seq, trace_rows.c.arrival_us, trace_rows.c.prompt_tokens, trace_rows.c.output_tokens)
-            .where(trace_rows.c.source_id == info.id, trace_rows.c.status == 0, trace_rows.c.output_tokens >= 1)
-            .order_by(trace_rows.c.seq)
+            sa.select(*columns, *([t.hash_ids] if blocks else []))
+            .where(t.source_id == info.id, t.status == 0, t.output_tokens >= 1)
+            .order_by(t.seq)
         )
         with self._begin() as connection:
             rows = connection.execute(query).all()
-        table = np.array(rows, dtype=np.int64).reshape(len(rows), 4)
+        table = np.array([row[:4] for row in rows] if blocks else rows, dtype=np.int64).reshape(len(rows), 4)
         due = table[:, 1] / 1e6
-        return Schedule(name, table[:, 0], due - (due[0] if len(due) else 0.0), table[:, 2], table[:, 3])
+        due = due - (due[0] if len(due) else 0.0)
+        held: dict[str, Any] = {}
+        if blocks and info.block_size and any(row[4] for row in rows):
+            ids = np.empty(len(rows), dtype=object)
+            ids[:] = [tuple(unpack(row[4])) if row[4] else () for row in rows]
+            held = {"blocks": ids, "block_tokens": info.block_size}
+        return Schedule(name, table[:, 0], due, table[:, 2], table[:, 3], **held)
 
     def delete_trace(self, name: str) -> None:
         """Remove a trace and its rows; runs made from it stay."""
@@ -622,6 +634,8 @@ class Store:
                     before_decode=change.before.decode,
                     after_prefill=change.after.prefill,
                     after_decode=change.after.decode,
+                    before_mixed=change.before.mixed,
+                    after_mixed=change.after.mixed,
                     reason=change.reason,
                 )
             )
@@ -634,8 +648,8 @@ class Store:
                 FleetChange(
                     row.asked_s,
                     math.nan if row.ready_s is None else row.ready_s,
-                    Fleet(row.before_prefill, row.before_decode),
-                    Fleet(row.after_prefill, row.after_decode),
+                    Fleet(row.before_prefill, row.before_decode, row.before_mixed),
+                    Fleet(row.after_prefill, row.after_decode, row.after_mixed),
                     row.reason,
                 )
                 for row in connection.execute(query)
@@ -734,6 +748,7 @@ def _run_values(run: Run) -> dict[str, Any]:
     values = {f.name: getattr(run, f.name) for f in fields(Run) if f.name not in ("id", "fleet", "gpus_per_worker")}
     values["prefill"] = run.fleet.prefill if run.fleet else None
     values["decode"] = run.fleet.decode if run.fleet else None
+    values["mixed"] = run.fleet.mixed if run.fleet else 0
     values["prefill_gpus"], values["decode_gpus"] = run.gpus_per_worker
     values["endpoint"] = redact(run.endpoint)
     values["changes"] = list(run.changes)
@@ -745,6 +760,6 @@ def _run(row: Any) -> Run:
     for name in ("rate_per_s", "lag_p50_ms", "lag_p99_ms", "lag_max_ms"):
         values[name] = math.nan if values[name] is None else values[name]
     values["changes"] = tuple(row.changes)
-    values["fleet"] = Fleet(row.prefill, row.decode) if row.prefill and row.decode else None
+    values["fleet"] = None if row.prefill is None else Fleet(row.prefill, row.decode, row.mixed)
     values["gpus_per_worker"] = (row.prefill_gpus, row.decode_gpus)
     return Run(**values)

@@ -2,6 +2,16 @@
 
 from loadgen.cluster.kernel import Cluster, Job, Switch, Worker
 from loadgen.cluster.laws import Profile, shipped_profiles
-from loadgen.cluster.simulate import SimResult, simulate
+from loadgen.cluster.simulate import SimResult, simulate, simulate_batches
 
-__all__ = ["Cluster", "Job", "Profile", "SimResult", "Switch", "Worker", "shipped_profiles", "simulate"]
+__all__ = [
+    "Cluster",
+    "Job",
+    "Profile",
+    "SimResult",
+    "Switch",
+    "Worker",
+    "shipped_profiles",
+    "simulate",
+    "simulate_batches",
+]

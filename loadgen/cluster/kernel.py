@@ -2,16 +2,22 @@
 
 The simulator calls it with virtual time, the reference endpoint with the wall clock; the rules stand here once.
 
-A request goes: routed to a prefill worker's queue -> taken into a batch (one step) -> its KV cache is transferred
-(overhead and transfer occupy no worker) -> routed to a decode worker -> admitted at a step boundary -> one token a step.
-An answer of m tokens takes m decode steps; its first token comes at the end of the first.
+A request goes: routed to a prefill worker's queue -> taken into a batch (one step, or several where prompts are cut)
+-> its KV cache is transferred (overhead and transfer occupy no worker; the link may be shared) -> routed to a decode
+worker -> admitted at a step boundary -> one token a step. An answer of m tokens takes m decode steps; its first token
+comes at the end of the first. A mixed worker does both: the step that ends a prompt makes its first token, and the
+KV cache stays where it is.
 
 Decode advances in closed form. While a worker's batch does not change, n steps from step k0 with B sequences take
 
-    n (c0 + c1 B + c2 (base + B k0)) + c2 B n (n - 1) / 2
+    lead + n (c0 + c1 B + knee max(0, B - Bk) + c2 (base + B k0)) + c2 B n (n - 1) / 2
 
-where base + B k is the context at step k (base = sum over sequences of prompt - step at which it joined). So the cost
-of a run grows with requests, not with tokens: a join and a finish each are one event and one heap operation.
+where base + B k is the context at step k (base = sum over sequences of context at joining - step of joining), and lead
+is what the first of them does besides (a prompt's chunk on a mixed worker, the recomputation of a preempted sequence).
+So the cost of a run grows with requests, not with tokens: a join and a finish each are one event.
+
+Roles are fixed until :meth:`Cluster.set_fleet` asks otherwise, or taken on demand (``on_demand``: an idle worker takes
+the next phase that waits anywhere, and pays the flip when that is not its role).
 """
 
 from __future__ import annotations
@@ -19,47 +25,74 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from loadgen.cluster.cache import PrefixCache
 from loadgen.cluster.laws import Profile
-from traces.records import Fleet
+from traces.records import Fleet, Sample
 
 _PREFILLED, _READY, _BOUNDARY, _FLIPPED = range(4)
+_WORKING = ("prefill", "decode", "mixed")
+_STAGES = {"prefill": ("prefill", "mixed"), "decode": ("decode", "mixed")}
 
 Hook = Callable[["Worker"], None]
+NextPhase = Callable[[float | None, float | None], str | None]
+"""(since when the oldest prompt waits, since when the oldest prefilled request waits) -> "prefill", "decode" or None."""
 
 
 class Job:
-    """One request inside the cluster. Times are model seconds, NaN until they come."""
+    """One request inside the cluster. Times are model seconds, NaN until they come.
+
+    blocks: ids of the prompt's leading blocks, for the prefix cache. cached_tokens: prompt tokens it spared.
+    """
 
     __slots__ = (
         "arrive_s",
+        "blocks",
+        "cached_tokens",
         "decode_worker",
+        "done",
         "finish_s",
         "finish_step",
         "first_s",
         "gone",
         "id",
         "join_step",
+        "made",
         "output_tokens",
         "prefill_end_s",
         "prefill_start_s",
         "prefill_worker",
         "prompt_tokens",
         "ready_s",
+        "reserved",
         "tag",
     )
 
-    def __init__(self, id: int, prompt_tokens: int, output_tokens: int, arrive_s: float, tag: object = None) -> None:
+    def __init__(
+        self,
+        id: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        arrive_s: float,
+        tag: object = None,
+        blocks: Sequence[int] = (),
+    ) -> None:
         self.id = id
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.arrive_s = arrive_s
         self.prefill_start_s = self.prefill_end_s = self.ready_s = self.first_s = self.finish_s = math.nan
         self.prefill_worker = self.decode_worker = -1
-        self.join_step = self.finish_step = 0
+        self.cached_tokens = 0
+        self.done = 0  # prompt tokens in place
+        self.made = 0  # answer tokens made before the present join (a preempted sequence joins again)
+        self.reserved = 0
+        self.join_step = 0
+        self.finish_step = -1  # -1: not in a decode batch
         self.gone = False
+        self.blocks = blocks
         self.tag = tag
 
 
@@ -74,63 +107,104 @@ class Switch:
     drained_s: float
     ready_s: float
 
+    @property
+    def cost_s(self) -> float:
+        """Worker-seconds without service in a role that was wanted: flip; the drain still served."""
+        return self.ready_s - self.drained_s
+
 
 class Worker:
-    """One worker, in whichever role it has."""
+    """One worker, in whichever role it has. Its laws are the profile's, by its own speed and size."""
 
     __slots__ = (
+        "a",
         "asked_s",
+        "b",
         "base",
-        "batch",
         "batch_tokens",
         "busy_s",
         "busy_since",
+        "c",
+        "c0",
+        "c1",
+        "c2",
+        "cache",
+        "cached_tokens",
         "finished",
         "finishing",
+        "growth",
         "id",
         "incoming",
+        "knee",
+        "kv_tokens",
         "kv_used",
+        "lead",
+        "link_free_s",
+        "max_batch",
         "next_n",
+        "one",
         "output_tokens",
+        "preempted",
         "preparing",
         "prompt_tokens",
         "queue",
-        "queued_tokens",
+        "requests",
         "role",
+        "running",
         "size",
+        "speed",
         "step",
         "steps",
         "t0",
         "target",
+        "tokens",
         "version",
         "waiting",
     )
 
-    def __init__(self, id: int, role: str) -> None:
+    def __init__(self, id: int, role: str, profile: Profile, block_tokens: int) -> None:
         self.id = id
         self.role = role
         self.target = role  # differs from role while draining or flipping
         self.asked_s = math.nan
+        p = profile
+        self.speed = speed = p.worker_speed[id] if id < len(p.worker_speed) else 1.0
+        size = p.worker_size[id] if id < len(p.worker_size) else 1.0
+        self.a, self.b, self.c = p.a_s / speed, p.b_s_per_token / speed, p.c_s_per_token2 / speed
+        self.c0, self.c1, self.c2, self.knee = p.c0_s / speed, p.c1_s / speed, p.c2_s / speed, p.knee_s / speed
+        self.max_batch = max(1, int(p.max_batch * size))
+        self.kv_tokens = int(p.kv_tokens * size)
+        held = int(p.cache_tokens * size) // block_tokens if block_tokens else 0
+        self.cache = PrefixCache(held) if held else None
+        # what it has in hand or on its way: the routers' loads
+        self.requests = 0
+        self.tokens = 0
+        # prefill
         self.queue: deque[Job] = deque()
-        self.queued_tokens = 0
-        self.preparing: list[Job] | None = None  # the prefill batch in service
-        self.batch_tokens = 0
+        self.preparing: list[Job] | None = None  # the prompts in the present step, first to last
+        self.batch_tokens = 0  # their new tokens
+        self.link_free_s = 0.0
+        # decode
         self.waiting: deque[Job] = deque()
         self.incoming = 0  # jobs whose KV cache is on its way here
         self.finishing: list[tuple[int, int, Job]] = []  # heap of (finish step, job id, job)
+        self.running: list[Job] = []  # in order of joining, kept only where sequences can be preempted
         self.size = 0  # sequences in the batch
         self.kv_used = 0
         self.base = 0.0
-        self.t0 = 0.0
+        self.t0 = self.lead = self.one = self.growth = 0.0
         self.step = 0
         self.next_n = 0
         self.version = 0
-        self.busy_s = {"prefill": 0.0, "decode": 0.0}
+        # counters
+        self.busy_s = dict.fromkeys(_WORKING, 0.0)
         self.busy_since = math.nan
         self.steps = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.output_tokens = 0
         self.finished = 0
+        self.preempted = 0
 
     @property
     def open(self) -> bool:
@@ -142,11 +216,29 @@ class Worker:
         running = now_s - self.busy_since if self.role == role and self.busy_since == self.busy_since else 0.0
         return self.busy_s[role] + max(0.0, running)
 
+    def span_s(self, n: int) -> float:
+        """Seconds that n steps of the present batch take, from the start of its segment."""
+        return self.lead + n * self.one + self.growth * (n * (n - 1) / 2)
+
+    def steps_by(self, at: float) -> float:
+        """How many steps of the segment fit until an instant, as a real number."""
+        past = at - self.t0 - self.lead
+        if past <= 0:
+            return 0.0
+        one, growth = self.one, self.growth
+        if growth * past < 1e-9 * one:
+            return past / one
+        # growth/2 n^2 + (one - growth/2) n = past
+        b = one - growth / 2
+        return (-b + math.sqrt(b * b + 2 * growth * past)) / growth
+
 
 class Cluster:
-    """P prefill and D decode workers under one profile. Call :meth:`submit` in order of time, :meth:`advance` to catch up.
+    """Prefill, decode and mixed workers under one profile. Call :meth:`submit` in order of time, :meth:`advance` to catch up.
 
     on_segment(worker) is called after a decode worker's batch has changed, on_finish(job) when an answer is complete.
+    on_demand: roles are no longer fixed; the function says which phase an idle worker takes next. block_tokens: what one
+    of ``Job.blocks`` stands for.
     """
 
     def __init__(
@@ -156,10 +248,14 @@ class Cluster:
         *,
         on_segment: Hook | None = None,
         on_finish: Callable[[Job], None] | None = None,
+        on_demand: NextPhase | None = None,
+        block_tokens: int = 0,
     ) -> None:
         self.profile = profile
         self.target = fleet
-        self.workers = [Worker(i, "prefill" if i < fleet.prefill else "decode") for i in range(fleet.workers)]
+        self.block_tokens = block_tokens
+        roles = ["prefill"] * fleet.prefill + ["decode"] * fleet.decode + ["mixed"] * fleet.mixed
+        self.workers = [Worker(i, role, profile, block_tokens) for i, role in enumerate(roles)]
         self.switches: list[Switch] = []
         self.now_s = 0.0
         self._on_segment = on_segment
@@ -167,8 +263,33 @@ class Cluster:
         self._events: list[tuple[float, int, int, Worker, object]] = []
         self._order = 0
         self._turn = {"prefill": 0, "decode": 0}
+        self._preempts = profile.kv_policy == "preempt" and profile.kv_tokens > 0
+        self._link_free_s = 0.0
         self._stranded: deque[Job] = deque()  # no worker of the role is open: a switch is under way
         self._stranded_ready: deque[Job] = deque()
+        self._on_demand = on_demand
+        self._taken: dict[int, Job] = {}  # on demand: what a flipping worker will begin with
+        if on_demand:
+            # Nobody routes: all workers look at the same two queues.
+            queue: deque[Job] = deque()
+            waiting: deque[Job] = deque()
+            for w in self.workers:
+                w.queue, w.waiting = queue, waiting
+        # The profile's values that are looked at for every request.
+        self._prefill_route, self._decode_route = profile.prefill_route, profile.decode_route
+        self._step_tokens, self._step_requests = profile.max_batch_tokens, profile.max_batch_requests
+        self._chunked = profile.chunked
+        self._link = profile.transfer_link
+        self._transfer_s, self._between_s = profile.transfer_s_per_token, profile.overhead_s + profile.transfer_t0_s
+        self._knee = profile.knee_batch
+        self._ready_prefill: list[Worker] = []
+        self._ready_decode: list[Worker] = []
+        self._reopen()
+
+    def _reopen(self) -> None:
+        """Who takes new work in which stage: to be called after every change of a role or a target."""
+        self._ready_prefill = [w for w in self.workers if w.role in _STAGES["prefill"] and w.open]
+        self._ready_decode = [w for w in self.workers if w.role in _STAGES["decode"] and w.open]
 
     # --- clock -----------------------------------------------------------------------------------------------------
 
@@ -180,8 +301,9 @@ class Cluster:
     def advance(self, now_s: float) -> None:
         """Process every event up to and including ``now_s``."""
         events = self._events
+        pop = heapq.heappop
         while events and events[0][0] <= now_s:
-            at, _, kind, worker, what = heapq.heappop(events)
+            at, _, kind, worker, what = pop(events)
             self.now_s = at
             if kind == _BOUNDARY:
                 if what == worker.version:
@@ -193,213 +315,333 @@ class Cluster:
                 self._prefilled(worker, at)
             else:
                 self._flipped(worker, at)
-        self.now_s = max(self.now_s, now_s)
+        if now_s > self.now_s:
+            self.now_s = now_s
 
     def _push(self, at: float, kind: int, worker: Worker, what: object) -> None:
         self._order += 1
         heapq.heappush(self._events, (at, self._order, kind, worker, what))
 
-    # --- prefill ---------------------------------------------------------------------------------------------------
+    # --- routing ---------------------------------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
-        """A request arrives at ``job.arrive_s``; events before that must have been processed."""
-        worker = self._route("prefill")
-        if worker is None:
-            self._stranded.append(job)
-            return
-        worker.queue.append(job)
-        worker.queued_tokens += job.prompt_tokens
-        if worker.preparing is None:
-            self._start_prefill(worker, job.arrive_s)
-
-    def _route(self, role: str) -> Worker | None:
-        """The worker of a role that gets the next request, or None while none is open."""
-        how = self.profile.prefill_route if role == "prefill" else self.profile.decode_route
-        best: Worker | None = None
+    def _route(self, stage: str, job: Job) -> Worker | None:
+        """The worker that gets a request for a stage, or None while none is open."""
+        prefill = stage == "prefill"
+        ready = self._ready_prefill if prefill else self._ready_decode
+        if len(ready) < 2:
+            return ready[0] if ready else None
+        how = self._prefill_route if prefill else self._decode_route
         if how == "round_robin":
-            ready = [w for w in self.workers if w.role == role and w.target == role]
-            if not ready:
-                return None
-            self._turn[role] += 1
-            return ready[self._turn[role] % len(ready)]
+            self._turn[stage] += 1
+            return ready[self._turn[stage] % len(ready)]
+        tokens, prefix = how != "least_requests", how == "prefix"
+        best = ready[0]
         least = math.inf
-        for w in self.workers:
-            if w.role != role or w.target != role:
-                continue
-            if role == "prefill":
-                load: float = (
-                    w.queued_tokens + w.batch_tokens
-                    if how == "least_tokens"
-                    else len(w.queue) + (len(w.preparing) if w.preparing else 0)
-                )
-            else:
-                load = w.kv_used if how == "least_tokens" else w.size + len(w.waiting) + w.incoming
+        for w in ready:
+            load = float(w.tokens if tokens else w.requests)
+            if prefix:
+                load += job.prompt_tokens - self._hit(w, job)
+            load /= w.speed
             if load < least:
                 best, least = w, load
         return best
 
-    def _start_prefill(self, worker: Worker, at: float) -> None:
-        p = self.profile
-        tokens, squares = 0, 0
+    def _hit(self, worker: Worker, job: Job) -> int:
+        """Prompt tokens that the worker's cache would spare; at least one is always computed."""
+        if worker.cache is None or not job.blocks:
+            return 0
+        return min(worker.cache.hit(job.blocks) * self.block_tokens, job.prompt_tokens - 1)
+
+    # --- prefill ---------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """A request arrives at ``job.arrive_s``; events before that must have been processed."""
+        if self._on_demand:
+            self.workers[0].queue.append(job)
+            self._dispatch(job.arrive_s)
+        else:
+            self._enqueue(job, job.arrive_s)
+
+    def _enqueue(self, job: Job, at: float) -> None:
+        worker = self._route("prefill", job)
+        if worker is None:
+            self._stranded.append(job)
+            return
+        worker.queue.append(job)
+        worker.requests += 1
+        worker.tokens += job.prompt_tokens
+        if worker.role == "prefill":
+            if worker.preparing is None:
+                self._start_prefill(worker, at)
+        elif worker.size == 0 and worker.preparing is None:
+            self._admit(worker, at)
+        elif worker.preparing is None:
+            self._hurry(worker, at)
+
+    def _take(self, worker: Worker, at: float) -> float:
+        """Fill the worker's next prefill step from its queue; seconds of its prompts, without the fixed cost."""
+        most, many, chunked = self._step_tokens, self._step_requests, self._chunked
+        if worker.role == "mixed":
+            most = max(1, most - worker.size)
+        tokens, area = 0, 0
         batch: list[Job] = []
         queue = worker.queue
-        while queue and len(batch) < p.max_batch_requests:
+        while queue and len(batch) < many:
             job = queue[0]
-            if batch and tokens + job.prompt_tokens > p.max_batch_tokens:
-                break
-            queue.popleft()
-            worker.queued_tokens -= job.prompt_tokens
             if job.gone:
+                queue.popleft()
+                if not self._on_demand:
+                    worker.requests -= 1
+                    worker.tokens -= job.prompt_tokens
+                worker.kv_used -= job.reserved  # what a mixed worker held for a prompt it had begun
                 continue
-            tokens += job.prompt_tokens
-            squares += job.prompt_tokens * job.prompt_tokens
-            job.prefill_start_s = at
-            job.prefill_worker = worker.id
+            hit = self._hit(worker, job) if job.done == 0 and worker.cache is not None else 0
+            new = job.prompt_tokens - job.done - hit
+            if chunked:
+                new = min(new, most - tokens)
+                if new <= 0:
+                    break
+            elif batch and tokens + new > most:
+                break
+            if job.done == 0:
+                if worker.role == "mixed":
+                    if not self._fits(worker, job, len(batch)):
+                        break
+                    job.reserved = job.prompt_tokens + job.output_tokens
+                    worker.kv_used += job.reserved
+                job.done = job.cached_tokens = hit
+                job.prefill_start_s = at
+                job.prefill_worker = worker.id
+                worker.cached_tokens += hit
+            tokens += new
+            job.done += new
+            area += new * job.done
             batch.append(job)
-        if not batch:
+            if job.done < job.prompt_tokens and not self._on_demand:
+                break  # it stays at the head, for the next step
+            queue.popleft()
+            if self._on_demand and job.done == hit + new:
+                worker.requests += 1
+                worker.tokens += job.prompt_tokens
+            if job.done < job.prompt_tokens:
+                break
+        worker.preparing = batch or None
+        worker.batch_tokens = tokens
+        return worker.b * tokens + worker.c * area
+
+    def _start_prefill(self, worker: Worker, at: float) -> None:
+        takes = self._take(worker, at)
+        if worker.preparing is None:
             self._idle(worker, at)
             return
-        worker.preparing = batch
-        worker.batch_tokens = tokens
         if worker.busy_since != worker.busy_since:
             worker.busy_since = at
-        self._push(at + p.a_s + p.b_s_per_token * tokens + p.c_s_per_token2 * squares, _PREFILLED, worker, None)
+        self._push(at + worker.a + takes, _PREFILLED, worker, None)
 
-    def _prefilled(self, worker: Worker, at: float) -> None:
-        p = self.profile
+    def _stepped(self, worker: Worker, at: float) -> list[Job]:
+        """A prefill step has ended: count it; the prompts that are complete."""
         batch = worker.preparing or []
         worker.preparing = None
-        worker.steps += 1
         worker.prompt_tokens += worker.batch_tokens
         worker.batch_tokens = 0
-        worker.finished += len(batch)
-        for job in batch:
+        whole = [job for job in batch if job.done >= job.prompt_tokens]
+        for job in whole:
             job.prefill_end_s = at
+            worker.tokens -= job.prompt_tokens
+            if worker.cache is not None and job.blocks:
+                worker.cache.keep(job.blocks)
+        return whole
+
+    def _prefilled(self, worker: Worker, at: float) -> None:
+        worker.steps += 1
+        cut = worker.preparing[-1] if worker.preparing else None
+        for job in self._stepped(worker, at):
+            worker.requests -= 1
+            worker.finished += 1
             if job.gone:
                 continue
-            self._send(job, at, p.overhead_s + p.transfer_t0_s + p.transfer_s_per_token * job.prompt_tokens)
-        if worker.queue and worker.open:
+            occupies = self._transfer_s * job.prompt_tokens
+            if self._link == "none":
+                sent = at + occupies
+            elif self._link == "sender":
+                sent = worker.link_free_s = max(at, worker.link_free_s) + occupies
+            else:
+                sent = self._link_free_s = max(at, self._link_free_s) + occupies
+            self._send(worker, job, sent + self._between_s)
+        if self._on_demand and cut is not None and cut.done < cut.prompt_tokens:
+            worker.queue.appendleft(cut)  # nobody else may go on with it
+            self._start_prefill(worker, at)
+        elif worker.queue and not self._on_demand:
             self._start_prefill(worker, at)
         else:
             self._idle(worker, at)
 
-    def _send(self, job: Job, at: float, takes_s: float) -> None:
-        target = self._route("decode")
+    def _send(self, sender: Worker, job: Job, at: float) -> None:
+        """The KV cache goes to a decode worker, where it is at an instant."""
+        job.reserved = job.prompt_tokens + job.output_tokens
+        if self._on_demand:
+            sender.incoming += 1
+            self._push(at, _READY, sender, job)
+            return
+        target = self._route("decode", job)
         if target is None:
             self._stranded_ready.append(job)
             return
         target.incoming += 1
-        self._push(at + takes_s, _READY, target, job)
+        target.requests += 1
+        target.tokens += job.reserved
+        self._push(at, _READY, target, job)
 
     def _idle(self, worker: Worker, at: float) -> None:
         """The worker has nothing in hand: stop its busy clock; if it was asked to change role, it has drained."""
         if worker.busy_since == worker.busy_since:
             worker.busy_s[worker.role] += at - worker.busy_since
             worker.busy_since = math.nan
-        if not worker.open and worker.preparing is None and worker.size == 0 and worker.version >= 0:
-            self._push(at + self.profile.flip_s, _FLIPPED, worker, None)
-            self.switches.append(
-                Switch(worker.id, worker.role, worker.target, worker.asked_s, at, at + self.profile.flip_s)
-            )
-            worker.role = "flipping"
+        if not worker.open and worker.preparing is None and worker.size == 0:
+            self._flip(worker, at)
+        elif self._on_demand:
+            self._dispatch(at)
+
+    def _flip(self, worker: Worker, at: float) -> None:
+        ready = at + self.profile.flip_s
+        self.switches.append(Switch(worker.id, worker.role, worker.target, worker.asked_s, at, ready))
+        worker.role = "flipping"
+        self._push(ready, _FLIPPED, worker, None)
 
     # --- decode ----------------------------------------------------------------------------------------------------
 
     def _ready(self, worker: Worker, job: Job, at: float) -> None:
-        if job.gone:
-            return
         job.ready_s = at
-        if worker.role != "decode" or worker.target != "decode":
-            self._send(job, at, 0.0)
+        if self._on_demand:
+            if not job.gone:
+                worker.waiting.append(job)
+                self._dispatch(at)
             return
-        job.decode_worker = worker.id
+        if job.gone or not worker.open or worker.role not in ("decode", "mixed"):
+            worker.requests -= 1
+            worker.tokens -= job.reserved
+            if not job.gone:
+                self._send(worker, job, at)
+            return
         worker.waiting.append(job)
-        if worker.size == 0:
-            worker.t0 = at
+        if worker.size == 0 and worker.preparing is None:
             self._admit(worker, at)
         elif len(worker.waiting) == 1 and self._fits(worker, job):
             self._hurry(worker, at)
 
     def _hurry(self, worker: Worker, at: float) -> None:
         """Bring the worker's next boundary forward to the end of the step that is running now."""
-        n = self._steps_until(worker, at)
+        n = max(1, math.ceil(worker.steps_by(at) - 1e-9))
         if n < worker.next_n:
             self._schedule(worker, n)
 
-    def _fits(self, worker: Worker, job: Job) -> bool:
-        p = self.profile
-        if worker.size >= p.max_batch:
+    def _fits(self, worker: Worker, job: Job, more: int = 0) -> bool:
+        """Is there room for a sequence, beside the batch and ``more`` that join with it?"""
+        size = worker.size + more
+        if size >= worker.max_batch:
             return False
-        return (
-            not p.kv_tokens or worker.size == 0 or worker.kv_used + job.prompt_tokens + job.output_tokens <= p.kv_tokens
-        )
-
-    def span_s(self, worker: Worker, n: int) -> float:
-        """Seconds that n steps of the worker's present batch take, from the start of its segment."""
-        p = self.profile
-        one = p.c0_s + p.c1_s * worker.size + p.c2_s * (worker.base + worker.size * worker.step)
-        return n * one + p.c2_s * worker.size * (n * (n - 1) / 2)
-
-    def _steps_until(self, worker: Worker, at: float) -> int:
-        """The first step boundary of the segment at or after an instant, at least 1."""
-        p = self.profile
-        one = p.c0_s + p.c1_s * worker.size + p.c2_s * (worker.base + worker.size * worker.step)
-        growth = p.c2_s * worker.size
-        past = at - worker.t0
-        if growth * past < 1e-9 * one:
-            n = past / one
-        else:
-            # growth/2 n^2 + (one - growth/2) n = past
-            b = one - growth / 2
-            n = (-b + math.sqrt(b * b + 2 * growth * past)) / growth
-        return max(1, math.ceil(n - 1e-9))
+        kv = worker.kv_tokens
+        if not kv or size == 0:
+            return True
+        if self._preempts:
+            used = worker.base + worker.size * worker.step
+            return used + job.prompt_tokens + job.made + size + 1 <= kv
+        return worker.kv_used + job.prompt_tokens + job.output_tokens <= kv
 
     def _schedule(self, worker: Worker, n: int) -> None:
         worker.next_n = n
         worker.version += 1
-        self._push(worker.t0 + self.span_s(worker, n), _BOUNDARY, worker, worker.version)
+        self._order += 1
+        # The same expression as for every token: a boundary must not come before its step's tokens by a rounding.
+        at = worker.t0 + worker.span_s(n)
+        heapq.heappush(self._events, (at, self._order, _BOUNDARY, worker, worker.version))
 
     def _boundary(self, worker: Worker, at: float) -> None:
         n = worker.next_n
-        worker.step += n
+        worker.step = step = worker.step + n
         worker.steps += n
         worker.output_tokens += n * worker.size
-        worker.t0 = at
         finishing = worker.finishing
-        step = worker.step
+        me = worker.id
         while finishing and finishing[0][0] <= step:
             due, _, job = heapq.heappop(finishing)
-            if due != job.finish_step:
-                continue  # left early; its place was given back then
+            if due != job.finish_step or job.decode_worker != me:
+                continue  # left early, or was preempted; its place was given back then
+            job.finish_step = -1
             worker.size -= 1
-            worker.base -= job.prompt_tokens - job.join_step
-            worker.kv_used -= job.prompt_tokens + job.output_tokens
+            worker.base -= job.prompt_tokens + job.made - job.join_step
+            worker.kv_used -= job.reserved
+            worker.tokens -= job.reserved
+            worker.requests -= 1
             job.finish_s = at
             worker.finished += 1
             if self._on_finish and not job.gone:
                 self._on_finish(job)
+        if worker.preparing is not None:
+            self._stepped(worker, at)
         self._admit(worker, at)
 
-    def _admit(self, worker: Worker, at: float) -> None:
-        waiting = worker.waiting
-        first: list[Job] = []
+    def _join(self, worker: Worker, job: Job) -> None:
+        """A sequence enters the batch; its first token comes with the next step."""
         step = worker.step
-        while waiting:
-            job = waiting[0]
-            if job.gone:
+        job.decode_worker = worker.id
+        job.join_step = step
+        job.finish_step = step + job.output_tokens - job.made
+        worker.base += job.prompt_tokens + job.made - step
+        worker.size += 1
+        worker.kv_used += job.reserved
+        heapq.heappush(worker.finishing, (job.finish_step, job.id, job))
+        if self._preempts:
+            worker.running.append(job)
+
+    def _admit(self, worker: Worker, at: float) -> None:
+        """At a step boundary: who leaves for want of room, who joins, what else the next step does; then schedule it."""
+        lead = 0.0
+        first: list[Job] = []
+        waiting = worker.waiting
+        if not (self._preempts and self._preempt(worker)):
+            again = 0.0
+            while waiting:
+                job = waiting[0]
+                if job.gone:
+                    waiting.popleft()
+                    if not self._on_demand:
+                        worker.requests -= 1
+                        worker.tokens -= job.reserved
+                    continue
+                if not self._fits(worker, job):
+                    break
                 waiting.popleft()
-                continue
-            if not self._fits(worker, job):
-                break
-            waiting.popleft()
-            job.join_step = step
-            job.finish_step = step + job.output_tokens
-            worker.base += job.prompt_tokens - step
-            worker.size += 1
-            worker.kv_used += job.prompt_tokens + job.output_tokens
-            heapq.heappush(worker.finishing, (job.finish_step, job.id, job))
-            first.append(job)
-        if worker.size == 0:
+                if self._on_demand:
+                    worker.requests += 1
+                    worker.tokens += job.reserved
+                self._join(worker, job)
+                if job.made:
+                    context = job.prompt_tokens + job.made
+                    again += worker.b * context + worker.c * context * context
+                if job.first_s != job.first_s:
+                    first.append(job)
+            if again:
+                lead = worker.a + again
+        chunk = False
+        if worker.role == "mixed" and worker.queue:
+            decoding, base = worker.size, worker.base
+            takes = self._take(worker, at)
+            if worker.preparing is not None:
+                chunk = True
+                fixed = max(worker.a, worker.c0) if decoding else worker.a
+                whole = lead + fixed + takes
+                if decoding:
+                    whole += self._one(worker, decoding, base) - worker.c0
+                for job in worker.preparing:
+                    if job.done >= job.prompt_tokens:
+                        worker.kv_used -= job.reserved  # held since the prompt was begun; joining holds it again
+                        worker.tokens += job.reserved
+                        self._join(worker, job)
+                        first.append(job)
+        size = worker.size
+        worker.t0 = at
+        if size == 0 and not chunk:
             worker.base = 0.0
             worker.next_n = 0
             worker.version += 1
@@ -409,13 +651,55 @@ class Cluster:
             return
         if worker.busy_since != worker.busy_since:
             worker.busy_since = at
+        worker.one = one = self._one(worker, size, worker.base)
+        worker.growth = worker.c2 * size
+        if chunk:
+            worker.lead = whole - one
+            n = 1
+        else:
+            worker.lead = lead
+            n = worker.finishing[0][0] - worker.step
+            if self._preempts and size > 1:
+                n = min(n, max(1, int((worker.kv_tokens - worker.base) // size) - worker.step))
         if first:
-            one = at + self.span_s(worker, 1)
+            end = at + worker.span_s(1)
             for job in first:
-                job.first_s = one
-        self._schedule(worker, worker.finishing[0][0] - step)
+                job.first_s = end
+        self._schedule(worker, n)
         if self._on_segment:
             self._on_segment(worker)
+        if self._on_demand and waiting:
+            self._dispatch(at)
+
+    def _one(self, worker: Worker, size: int, base: float) -> float:
+        """Seconds of the next step with a batch."""
+        one = worker.c0 + worker.c1 * size + worker.c2 * (base + size * worker.step)
+        if self._knee and size > self._knee:
+            one += worker.knee * (size - self._knee)
+        return one
+
+    def _preempt(self, worker: Worker) -> bool:
+        """Put sequences back, latest first, until the next step's tokens have room. True if any was."""
+        any_left = False
+        while worker.size > 1 and worker.base + worker.size * (worker.step + 1) > worker.kv_tokens:
+            job = worker.running.pop()
+            if job.finish_step < 0 or job.decode_worker != worker.id:
+                continue
+            worker.size -= 1
+            worker.base -= job.prompt_tokens + job.made - job.join_step
+            worker.kv_used -= job.reserved
+            job.made += worker.step - job.join_step
+            job.finish_step = -1
+            job.decode_worker = -1
+            worker.preempted += 1
+            worker.waiting.appendleft(job)
+            any_left = True
+            if self._on_demand:
+                worker.requests -= 1
+                worker.tokens -= job.reserved
+        if len(worker.running) > 4 * worker.size + 64:
+            worker.running = [j for j in worker.running if j.finish_step >= 0 and j.decode_worker == worker.id]
+        return any_left
 
     def cancel(self, job: Job) -> None:
         """The client went away: the job leaves its queue at once, or its batch at the next step boundary."""
@@ -423,23 +707,66 @@ class Cluster:
             return
         job.gone = True
         worker = self.workers[job.decode_worker] if job.decode_worker >= 0 else None
-        if worker is not None and job.finish_step > 0 and worker.size > 0:
-            n = self._steps_until(worker, self.now_s)
+        if worker is not None and job.finish_step >= 0 and worker.size > 0:
+            n = max(1, math.ceil(worker.steps_by(self.now_s) - 1e-9))
             if worker.step + n < job.finish_step:
-                # Its place in the heap moves to the next boundary; the answer keeps what it had reserved until then.
-                worker.kv_used -= job.output_tokens - (worker.step + n - job.join_step)
-                job.output_tokens = worker.step + n - job.join_step
+                # Its place in the heap moves to the next boundary; what it had reserved it keeps until then.
+                job.output_tokens = job.made + worker.step + n - job.join_step
                 job.finish_step = worker.step + n
                 heapq.heappush(worker.finishing, (job.finish_step, job.id, job))
                 self._hurry(worker, self.now_s)
 
+    # --- roles on demand -------------------------------------------------------------------------------------------
+
+    def _dispatch(self, at: float) -> None:
+        """Give waiting phases to workers: one idle in that role, a decode batch with room, else one idle in another role."""
+        next_phase = self._on_demand
+        assert next_phase is not None  # noqa: S101 - only called then
+        queue, waiting = self.workers[0].queue, self.workers[0].waiting
+        while True:
+            for held in (queue, waiting):
+                while held and held[0].gone:
+                    held.popleft()
+            since = [queue[0].arrive_s if queue else None, waiting[0].ready_s if waiting else None]
+            phase = next_phase(*since)
+            if phase is None or not (
+                self._give(phase, at)
+                or (None not in since and self._give("decode" if phase == "prefill" else "prefill", at))
+            ):
+                return
+
+    def _give(self, phase: str, at: float) -> bool:
+        """Let some worker take the head of a phase's queue. False if nobody can."""
+        idle = [w for w in self.workers if w.size == 0 and w.preparing is None and w.role in ("prefill", "decode")]
+        same = next((w for w in idle if w.role == phase), None)
+        head = self.workers[0].queue if phase == "prefill" else self.workers[0].waiting
+        if same is not None:
+            if phase == "prefill":
+                self._start_prefill(same, at)
+            else:
+                self._admit(same, at)
+            return True
+        if phase == "decode":
+            roomy = [w for w in self.workers if w.role == "decode" and w.size and self._fits(w, head[0])]
+            if roomy:
+                # They take from the queue themselves, at the end of the step that runs now.
+                self._hurry(min(roomy, key=lambda w: w.requests), at)
+                return False
+        if not idle:
+            return False
+        worker = idle[0]
+        worker.target, worker.asked_s = phase, at
+        self._taken[worker.id] = head.popleft()
+        self._flip(worker, at)
+        return True
+
     # --- roles -----------------------------------------------------------------------------------------------------
 
     @property
-    def fleet(self) -> tuple[int, int]:
-        """Workers that serve now as (prefill, decode); those that drain still do, those that flip do not."""
+    def fleet(self) -> tuple[int, int, int]:
+        """Workers that serve now as (prefill, decode, mixed); those that drain still do, those that flip do not."""
         roles = [w.role for w in self.workers]
-        return roles.count("prefill"), roles.count("decode")
+        return roles.count("prefill"), roles.count("decode"), roles.count("mixed")
 
     @property
     def changing(self) -> int:
@@ -447,61 +774,115 @@ class Cluster:
         return sum(not w.open for w in self.workers)
 
     def set_fleet(self, fleet: Fleet) -> None:
-        """Ask for another P:D of the same workers, at :attr:`now_s`. Least loaded workers go first; each drains, flips, serves.
+        """Ask for other roles of the same workers, at :attr:`now_s`. Least loaded workers go first; each drains, flips, serves.
 
-        ValueError if the fleet does not use exactly the workers there are.
+        ValueError if the fleet does not use exactly the workers there are, or if roles are taken on demand.
         """
+        if self._on_demand:
+            raise ValueError("roles are taken on demand here; no fleet can be asked for")
         if fleet.workers != len(self.workers):
             raise ValueError(f"{fleet} does not use {len(self.workers)} workers")
         self.target = fleet
-        for before, after, wanted in (("decode", "prefill", fleet.prefill), ("prefill", "decode", fleet.decode)):
-            heading = [w for w in self.workers if w.target == after]
-            # A worker that is still draining towards the other role can simply stay.
-            staying = [w for w in self.workers if w.role == after and w.target == before]
-            while len(heading) < wanted and staying:
-                worker = staying.pop()
-                worker.target = after
-                worker.asked_s = math.nan
-                heading.append(worker)
-                if after == "prefill" and worker.queue and worker.preparing is None:
-                    self._start_prefill(worker, self.now_s)
+        wanted = {"prefill": fleet.prefill, "decode": fleet.decode, "mixed": fleet.mixed}
+        heading = {role: sum(w.target == role for w in self.workers) for role in _WORKING}
+        for after in _WORKING:
+            # A worker that is still draining towards another role can simply stay.
+            for worker in self.workers:
+                away = worker.role == after and not worker.open
+                if away and heading[after] < wanted[after] and heading[worker.target] > wanted[worker.target]:
+                    heading[worker.target] -= 1
+                    heading[after] += 1
+                    worker.target = after
+                    worker.asked_s = math.nan
             donors = sorted(
-                (w for w in self.workers if w.role == before and w.target == before),
-                key=lambda w: (w.queued_tokens + w.batch_tokens, w.size + len(w.waiting), -w.id),
+                (w for w in self.workers if w.open and w.role != after and heading[w.role] > wanted[w.role]),
+                key=lambda w: (w.tokens, w.requests, -w.id),
             )
-            for worker in donors[: wanted - len(heading)]:
-                worker.target = after
-                worker.asked_s = self.now_s
+            for worker in donors:
+                if heading[after] < wanted[after] and heading[worker.role] > wanted[worker.role]:
+                    heading[worker.role] -= 1
+                    heading[after] += 1
+                    worker.target = after
+                    worker.asked_s = self.now_s
+        self._reopen()
         for worker in self.workers:
-            if not worker.open and worker.role in ("prefill", "decode"):
+            if not worker.open and worker.role in _WORKING:
                 self._evict(worker)
         self._unstrand()
 
     def _evict(self, worker: Worker) -> None:
         """Re-route what waits at a worker that is leaving its role; what it has in hand it finishes."""
-        queued, worker.queue, worker.queued_tokens = list(worker.queue), deque(), 0
-        waiting, worker.waiting = list(worker.waiting), deque()
+        begun = [j for j in worker.queue if j.done]
+        queued, waiting = [j for j in worker.queue if not j.done], [j for j in worker.waiting if not j.made]
+        worker.queue = deque(begun)
+        worker.waiting = deque(j for j in worker.waiting if j.made)
         for job in queued:
-            arrive, job.arrive_s = job.arrive_s, self.now_s
-            self.submit(job)
-            job.arrive_s = arrive
+            worker.requests -= 1
+            worker.tokens -= job.prompt_tokens
+            self._enqueue(job, self.now_s)
         for job in waiting:
-            self._send(job, self.now_s, 0.0)
-        if worker.preparing is None and worker.size == 0:
+            worker.requests -= 1
+            worker.tokens -= job.reserved
+            self._send(worker, job, self.now_s)
+        if worker.preparing is None and worker.size == 0 and not worker.queue and not worker.waiting:
             self._idle(worker, self.now_s)
 
     def _flipped(self, worker: Worker, at: float) -> None:
         worker.role = worker.target
+        self._reopen()
+        if self._on_demand:
+            job = self._taken.pop(worker.id)
+            if worker.role == "prefill":
+                worker.queue.appendleft(job)
+                self._start_prefill(worker, at)
+            else:
+                worker.waiting.appendleft(job)
+                self._admit(worker, at)
+            self._dispatch(at)
+            return
         self._unstrand()
 
     def _unstrand(self) -> None:
-        if self._stranded and self._route("prefill"):
+        if self._stranded and self._ready_prefill:
             held, self._stranded = self._stranded, deque()
             for job in held:
-                arrive, job.arrive_s = job.arrive_s, self.now_s
-                self.submit(job)
-                job.arrive_s = arrive
-        if self._stranded_ready and self._route("decode"):
+                self._enqueue(job, self.now_s)
+        if self._stranded_ready and self._ready_decode:
             ready, self._stranded_ready = self._stranded_ready, deque()
             for job in ready:
-                self._send(job, self.now_s, 0.0)
+                self._send(self.workers[0], job, self.now_s)
+
+    # --- what a metrics page would show ----------------------------------------------------------------------------
+
+    def samples(self, at: float) -> Iterable[Sample]:
+        """One reading of every worker, at an instant up to which events have been processed."""
+        shared = self._on_demand is not None
+        for w in self.workers:
+            role = w.role if w.role in _WORKING else w.target
+            done = (
+                min(w.next_n, int(w.steps_by(at) + 1e-9))
+                if w.size or (w.preparing is not None and role == "mixed")
+                else 0
+            )
+            prompts, answers = role != "decode", role != "prefill"
+            mine = not shared or w is self.workers[0]
+            queued = [j for j in w.queue if not j.gone] if mine and (prompts or shared) else []
+            waiting = [j for j in w.waiting if not j.gone] if mine and (answers or shared) else []
+            running = (len(w.preparing or ()) if prompts else 0) + (w.size if answers else 0)
+            used = (w.base + w.size * (w.step + done) if self._preempts else w.kv_used) if answers else 0
+            yield Sample(
+                at,
+                str(w.id),
+                role,
+                waiting_requests=len(queued) + len(waiting),
+                running_requests=running,
+                waiting_tokens=sum(j.prompt_tokens - j.done for j in queued) + sum(j.prompt_tokens for j in waiting),
+                kv_used_tokens=used,
+                kv_used_ratio=used / w.kv_tokens if w.kv_tokens and answers else None,
+                busy_s_total=w.busy_until(at, role),
+                steps_total=w.steps + done,
+                prompt_tokens_total=w.prompt_tokens,
+                output_tokens_total=w.output_tokens + done * w.size,
+                finished_total=w.finished,
+                preemptions_total=w.preempted if self._preempts else None,
+            )

@@ -11,20 +11,39 @@ from typing import Any, Self
 
 from traces.errors import InputError
 
-_ROUTES = ("least_tokens", "least_requests", "round_robin")
-_DISCIPLINES = ("queue", "infinite")
+_CHOICES = {
+    "prefill_route": ("least_tokens", "least_requests", "round_robin", "prefix"),
+    "decode_route": ("least_tokens", "least_requests", "round_robin"),
+    "transfer_link": ("none", "sender", "shared"),
+    "kv_policy": ("reserve", "preempt"),
+    "discipline": ("queue", "infinite"),
+}
+_MAY_BE_ZERO = ("kv_tokens", "knee_batch", "cache_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """How long each stage of a worker takes. Seconds, tokens, requests; per worker.
 
-    prefill step over a batch of prompts n_i: ``a_s + b_s_per_token sum(n_i) + c_s_per_token2 sum(n_i^2)``; a batch takes
-    queued prompts in order while their tokens fit max_batch_tokens and their number max_batch_requests (the first
-    always fits). overhead_s: latency of a request that occupies no worker. transfer: ``transfer_t0_s +
-    transfer_s_per_token n``. decode step with B sequences: ``c0_s + c1_s B + c2_s (context tokens)``; at most max_batch
-    sequences and, if kv_tokens > 0, at most that many reserved tokens (prompt + answer). flip_s: a role change after
-    the drain. discipline "infinite": every request is its own server, nothing queues.
+    Prefill: a step over prompts of which n_i tokens are new and context_i are in place when it ends takes ``a_s +
+    b_s_per_token sum(n_i) + c_s_per_token2 sum(n_i context_i)``. A step takes queued prompts in order while their new
+    tokens fit max_batch_tokens and their number max_batch_requests (the first always fits); with ``chunked`` a prompt
+    that does not fit is cut, and goes on in the next step. cache_tokens: prefix cache of a worker, whole blocks, least
+    recently used first out; 0 is none.
+
+    Between the stages: overhead_s is latency that occupies nobody; the KV cache of n tokens takes ``transfer_t0_s +
+    transfer_s_per_token n``, the second part one transfer at a time on the link (transfer_link: none, one link a
+    sender, one shared by all).
+
+    Decode: a step with B sequences takes ``c0_s + c1_s B + knee_s max(0, B - knee_batch) + c2_s (context tokens)``; at
+    most max_batch sequences and, if kv_tokens > 0, at most that many tokens of context. kv_policy "reserve": prompt and
+    whole answer are reserved at admission; "preempt": only what is there, and when it overflows the latest sequence
+    is put back and recomputed by a prefill step on the decode worker. A worker of role mixed does both in one step:
+    the fixed cost once (the larger), the rest added.
+
+    flip_s: a role change after the drain. worker_speed, worker_size: factors by worker number (1 beyond the list): steps
+    take 1/speed as long; size multiplies max_batch, kv_tokens and cache_tokens. discipline "infinite": every request is
+    its own server, nothing queues. source: where the coefficients come from, and their error.
     """
 
     name: str
@@ -33,19 +52,28 @@ class Profile:
     c_s_per_token2: float = 0.0
     max_batch_tokens: int = 8192
     max_batch_requests: int = 64
+    chunked: bool = False
+    cache_tokens: int = 0
     overhead_s: float = 0.0
     transfer_t0_s: float = 0.0
     transfer_s_per_token: float = 0.0
+    transfer_link: str = "none"
     c0_s: float = 0.0
     c1_s: float = 0.0
     c2_s: float = 0.0
+    knee_batch: int = 0
+    knee_s: float = 0.0
     max_batch: int = 1_000_000
     kv_tokens: int = 0
+    kv_policy: str = "reserve"
     flip_s: float = 0.0
     prefill_route: str = "least_tokens"
     decode_route: str = "least_requests"
+    worker_speed: tuple[float, ...] = ()
+    worker_size: tuple[float, ...] = ()
     discipline: str = "queue"
     description: str = ""
+    source: str = ""
 
     @classmethod
     def load(cls, source: str | Path) -> Self:
@@ -65,28 +93,15 @@ class Profile:
         for key, value in table.items():
             if key not in known:
                 raise InputError(f"{where}: unknown key {key!r}. Known: {', '.join(known)}.")
-            kind = known[key].type
-            if kind == "str":
-                good = isinstance(value, str)
-            elif kind == "int":
-                good = (
-                    isinstance(value, int) and not isinstance(value, bool) and value >= (0 if key == "kv_tokens" else 1)
-                )
-            else:
-                good = (
-                    isinstance(value, (int, float))
-                    and not isinstance(value, bool)
-                    and math.isfinite(value)
-                    and value >= 0
-                )
-                value = float(value) if good else value
+            kind = str(known[key].type)
+            good, value = _checked(kind, key, value)
             if not good:
-                raise InputError(f"{where}: {key} must be a {kind} >= 0 (got {value!r}).")
+                raise InputError(f"{where}: {key} must be {_WANTED[kind]} (got {value!r}).")
             values[key] = value
         if "name" not in values:
             raise InputError(f"{where}: name is missing.")
         profile = cls(**values)
-        for key, allowed in (("prefill_route", _ROUTES), ("decode_route", _ROUTES), ("discipline", _DISCIPLINES)):
+        for key, allowed in _CHOICES.items():
             if getattr(profile, key) not in allowed:
                 raise InputError(f"{where}: {key} must be one of {', '.join(allowed)} (got {getattr(profile, key)!r}).")
         if profile.c0_s + profile.c1_s <= 0:
@@ -98,13 +113,44 @@ class Profile:
         lines = []
         for f in fields(self):
             value = getattr(self, f.name)
+            # Fitted values may be numpy's numbers, whose repr is no TOML.
             if isinstance(value, str):
                 escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
                 lines.append(f'{f.name} = "{escaped}"')
+            elif f.type == "bool":
+                lines.append(f"{f.name} = {'true' if value else 'false'}")
+            elif isinstance(value, tuple):
+                lines.append(f"{f.name} = [{', '.join(repr(float(v)) for v in value)}]")
             else:
-                # Fitted values may be numpy's numbers, whose repr is no TOML.
                 lines.append(f"{f.name} = {float(value) if f.type == 'float' else int(value)!r}")
         return "\n".join(lines) + "\n"
+
+
+_WANTED = {
+    "str": "a text",
+    "bool": "true or false",
+    "int": "a whole number above 0",
+    "float": "a number >= 0",
+    "tuple[float, ...]": "a list of numbers above 0",
+}
+
+
+def _checked(kind: str, key: str, value: Any) -> tuple[bool, Any]:
+    """(is it what this key takes, the value as stored)."""
+
+    def number(x: Any, least: float) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x >= least
+
+    if kind == "str":
+        return isinstance(value, str), value
+    if kind == "bool":
+        return isinstance(value, bool), value
+    if kind == "int":
+        return isinstance(value, int) and number(value, 0 if key in _MAY_BE_ZERO else 1), value
+    if kind == "float":
+        return (True, float(value)) if number(value, 0) else (False, value)
+    good = isinstance(value, list) and all(number(x, 0) and x > 0 for x in value)
+    return good, tuple(float(x) for x in value) if good else value
 
 
 def shipped_profiles() -> list[str]:

@@ -24,6 +24,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,24 @@ LOG_COLUMNS = (
     "prefill_worker",
     "decode_worker",
 )
+
+
+METRICS: dict[str, tuple[Any, str]] = {
+    "waiting_requests": (GaugeMetricFamily, "requests queued (prefill) or waiting to be admitted (decode)"),
+    "running_requests": (GaugeMetricFamily, "requests in the current batch"),
+    "waiting_tokens": (GaugeMetricFamily, "prompt tokens queued"),
+    "kv_used_tokens": (GaugeMetricFamily, "tokens of KV cache in use or reserved"),
+    "kv_used_ratio": (GaugeMetricFamily, "the same as a share of the capacity"),
+    "busy_s_total": (CounterMetricFamily, "seconds with work in hand"),
+    "steps_total": (CounterMetricFamily, "forward passes"),
+    "prompt_tokens_total": (CounterMetricFamily, "prompt tokens processed"),
+    "output_tokens_total": (CounterMetricFamily, "output tokens made"),
+    "finished_total": (CounterMetricFamily, "requests that left this worker"),
+    "preemptions_total": (CounterMetricFamily, "sequences put back for want of KV cache"),
+}
+"""Fields of a Sample -> how they are shown."""
+
+SHOWN = {"busy_s_total": "busy_seconds_total", "finished_total": "finished_requests_total"}
 
 
 class Stream:
@@ -175,10 +194,14 @@ class Endpoint:
         """A decode worker's batch has changed: a new run of steps begins."""
         segment = self._segment_of.get(worker.id, 0) + 1
         self._segment_of[worker.id] = segment
-        jobs = [job for due, _, job in worker.finishing if due == job.finish_step and due > worker.step]
+        jobs = [
+            job
+            for due, _, job in worker.finishing
+            if due == job.finish_step and due > worker.step and job.decode_worker == worker.id
+        ]
         self._active[worker.id] = jobs
         if jobs:
-            at = worker.t0 + self.cluster.span_s(worker, 1)
+            at = worker.t0 + worker.span_s(1)
             heappush(self._steps, (at, next(self._order), worker, 1, segment))
 
     def _step(self, worker: Worker, n: int, at: float, segment: int) -> None:
@@ -186,7 +209,7 @@ class Endpoint:
             self._token(job, at)
         self._late(at)
         if n < worker.next_n:
-            ahead = worker.t0 + self.cluster.span_s(worker, n + 1)
+            ahead = worker.t0 + worker.span_s(n + 1)
             heappush(self._steps, (ahead, next(self._order), worker, n + 1, segment))
 
     def _lone(self, job: Job, n: int, at: float) -> None:
@@ -260,67 +283,26 @@ class Endpoint:
         """Prometheus metrics by worker and role."""
         self.run_due()
         now = self.now_s()
-        gauges = {
-            "waiting_requests": "requests queued (prefill) or waiting to be admitted (decode)",
-            "running_requests": "requests in the current batch",
-            "waiting_tokens": "prompt tokens queued",
-            "kv_used_tokens": "tokens of KV cache reserved",
-        }
-        counters = {
-            "busy_seconds": "seconds with work in hand",
-            "steps": "forward passes",
-            "prompt_tokens": "prompt tokens processed",
-            "output_tokens": "output tokens made",
-            "finished_requests": "requests that left this worker",
-        }
-        families: dict[str, Any] = {
-            name: GaugeMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"])
-            for name, text in gauges.items()
-        }
-        families |= {
-            name: CounterMetricFamily(f"steelyard_{name}", text, labels=["worker", "role"])
-            for name, text in counters.items()
-        }
-        for w in self.cluster.workers:
-            role = w.role if w.role in ("prefill", "decode") else w.target
-            labels = [str(w.id), role]
-            prefill = role == "prefill"
-            n = max(0, self._steps_done(w, now))
-            values = {
-                "waiting_requests": len(w.queue) if prefill else len(w.waiting),
-                "running_requests": len(w.preparing or ()) if prefill else w.size,
-                "waiting_tokens": w.queued_tokens if prefill else sum(j.prompt_tokens for j in w.waiting),
-                "kv_used_tokens": 0 if prefill else w.kv_used,
-                "busy_seconds": w.busy_until(now, role) / self.speed,
-                "steps": w.steps + (0 if prefill else n),
-                "prompt_tokens": w.prompt_tokens,
-                "output_tokens": w.output_tokens + (0 if prefill else n * w.size),
-                "finished_requests": w.finished,
-            }
-            for name, value in values.items():
-                families[name].add_metric(labels, value)
+        families: dict[str, Any] = {}
+        for sample in self.cluster.samples(now):
+            for name, (kind, text) in METRICS.items():
+                value = getattr(sample, name)
+                if value is None:
+                    continue
+                if name not in families:
+                    shown = f"steelyard_{SHOWN.get(name, name)}"
+                    families[name] = kind(shown.removesuffix("_total"), text, labels=["worker", "role"])
+                families[name].add_metric(
+                    [sample.worker, sample.role], value / self.speed if name == "busy_s_total" else value
+                )
         yield from families.values()
         fleet = GaugeMetricFamily("steelyard_fleet_workers", "workers in service", labels=["role"])
-        for role, n in zip(("prefill", "decode"), self.cluster.fleet, strict=True):
+        for role, n in zip(("prefill", "decode", "mixed"), self.cluster.fleet, strict=True):
             fleet.add_metric([role], n)
         yield fleet
         switches = CounterMetricFamily("steelyard_role_switches", "role changes begun")
         switches.add_metric([], len(self.cluster.switches))
         yield switches
-
-    def _steps_done(self, worker: Worker, now: float) -> int:
-        """Steps of the present segment that are complete."""
-        if worker.size == 0 or worker.next_n == 0:
-            return 0
-        done = 0
-        low, high = 0, worker.next_n
-        while low <= high:
-            middle = (low + high) // 2
-            if worker.t0 + self.cluster.span_s(worker, middle) <= now:
-                done, low = middle, middle + 1
-            else:
-                high = middle - 1
-        return done
 
 
 # --- HTTP -----------------------------------------------------------------------------------------------------------
@@ -389,17 +371,19 @@ def make_app(
         workers = len(endpoint.cluster.workers)
         try:
             body = await request.json()
-            prefill, decode = body["prefill"], body["decode"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            prefill, decode, mixed = body["prefill"], body["decode"], body.get("mixed", 0)
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
             return refuse('PUT /fleet takes {"prefill": 3, "decode": 5}')
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in (prefill, decode)):
-            return refuse(f"prefill and decode must be integers (got {prefill!r}, {decode!r})")
-        if prefill < 1 or decode < 1 or prefill + decode != workers:
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in (prefill, decode, mixed)):
+            return refuse(f"prefill, decode and mixed must be integers (got {prefill!r}, {decode!r}, {mixed!r})")
+        try:
+            endpoint.set_fleet(Fleet(prefill, decode, mixed))
+        except (InputError, ValueError) as error:
+            half = max(1, workers // 2)
             return refuse(
-                f"fleet {prefill}:{decode} is impossible: {workers} workers, at least one a role, all in use. "
-                f"Try {max(1, workers // 2)}:{workers - max(1, workers // 2)}."
+                f"fleet {prefill}:{decode} is impossible ({str(error).rstrip('.')}): {workers} workers, at least one a "
+                f"role, all in use. Try {half}:{workers - half}."
             )
-        endpoint.set_fleet(Fleet(prefill, decode))
         return web.json_response(_fleet(endpoint), status=202)
 
     async def log(_: web.Request) -> web.Response:
@@ -423,9 +407,10 @@ def make_app(
 def _fleet(endpoint: Endpoint) -> dict[str, Any]:
     endpoint.run_due()
     cluster = endpoint.cluster
-    prefill, decode = cluster.fleet
-    target = {"prefill": cluster.target.prefill, "decode": cluster.target.decode}
-    return {"prefill": prefill, "decode": decode, "target": target, "draining": cluster.changing}
+    now, target = dict(zip(("prefill", "decode", "mixed"), cluster.fleet, strict=True)), asdict(cluster.target)
+    if not now["mixed"] and not target["mixed"]:
+        del now["mixed"], target["mixed"]
+    return now | {"target": target, "draining": cluster.changing}
 
 
 def _asked(body: Any, chat: bool) -> tuple[int, int]:

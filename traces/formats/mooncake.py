@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from traces.formats import BadRowError, Meta, Row, bounded
+from traces.formats.blocks import pack
 
 BLOCK = 512
 
@@ -83,35 +84,6 @@ def _whole(value: Any, what: str) -> int:
     if value != int(value):
         raise BadRowError(f"{what}_not_an_integer", f"{what} must be an integer (got {value!r:.40})")
     return bounded(int(value), what)
-
-
-def pack(ids: list[int]) -> bytes:
-    """Ids as zigzag deltas in base-128 varints: a sixth of their JSON."""
-    out = bytearray()
-    last = 0
-    for i in ids:
-        delta = i - last
-        last = i
-        coded = delta << 1 if delta >= 0 else (-delta << 1) - 1
-        while coded >= 0x80:
-            out.append(coded & 0x7F | 0x80)
-            coded >>= 7
-        out.append(coded)
-    return bytes(out)
-
-
-def unpack(data: bytes) -> list[int]:
-    """The inverse of :func:`pack`."""
-    ids, last, shift, coded = [], 0, 0, 0
-    for byte in data:
-        coded |= (byte & 0x7F) << shift
-        if byte & 0x80:
-            shift += 7
-            continue
-        last += coded >> 1 if not coded & 1 else -((coded + 1) >> 1)
-        ids.append(last)
-        shift = coded = 0
-    return ids
 
 
 FORMAT = Mooncake()
