@@ -146,6 +146,8 @@ class Row(NamedTuple):
     error: str
     detail: str
     body_bytes: int
+    dispatch: float = math.nan
+    """When a gate let it go; NaN in an open loop, where due is the time to send."""
 
 
 class _Flight:
@@ -156,6 +158,7 @@ class _Flight:
         "body",
         "body_bytes",
         "connection",
+        "dispatch",
         "first_byte",
         "http_status",
         "position",
@@ -168,6 +171,7 @@ class _Flight:
         self.sent = sent
         self.body = body
         self.first_byte = math.nan
+        self.dispatch = math.nan
         self.http_status = 0
         self.answer = Answer()
         self.body_bytes = 0
@@ -396,6 +400,20 @@ class Alarm:
             self._handle.cancel()
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The client's own order: requests leave in the order given, batch after batch, not at their due times.
+
+    sizes: requests a batch. fleets: body for ``PUT /fleet`` at a batch's beginning, or None. start_s: when the first may
+    begin. in_flight: most requests at once (0: a whole batch).
+    """
+
+    sizes: Sequence[int]
+    fleets: Sequence[str | None]
+    start_s: float = 0.0
+    in_flight: int = 0
+
+
 class Client:
     """Sends one shard of a schedule. Lives in one event loop; ``done`` is called there with each finished row."""
 
@@ -430,6 +448,9 @@ class Client:
         self._zero = 0.0
         self._ended: asyncio.Future[None] | None = None
         self._closing = False
+        self._gate: Gate | None = None
+        self._batch, self._batch_end, self._released = -1, 0, 0.0
+        self._asking: asyncio.Task[None] | None = None
         self._idle_s = idle_s
         self._spare: asyncio.Task[None] | None = None
 
@@ -447,8 +468,13 @@ class Client:
         prompt_tokens: Sequence[int],
         output_tokens: Sequence[int],
         zero: float,
+        gate: Gate | None = None,
     ) -> None:
-        """Send every request at ``zero + due`` and return when each has ended. Requests must be in order of due."""
+        """Send every request at ``zero + due`` and return when each has ended. Requests must be in order of due.
+
+        gate: they leave in the order given, batch after batch, instead.
+        """
+        self._gate, self._batch, self._batch_end, self._released = gate, -1, 0, zero
         self._positions, self._due, self._sizes = positions, due, (prompt_tokens, output_tokens)
         self._zero, self._next = zero, 0
         self._ended = self._loop.create_future()
@@ -492,6 +518,9 @@ class Client:
     # --- sending
 
     def _tick(self) -> None:
+        if self._gate is not None:
+            self._gated(self._gate)
+            return
         due, n = self._due, len(self._due)
         for _ in range(BURST):
             if self._next >= n:
@@ -505,6 +534,46 @@ class Client:
             self._send(i)
         self._loop.call_soon(self._tick)
 
+    def _gated(self, gate: Gate) -> None:
+        """Send what the batch and the limit of requests in flight allow; called at the start and when a request ends."""
+        now = self.clock()
+        if self._batch < 0 and now < self._zero + gate.start_s:
+            self._alarm.at(self._zero + gate.start_s)
+            return
+        while self._next < len(self._due):
+            if self._next >= self._batch_end:
+                if self._flights or self._asking is not None:
+                    return  # the batch before is not over, or the fleet of the next is being asked for
+                self._batch += 1
+                self._batch_end += gate.sizes[self._batch]
+                body = gate.fleets[self._batch]
+                if body is not None:
+                    self._asking = self._loop.create_task(self._ask(body.encode()))
+                    return
+                self._released = self.clock()
+            if self._asking is not None or (gate.in_flight and len(self._flights) >= gate.in_flight):
+                return
+            i = self._next
+            self._next += 1
+            self._send(i)
+
+    async def _ask(self, body: bytes) -> None:
+        """Put a fleet in force before a batch. A server that does not answer leaves the roles as they are."""
+        where = self._where
+        lines = [f"PUT {where.prefix}/fleet HTTP/1.1", f"Host: {where.host}:{where.port}", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in where.headers.items()]
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
+        with contextlib.suppress(OSError, TimeoutError):
+            reader, writer = await asyncio.open_connection(
+                where.host, where.port, ssl=self._tls, server_hostname=where.host if self._tls else None
+            )
+            writer.write("\r\n".join(lines).encode("latin-1") + body)
+            await asyncio.wait_for(reader.read(65536), 5.0)
+            writer.close()
+        self._asking = None
+        self._released = self.clock()
+        self._tick()
+
     def _send(self, i: int) -> None:
         position = self._positions[i]
         body = self._prompts.body(position, self._sizes[0][i], self._sizes[1][i])
@@ -513,10 +582,14 @@ class Client:
             connection = idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
                 flight = _Flight(position, self.clock(), None)
+                if self._gate is not None:
+                    flight.dispatch = self._released
                 self._flights[position] = flight
                 connection.start(flight, self._head, body)
                 return
         flight = _Flight(position, self.clock(), body)
+        if self._gate is not None:
+            flight.dispatch = self._released
         self._flights[position] = flight
         flight.task = self._loop.create_task(self._send_fresh(flight))
 
@@ -637,9 +710,14 @@ class Client:
                 error,
                 printable(detail) if detail else "",
                 flight.body_bytes,
+                flight.dispatch,
             )
         )
         self._check()
+        if self._gate is not None and not self._closing:
+            if self._gate.in_flight:
+                self._released = self.clock()
+            self._loop.call_soon(self._tick)
 
     def _drop(self, flight: _Flight) -> None:
         if flight.task is not None:
@@ -745,6 +823,7 @@ class Engine:
         prompt_tokens: Sequence[int],
         output_tokens: Sequence[int],
         zero: float,
+        gate: Gate | None = None,
     ) -> dict[str, float]:
         """Send a shard; returns what it cost: CPU seconds of this process, the longest stall of the loop."""
         client = self._client
@@ -754,7 +833,7 @@ class Engine:
         gc.disable()
         before = time.process_time()
         try:
-            await client.run(positions, due, prompt_tokens, output_tokens, zero)
+            await client.run(positions, due, prompt_tokens, output_tokens, zero, gate)
         finally:
             gc.enable()
             gc.unfreeze()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import ssl
+import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from loadgen.client import Target
 from loadgen.engines import Dialect, Prompts
 from loadgen.stream import Answer, printable
 from traces.errors import EndpointError
-from traces.records import Fleet
+from traces.records import Fleet, FleetChange, Sample
 
 PREFLIGHT_S = 15.0
 """How long the endpoint may take to answer a question before the run."""
@@ -176,42 +179,38 @@ class Endpoint:
 
     def fleet(self) -> Fleet | None:
         """The fleet in force; None if this endpoint cannot say."""
-        state = self._state()
+        state = self.fleet_state()
         return state[0] if state else None
 
-    def _state(self) -> tuple[Fleet, bool] | None:
-        """(fleet, settled: nothing drains and the target is reached)."""
+    def fleet_state(self) -> tuple[Fleet | None, bool, Fleet, int] | None:
+        """(fleet in force, settled: nothing drains and the target is reached, fleet asked for, workers that change).
+
+        The fleet in force is None while a role is without a worker. None where the endpoint cannot say.
+        """
         reply = self.fetch("GET", "/fleet")
         held = reply.json() if reply.status == 200 else None
         if not isinstance(held, dict):
             return None
         fleet = _fleet(held)
-        if fleet is None:
-            return None
         target = held.get("target")
         aimed = _fleet(target) if isinstance(target, dict) else None
         if isinstance(target, str) and ":" in target:
             aimed = Fleet.parse(target)
-        return fleet, not held.get("draining") and aimed in (None, fleet)
+        wanted = aimed or fleet
+        if wanted is None:
+            return None
+        changing = held.get("draining")
+        settled = not changing and aimed in (None, fleet)
+        return fleet, settled, wanted, int(changing) if isinstance(changing, (int, float)) else 0
 
     def set_fleet(self, fleet: Fleet, timeout_s: float = FLEET_S) -> float:
         """Put a fleet in force and wait until it is; returns the seconds that took."""
         asked = time.monotonic()
-        body = json.dumps(
-            {"prefill": fleet.prefill, "decode": fleet.decode} | ({"mixed": fleet.mixed} if fleet.mixed else {})
-        ).encode()
-        reply = self.fetch("PUT", "/fleet", body)
-        if reply.status // 100 != 2:
-            held = reply.json()
-            said = held.get("error") if isinstance(held, dict) else None
-            if isinstance(said, dict):
-                said = said.get("message")
-            words = printable(str(said or reply.text[:400]))
-            raise EndpointError(f"{self.shown}/fleet: it refused the fleet {fleet} (HTTP {reply.status}: {words}).")
-        state: tuple[Fleet, bool] | None = None
+        self.ask_fleet(fleet, PREFLIGHT_S)
+        state = None
         while time.monotonic() < asked + timeout_s:
-            state = self._state()
-            if state is not None and state == (fleet, True):
+            state = self.fleet_state()
+            if state is not None and state[:2] == (fleet, True):
                 return time.monotonic() - asked
             time.sleep(0.05)
         shown = state[0] if state else "unknown"
@@ -219,6 +218,98 @@ class Endpoint:
             f"{self.shown}: the fleet {fleet} was not in force within {timeout_s:g} s (it is {shown}). "
             "Look at the server: a worker may not drain."
         )
+
+    def ask_fleet(self, fleet: Fleet, timeout_s: float = PREFLIGHT_S) -> None:
+        """Ask for a fleet and do not wait for it. EndpointError when the server refuses."""
+        reply = self.fetch("PUT", "/fleet", fleet_body(fleet), timeout_s)
+        if reply.status // 100 != 2:
+            held = reply.json()
+            said = held.get("error") if isinstance(held, dict) else None
+            if isinstance(said, dict):
+                said = said.get("message")
+            words = printable(str(said or reply.text[:400]))
+            raise EndpointError(f"{self.shown}/fleet: it refused the fleet {fleet} (HTTP {reply.status}: {words}).")
+
+
+def fleet_body(fleet: Fleet) -> bytes:
+    """What ``PUT /fleet`` takes."""
+    mixed = {"mixed": fleet.mixed} if fleet.mixed else {}
+    return json.dumps({"prefill": fleet.prefill, "decode": fleet.decode} | mixed).encode()
+
+
+class Steering(Protocol):
+    """A rule with its state, asked each tick (:class:`loadgen.policy.Steering`). moves: (at_s, before, after, why)."""
+
+    moves: list[tuple[float, Fleet, Fleet, str]]
+
+    def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
+        """Another fleet, or None."""
+        ...
+
+
+class Controller:
+    """Runs an online rule against a live endpoint in a thread of its own, off the request path; a context manager.
+
+    read() gives one reading of all workers. zero: schedule zero on the monotonic clock. speed: model seconds per second
+    (of the reference endpoint): the rule is asked every tick_s model seconds and sees model time. on_change gets every
+    change when it is in force, or at the end with ``ready_s`` NaN; its times are seconds of the run. missed: ticks
+    without a reading.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        read: Callable[[], Sequence[Sample]],
+        steering: Steering,
+        zero: float,
+        on_change: Callable[[FleetChange], None],
+        *,
+        tick_s: float = 1.0,
+        speed: float = 1.0,
+    ) -> None:
+        self.missed = 0
+        self._endpoint, self._read, self._steering, self._zero = endpoint, read, steering, zero
+        self._on_change, self._tick_s, self._speed = on_change, tick_s / speed, speed
+        self._pending: list[FleetChange] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="steelyard-controller", daemon=True)
+
+    def __enter__(self) -> Controller:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        for change in self._pending:
+            self._on_change(change)
+
+    def _main(self) -> None:
+        when = self._zero + self._tick_s
+        while not self._stop.wait(max(0.0, when - time.monotonic())):
+            try:
+                self._tick()
+            except EndpointError:
+                self.missed += 1
+            when = max(when + self._tick_s, time.monotonic())
+
+    def _tick(self) -> None:
+        state = self._endpoint.fleet_state()
+        if state is None:
+            self.missed += 1
+            return
+        asked, changing = state[2], state[3]
+        if not changing and self._pending:
+            at = time.monotonic() - self._zero
+            for change in self._pending:
+                self._on_change(replace(change, ready_s=at))
+            self._pending.clear()
+        samples = self._read()
+        at = time.monotonic() - self._zero
+        target = self._steering(at * self._speed, samples, asked, changing)
+        if target is not None:
+            self._endpoint.ask_fleet(target, 5.0)
+            self._pending.append(FleetChange(at, math.nan, asked, target, self._steering.moves[-1][3]))
 
 
 def _fleet(held: dict[str, Any]) -> Fleet | None:

@@ -18,18 +18,23 @@ import numpy as np
 
 from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
-from loadgen.control import Endpoint
+from loadgen.control import Controller, Endpoint, Steering
+from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
 from loadgen.spool import Spool
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
-from traces.errors import InputError, StoreError
+from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, verdict
 from traces.records import Fleet, Observations, Run, Sample, Schedule
 from traces.store import Store
 
 API_KEY = "STEELYARD_API_KEY"
 """Environment variable that holds the endpoint's bearer token."""
+
+
+LATE_MS = 5.0
+"""How late the reference endpoint may write tokens at p99 before a run against it is rejected."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -77,6 +82,9 @@ def replay(
     drain_s: float = 5.0,
     patience_s: float = 10.0,
     scrape_s: float = PERIOD_S,
+    steering: Steering | None = None,
+    tick_s: float = 1.0,
+    dispatch: Dispatch | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
@@ -86,6 +94,8 @@ def replay(
     force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
     engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
+    steering: an online rule, asked every tick_s of the endpoint's time during the run; each role change is stored with its
+    reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
@@ -105,8 +115,16 @@ def replay(
             server.set_fleet(fleet)
         else:
             fleet = in_force
+    speed, steps = 1.0, -1
     if engine == "reference":
-        profile = profile or _profile(server)
+        known = _health(server)
+        profile = profile or str(known.get("profile") or "")
+        speed = float(known.get("speed") or 1.0)
+        steps = int(known.get("late", {}).get("steps", -1))
+    if (steering is not None or (dispatch and any(f for _, f in dispatch.batches))) and in_force is None:
+        raise EndpointError(
+            f"{where.shown}: its roles cannot be changed during a run (no /fleet). Use --policy static."
+        )
     began = Run(
         name=name or schedule.name,
         trace=schedule.name,
@@ -130,7 +148,7 @@ def replay(
         version=__version__,
     )
     # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
-    job = Job(where, dialect, model, random.SystemRandom().getrandbits(60), timeout_s)
+    job = Job(where, dialect, model, random.SystemRandom().getrandbits(60), timeout_s, dispatch)
     run = store.begin_run(began)
     writer = Writer(store, run.id)
     parts: list[Observations] = []
@@ -150,7 +168,19 @@ def replay(
         stack.enter_context(writer)
 
         def on_start(zero: float, unix: float) -> None:
-            stack.enter_context(Scraper(server, dialect, zero, writer.put, scrape_s))
+            scraper = stack.enter_context(Scraper(server, dialect, zero, writer.put, scrape_s))
+            if steering is not None:
+                stack.enter_context(
+                    Controller(
+                        server,
+                        scraper.read,
+                        steering,
+                        zero,
+                        lambda change: store.add_fleet_change(run.id, change),
+                        tick_s=tick_s,
+                        speed=speed,
+                    )
+                )
 
         try:
             outcome = swarm.run(schedule, job, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
@@ -167,7 +197,10 @@ def replay(
             raise
     if on_outcome is not None:
         on_outcome(outcome)
-    run = writer.settle(_ended(run, parts, slo, outcome, reason), patience_s)
+    done_run = _ended(run, parts, slo, outcome, reason)
+    if steps >= 0:
+        done_run = _on_time(done_run, server, steps)
+    run = writer.settle(done_run, patience_s)
     if writer.error is not None:
         raise writer.error
     if outcome.interrupted:
@@ -200,10 +233,27 @@ def _ended(run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Ou
     )
 
 
-def _profile(server: Endpoint) -> str:
-    """The reference endpoint's profile, "" if it does not say."""
-    held: Any = server.fetch("GET", "/health").json()
-    return str(held.get("profile") or "") if isinstance(held, Mapping) else ""
+def _on_time(run: Run, server: Endpoint, steps: int) -> Run:
+    """The run as the reference endpoint's own lateness leaves it: late tokens are not what its laws say."""
+    try:
+        late = _health(server, f"?after={steps}").get("late", {})
+    except EndpointError:
+        return run  # it went away, as the rows say
+    p99 = float(late.get("p99_ms", 0.0))
+    if p99 <= LATE_MS:
+        return run
+    return replace(
+        run,
+        verdict="invalid",
+        reason=f"the reference endpoint wrote its tokens {p99:.1f} ms late at p99 (at most {LATE_MS:g}): too many for "
+        f"this machine, serve with --speed below 1 or fewer workers; {run.reason}",
+    )
+
+
+def _health(server: Endpoint, query: str = "") -> Mapping[str, Any]:
+    """What the reference endpoint says of itself."""
+    held: Any = server.fetch("GET", f"/health{query}").json()
+    return held if isinstance(held, Mapping) else {}
 
 
 class Writer:

@@ -111,6 +111,7 @@ def _mark(store: Store) -> str:
 
 def _observations(columns: dict[str, list[Any]]) -> Observations:
     rows = Observations.empty(len(columns["index"]))
+    columns.setdefault("dispatch_s", columns["due_s"])  # written before that column was
     for f in fields(Observations):
         column = getattr(rows, f.name)
         if column.dtype == np.float64:

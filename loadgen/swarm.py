@@ -37,8 +37,10 @@ import gevent.event
 from locust.env import Environment
 from locust.event import Events
 
-from loadgen.client import TIMEOUT_S, Engine, Row, Target
+from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target
+from loadgen.control import fleet_body
 from loadgen.engines import Dialect, Prompts
+from loadgen.policy import Dispatch
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.records import ERRORS, STATUSES, Observations, Schedule
 
@@ -60,6 +62,7 @@ BLOCK = 50_000
 
 _NUMBERS = (
     ("position", np.dtype(np.int64)),
+    ("dispatch", np.dtype(np.float64)),
     ("sent", np.dtype(np.float64)),
     ("first_byte", np.dtype(np.float64)),
     ("first_token", np.dtype(np.float64)),
@@ -74,13 +77,17 @@ _NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every worker needs to know of a run besides its shard. ``where`` holds credentials: never stored."""
+    """What every worker needs to know of a run besides its shard. ``where`` holds credentials: never stored.
+
+    dispatch: the client's own order instead of the due times; one worker keeps it, since it has to see answers end.
+    """
 
     where: Target
     dialect: Dialect
     model: str
     salt: int
     timeout_s: float = TIMEOUT_S
+    dispatch: Dispatch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,7 @@ def unpack(message: dict[str, Any], schedule: Schedule, worker: int, zero: float
         index=schedule.index[at],
         worker=np.full(n, worker, dtype=np.int64),
         due_s=schedule.due_s[at],
+        dispatch_s=np.where(np.isnan(columns["dispatch"]), schedule.due_s[at], columns["dispatch"] - zero),
         sent_s=columns["sent"] - zero,
         first_byte_s=columns["first_byte"] - zero,
         first_token_s=columns["first_token"] - zero,
@@ -428,6 +436,11 @@ class Swarm:
         token = random.getrandbits(48)
         positions = np.arange(n)
         shards = {w.client_id: positions[k :: len(crew)] for k, w in enumerate(crew)}
+        if job.dispatch is not None:
+            rows = [i for batch, _ in job.dispatch.batches for i in batch]
+            if sorted(rows) != list(range(n)):
+                raise ValueError("the batches must hold every request once")
+            shards = {w.client_id: np.array(rows if k == 0 else [], dtype=np.int64) for k, w in enumerate(crew)}
         waiting = {w.client_id for w in crew}
         missing = np.ones(n, dtype=np.bool_)
         costs: dict[int, dict[str, float]] = {}
@@ -451,7 +464,11 @@ class Swarm:
             self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
         on_start(zero, unix)
         last_due = float(schedule.due_s[-1]) if n else 0.0
-        until = zero + last_due + (deadline_s if deadline_s is not None else job.timeout_s + 30.0)
+        longest = job.timeout_s + 30.0
+        if job.dispatch is not None:
+            last_due = max(last_due, job.dispatch.start_s)
+            longest += job.timeout_s * len(job.dispatch.batches)
+        until = zero + last_due + (deadline_s if deadline_s is not None else longest)
         stopping = interrupted = False
         while True:
             try:
@@ -505,6 +522,7 @@ class Swarm:
                 "timeout_s": job.timeout_s,
                 "requests": len(shard),
                 "longest": int(schedule.prompt_tokens.max()) if len(schedule) else 1,
+                "gate": _gate(job.dispatch) if job.dispatch is not None and len(shard) else None,
             },
             worker.client_id,
         )
@@ -548,6 +566,17 @@ class Swarm:
         elif kind == "finished":
             costs[worker.index] = data["cost"]
             waiting.discard(client_id)
+
+
+def _gate(dispatch: Dispatch) -> dict[str, Any]:
+    """The client's order as a message: requests a batch, and what to put in force before each."""
+    fleets = [fleet for _, fleet in dispatch.batches]
+    return {
+        "sizes": [len(batch) for batch, _ in dispatch.batches],
+        "fleets": [None if f is None else fleet_body(f).decode() for f in fleets],
+        "start_s": dispatch.start_s,
+        "in_flight": dispatch.in_flight,
+    }
 
 
 def _environment() -> Environment:
@@ -645,7 +674,7 @@ class _WorkerSide:
         self.name = dialect.path
         prompts = Prompts(dialect, job["model"], job["longest"], job["salt"])
         # As many as are due in the first second: opening them costs more than sending on them.
-        connections = min(1000, bisect.bisect_right(self._columns[1], 1.0))
+        connections = min(1000, bisect.bisect_right(sorted(self._columns[1]), 1.0))
         wait = self.engine.submit(
             self.engine.prepare(
                 Target(**job["where"]), dialect.path, prompts, timeout_s=job["timeout_s"], connections=connections
@@ -658,7 +687,8 @@ class _WorkerSide:
 
     def go(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:
-            self._running = self.engine.submit(self.engine.run(*self._columns, msg.data["zero"]))
+            gate = Gate(**self._job["gate"]) if self._job.get("gate") else None
+            self._running = self.engine.submit(self.engine.run(*self._columns, msg.data["zero"], gate))
 
     def stop(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:

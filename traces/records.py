@@ -183,9 +183,10 @@ class Schedule:
 class Observations:
     """One row per scheduled request, measured; columns of length n. Latencies are derived, never stored.
 
-    index: the schedule's. worker: int64, the load worker that sent it (-1: nobody). due_s, sent_s, first_byte_s,
-    first_token_s, last_token_s: seconds from schedule zero, NaN where it did not come; first token is the first chunk
-    with non-empty content or reasoning. requested_prompt_tokens, requested_tokens: what the schedule asked for.
+    index: the schedule's. worker: int64, the load worker that sent it (-1: nobody). due_s, dispatch_s, sent_s,
+    first_byte_s, first_token_s, last_token_s: seconds from schedule zero, NaN where it did not come; dispatch is when
+    the generator meant to send (due, unless the client's own order held it back); first token is the first chunk with
+    non-empty content or reasoning. requested_prompt_tokens, requested_tokens: what the schedule asked for.
     prompt_tokens, output_tokens: what the server's ``usage`` said, -1 where it said nothing. chunks: stream events
     with content. max_gap_s: largest time between two of them. http_status: 0 without an answer.
     status: one of STATUSES. error: one of ERRORS, or "". detail: what was seen, at most 200 printable characters.
@@ -194,6 +195,7 @@ class Observations:
     index: Ints
     worker: Ints
     due_s: Floats
+    dispatch_s: Floats
     sent_s: Floats
     first_byte_s: Floats
     first_token_s: Floats
@@ -245,6 +247,7 @@ class Observations:
             | {
                 "index": schedule.index,
                 "due_s": schedule.due_s,
+                "dispatch_s": schedule.due_s,
                 "requested_prompt_tokens": schedule.prompt_tokens,
                 "requested_tokens": schedule.output_tokens,
             }
@@ -280,8 +283,8 @@ class Observations:
 
     @property
     def lag_s(self) -> Floats:
-        """``sent - due``: how late the generator was, absolute, from schedule zero."""
-        return self.sent_s - self.due_s
+        """``sent - dispatch``: how late the generator was, absolute, from schedule zero. Dispatch is due in an open loop."""
+        return self.sent_s - np.where(np.isnan(self.dispatch_s), self.due_s, self.dispatch_s)
 
     @property
     def ttft_s(self) -> Floats:

@@ -122,6 +122,7 @@ observations = sa.Table(
     sa.Column("index", sa.BigInteger, primary_key=True),
     sa.Column("worker", sa.SmallInteger),
     sa.Column("due_s", sa.Double),
+    sa.Column("dispatch_s", sa.Double),
     sa.Column("sent_s", sa.Double),
     sa.Column("first_byte_s", sa.Double),
     sa.Column("first_token_s", sa.Double),
@@ -680,9 +681,11 @@ class Store:
                 )
         return number
 
-    def recommendation(self, id: int | None = None) -> dict[str, Any]:
-        """An answer by id, the latest without one; its JSON with ``id``, ``created_at`` and ``run_ids`` added."""
+    def recommendation(self, id: int | None = None, *, kind: str | None = None) -> dict[str, Any]:
+        """An answer by id, the latest (of a kind) without one; its JSON with id, created_at, kind and run_ids added."""
         query = sa.select(recommendations).order_by(recommendations.c.id.desc()).limit(1)
+        if kind is not None:
+            query = query.where(recommendations.c.kind == kind)
         if id is not None:
             query = query.where(recommendations.c.id == id)
         with self._begin() as connection:

@@ -11,7 +11,13 @@ from advisor.cli.common import db_option, emit_json, example, json_option, messa
 
 @click.command(**example("steelyard serve --profile demo --fleet 4:4 --port 8123"))
 @click.option("--profile", default="demo", show_default=True, help="A shipped profile, or a TOML file.")
-@click.option("--fleet", default="4:4", show_default=True, metavar="P:D", help="Prefill and decode workers at start.")
+@click.option(
+    "--fleet",
+    default="4:4",
+    show_default=True,
+    metavar="P:D[+M]",
+    help="Prefill and decode workers at start; 0:0+8 are eight mixed (colocated) ones.",
+)
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to bind; others than loopback need a token."
 )
@@ -23,10 +29,27 @@ from advisor.cli.common import db_option, emit_json, example, json_option, messa
 @click.option("--fail-every", type=click.IntRange(min=0), default=0, help="Let every Nth completion fail.")
 @click.option(
     "--fail-kind",
-    type=click.Choice(["status", "reset", "stall", "html"]),
+    type=click.Choice(["status", "reset", "stall", "html", "reset-mid", "stall-mid"]),
     default="status",
     show_default=True,
-    help="How.",
+    help="How; -mid after half of the answer.",
+)
+@click.option(
+    "--slow-start", type=click.FloatRange(min=0), default=0.0, metavar="S", help="Answer 503 for the first S seconds."
+)
+@click.option(
+    "--roles",
+    type=click.Choice(["fixed", "on-demand"]),
+    default="fixed",
+    show_default=True,
+    help="on-demand: an idle worker takes the next phase that waits and pays the role change.",
+)
+@click.option(
+    "--dialect",
+    type=click.Choice(["steelyard", "vllm", "sglang", "dynamo"]),
+    default="steelyard",
+    show_default=True,
+    help="Whose names /metrics speaks.",
 )
 @json_option
 def serve(
@@ -38,6 +61,9 @@ def serve(
     token_file: Path | None,
     fail_every: int,
     fail_kind: str,
+    slow_start: float,
+    roles: str,
+    dialect: str,
     as_json: bool,
 ) -> None:
     """Run the reference PD endpoint: OpenAI-shaped, its answers as slow as the profile's laws say under the load.
@@ -63,6 +89,9 @@ def serve(
         token=read_token(token_file),
         fail_every=fail_every,
         fail_kind=fail_kind,
+        slow_start_s=slow_start,
+        on_demand=roles == "on-demand",
+        dialect=dialect,
         ready=ready,
     )
 

@@ -21,10 +21,9 @@ import signal
 import socket
 import sys
 import time
-from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,22 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from loadgen.cluster.kernel import Cluster, Job, Worker
 from loadgen.cluster.laws import Profile
+from loadgen.policy import next_phase
 from traces.errors import EndpointError, InputError
-from traces.records import Fleet
+from traces.records import Fleet, Sample
 
 MOST_BODY = 64 << 20
 MOST_BUFFERED = 1 << 20
 """Bytes that may wait for a client that does not read; beyond that its connection is cut."""
 
+BLOCK_TOKENS = 16
+"""Tokens of a block of the served prefix cache (vLLM's default)."""
+
+LATE_STEPS = 1_000_000
+"""Steps whose lateness is remembered."""
+
 LOG_ROWS = 200_000
-FAULTS = ("status", "reset", "stall", "html")
+FAULTS = ("status", "reset", "stall", "html", "reset-mid", "stall-mid")
 LOG_COLUMNS = (
     "id",
     "arrive_s",
@@ -75,13 +81,61 @@ METRICS: dict[str, tuple[Any, str]] = {
 }
 """Fields of a Sample -> how they are shown."""
 
-SHOWN = {"busy_s_total": "busy_seconds_total", "finished_total": "finished_requests_total"}
+_VLLM = {
+    "waiting_requests": "vllm:num_requests_waiting",
+    "running_requests": "vllm:num_requests_running",
+    "kv_used_ratio": "vllm:kv_cache_usage_perc",
+    "prompt_tokens_total": "vllm:prompt_tokens_total",
+    "output_tokens_total": "vllm:generation_tokens_total",
+    "finished_total": "vllm:request_success_total",
+    "preemptions_total": "vllm:num_preemptions_total",
+}
+SPOKEN: dict[str, dict[str, str]] = {
+    "steelyard": {name: f"steelyard_{name}" for name in METRICS}
+    | {"busy_s_total": "steelyard_busy_seconds_total", "finished_total": "steelyard_finished_requests_total"},
+    "vllm": _VLLM,
+    "sglang": {
+        "waiting_requests": "sglang:num_queue_reqs",
+        "running_requests": "sglang:num_running_reqs",
+        "kv_used_tokens": "sglang:num_used_tokens",
+        "kv_used_ratio": "sglang:token_usage",
+        "prompt_tokens_total": "sglang:prompt_tokens_total",
+        "output_tokens_total": "sglang:generation_tokens_total",
+        "preemptions_total": "sglang:num_retracted_requests_total",
+    },
+    # A Dynamo worker passes its engine's metrics through, here vLLM's.
+    "dynamo": _VLLM | {"waiting_tokens": "dynamo_frontend_worker_active_prefill_tokens"},
+}
+"""--dialect -> field of a Sample -> its name on /metrics. What an engine does not count is not there."""
+
+
+def labels_of(dialect: str, sample: Sample, model: str) -> dict[str, str]:
+    """The labels of one worker's metrics. vLLM and SGLang say less: worker numbers and role are added to their own."""
+    if dialect == "vllm":
+        return {"engine": sample.worker, "model_name": model, "role": sample.role}
+    if dialect == "sglang":
+        return {"model_name": model, "engine_type": sample.role, "tp_rank": sample.worker}
+    if dialect == "dynamo":
+        return {"worker_id": sample.worker, "worker_type": sample.role, "dp_rank": "0", "model_name": model}
+    return {"worker": sample.worker, "role": sample.role}
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Failures to order: every Nth completion fails in one of FAULTS' ways; until slow_start_s all get 503."""
+
+    every: int = 0
+    kind: str = "status"
+    slow_start_s: float = 0.0
+
+
+NO_FAULTS = Faults()
 
 
 class Stream:
     """One answer on its way out."""
 
-    __slots__ = ("arrive_s", "done", "first_s", "frame", "id", "job", "last_s", "opening", "sent", "transport")
+    __slots__ = ("arrive_s", "done", "fault", "first_s", "frame", "id", "job", "last_s", "opening", "sent", "transport")
 
     def __init__(self, id: str, transport: asyncio.WriteTransport | None, opening: bytes, frame: bytes) -> None:
         self.id = id
@@ -91,6 +145,7 @@ class Stream:
         self.arrive_s = time.monotonic()
         self.first_s = self.last_s = math.nan
         self.sent = 0
+        self.fault: tuple[int, str] | None = None  # (after so many tokens, reset-mid or stall-mid)
         self.job: Job | None = None
         self.done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -98,13 +153,30 @@ class Stream:
 class Endpoint:
     """The kernel, a clock and the streams. All methods run in the event loop's thread."""
 
-    def __init__(self, profile: Profile, fleet: Fleet, *, speed: float = 1.0) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        fleet: Fleet,
+        *,
+        speed: float = 1.0,
+        on_demand: bool = False,
+        dialect: str = "steelyard",
+    ) -> None:
         self.profile = profile
         self.speed = speed
-        self.cluster = Cluster(profile, fleet, on_segment=self._segment, on_finish=self._finish)
+        self.dialect = dialect
+        self.cluster = Cluster(
+            profile,
+            fleet,
+            on_segment=self._segment,
+            on_finish=self._finish,
+            on_demand=next_phase if on_demand else None,
+            block_tokens=BLOCK_TOKENS if profile.cache_tokens else 0,
+        )
         self.zero_s = time.monotonic()
         self.log: deque[tuple[Any, ...]] = deque(maxlen=LOG_ROWS)
-        self.late_ms = array("f")
+        self.late_ms: deque[float] = deque(maxlen=LATE_STEPS)
+        self.late_steps = 0
         self.requests = itertools.count(1)
         self._ids = itertools.count()
         self._order = itertools.count()
@@ -118,11 +190,11 @@ class Endpoint:
         """Model seconds since start."""
         return (time.monotonic() - self.zero_s) * self.speed
 
-    def submit(self, stream: Stream, prompt_tokens: int, output_tokens: int) -> Job:
+    def submit(self, stream: Stream, prompt_tokens: int, output_tokens: int, blocks: Sequence[int] = ()) -> Job:
         """A request arrives now."""
         self.run_due()
         now = self.now_s()
-        job = Job(next(self._ids), prompt_tokens, output_tokens, now, stream)
+        job = Job(next(self._ids), prompt_tokens, output_tokens, now, stream, blocks)
         stream.job = job
         p = self.profile
         if p.discipline == "infinite":
@@ -225,12 +297,17 @@ class Endpoint:
             self._finish(job)
 
     def _late(self, at: float) -> None:
-        if len(self.late_ms) < 1_000_000:
-            self.late_ms.append((time.monotonic() - self.zero_s - at / self.speed) * 1e3)
+        self.late_steps += 1
+        self.late_ms.append((time.monotonic() - self.zero_s - at / self.speed) * 1e3)
 
     def _token(self, job: Job, at: float) -> None:
         stream = job.tag
         if not isinstance(stream, Stream) or job.gone:
+            return
+        if stream.fault is not None and stream.sent >= stream.fault[0]:
+            if stream.fault[1] == "reset-mid" and stream.transport is not None and not stream.done.done():
+                stream.transport.abort()
+                stream.done.set_result(False)
             return
         stream.sent += 1
         now = time.monotonic()
@@ -266,16 +343,23 @@ class Endpoint:
                 job.decode_worker,
             )
         )
-        if not stream.done.done():
+        if not stream.done.done() and stream.fault is None:
             stream.done.set_result(True)
 
-    def lateness(self) -> dict[str, float]:
-        """How late tokens were written, ms: p50, p99, max, and n steps."""
-        late = np.asarray(self.late_ms, dtype=float)
+    def busy_s(self) -> dict[str, float]:
+        """Model seconds with work in hand, over all workers, by the role they had."""
+        self.run_due()
+        now = self.now_s()
+        return {r: sum(w.busy_until(now, r) for w in self.cluster.workers) for r in ("prefill", "decode", "mixed")}
+
+    def lateness(self, after: int = 0) -> dict[str, float]:
+        """How late tokens were written, ms, over the steps after the ``after``th: p50, p99, max; steps: how many ever."""
+        held = len(self.late_ms)
+        late = np.fromiter(self.late_ms, dtype=float, count=held)[max(0, held - max(0, self.late_steps - after)) :]
         if not len(late):
-            return {"p50_ms": 0.0, "p99_ms": 0.0, "max_ms": 0.0, "steps": 0}
+            return {"p50_ms": 0.0, "p99_ms": 0.0, "max_ms": 0.0, "steps": self.late_steps}
         p50, p99 = np.quantile(late, [0.5, 0.99])
-        return {"p50_ms": float(p50), "p99_ms": float(p99), "max_ms": float(late.max()), "steps": len(late)}
+        return {"p50_ms": float(p50), "p99_ms": float(p99), "max_ms": float(late.max()), "steps": self.late_steps}
 
     # --- metrics ---------------------------------------------------------------------------------------------------
 
@@ -285,17 +369,20 @@ class Endpoint:
         now = self.now_s()
         families: dict[str, Any] = {}
         for sample in self.cluster.samples(now):
-            for name, (kind, text) in METRICS.items():
+            labels = labels_of(self.dialect, sample, self.profile.name)
+            for name, shown in SPOKEN[self.dialect].items():
+                kind, text = METRICS[name]
                 value = getattr(sample, name)
                 if value is None:
                     continue
                 if name not in families:
-                    shown = f"steelyard_{SHOWN.get(name, name)}"
-                    families[name] = kind(shown.removesuffix("_total"), text, labels=["worker", "role"])
+                    families[name] = kind(shown.removesuffix("_total"), text, labels=list(labels))
                 families[name].add_metric(
-                    [sample.worker, sample.role], value / self.speed if name == "busy_s_total" else value
+                    list(labels.values()), value / self.speed if name == "busy_s_total" else value
                 )
         yield from families.values()
+        if self.dialect != "steelyard":
+            return
         fleet = GaugeMetricFamily("steelyard_fleet_workers", "workers in service", labels=["role"])
         for role, n in zip(("prefill", "decode", "mixed"), self.cluster.fleet, strict=True):
             fleet.add_metric([role], n)
@@ -323,10 +410,8 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
-def make_app(
-    endpoint: Endpoint, *, token: str | None = None, fail_every: int = 0, fail_kind: str = "status"
-) -> web.Application:
-    """The aiohttp application. token: needed as bearer on every path but /health. fail_every: each Nth completion fails."""
+def make_app(endpoint: Endpoint, *, token: str | None = None, faults: Faults = NO_FAULTS) -> web.Application:
+    """The aiohttp application. token: needed as bearer on every path but /health."""
 
     @web.middleware
     async def guard(
@@ -343,21 +428,24 @@ def make_app(
     registry.register(endpoint)
 
     async def complete(request: web.Request) -> web.StreamResponse:
-        return await _complete(endpoint, request, fail_every, fail_kind)
+        return await _complete(endpoint, request, faults)
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response(
             {"object": "list", "data": [{"id": endpoint.profile.name, "object": "model", "owned_by": "steelyard"}]}
         )
 
-    async def health(_: web.Request) -> web.Response:
+    async def health(request: web.Request) -> web.Response:
+        after = request.query.get("after", "0")
         return web.json_response(
             {
                 "status": "ok",
                 "engine": "steelyard-reference",
                 "profile": endpoint.profile.name,
                 "speed": endpoint.speed,
-                "late": endpoint.lateness(),
+                "switches": len(endpoint.cluster.switches),
+                "busy_s": endpoint.busy_s(),
+                "late": endpoint.lateness(int(after) if after.isdecimal() and len(after) < 16 else 0),
             }
         )
 
@@ -443,7 +531,21 @@ def _asked(body: Any, chat: bool) -> tuple[int, int]:
     return prompt, most
 
 
-async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, fail_kind: str) -> web.StreamResponse:
+def _blocks(body: Any, chat: bool) -> list[int]:
+    """Ids of the prompt's whole blocks, each standing for itself and all before it."""
+    if chat:
+        tokens: list[Any] = [word for message in body["messages"] for word in message["content"].split()]
+    else:
+        tokens = body["prompt"].split() if isinstance(body["prompt"], str) else body["prompt"]
+    ids: list[int] = []
+    held = 0
+    for first in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        held = hash((held, tuple(tokens[first : first + BLOCK_TOKENS])))
+        ids.append(held)
+    return ids
+
+
+async def _complete(endpoint: Endpoint, request: web.Request, faults: Faults) -> web.StreamResponse:
     arrive_s = time.monotonic()
     number = next(endpoint.requests)
     chat = request.path == "/v1/chat/completions"
@@ -460,7 +562,14 @@ async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, f
         return refuse(
             f"the model {str(model)[:80]!r} does not exist; served: {endpoint.profile.name!r}", 404, "not_found_error"
         )
-    if fail_every and number % fail_every == 0:
+    wait_s = faults.slow_start_s - (time.monotonic() - endpoint.zero_s)
+    if wait_s > 0:
+        answer = refuse("the server is still starting", 503, "server_error")
+        answer.headers["Retry-After"] = str(math.ceil(wait_s))
+        return answer
+    fail_kind = faults.kind
+    fails = bool(faults.every) and number % faults.every == 0
+    if fails and not fail_kind.endswith("-mid"):
         if fail_kind == "reset":
             if request.transport is not None:
                 request.transport.abort()
@@ -479,15 +588,16 @@ async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, f
         "created": int(time.time()),
         "model": endpoint.profile.name,
     }
-    usage = {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
     }
+    blocks = _blocks(body, chat) if endpoint.cluster.block_tokens else []
     if not body.get("stream"):
         stream = Stream(name, None, b"", b"")
         stream.arrive_s = arrive_s
-        job = endpoint.submit(stream, prompt_tokens, output_tokens)
+        job = endpoint.submit(stream, prompt_tokens, output_tokens, blocks)
         try:
             await stream.done
         except asyncio.CancelledError:
@@ -515,7 +625,9 @@ async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, f
     frame = chunk(token(False))
     stream = Stream(name, request.transport, chunk(token(True)) if chat else frame, frame)
     stream.arrive_s = arrive_s
-    job = endpoint.submit(stream, prompt_tokens, output_tokens)
+    if fails:
+        stream.fault = (max(1, output_tokens // 2), fail_kind)
+    job = endpoint.submit(stream, prompt_tokens, output_tokens, blocks)
     try:
         whole = await stream.done
     except asyncio.CancelledError:
@@ -524,6 +636,8 @@ async def _complete(endpoint: Endpoint, request: web.Request, fail_every: int, f
     if not whole:
         endpoint.cancel(job)
         return response
+    if endpoint.cluster.block_tokens:
+        usage["prompt_tokens_details"] = {"cached_tokens": job.cached_tokens}
     empty: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
     closing = event(base | {"choices": [{"index": 0, **empty, "logprobs": None, "finish_reason": "length"}]})
     options = body.get("stream_options")
@@ -541,9 +655,12 @@ async def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     speed: float = 1.0,
+    on_demand: bool = False,
     token: str | None = None,
     fail_every: int = 0,
     fail_kind: str = "status",
+    slow_start_s: float = 0.0,
+    dialect: str = "steelyard",
     ready: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT. ready(url) is called when requests are answered. EndpointError when it cannot bind."""
@@ -554,8 +671,10 @@ async def serve(
             f"--host {host}: other machines could use this endpoint, so it needs a token. "
             "Set STEELYARD_SERVE_TOKEN or --token-file, or stay on 127.0.0.1."
         )
-    endpoint = Endpoint(profile, fleet, speed=speed)
-    app = make_app(endpoint, token=token, fail_every=fail_every, fail_kind=fail_kind)
+    if dialect not in SPOKEN:
+        raise InputError(f"--dialect must be one of {', '.join(SPOKEN)} (got {dialect!r}).")
+    endpoint = Endpoint(profile, fleet, speed=speed, on_demand=on_demand, dialect=dialect)
+    app = make_app(endpoint, token=token, faults=Faults(fail_every, fail_kind, slow_start_s))
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -230,6 +230,7 @@ def _filled(schedule: Schedule, sent: np.ndarray, first: np.ndarray, last: np.nd
         index=rows.index,
         worker=np.zeros(n, dtype=np.int64),
         due_s=rows.due_s,
+        dispatch_s=sent,
         sent_s=sent,
         first_byte_s=first,
         first_token_s=first,
