@@ -1,6 +1,6 @@
 """How fast is the cluster model? Simulated requests a second, and all splits of a fleet on one trace.
 
-    python -m benchmarks.simulator
+    make compiled && python -m benchmarks.simulator      (says whether the kernel is compiled)
 
 Reference, timed in the same run: pushing and popping the same number of events on a heap, which any event-driven
 simulation must do at least twice a request. Quote the ratio; absolute rates are this machine's.
@@ -12,11 +12,12 @@ import heapq
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
-from loadgen.cluster import Profile, simulate
+from loadgen.cluster import Profile, kernel, simulate
 from traces.records import Fleet, Schedule
 from traces.shape import ORIGIN_OUTPUT, ORIGIN_PROMPT, synthesize
 
@@ -42,9 +43,42 @@ def loaded(schedule: Schedule, profile: Profile, fleet: Fleet, share: float) -> 
     return replace(schedule, due_s=schedule.due_s * (schedule.rate_per_s / (share * capacity)))
 
 
+def everything() -> Profile:
+    """Demo laws with a KV limit that bites, preemption, chunks, a prefix cache, a link that is shared, a knee."""
+    return replace(
+        Profile.load("demo"),
+        chunked=True,
+        max_batch_tokens=1024,
+        cache_tokens=200_000,
+        prefill_route="prefix",
+        transfer_link="sender",
+        kv_tokens=12_000,
+        kv_policy="preempt",
+        knee_batch=12,
+        knee_s=0.0005,
+        flip_s=1.0,
+    )
+
+
+def with_heads(schedule: Schedule) -> Schedule:
+    """Prompts of 128-token blocks that share heads: two hundred conversations."""
+    rng = np.random.default_rng(2)
+    blocks = np.empty(len(schedule), dtype=object)
+    talks = rng.integers(200, size=len(schedule)).tolist()
+    for i, (n, talk) in enumerate(zip(schedule.prompt_tokens.tolist(), talks, strict=True)):
+        blocks[i] = tuple(talk * 1000 + k for k in range(n // 128 + 1))
+    return replace(schedule, blocks=blocks, block_tokens=128)
+
+
+def p99_of(what: tuple[Schedule, Fleet, Profile]) -> float:
+    """One split, in a process of a pool."""
+    return float(np.quantile(simulate(*what).observations.e2e_s, 0.99))
+
+
 def main() -> None:
     """Print the table."""
-    print(f"{platform.platform()}, Python {platform.python_version()}, numpy {np.__version__}")
+    kind = "compiled" if kernel.__file__.endswith(".so") else "Python"
+    print(f"{platform.platform()}, Python {platform.python_version()}, numpy {np.__version__}, kernel: {kind}")
     trace = synthesize(REQUESTS, ORIGIN_PROMPT, ORIGIN_OUTPUT, rate_per_s=10, seed=1)
     print(f"{'what':44} {'median':>12} {'min':>12} {'max':>12}   ratio to reference")
     base = statistics.median(reference(REQUESTS) for _ in range(ROUNDS))
@@ -60,13 +94,31 @@ def main() -> None:
         median = statistics.median(rates)
         label = f"{name} {fleet} at {share} of capacity, requests/s"
         print(f"{label:44} {median:12,.0f} {min(rates):12,.0f} {max(rates):12,.0f}   {median * base / REQUESTS:.3f}")
+    busy = everything()
+    fleet = Fleet(2, 5, 1)
+    schedule = with_heads(loaded(trace, busy, fleet, 0.8))
+    span = schedule.span_s
+    changes = [(span * k / 50, fleet if k % 2 else Fleet(3, 4, 1)) for k in range(1, 50)]
+    rates = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        result = simulate(schedule, fleet, busy, changes=changes)
+        rates.append(REQUESTS / (time.perf_counter() - start))
+    median = statistics.median(rates)
+    label = "switches, KV limit, prefix cache on, requests/s"
+    print(f"{label:44} {median:12,.0f} {min(rates):12,.0f} {max(rates):12,.0f}   {median * base / REQUESTS:.3f}")
+    print(
+        f"    ({len(result.switches)} switches, {result.preempted} preemptions, "
+        f"{result.cached_tokens / schedule.prompt_tokens.sum():.0%} of prompt tokens cached)"
+    )
     profile = Profile.load("demo")
-    schedule = loaded(trace, profile, Fleet(8, 24), 0.8)
+    long = synthesize(2 * REQUESTS, ORIGIN_PROMPT, ORIGIN_OUTPUT, rate_per_s=10, seed=1)
+    schedule = loaded(long, profile, Fleet(8, 24), 0.8)
     start = time.perf_counter()
-    for fleet in Fleet.splits(32):
-        simulate(schedule, fleet, profile)
+    with ProcessPoolExecutor(2) as pool:
+        list(pool.map(p99_of, [(schedule, f, profile) for f in Fleet.splits(32)]))
     took = time.perf_counter() - start
-    print(f"{'31 splits of 32 GPUs, seconds':44} {took:12.1f}   one process, {REQUESTS} requests each")
+    print(f"{'31 splits of 32 GPUs, seconds':44} {took:12.1f}   two processes, {len(schedule)} requests each")
 
 
 if __name__ == "__main__":

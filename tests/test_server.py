@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import http.client
 import io
 import json
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,6 +21,7 @@ import pytest
 
 from loadgen.cluster import Profile, simulate
 from loadgen.cluster.embedded import embedded
+from loadgen.policy import next_phase
 from traces.errors import EndpointError
 from traces.records import Fleet, Schedule
 
@@ -247,3 +251,133 @@ def test_a_client_that_leaves_frees_the_cluster(demo_url: str) -> None:
             return
         time.sleep(0.1)
     pytest.fail("a sequence is still running after its client has left")
+
+
+# --- every mechanism of the model, served ----------------------------------------------------------------------------
+
+
+def stream_of(url: str, prompt: Any, tokens: int, timeout: float = 20.0) -> tuple[list[Any], Exception | None]:
+    """(events, how the connection failed)."""
+    model = call(f"{url}/v1/models")[1]["data"][0]["id"]
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    held = b""
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            while piece := answer.read1(65536):
+                held += piece
+    except (OSError, http.client.HTTPException) as error:
+        return events(held.decode()), error
+    return events(held.decode()), None
+
+
+def test_a_stream_can_be_made_to_break_in_the_middle() -> None:
+    """reset-mid cuts the connection after half of the answer; stall-mid stops there and keeps it open."""
+    with embedded("constant", Fleet(1, 1), fail_every=2, fail_kind="reset-mid") as url:
+        whole, error = stream_of(url, [1, 2, 3], 8)
+        assert error is None
+        assert whole[-1] == "[DONE]"
+        half, error = stream_of(url, [1, 2, 3], 8)
+        assert error is not None
+        assert len(half) == 4
+    with embedded("constant", Fleet(1, 1), fail_every=1, fail_kind="stall-mid") as url:
+        half, error = stream_of(url, [1, 2, 3], 8, timeout=1.0)
+        assert isinstance(error, TimeoutError)
+        assert len(half) == 4
+
+
+def test_a_server_can_start_slowly() -> None:
+    """Until then completions are refused with 503 and how long to wait; then they are served."""
+    with embedded("constant", Fleet(1, 1), slow_start_s=1.5) as url:
+        status, said = call(f"{url}/v1/completions", {"model": "constant", "prompt": [1], "max_tokens": 1}, "POST")
+        assert (status, said["error"]["message"]) == (503, "the server is still starting")
+        until = time.monotonic() + 10
+        while status == 503 and time.monotonic() < until:
+            time.sleep(0.1)
+            status, _ = call(f"{url}/v1/completions", {"model": "constant", "prompt": [1], "max_tokens": 1}, "POST")
+        assert status == 200
+
+
+@pytest.mark.parametrize(("spoken", "read_as"), [("vllm", "vllm"), ("sglang", "sglang"), ("dynamo", "vllm")])
+def test_metrics_speak_the_names_of_other_engines(spoken: str, read_as: str) -> None:
+    """What the endpoint shows as another engine is read by that engine's own table, by worker and role."""
+    from loadgen.engines import dialect
+    from loadgen.scrape import samples
+
+    with embedded("demo", Fleet(1, 2), dialect=spoken) as url:
+        stream_of(url, list(range(50)), 4)
+        with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
+            text = answer.read().decode()
+    assert "steelyard_" not in text
+    if spoken == "dynamo":
+        assert 'dynamo_frontend_worker_active_prefill_tokens{dp_rank="0"' in text
+        return  # Dynamo's own labels name the worker; its table comes with its engine
+    found = {(s.worker, s.role): s for s in samples(text, dialect(read_as), 0.0)}
+    assert set(found) == {("0", "prefill"), ("1", "decode"), ("2", "decode")}
+    assert found["0", "prefill"].prompt_tokens_total == 50
+    assert sum(found[str(w), "decode"].output_tokens_total or 0 for w in (1, 2)) == 4
+
+
+def test_a_prompt_that_shares_a_head_says_how_much_was_cached(tmp_path: Path) -> None:
+    """With a prefix cache the usage counts cached tokens in whole blocks, as OpenAI shapes it."""
+    laws = replace(Profile.load("demo"), cache_tokens=4096)
+    path = tmp_path / "cached.toml"
+    path.write_text(laws.to_toml())
+    with embedded(str(path), Fleet(1, 1)) as url:
+        head = list(range(100))
+        for prompt, cached in ((head, 0), ([*head, 7, 8, 9], 96), ([5, *head], 0)):
+            usage = stream_of(url, prompt, 2)[0][-2]["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+            assert usage["prompt_tokens"] == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("fleet", "on_demand", "changes"),
+    [
+        (Fleet(0, 0, 2), False, {}),
+        (Fleet(1, 1, 1), False, {"chunked": True, "max_batch_tokens": 150}),
+        (Fleet(2, 1), True, {"flip_s": 0.05, "max_batch": 2}),
+        (Fleet(1, 1), False, {"kv_tokens": 700, "kv_policy": "preempt", "knee_batch": 2, "knee_s": 0.004}),
+        (Fleet(2, 2), False, {"transfer_link": "shared", "transfer_s_per_token": 1e-4, "worker_speed": (1.0, 2.0)}),
+    ],
+)
+def test_the_server_keeps_the_models_schedule_with_every_mechanism(
+    fleet: Fleet, on_demand: bool, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Arrivals as the kernel saw them, simulated, give the server's own first and last tokens to the microsecond."""
+    path = tmp_path / "p.toml"
+    laws = replace(Profile.load("demo"), **changes)
+    path.write_text(laws.to_toml())
+    rng = np.random.default_rng(5)
+    n = 25
+    prompts, outputs = rng.integers(20, 400, n), rng.integers(2, 25, n)
+
+    async def ask(url: str) -> None:
+        async with aiohttp.ClientSession() as session:
+            start = time.monotonic() + 0.2
+            rows = zip(range(n), prompts.tolist(), outputs.tolist(), strict=True)
+            await asyncio.gather(*(_ask(session, url, laws.name, start + i * 0.04, i, p, m) for i, p, m in rows))
+
+    with embedded(str(path), fleet, on_demand=on_demand) as url:
+        asyncio.run(ask(url))
+        log = list(csv.DictReader(io.StringIO(call(f"{url}/log")[1])))
+        switches = call(f"{url}/health")[1]["switches"]
+    assert len(log) == n
+    log.sort(key=lambda row: float(row["model_arrive_s"]))
+    due = np.array([float(row["model_arrive_s"]) for row in log])
+    order = [int(row["id"]) for row in log]
+    schedule = Schedule("s", np.arange(n), due - due[0], prompts[order], outputs[order])
+    rows = simulate(schedule, fleet, laws, on_demand=next_phase if on_demand else None).observations
+    for ours, theirs in (("first_token_s", "model_first_s"), ("last_token_s", "model_last_s")):
+        served = np.array([float(row[theirs]) for row in log]) - due[0]
+        np.testing.assert_allclose(getattr(rows, ours), served, rtol=0, atol=1e-6)
+    if on_demand:
+        assert switches > 0
