@@ -52,7 +52,7 @@ def everything() -> Profile:
         cache_tokens=200_000,
         prefill_route="prefix",
         transfer_link="sender",
-        kv_tokens=12_000,
+        kv_tokens=7_000,
         kv_policy="preempt",
         knee_batch=12,
         knee_s=0.0005,
