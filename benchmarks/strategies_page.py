@@ -69,14 +69,16 @@ def bars(held: dict[str, Any], modes: list[str], path: Path, browser: Any) -> No
                     showlegend=False,
                 )
     figure.update_xaxes(type="log", title="seconds: P99 (full), mean (pale)")
-    figure.update_layout(width=380 * len(scales) + 120, height=430 * len(modes), template="plotly_white", barmode="group")
+    figure.update_layout(
+        width=380 * len(scales) + 120, height=430 * len(modes), template="plotly_white", barmode="group"
+    )
     draw(figure, path, browser)
 
 
 def curve(held: dict[str, Any], path: Path, browser: Any) -> None:
     """Regret against the size of the sample."""
     figure = go.Figure()
-    for name, answer in held["scales"].items():
+    for answer in held["scales"].values():
         found = answer.get("regret_by_sample", [])
         figure.add_scatter(
             x=[f["sample"] for f in found],
@@ -117,7 +119,10 @@ def against(held: dict[str, Any]) -> list[str]:
 
 def http(held: dict[str, Any]) -> list[str]:
     """Served and measured through Locust, beside the simulator."""
-    lines = ["| scale | strategy | P99 s over HTTP | against simulation | mean s | against simulation |", "| --- |" * 1 + " --- |" * 5]
+    lines = [
+        "| scale | strategy | P99 s over HTTP | against simulation | mean s | against simulation |",
+        "| --- |" * 1 + " --- |" * 5,
+    ]
     for scale, answer in held["scales"].items():
         for arm, row in answer.get("http", {}).get("arms", {}).items():
             off = row["against_simulation"]
@@ -130,7 +135,10 @@ def http(held: dict[str, Any]) -> list[str]:
 
 def said(held: dict[str, Any]) -> list[str]:
     """The report's own P99 beside ours."""
-    lines = ["| strategy | the report: small / medium / large, P99 s | what that figure is | here, P99 s |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| strategy | the report: small / medium / large, P99 s | what that figure is | here, P99 s |",
+        "| --- | --- | --- | --- |",
+    ]
     scales = held["scales"]
     for arm, note in scales["small"]["report"].items():
         figures = " / ".join(f"{scales[s]['report'][arm]['p99_s']:g}" for s in scales)

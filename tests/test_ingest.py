@@ -32,7 +32,7 @@ FILES = [
     *(
         (DATA / name.split("/")[1], name)
         for name in FACTS
-        if name.startswith(("azure-2024/", "mooncake/", "burstgpt/", "vidur/", "splitwise-sim/"))
+        if name.startswith(("azure-2024/", "mooncake/", "burstgpt/", "vidur/", "splitwise-sim/", "weka-agentic/"))
     ),
 ]
 
@@ -56,7 +56,11 @@ def test_every_real_file_gives_exactly_its_published_facts(path: Path, fact: str
     assert int(schedule.prompt_tokens.max()) == truth["max_in"]
     if kept == truth["rows"]:
         assert int(np.sort(schedule.prompt_tokens)[len(schedule) // 2]) == truth["median_in"]
-    assert report.prefix_hit_tokens == truth.get("prefix_hit_tokens_cold_unbounded")
+    if "block_size" in truth:  # WEKA sessions: their facts count no reuse, but there is much
+        assert report.prefix_hit_tokens is not None
+        assert report.prefix_hit_tokens > 0.5 * report.sum_prompt_tokens
+    else:
+        assert report.prefix_hit_tokens == truth.get("prefix_hit_tokens_cold_unbounded")
 
 
 def test_shipped_traces_exist_with_licence_and_attribution() -> None:

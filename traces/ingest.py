@@ -14,15 +14,17 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
+from zoneinfo import ZoneInfo
 
 import numpy as np
 
 from traces.errors import InputError
-from traces.formats import BadFileError, BadRowError, Row, TraceFormat, formats
-from traces.formats.blocks import unpack
+from traces.formats import BadFileError, BadRowError, OtherEvent, Row, TraceFormat, formats
+from traces.formats.blocks import pack, unpack
+from traces.formats.generic import generic
 from traces.records import Schedule
 from traces.store import Store, TraceInfo
 
@@ -88,12 +90,16 @@ def ingest(
     format: str | None = None,
     max_bad: float = MAX_BAD,
     zero_output: str = "keep-failed",
+    columns: str | None = None,
+    time_unit: str = "s",
+    tz: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
     """Load files as one trace. InputError refuses a file whole and leaves nothing behind.
 
     name: default is the first file's stem. zero_output: rows without answer tokens are kept as failed, skipped, or given
-    one token. progress(bytes read so far).
+    one token. columns, time_unit: the user's map of any CSV or JSONL (:mod:`traces.formats.generic`). tz: zone of times
+    that carry none, default UTC. progress(bytes read so far).
     """
     if not paths:
         raise InputError("no file was given. Write: steelyard ingest FILE")
@@ -103,19 +109,26 @@ def ingest(
     digest = hashlib.sha256("".join(f["sha256"] for f in files).encode() if len(files) > 1 else b"").hexdigest()
     sha256 = digest if len(files) > 1 else files[0]["sha256"]
     wanted = name or Path(files[0]["name"]).name.split(".")[0]
-    reader = _recognise(paths[0], format)
-    options = {"zero_output": zero_output, "max_bad": max_bad}
+    zone = _zone(tz)
+    reader = _recognise(paths[0], format, columns, time_unit)
+    options: dict[str, Any] = {"zero_output": zero_output, "max_bad": max_bad}
+    if columns is not None:
+        options |= {"map": columns, "time_unit": time_unit}
+    if tz is not None:
+        options["tz"] = tz
     for info in store.traces():
         if info.name != wanted:
             continue
-        same = info.sha256 == sha256 and info.format == reader.name and info.options.get("zero_output") == zero_output
+        asked = {k: v for k, v in options.items() if k != "max_bad"}
+        before = {k: v for k, v in info.options.items() if k != "max_bad"}
+        same = info.sha256 == sha256 and info.format == reader.name and before == asked
         if same:
             return IngestReport.of(info, already=True)
         raise InputError(
             f"a trace named {wanted!r} is already stored with other content or options. Give another --name, "
             f"or remove it: steelyard traces delete {wanted}"
         )
-    loaded = _Loaded(reader, zero_output)
+    loaded = _Loaded(reader, zero_output, zone)
     for path in paths:
         loaded.read(path, progress)
     loaded.check(paths, max_bad)
@@ -124,7 +137,7 @@ def ingest(
         report = asdict(loaded.report(wanted))
         for gone in ("name", "format", "already"):
             report.pop(gone)
-        return report, loaded.origin, reader.meta.block_size, reader.meta.hash_scope
+        return report, loaded.origin, loaded.block_tokens, reader.meta.hash_scope if loaded.hashes else None
 
     info = store.add_trace(
         name=wanted,
@@ -141,13 +154,20 @@ def ingest(
 class _Loaded:
     """The rows of a source in columns (34 bytes a row), then sorted by arrival."""
 
-    def __init__(self, reader: TraceFormat, zero_output: str) -> None:
+    def __init__(self, reader: TraceFormat, zero_output: str, zone: ZoneInfo | None) -> None:
         self.reader = reader
+        self.zone = zone
         self.zero_output = zero_output
         self.arrival, self.line = array("q"), array("q")
         self.prompt, self.output, self.status = array("q"), array("q"), array("b")
         self.session: dict[int, str] = {}
         self.hashes: dict[int, bytes] = {}
+        self.dense: dict[Any, int] = {}
+        self.block_tokens = reader.meta.block_size
+        self.files = 0
+        self.seen: set[str] = set()
+        self.others = 0
+        self.other_kinds: set[str] = set()
         self.skipped: dict[str, Skipped] = {}
         self.read_rows = 0
         self.zoned: set[bool | None] = set()
@@ -161,12 +181,17 @@ class _Loaded:
         held.example = held.example or detail
 
     def read(self, path: Path, progress: Callable[[int], None] | None) -> None:
+        self.files += 1
         try:
             with _open(path) as lines:
                 for line, row in self.reader.rows(_Bounded(lines, progress)):  # type: ignore[arg-type]
                     self.read_rows += 1
                     if isinstance(row, BadRowError):
                         self.skip(row.reason, line, str(row))
+                    elif isinstance(row, OtherEvent):
+                        self.others += 1
+                        if len(self.other_kinds) < 5:
+                            self.other_kinds.add(row.what)
                     else:
                         self.keep(line, row)
         except BadFileError as error:
@@ -180,14 +205,24 @@ class _Loaded:
         if row.prompt_tokens == 0:
             self.skip("failed_zero_input", line, "a request without prompt tokens")
             return
-        output, status = row.output_tokens, _OK
+        if row.id is not None:
+            if row.id in self.seen:
+                self.skip("duplicate_request_id", line, f"request {row.id[:40]!r} was there before")
+                return
+            self.seen.add(row.id)
+        output, status = row.output_tokens, row.status
         if output == 0:
             if self.zero_output == "skip":
                 self.skip("failed_zero_output", line, "a request without answer tokens")
                 return
-            output, status = (1, _OK) if self.zero_output == "min1" else (0, _FAILED)
+            output, status = (1, status) if self.zero_output == "min1" else (0, _FAILED)
         at = len(self.arrival)
-        self.arrival.append(row.arrival_us)
+        if self.zone is not None and row.zoned is False:
+            naive = datetime(1970, 1, 1) + timedelta(microseconds=row.arrival_us)
+            local = naive.replace(tzinfo=self.zone) - datetime(1970, 1, 1, tzinfo=UTC)
+            self.arrival.append(local // timedelta(microseconds=1))
+        else:
+            self.arrival.append(row.arrival_us)
         self.line.append(line)
         self.prompt.append(row.prompt_tokens)
         self.output.append(-1 if output is None else output)
@@ -196,26 +231,37 @@ class _Loaded:
         if row.session_key is not None:
             self.session[at] = row.session_key
         if row.hash_ids is not None:
-            self.hashes[at] = row.hash_ids
+            if row.block_tokens is not None and row.block_tokens != self.block_tokens:
+                if self.block_tokens is not None:
+                    raise BadFileError(
+                        f"line {line}: blocks of {row.block_tokens} tokens after blocks of {self.block_tokens}"
+                    )
+                self.block_tokens = row.block_tokens
+            known = self.dense
+            if self.reader.meta.hash_scope == "session":
+                ids = [known.setdefault((self.files, i), len(known)) for i in row.hash_ids]
+            else:
+                ids = [known.setdefault(i, len(known)) for i in row.hash_ids]
+            self.hashes[at] = pack(ids)
 
     def check(self, paths: Sequence[Path], max_bad: float) -> None:
         where = str(paths[0])
-        bad = sum(s.count for s in self.skipped.values())
         if not self.read_rows:
             raise InputError(f"{where}: holds no rows, only a header. Nothing was stored.")
-        counted = bad - sum(
-            self.skipped[r].count for r in ("failed_zero_input", "failed_zero_output") if r in self.skipped
-        )
+        harmless = ("failed_zero_input", "failed_zero_output", "duplicate_request_id")
+        wrong = {reason: s for reason, s in self.skipped.items() if reason not in harmless}
+        counted = sum(s.count for s in wrong.values())
         if counted > max_bad * self.read_rows:
-            reason, worst = max(
-                ((r, s) for r, s in self.skipped.items() if not r.startswith("failed_")), key=lambda item: item[1].count
-            )
+            reason, worst = max(wrong.items(), key=lambda item: item[1].count)
             raise InputError(
                 f"{where}:{worst.first_lines[0]}: {worst.example} ({reason}); {counted} of {self.read_rows} rows are bad, "
                 f"more than {max_bad:.0%}. Mend the file or pass --max-bad. Nothing was stored."
             )
         if not len(self.arrival):
-            raise InputError(f"{where}: no row can be kept ({', '.join(self.skipped)}). Nothing was stored.")
+            why = [f"{s.count} {reason}" for reason, s in self.skipped.items()]
+            if self.others:
+                why.append(f"{self.others} other events: {', '.join(sorted(self.other_kinds))}")
+            raise InputError(f"{where}: no row can be kept ({', '.join(why)}). Nothing was stored.")
         arrival = np.frombuffer(self.arrival, dtype=np.int64)
         self.order = np.lexsort((np.frombuffer(self.line, dtype=np.int64), arrival))
 
@@ -253,7 +299,7 @@ class _Loaded:
         output = np.frombuffer(self.output, dtype=np.int64)
         notes = []
         if False in self.zoned:
-            notes.append("times carry no zone: taken as UTC")
+            notes.append(f"times carry no zone: taken as {self.zone.key if self.zone else 'UTC'}")
         if {True, False} <= self.zoned:
             notes.append("some times carry a zone and some do not")
         distinct = len(np.unique(arrival))
@@ -263,15 +309,15 @@ class _Loaded:
         if distinct < kept:
             notes.append(f"{kept - distinct} of {kept} rows share another row's time: the source's clock is coarse")
         skipped = sum(s.count for s in self.skipped.values())
-        if self.read_rows != kept + skipped:
-            raise AssertionError(f"{self.read_rows} rows read, {kept} kept, {skipped} skipped")
+        if self.read_rows != kept + skipped + self.others:
+            raise AssertionError(f"{self.read_rows} rows read, {kept} kept, {skipped} skipped, {self.others} others")
         return IngestReport(
             name=name,
             format=self.reader.name,
             rows_read=self.read_rows,
             rows_kept=kept,
             skipped=self.skipped,
-            other_events=0,
+            other_events=self.others,
             sum_prompt_tokens=int(np.frombuffer(self.prompt, dtype=np.int64).sum()),
             sum_output_tokens=int(output[output > 0].sum()),
             span_s=float(arrival.max() - arrival.min()) / 1e6,
@@ -279,14 +325,14 @@ class _Loaded:
             prefix_hit_tokens=self.prefix_hits() if self.hashes else None,
             inversions=int((gaps < 0).sum()),
             equal_times=int((gaps == 0).sum()),
-            failed_rows=int(np.frombuffer(self.status, dtype=np.int8).sum()),
+            failed_rows=int((np.frombuffer(self.status, dtype=np.int8) != _OK).sum()),
             clock=self.reader.meta.clock,
             notes=notes,
         )
 
     def prefix_hits(self) -> int:
         """Prompt tokens in leading blocks that an earlier request already had, with an unlimited cache from cold."""
-        block = self.reader.meta.block_size or 1
+        block = self.block_tokens or 1
         seen: set[int] = set()
         total = 0
         for at in self.order.tolist():
@@ -355,8 +401,15 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _recognise(path: Path, wanted: str | None) -> TraceFormat:
-    """The one format that the file is of."""
+def _zone(tz: str | None) -> ZoneInfo | None:
+    try:
+        return None if tz is None else ZoneInfo(tz)
+    except (ValueError, KeyError, OSError):
+        raise InputError(f"--tz must be a time zone like Europe/Berlin or UTC (got {tz!r}).") from None
+
+
+def _recognise(path: Path, wanted: str | None, columns: str | None = None, time_unit: str = "s") -> TraceFormat:
+    """The one format that the file is of, or the one that the user's map describes."""
     known = formats()
     if wanted is not None and wanted not in known:
         raise InputError(f"--format must be one of {', '.join(known)} (got {wanted!r}).")
@@ -371,9 +424,17 @@ def _recognise(path: Path, wanted: str | None) -> TraceFormat:
     refusal = _refusal(raw)
     if refusal:
         raise InputError(f"{path}: {refusal}. Known formats: {', '.join(known)}.")
+    head = raw.decode("utf-8-sig", errors="replace")
+    if columns is not None:
+        if wanted is not None:
+            raise InputError("--format and --map exclude each other: a map describes any CSV or JSONL.")
+        mapped = generic(columns, time_unit, head)
+        missing = mapped.sniff(head)
+        if missing is not None:
+            raise InputError(f"{path}: {missing}. Check the names in --map.")
+        return mapped
     if wanted is not None:
         return known[wanted]
-    head = raw.decode("utf-8-sig", errors="replace")
     verdicts = {name: reader.sniff(head) for name, reader in known.items()}
     winners = [name for name, missing in verdicts.items() if missing is None]
     if len(winners) != 1:
@@ -396,6 +457,8 @@ def _refusal(raw: bytes) -> str | None:
         return "is a web page, not a trace: was a download link saved instead of the file?"
     if raw.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "is a Python pickle, which is never opened: export it as CSV or JSONL"
+    if raw.startswith(b"\x28\xb5\x2f\xfd"):
+        return "is compressed with zstd: write zstd -dc FILE | steelyard ingest - --name NAME"
     if raw.startswith(b"PK\x03\x04"):
         return "is a zip archive: unpack it first"
     if raw.startswith(b"PAR1"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages
+from advisor.cli.replay_verbs import pair
 
 
 @click.command(**example("steelyard serve --profile demo --fleet 4:4 --port 8123"))
@@ -103,6 +104,7 @@ def serve(
 )
 @click.option("--fleet", metavar="P:D", help="One fleet [default: all splits of --gpus].")
 @click.option("--gpus", type=click.IntRange(min=2), default=8, show_default=True, help="GPUs to split.")
+@click.option("--gpus-per-worker", metavar="P,D", default="1,1", show_default=True, help="GPUs a worker uses.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's].")
 @click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests.")
 @click.option("--slo", default="ttft<0.5s tpot<50ms", show_default=True, help="Limits per request.")
@@ -113,6 +115,7 @@ def simulate(
     profile: str,
     fleet: str | None,
     gpus: int,
+    gpus_per_worker: str,
     rate: float | None,
     requests: int | None,
     slo: str,
@@ -124,6 +127,7 @@ def simulate(
 
     from loadgen.cluster import Profile
     from loadgen.cluster import simulate as run
+    from traces.errors import InputError
     from traces.measures import Slo, summarise
     from traces.records import Fleet
     from traces.shape import head, to_rate
@@ -131,13 +135,16 @@ def simulate(
 
     laws, wanted = Profile.load(profile), Slo.parse(slo)
     with open_store(db, create=False) as store:
-        schedule = store.schedule(trace)
+        schedule = store.schedule(trace, blocks=laws.cache_tokens > 0)
     if requests:
         schedule = head(schedule, requests)
     if rate:
         schedule = to_rate(schedule, rate)
     rows = []
-    for one in [Fleet.parse(fleet)] if fleet else Fleet.splits(gpus):
+    fleets = [Fleet.parse(fleet)] if fleet else Fleet.splits(gpus, pair(gpus_per_worker))
+    if not fleets:
+        raise InputError(f"no fleet uses exactly {gpus} GPUs with {gpus_per_worker} a worker. Give other --gpus.")
+    for one in fleets:
         result = run(schedule, one, laws)
         rows.append((one, summarise(result.observations, wanted), result.utilisation))
     if as_json:

@@ -191,32 +191,39 @@ def _span(value: dict[str, float], digits: str = ".3g", scale: float = 1.0) -> s
     return middle if half != half or half == 0 else f"{middle} ±{half:.2g}"
 
 
+def _roles(row: dict[str, Any]) -> str:
+    shares = [row[f"utilisation_{role}"]["value"] for role in ("prefill", "decode")]
+    return "/".join("-" if share != share else f"{share:.0%}" for share in shares)
+
+
 def _show(console: Any, name: str, answer: dict[str, Any]) -> None:
     from rich.table import Table
 
-    titles = {
+    modes = {
         "arrivals": "requests as they arrive (offline starts when the last has)",
         "burst": "all requests due at 0",
     }
-    for mode, title in titles.items():
+    for mode, title in modes.items():
         if mode not in answer:
             continue
         table = Table(
             box=None, pad_edge=False, title=f"{name}: {answer['requests']} requests, {answer['gpus']} GPUs, {title}"
         )
         table.title_justify = "left"
-        for column in (
+        titles = (
             "",
             "P99 s",
             "mean s",
-            "vs baseline P99",
-            "TTFT p99 s",
+            "P99 to baseline",
+            "TTFT s",
+            "TPOT ms",
             "req/s",
             "goodput/s",
-            "busy",
+            "busy, P/D",
             "switches",
             "/h",
-        ):
+        )
+        for column in (*titles, "switches", "/h"):
             table.add_column(column, justify="left" if not column else "right")
         for arm, row in answer[mode].items():
             table.add_row(
@@ -224,12 +231,13 @@ def _show(console: Any, name: str, answer: dict[str, Any]) -> None:
                 _span(row["p99_s"]),
                 _span(row["mean_s"]),
                 _span(row["change_p99"], "+.0f", 100) + " %",
-                _span(row["ttft_p99_s"]),
+                _span(row["ttft_mean_s"]),
+                _span(row["tpot_mean_s"], scale=1e3),
                 _span(row["throughput_per_s"]),
                 _span(row["goodput_per_s"]),
-                f"{row['utilisation']['value']:.0%}",
-                f"{row['switches']['value']:.0f}",
-                f"{row['switches_per_h']['value']:.0f}",
+                f"{row['utilisation']['value']:.0%}, " + _roles(row),
+                _span(row["switches"], ".0f"),
+                _span(row["switches_per_h"], ".0f"),
             )
         console.print(table)
         for kind, change in answer["ours_against_report"][mode].items():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +65,37 @@ def _say(report: Any) -> None:
         console.print(f"  note: {note}", markup=False)
 
 
+@contextmanager
+def _files(files: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
+    """The files; standard input as a temporary one, since a trace is read twice (its sum first)."""
+    if Path("-") not in files:
+        yield files
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / "stdin"
+        with held.open("wb") as out:
+            shutil.copyfileobj(sys.stdin.buffer, out, 1 << 20)
+        yield (held,)
+
+
 @click.command(**example("steelyard ingest traces/data/azure-2023-conv.csv --name conv"))
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--name", help="Name of the trace [default: the file's].")
-@click.option("--format", "format_", help="azure or mooncake [default: recognised from the file].")
+@click.option("--format", "format_", help="One of steelyard traces formats [default: recognised from the file].")
+@click.option(
+    "--map",
+    "columns",
+    metavar="ARRIVAL=..,..",
+    help="Any CSV or JSONL: arrival=COL,input=COL,output=COL[,session=COL].",
+)
+@click.option(
+    "--time-unit",
+    type=click.Choice(["s", "ms", "us", "ns", "iso"]),
+    default="s",
+    show_default=True,
+    help="Of the arrival column of --map.",
+)
+@click.option("--tz", metavar="ZONE", help="Zone of times that carry none, like Europe/Berlin [default: UTC].")
 @click.option("--max-bad", default="5%", show_default=True, help="Refuse the file when more rows than this are bad.")
 @click.option(
     "--zero-output",
@@ -80,19 +112,25 @@ def ingest(
     format_: str | None,
     max_bad: str,
     zero_output: str,
+    columns: str | None,
+    time_unit: str,
+    tz: str | None,
     as_json: bool,
     db: str,
 ) -> None:
     """Read a recorded trace into the database: validated, counted, all of it or none.
 
-    Several files are shards of one trace. The same file again changes nothing.
+    Several files are shards of one trace; - reads standard input (with --name). The same file again changes nothing.
     """
+    from traces.errors import InputError
     from traces.ingest import clean_rate
     from traces.ingest import ingest as load
     from traces.store import open_store
 
     share = clean_rate(max_bad)
-    with open_store(db) as store, progress(as_json) as bars:
+    if Path("-") in files and (len(files) > 1 or not name):
+        raise InputError("standard input is a trace of its own and needs a name: steelyard ingest - --name NAME")
+    with open_store(db) as store, progress(as_json) as bars, _files(files) as files:
         size = sum(f.stat().st_size for f in files if f.is_file())
         task = bars.add_task("read", total=size, note="bytes")
         report = load(
@@ -102,6 +140,9 @@ def ingest(
             format=format_,
             max_bad=share,
             zero_output=zero_output,
+            columns=columns,
+            time_unit=time_unit,
+            tz=tz,
             progress=lambda n: bars.update(task, completed=n),
         )
         bars.update(task, completed=size)
@@ -263,6 +304,45 @@ def show(name: str, as_json: bool, db: str) -> None:
             )
     ratios = ", ".join(f"{r:.2g}" for r in figures["prompt_per_output_token_by_quarter"])
     console.print(f"  prompt tokens per output token, by quarter: {ratios}")
+
+
+@traces.command("formats", **example("steelyard traces formats"))
+@json_option
+def formats_(as_json: bool) -> None:
+    """The formats that ingest knows, and those of which nobody here has seen a real file."""
+    from traces.formats import formats
+
+    known = {name: {"title": f.title, "seen": not getattr(f, "unseen", False)} for name, f in formats().items()}
+    if as_json:
+        emit_json({"formats": known})
+        return
+    for name, about in known.items():
+        note = "" if about["seen"] else " (from documentation, no real file seen)"
+        messages().print(f"{name}: {about['title']}{note}", markup=False)
+
+
+@traces.command(**example("steelyard traces export azure-2023-conv --format mooncake --out conv.jsonl"))
+@click.argument("name")
+@click.option(
+    "--format", "format_", type=click.Choice(["mooncake", "azure", "csv"]), default="mooncake", show_default=True,
+    help="mooncake is what aiperf, guidellm, vLLM bench, SGLang bench and Dynamo replay.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
+@json_option
+@db_option
+def export(name: str, format_: str, out: Path, as_json: bool, db: str) -> None:
+    """Write a stored trace as a file that other tools replay."""
+    from traces.export import export as write
+    from traces.store import open_store
+
+    with open_store(db, create=False) as store:
+        done = write(store, name, format_, out)
+    if as_json:
+        emit_json(done)
+        return
+    messages().print(f"{done['rows']} requests written to {out} ({format_}).", markup=False)
+    for note in done["notes"]:
+        messages().print(f"  note: {note}", markup=False)
 
 
 @traces.command(**example("steelyard traces delete azure-2023-conv"))

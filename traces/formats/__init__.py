@@ -6,7 +6,7 @@ point group ``steelyard.formats``; ours are found without an installation, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import IO, Protocol
@@ -16,15 +16,30 @@ from typing import IO, Protocol
 class Row:
     """One request as recorded. arrival_us: microseconds on the source's own clock, any origin. output_tokens None: unknown.
 
-    zoned: False when the source's time carries no zone, None when it has no calendar.
+    zoned: False when the source's time carries no zone, None when it has no calendar. status: 0 ok, 1 failed, 2 cancelled.
+    block_tokens: what one block id stands for, where the rows say it and not the format. id: the request's own, by which a
+    second row of the same request is known.
     """
 
     arrival_us: int
     prompt_tokens: int
     output_tokens: int | None
     session_key: str | None = None
-    hash_ids: bytes | None = None
+    hash_ids: Sequence[int | str] | None = None
     zoned: bool | None = None
+    status: int = 0
+    block_tokens: int | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEvent:
+    """A record that is no request to a language model (a tool call, an embedding, a gateway's cache hit): counted."""
+
+    what: str
+
+
+Event = Row | OtherEvent
 
 
 class BadRowError(Exception):
@@ -41,7 +56,10 @@ class BadFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What a format knows of a source before its rows. clock: name of the time unit."""
+    """What a format knows of a source before its rows. clock: name of the time unit.
+
+    hash_scope: how far a block id means the same: "session" (one file), "file" (all files of a trace), "deployment".
+    """
 
     clock: str
     block_size: int | None = None
@@ -58,20 +76,30 @@ class TraceFormat(Protocol):
     def sniff(self, head: str) -> str | None:
         """None if the first 64 KiB (decoded) are of this format, else what is missing, in words."""
 
-    def rows(self, lines: IO[str]) -> Iterator[tuple[int, Row | BadRowError]]:
-        """Every data row with its line number (1-based), a good one or why it is not. BadFileError refuses the whole file."""
+    def rows(self, lines: IO[str]) -> Iterator[tuple[int, Row | OtherEvent | BadRowError]]:
+        """Every record with its line number (1-based): a request, another event, or why it is neither.
+
+        BadFileError refuses the whole file. Formats that nobody here has seen a real file of say so: ``unseen = True``.
+        """
 
 
 def formats() -> dict[str, TraceFormat]:
     """Every known format by name."""
-    from traces.formats import azure, burstgpt, mooncake, simulators
+    from traces.formats import azure, bailian, burstgpt, dynamo, engines, gateways, mooncake, simulators, spans, weka
 
     ours: tuple[TraceFormat, ...] = (
         azure.FORMAT,
         burstgpt.FORMAT,
         mooncake.FORMAT,
+        bailian.FORMAT,
+        dynamo.FORMAT,
+        weka.FORMAT,
         simulators.VIDUR,
         simulators.SPLITWISE,
+        spans.FORMAT,
+        gateways.LITELLM,
+        gateways.ENVOY,
+        engines.SGLANG,
     )
     known = {f.name: f for f in ours}
     for point in entry_points(group="steelyard.formats"):

@@ -1,0 +1,364 @@
+"""Formats beyond the shipped ones: what is a request, what is another event, how ids and times are read.
+
+Files of formats of which no real one was at hand are written here from the writers' documentation; ``unseen`` says so.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from advisor.cli import main
+from traces.errors import InputError
+from traces.formats import formats
+from traces.ingest import IngestReport, ingest
+from traces.store import Store, open_store
+
+DATA = Path(__file__).parent / "data" / "traces"
+
+
+@pytest.fixture
+def store(sqlite_url: str) -> Any:
+    with open_store(sqlite_url) as held:
+        yield held
+
+
+def load(store: Store, folder: Path, text: str, suffix: str = ".jsonl", **how: Any) -> IngestReport:
+    path = folder / f"t{suffix}"
+    path.write_text(text)
+    return ingest(store, [path], name="t", **how)
+
+
+def lines(*records: Any) -> str:
+    return "".join(json.dumps(r) + "\n" for r in records)
+
+
+def test_a_conversation_is_named_after_its_root(store: Store, tmp_path: Path) -> None:
+    """Bailian: seconds, 16-token blocks, chats joined through their parents."""
+    text = lines(
+        {
+            "chat_id": 1,
+            "parent_chat_id": -1,
+            "timestamp": 0.5,
+            "input_length": 20,
+            "output_length": 3,
+            "hash_ids": [7, 8],
+        },
+        {
+            "chat_id": 2,
+            "parent_chat_id": 1,
+            "timestamp": 2.25,
+            "input_length": 40,
+            "output_length": 4,
+            "hash_ids": [7, 8, 9],
+        },
+        {
+            "chat_id": 3,
+            "parent_chat_id": 2,
+            "timestamp": 3.0,
+            "input_length": 40,
+            "output_length": 4,
+            "hash_ids": [7, 8],
+        },
+    )
+    report = load(store, tmp_path, text)
+    assert (report.format, report.rows_kept, report.prefix_hit_tokens) == ("bailian", 3, 32 + 32)
+    schedule = store.schedule("t", blocks=True)
+    assert schedule.due_s.tolist() == [0.0, 1.75, 2.5]
+    assert (schedule.block_tokens, schedule.blocks.tolist()) == (16, [(0, 1), (0, 1, 2), (0, 1)])  # type: ignore[union-attr]
+
+
+def dynamo(received: int, hashes: list[int], n: int = 100, name: str = "r", **more: Any) -> dict[str, Any]:
+    return {
+        "event_type": "request_end",
+        "event_time_unix_ms": received + 900,
+        "request": {
+            "request_id": name,
+            "request_received_ms": received,
+            "output_tokens": 9,
+            "replay": {"trace_block_size": 64, "input_length": n, "input_sequence_hashes": hashes},
+        }
+        | more,
+        "agent_context": {"session_id": "s1"},
+    }
+
+
+def test_dynamo_rows_come_by_end_and_hashes_are_exact(store: Store, tmp_path: Path) -> None:
+    """Sorted by arrival; u64 hashes beyond 2^63 and 1 apart stay apart; tool events are counted; shards are one trace."""
+    big = 2**63 + 5
+    rows = [
+        dynamo(1_700_000_002_000, [big, big + 1], name="b"),
+        {"event_type": "tool_end", "tool": "x"},
+        {"event": dynamo(1_700_000_001_000, [big, big + 2], name="a")},
+    ]
+    for number, part in enumerate((rows[:2], rows[2:])):
+        with gzip.open(tmp_path / f"t.{number:06d}.jsonl.gz", "wt") as file:
+            file.write(lines(*part))
+    report = ingest(store, sorted(tmp_path.glob("t.*.gz")), name="t")
+    assert (report.format, report.rows_read, report.rows_kept, report.other_events) == ("dynamo", 3, 2, 1)
+    assert report.inversions == 1
+    assert report.prefix_hit_tokens == 64  # the second shares its first block only
+    schedule = store.schedule("t", blocks=True)
+    assert schedule.block_tokens == 64
+    assert schedule.due_s.tolist() == [0.0, 1.0]
+    assert store.trace("t").origin_utc == "2023-11-14T22:13:21+00:00"
+
+
+def test_a_request_that_is_told_twice_counts_once(store: Store, tmp_path: Path) -> None:
+    """Two rows of one request id (a prefill and a decode worker, a retry of the log) are one request; both are counted."""
+    report = load(store, tmp_path, lines(dynamo(1000, [1, 2]), dynamo(1000, [1, 2])))
+    assert (report.rows_kept, report.skipped["duplicate_request_id"].count) == (1, 1)
+
+
+def test_blocks_of_two_sizes_are_refused(store: Store, tmp_path: Path) -> None:
+    """A file whose rows disagree on the block size is no trace."""
+    other = dynamo(2000, [1], name="c")
+    other["request"]["replay"]["trace_block_size"] = 128
+    with pytest.raises(InputError, match="blocks of 128 tokens after blocks of 64"):
+        load(store, tmp_path, lines(dynamo(1000, [1, 2]), other))
+    assert store.traces() == []
+
+
+def test_sessions_of_different_files_share_nothing(store: Store, tmp_path: Path) -> None:
+    """WEKA's block ids are local to a session; subagents' times count from their start."""
+    one, two = DATA / "trace_0026.json", tmp_path / "copy.json"
+    two.write_text(one.read_text().replace('"id": "', '"id": "x'))
+    alone = ingest(store, [one], name="one")
+    both = ingest(store, [one, two], name="both")
+    assert both.prefix_hit_tokens == 2 * (alone.prefix_hit_tokens or 0)
+    nested = ingest(store, [DATA / "trace_0291.json"], name="nested")
+    assert nested.inversions > 0  # the subagents ran beside their parents
+    assert store.schedule("nested").due_s.max() >= 1148.0
+
+
+OTLP = {
+    "resourceSpans": [
+        {
+            "scopeSpans": [
+                {
+                    "spans": [
+                        {
+                            "name": "llm_request",
+                            "startTimeUnixNano": "1700000001500000000",
+                            "attributes": [
+                                {"key": "gen_ai.request.id", "value": {"stringValue": "cmpl-1"}},
+                                {"key": "gen_ai.usage.prompt_tokens", "value": {"intValue": "374"}},
+                                {"key": "gen_ai.usage.completion_tokens", "value": {"intValue": "44"}},
+                            ],
+                        },
+                        {"name": "GET /health", "startTimeUnixNano": "1700000001600000000", "attributes": []},
+                    ]
+                }
+            ]
+        }
+    ]
+}
+
+
+def test_spans_are_requests_where_they_count_tokens(store: Store, tmp_path: Path) -> None:
+    """OTLP/JSON, a document a line: vLLM's llm_request is a request, another span is not, a twin of the id is one."""
+    report = load(store, tmp_path, lines(OTLP, OTLP))
+    assert (report.format, report.rows_read, report.rows_kept, report.other_events) == ("otlp", 4, 1, 2)
+    assert report.skipped["duplicate_request_id"].count == 1
+    assert store.trace("t").origin_utc == "2023-11-14T22:13:21.500000+00:00"
+    pretty = tmp_path / "pretty"
+    pretty.mkdir()
+    assert ingest(store, [_write(pretty / "p.json", json.dumps(OTLP, indent=1))], name="p").rows_kept == 1
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_spans_without_token_counts_are_no_trace(store: Store) -> None:
+    """The real example files of a peer hold texts and no counts: every span is another event, and the load says so."""
+    with pytest.raises(InputError, match=r"no row can be kept \(3 other events: span without token counts\)"):
+        ingest(store, [DATA / "simple_chain.json"], name="t")
+
+
+def test_a_gateways_own_answers_never_reached_an_engine(store: Store, tmp_path: Path) -> None:
+    """LiteLLM: embeddings and cache hits are other events, failures are kept as failed, texts are never read."""
+    text = (
+        "request_id,call_type,prompt_tokens,completion_tokens,startTime,endTime,cache_hit,status,session_id,messages\n"
+        'r1,acompletion,100,20,2025-03-01T10:00:00.5,2025-03-01T10:00:02,False,success,s1,"[{""secret"": 1}]"\n'
+        "r2,aembedding,50,0,2025-03-01T10:00:01,2025-03-01T10:00:02,,success,,\n"
+        "r3,acompletion,70,9,2025-03-01T10:00:02,2025-03-01T10:00:02,True,success,,\n"
+        "r4,acompletion,70,0,2025-03-01T10:00:03,2025-03-01T10:00:03,None,failure,,\n"
+    )
+    report = load(store, tmp_path, text, ".csv")
+    assert (report.format, report.rows_kept, report.other_events, report.failed_rows) == ("litellm", 2, 2, 1)
+    assert len(store.schedule("t")) == 1
+    assert "taken as UTC" in report.notes[0]
+
+
+def test_an_access_log_without_counts_skips_that_row(store: Store, tmp_path: Path) -> None:
+    """Envoy: a dash is an unknown count; a status other than 200 is a failure."""
+    rows = [
+        {"start_time": "2025-03-01T10:00:00.123Z", "response_code": 200, "gen_ai.usage.input_tokens": 5,
+         "gen_ai.usage.output_tokens": "7", "session.id": "-"},
+        {"start_time": "2025-03-01T10:00:01.123Z", "response_code": 200, "gen_ai.usage.input_tokens": "-",
+         "gen_ai.usage.output_tokens": "-"},
+        {"start_time": "2025-03-01T10:00:02.123Z", "response_code": 503, "gen_ai.usage.input_tokens": 5,
+         "gen_ai.usage.output_tokens": 1},
+    ]  # fmt: skip
+    report = load(store, tmp_path, lines(*rows), max_bad=0.5)
+    assert (report.format, report.rows_kept, report.failed_rows) == ("envoy", 2, 1)
+    assert report.skipped["tokens_unknown"].first_lines == [2]
+
+
+def test_a_request_begins_where_it_was_received(store: Store, tmp_path: Path) -> None:
+    """SGLang: received and finished are joined by rid; what finished without having been received is counted."""
+    done = {"out": {"meta_info": {"prompt_tokens": 30, "completion_tokens": 6}}}
+    rows = [
+        {"event": "request.received", "rid": "a", "timestamp": "2025-03-01T10:00:00"},
+        {"event": "request.received", "rid": "b", "timestamp": "2025-03-01T10:00:01"},
+        {"event": "request.finished", "rid": "b", "timestamp": "2025-03-01T10:00:05"} | done,
+        {"event": "request.finished", "rid": "a", "timestamp": "2025-03-01T10:00:06"} | done,
+        {"event": "request.finished", "rid": "z", "timestamp": "2025-03-01T10:00:06"} | done,
+    ]
+    report = load(store, tmp_path, lines(*rows), max_bad=0.5)
+    assert (report.format, report.rows_kept, report.other_events) == ("sglang", 2, 2)
+    assert report.skipped["no_arrival"].count == 1
+    assert store.schedule("t").span_s == 1.0
+
+
+# --- any other file --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unit", "first", "second"),
+    [("s", "1.5", "2.75"), ("ms", "1500", "2750"), ("us", "1500000", "2750000"), ("ns", "1500000000", "2750000000"),
+     ("iso", "2025-03-01T10:00:01.5+01:00", "2025-03-01T09:00:02.75Z")],
+)  # fmt: skip
+def test_any_csv_or_jsonl_is_read_by_a_map(unit: str, first: str, second: str, store: Store, tmp_path: Path) -> None:
+    """Columns by name, times by unit; the same rows as CSV and as JSONL are the same schedule."""
+    map_ = {"columns": "arrival=when,input=n in,output=m,session=who", "time_unit": unit}
+    text = f"x,when,n in,m,who\n1,{first},10,2,a\n2,{second},20,3,b\n"
+    load(store, tmp_path, text, ".csv", **map_)
+    csv_digest = store.schedule("t").digest()
+    assert store.schedule("t").due_s.tolist() == [0.0, 1.25]
+    store.delete_trace("t")
+    value = (lambda t: t) if unit == "iso" else (lambda t: float(t) if "." in t else int(t))
+    rows = [{"when": value(first), "n in": 10, "m": 2, "who": "a"}, {"when": value(second), "n in": 20, "m": 3}]
+    load(store, tmp_path, lines(*rows), **map_)
+    assert store.schedule("t").digest() == csv_digest
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"columns": "arrival=when,input=n"}, "must name output too"),
+        ({"columns": "arrival=when,input=n,output=m,colour=x"}, "--map takes"),
+        ({"columns": "arrival=when,input=n,output=zz"}, "no column zz in the header"),
+        ({"columns": "arrival=when,input=n,output=m", "format": "azure"}, "exclude each other"),
+        ({"tz": "Mars/Olympus"}, "--tz must be a time zone"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_one_line(how: dict[str, Any], words: str, store: Store, tmp_path: Path) -> None:
+    """A wrong map names the column or the key, and stores nothing."""
+    with pytest.raises(InputError, match=words):
+        load(store, tmp_path, "when,n,m\n1,2,3\n", ".csv", **how)
+    assert store.traces() == []
+
+
+def test_a_zone_moves_the_origin_and_keeps_the_gaps(store: Store, tmp_path: Path) -> None:
+    """Naive times in a zone with summer time: an hour that does not exist on the clock does not appear as a gap."""
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2025-03-30 01:59:59.0,5,1\n2025-03-30 03:00:01.0,5,1\n"
+    load(store, tmp_path, text, ".csv", tz="Europe/Berlin")
+    assert store.schedule("t").span_s == 2.0
+    assert store.trace("t").origin_utc == "2025-03-30T00:59:59+00:00"
+
+
+def test_standard_input_is_a_file_with_a_name(tmp_path: Path) -> None:
+    """- reads standard input, which needs a name."""
+    command = [sys.executable, "-m", "advisor", "ingest", "-", "--db", f"sqlite:///{tmp_path}/x.db"]
+    text = (DATA / "test_trace.csv").read_bytes()
+    done = subprocess.run([*command, "--name", "piped", "--json"], input=text, capture_output=True, check=True)
+    assert json.loads(done.stdout)["rows_kept"] == 3
+    refused = subprocess.run(command, input=text, capture_output=True, check=False)
+    assert (refused.returncode, b"needs a name" in refused.stderr) == (1, True)
+
+
+def test_formats_say_whether_a_real_file_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """What was written from documentation alone is marked so in words and in JSON."""
+    assert main(["traces", "formats", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)["formats"]
+    assert set(known) == set(formats())
+    assert {name for name, f in known.items() if not f["seen"]} == {"bailian", "dynamo", "litellm", "envoy", "sglang"}
+    assert main(["traces", "formats"]) == 0
+    assert "no real file seen" in capsys.readouterr().out
+
+
+# --- out again -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["synthetic_trace.first.jsonl", "trace_0043.json"])
+def test_what_is_exported_as_mooncake_is_read_back(source: str, store: Store, tmp_path: Path) -> None:
+    """Times, lengths and shared blocks survive, for any reader of the common format."""
+    ingest(store, [DATA / source], name="t")
+    out = tmp_path / "out.jsonl"
+    assert main(["traces", "export", "t", "--out", str(out), "--db", store.url]) == 0
+    before = store.schedule("t", blocks=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["input_length"] for r in rows] == before.prompt_tokens.tolist()
+    assert [r["timestamp"] / 1e3 for r in rows] == pytest.approx(before.due_s.tolist(), abs=5e-4)
+    assert [tuple(r["hash_ids"]) for r in rows] == before.blocks.tolist()  # type: ignore[union-attr]
+    if before.block_tokens == 512:
+        again = ingest(store, [out], name="again")
+        assert again.prefix_hit_tokens == IngestReport.of(store.trace("t")).prefix_hit_tokens
+
+
+@pytest.mark.parametrize("kind", ["azure", "csv"])
+def test_what_is_exported_as_csv_is_the_same_schedule(kind: str, store: Store, tmp_path: Path) -> None:
+    """Microseconds survive."""
+    ingest(store, [DATA / "AzureLLMInferenceTrace_code_1week.head5.csv"], name="t")
+    out = tmp_path / "out.csv"
+    assert main(["traces", "export", "t", "--format", kind, "--out", str(out), "--db", store.url]) == 0
+    how = {} if kind == "azure" else {"columns": "arrival=arrival_s,input=prompt_tokens,output=output_tokens"}
+    ingest(store, [out], name="again", **how)  # type: ignore[arg-type]
+    assert store.schedule("again").digest() == store.schedule("t").digest()
+    assert main(["traces", "export", "t", "--out", str(tmp_path / "no" / "x"), "--db", store.url]) == 1
+
+
+# --- hostile input ---------------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
+    st.lists(st.integers(-3, 2**65), max_size=3),
+    st.dictionaries(st.sampled_from(["event", "request", "replay", "spans"]), st.integers(), max_size=2),
+)  # fmt: skip
+KEYS = st.sampled_from(
+    ["timestamp", "input_length", "output_length", "hash_ids", "chat_id", "parent_chat_id", "event_type", "event", "request",
+     "rid", "out", "start_time", "gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens", "resourceSpans", "spans",
+     "hash_id_scope", "block_size", "requests", "t", "in", "type"]
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(sorted(set(formats()))),
+    st.lists(st.one_of(st.dictionaries(KEYS, VALUES, max_size=8).map(json.dumps), st.text(max_size=40)), max_size=5),
+)
+def test_whatever_the_lines_hold_a_reader_counts_or_refuses(tmp_path: Path, name: str, held: list[str]) -> None:
+    """No reader raises anything but a refusal; every record is a row, another event or a named fault."""
+    with open_store("sqlite:///:memory:") as memory:
+        said = ""
+        try:
+            report = load(memory, tmp_path, "\n".join(held), format=name, max_bad=1.0)
+        except InputError as refused:
+            said = str(refused)
+        if said:
+            assert said.startswith(str(tmp_path))
+            assert memory.traces() == []
+        else:
+            skipped = sum(s.count for s in report.skipped.values())
+            assert report.rows_read == report.rows_kept + skipped + report.other_events

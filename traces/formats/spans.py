@@ -1,0 +1,133 @@
+"""OpenTelemetry spans as JSON: vLLM's ``llm_request`` and GenAI clients' spans. Message texts are never read.
+
+Two shapes: OTLP/JSON (``{"resourceSpans": [{"scopeSpans": [{"spans": [..]}]}]}``, one document or one a line, as a collector's
+file exporter writes it; times in nanoseconds as text, attributes as key-value lists), and flat exports
+(``{"spans": [{"name", "start_time", "attributes": {..}}]}``). Token counts: ``gen_ai.usage.prompt_tokens`` and
+``completion_tokens`` (vLLM, older clients) or ``input_tokens`` and ``output_tokens``. A request of a PD pair may leave a
+prefill and a decode span: the same request id counts once. Spans without token counts are other events.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+from traces.formats import BadFileError, BadRowError, Event, Meta, OtherEvent, Row
+from traces.formats.jsonl import number_us, parse, stamp_us, whole
+
+MOST_BYTES = 256 << 20
+_PROMPT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
+_OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
+_SESSION = ("gen_ai.conversation.id", "session.id", "exgentic.session.id")
+
+
+class Spans:
+    """OTLP/JSON and flat span files."""
+
+    name = "otlp"
+    title = "OpenTelemetry spans as JSON (vLLM llm_request, OTel GenAI)"
+    meta = Meta(clock="nanosecond")
+
+    def sniff(self, head: str) -> str | None:
+        """Spans stand somewhere near the start."""
+        text = head.lstrip("\ufeff").lstrip()
+        if not text.startswith("{"):
+            return "the file is not a JSON object"
+        return None if '"resourceSpans"' in text or '"spans"' in text else "no key resourceSpans or spans"
+
+    def rows(self, lines: IO[str]) -> Iterator[tuple[int, Event | BadRowError]]:
+        """A span a row; the number is that of the line, or of the span where the file is one document."""
+        held, size, number = "", 0, 0
+        for count, line in enumerate(lines, start=1):
+            size += len(line)
+            if size > MOST_BYTES and held:
+                raise BadFileError(f"a JSON document of more than {MOST_BYTES >> 20} MiB")
+            if not held and line.strip().endswith("}"):
+                # One document a line, unless it is the only line of one.
+                try:
+                    document = parse(line)
+                except BadRowError as bad:
+                    if not line.lstrip().startswith("{"):
+                        yield count, bad
+                        continue
+                else:
+                    for span in _spans(document):
+                        yield count, _event(span)
+                    size = 0
+                    continue
+            held += line
+        if held.strip():
+            try:
+                document = parse(held)
+            except BadRowError as error:
+                raise BadFileError(str(error)) from error
+            for number, span in enumerate(_spans(document), start=1):
+                yield number, _event(span)
+
+
+def _spans(document: dict[str, Any]) -> Iterator[Any]:
+    flat = document.get("spans")
+    if isinstance(flat, list):
+        yield from flat
+    for resource in document.get("resourceSpans") or ():
+        for scope in (resource.get("scopeSpans") or ()) if isinstance(resource, dict) else ():
+            yield from (scope.get("spans") or ()) if isinstance(scope, dict) else ()
+
+
+def _event(span: Any) -> Event | BadRowError:
+    try:
+        return _read(span)
+    except BadRowError as bad:
+        return bad
+
+
+def _read(span: Any) -> Event:
+    if not isinstance(span, dict):
+        raise BadRowError("bad_json", f"a span must be an object (got {span!r:.40})")
+    held = span.get("attributes")
+    attributes = (
+        {str(a.get("key")): _value(a.get("value")) for a in held if isinstance(a, dict)}
+        if isinstance(held, list)
+        else held
+    )
+    if not isinstance(attributes, dict):
+        attributes = {}
+    prompt = next((attributes[k] for k in _PROMPT if attributes.get(k) is not None), None)
+    output = next((attributes[k] for k in _OUTPUT if attributes.get(k) is not None), None)
+    if prompt is None or output is None:
+        return OtherEvent("span without token counts")
+    if "startTimeUnixNano" in span:
+        nano = span["startTimeUnixNano"]
+        nano = int(nano) if isinstance(nano, str) and nano.isdigit() and len(nano) < 22 else nano
+        when, zoned = number_us(nano, 1e-3, "startTimeUnixNano"), True
+    else:
+        when, zoned = stamp_us(span.get("start_time"), "start_time")
+    session = next((attributes[k] for k in _SESSION if attributes.get(k) is not None), None)
+    request = attributes.get("gen_ai.request.id")
+    status = span.get("status")
+    failed = isinstance(status, dict) and str(status.get("code")) in ("2", "STATUS_CODE_ERROR")
+    return Row(
+        when,
+        whole(prompt, "input_tokens"),
+        whole(output, "output_tokens"),
+        session_key=None if session is None else str(session)[:200],
+        zoned=zoned,
+        status=1 if failed else 0,
+        id=None if request is None else str(request)[:200],
+    )
+
+
+def _value(held: Any) -> Any:
+    """An OTLP attribute's value: one of stringValue, intValue (as text), doubleValue, boolValue."""
+    if not isinstance(held, dict):
+        return held
+    for kind, value in held.items():
+        if kind == "intValue" and isinstance(value, str) and value.lstrip("-").isdigit() and len(value) < 20:
+            return int(value)
+        if kind in ("stringValue", "intValue", "doubleValue", "boolValue"):
+            return value
+    return json.dumps(held)[:200]
+
+
+FORMAT = Spans()
