@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -72,6 +72,91 @@ def clip_tokens(schedule: Schedule, max_prompt: int | None = None, max_output: i
         output_tokens=np.minimum(output, max_output or output.max()),
     )
     return _changed(capped, ", ".join(words))
+
+
+def thin(schedule: Schedule, share: float, seed: int = 0) -> Schedule:
+    """A random share of the requests, each kept or not on its own: bursts stay bursts, at a lower rate."""
+    if not 0 < share <= 1:
+        raise InputError(f"a share to keep must be above 0 and at most 1 (got {share:g}).")
+    if share == 1:
+        return schedule
+    kept = np.random.default_rng(seed).random(len(schedule)) < share
+    if not kept.any():
+        raise InputError(f"of {len(schedule)} requests none is left at a share of {share:g}. Give a larger one.")
+    return _changed(schedule.take(kept), f"thinned to {int(kept.sum())} of {len(schedule)} requests (seed {seed})")
+
+
+def superpose(schedule: Schedule, copies: int, seed: int = 0) -> Schedule:
+    """Several copies laid over each other, each turned round its span by a random shift: more users, the same mix.
+
+    Rows are numbered anew; prefix blocks of different copies stay apart (each copy's are its own).
+    """
+    if copies < 1:
+        raise InputError(f"a trace is laid over itself at least once (got {copies}).")
+    if copies == 1:
+        return schedule
+    span, n = schedule.span_s, len(schedule)
+    first = float(schedule.due_s[0]) if n else 0.0
+    whole = span * n / (n - 1) if n > 1 else span
+    shifts = [0.0, *np.random.default_rng(seed).uniform(0, whole, copies - 1).tolist()] if whole > 0 else [0.0] * copies
+    due = np.concatenate([(schedule.due_s - first + s) % whole if whole > 0 else schedule.due_s for s in shifts])
+    order = np.argsort(due, kind="stable")
+    source = np.tile(np.arange(n), copies)[order]
+    blocks = None
+    if schedule.blocks is not None:
+        copy_of = np.repeat(np.arange(copies), n)[order].tolist()
+        most = 1 + max((max(ids) for ids in schedule.blocks if ids), default=0)
+        blocks = np.empty(len(source), dtype=object)
+        for k, (row, copy) in enumerate(zip(source.tolist(), copy_of, strict=True)):
+            blocks[k] = tuple(i + copy * most for i in schedule.blocks[row])
+    made = replace(
+        schedule,
+        index=np.arange(len(source), dtype=np.int64),
+        due_s=due[order],
+        prompt_tokens=schedule.prompt_tokens[source],
+        output_tokens=schedule.output_tokens[source],
+        blocks=blocks,
+    )
+    return _changed(made, f"{copies} copies laid over each other (seed {seed})")
+
+
+def scale_tokens(schedule: Schedule, prompt: float = 1.0, output: float = 1.0) -> Schedule:
+    """Lengths times a factor, rounded, at least 1. Prefix blocks no longer fit their prompts and are left out."""
+    words, columns = [], {}
+    for what, factor in (("prompt", prompt), ("output", output)):
+        if not (factor > 0 and math.isfinite(factor)):
+            raise InputError(f"a length factor must be above 0 (got {factor:g}).")
+        if factor != 1:
+            tokens = getattr(schedule, f"{what}_tokens")
+            columns[f"{what}_tokens"] = np.maximum(1, np.rint(tokens * factor)).astype(np.int64)
+            words.append(f"{what}s x{factor:.6g}")
+    if not words:
+        return schedule
+    gone: dict[str, Any] = {"blocks": None, "block_tokens": 0} if prompt != 1 else {}
+    return _changed(replace(schedule, **columns, **gone), ", ".join(words))
+
+
+def spread(schedule: Schedule, tick_s: float, seed: int = 0) -> Schedule:
+    """Requests that share an instant of a coarse clock are spread evenly at random over its tick; order within it is kept.
+
+    A trace with a 3 s clock does not say when within 3 s a request came: replayed as it stands it is a burst each 3 s.
+    """
+    if not (tick_s > 0 and math.isfinite(tick_s)):
+        raise InputError(f"a tick must be above 0 s (got {tick_s:g}).")
+    rng = np.random.default_rng(seed)
+    ticks = np.floor(schedule.due_s / tick_s + 1e-9).astype(np.int64)
+    due = schedule.due_s.copy()
+    starts = np.flatnonzero(np.r_[True, np.diff(ticks) != 0])
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(due)], strict=True):
+        if end - start > 1 and due[start] == due[end - 1]:
+            due[start:end] = ticks[start] * tick_s + np.sort(rng.uniform(0, tick_s, end - start))
+    moved = int((due != schedule.due_s).sum())
+    if not moved:
+        return schedule
+    due = np.maximum.accumulate(np.floor(due * 1e6) / 1e6)
+    return _changed(
+        replace(schedule, due_s=due), f"{moved} requests spread within a tick of {tick_s:g} s (seed {seed})"
+    )
 
 
 def _changed(schedule: Schedule, how: str) -> Schedule:

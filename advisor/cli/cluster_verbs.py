@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages
 from advisor.cli.replay_verbs import pair
+from advisor.cli.shaping import shape_options, shaped
 
 
 @click.command(**example("steelyard serve --profile demo --fleet 4:4 --port 8123"))
@@ -108,6 +110,7 @@ def serve(
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's].")
 @click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests.")
 @click.option("--slo", default="ttft<0.5s tpot<50ms", show_default=True, help="Limits per request.")
+@shape_options
 @json_option
 @db_option
 def simulate(
@@ -121,6 +124,7 @@ def simulate(
     slo: str,
     as_json: bool,
     db: str,
+    **shapes: Any,
 ) -> None:
     """Run a stored trace through the cluster model in virtual time, on one fleet or on every split."""
     from rich.table import Table
@@ -136,6 +140,7 @@ def simulate(
     laws, wanted = Profile.load(profile), Slo.parse(slo)
     with open_store(db, create=False) as store:
         schedule = store.schedule(trace, blocks=laws.cache_tokens > 0)
+    schedule = shaped(schedule, shapes)
     if requests:
         schedule = head(schedule, requests)
     if rate:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.shaping import shape_options, shaped
 
 
 def asked(f: Any) -> Any:
@@ -59,7 +60,7 @@ def asked(f: Any) -> Any:
     ]
     for option in reversed(options):
         f = option(f)
-    return f
+    return shape_options(f)
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -88,6 +89,7 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
                 f"trace {trace!r} ships with steelyard but is not in this database. Run: steelyard ingest {trace}"
             ) from None
         raise error
+    recorded = shaped(recorded, options, options["seed"])
     schedule = head(recorded, options["requests"]) if options["requests"] else recorded
     factor = float(options["rate_factor"] or 1.0)
     if options["rate"]:

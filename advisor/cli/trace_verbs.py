@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.shaping import shape_options
 
 REPORT_KEYS = (
     "name",
@@ -160,6 +162,12 @@ def ingest(
 )
 @click.option("--name", required=True, help="Name of the trace.")
 @click.option("--preset", type=click.Choice(["origin"]), help="The workload of the origin report, by name.")
+@click.option("--like", metavar="TRACE", help="Lengths and arrivals like a stored trace's.")
+@click.option(
+    "--lengths",
+    type=click.Choice(["empirical", "mixture", "lognormal"]),
+    help="With --like: recorded pairs or fitted laws [default: what traces fit says].",
+)
 @click.option("--prompt", help="lognormal:median=..,sigma=..[,min=..,max=..]; or mean=.., or mu=..")
 @click.option("--output", help="The same for answers.")
 @click.option("--requests", type=click.IntRange(min=1), default=500, show_default=True)
@@ -171,11 +179,14 @@ def ingest(
 )
 @click.option("--cv", type=float, default=2.0, show_default=True, help="Coefficient of variation of gamma gaps.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@shape_options
 @json_option
 @db_option
 def synth(
     name: str,
     preset: str | None,
+    like: str | None,
+    lengths: str | None,
     prompt: str | None,
     output: str | None,
     requests: int,
@@ -185,29 +196,44 @@ def synth(
     seed: int,
     as_json: bool,
     db: str,
+    **shapes: Any,
 ) -> None:
-    """Make a synthetic trace and store it: log-normal lengths, clipped, seeded."""
+    """Make a synthetic trace and store it, seeded: log-normal lengths, or like a stored trace."""
+    from advisor.cli.shaping import shaped
     from traces import shape
     from traces.errors import InputError
+    from traces.fit import alike, fit
     from traces.ingest import store_schedule
     from traces.store import open_store
 
+    if sum(x is not None for x in (preset, like, prompt)) > 1:
+        raise InputError("give one of --preset, --like and --prompt with --output.")
+    options: dict[str, Any]
+    if like is not None:
+        with open_store(db, create=False) as store:
+            recorded = store.schedule(like)
+            lengths = lengths or fit(recorded).use
+            made = alike(recorded, requests, name=name, lengths=lengths, rate_per_s=rate, arrivals=arrivals, seed=seed)
+            options = {"like": like, "lengths": lengths, "requests": requests, "rate_per_s": rate, "arrivals": arrivals}
+            report = store_schedule(store, shaped(made, shapes, seed), options=options | {"seed": seed} | shapes)
+        emit_json(_json(report)) if as_json else _say(report)
+        return
     if preset == "origin":
-        lengths = shape.ORIGIN_PROMPT, shape.ORIGIN_OUTPUT
+        laws = shape.ORIGIN_PROMPT, shape.ORIGIN_OUTPUT
         arrivals, rate = arrivals or "uniform", rate or requests / shape.ORIGIN_SPAN_S
     elif prompt and output:
-        lengths = shape.LogNormal.parse(prompt), shape.LogNormal.parse(output)
+        laws = shape.LogNormal.parse(prompt), shape.LogNormal.parse(output)
     else:
-        raise InputError("give --prompt and --output (lognormal:median=..,sigma=..), or --preset origin.")
+        raise InputError("give --prompt and --output (lognormal:median=..,sigma=..), --like TRACE, or --preset origin.")
     if rate is None and arrivals != "burst":
         raise InputError("give --rate, the mean arrivals per second (or --arrivals burst).")
     schedule = shape.synthesize(
-        requests, *lengths, rate_per_s=rate or 1.0, arrivals=arrivals or "poisson", cv=cv, seed=seed, name=name
+        requests, *laws, rate_per_s=rate or 1.0, arrivals=arrivals or "poisson", cv=cv, seed=seed, name=name
     )
     options = {
         "preset": preset,
-        "prompt": str(lengths[0]),
-        "output": str(lengths[1]),
+        "prompt": str(laws[0]),
+        "output": str(laws[1]),
         "requests": requests,
         "rate_per_s": rate,
         "arrivals": arrivals or "poisson",
@@ -215,7 +241,7 @@ def synth(
         "seed": seed,
     }
     with open_store(db) as store:
-        report = store_schedule(store, schedule, options=options)
+        report = store_schedule(store, shaped(schedule, shapes, seed), options=options | shapes)
     if as_json:
         emit_json(_json(report))
     else:
@@ -304,6 +330,40 @@ def show(name: str, as_json: bool, db: str) -> None:
             )
     ratios = ", ".join(f"{r:.2g}" for r in figures["prompt_per_output_token_by_quarter"])
     console.print(f"  prompt tokens per output token, by quarter: {ratios}")
+
+
+@traces.command("fit", **example("steelyard traces fit azure-2023-conv"))
+@click.argument("name")
+@json_option
+@db_option
+def fit_(name: str, as_json: bool, db: str) -> None:
+    """Fit lengths and arrivals, say how good each fit is, and which to use for a trace made alike."""
+    from traces.fit import fit
+    from traces.store import open_store
+
+    with open_store(db, create=False) as store:
+        found = fit(store.schedule(name))
+    if as_json:
+        emit_json({"name": name} | found.as_json())
+        return
+    console = messages()
+    console.print(f"{name}: {found.n} requests", markup=False)
+    for what, laws in (("prompt", found.prompt), ("output", found.output)):
+        for law in laws.values():
+            parts = " + ".join(
+                f"{p.weight:.2f} lognormal(mu {p.mu:.3f}, sigma {p.sigma:.3f}, median {math.exp(p.mu):.0f})"
+                for p in law.parts
+            )
+            console.print(
+                f"  {what} {law.kind}: {parts}; KS {law.ks:.3f}, mean {law.mean_tokens:.0f} (recorded {law.real_mean_tokens:.0f})"
+            )
+    a = found.arrivals
+    spans = ", ".join(f"{k} {v:.2g}" for k, v in a.dispersion.items())
+    console.print(
+        f"  arrivals: {a.rate_per_s:.4g}/s, {a.process}, CV {a.cv:.3g}; variance over mean of counts: {spans}"
+    )
+    console.print(f"  rate by tenth of the span: {', '.join(f'{r:.3g}' for r in a.rate_by_tenth)}")
+    console.print(f"  use {found.use}: {found.why}")
 
 
 @traces.command("formats", **example("steelyard traces formats"))
