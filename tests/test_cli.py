@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from advisor.cli import VERBS, main
@@ -343,3 +344,45 @@ def test_secrets_reach_neither_rows_nor_messages(
     for name in os.listdir(tmp_path):
         assert b"PLANTED" not in (tmp_path / name).read_bytes(), name
     assert "PLANTED" not in out + err
+
+
+# --- strategies at the client ----------------------------------------------------------------------------------------
+
+
+def test_an_online_replay_stores_every_move_with_its_reason(
+    db: str, trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The controller runs beside the replay: what it moved, when it was in force, and why are rows and in the JSON."""
+    result(capsys, "ingest", trace, "--name", "t", "--db", db)
+    with embedded("origin", Fleet(3, 1), speed=10.0) as url:
+        found = result(
+            capsys, "replay", "t", "--endpoint", url, "--policy", "online-report", "--workers", "1", "--rate", "40",
+            "--output-scale", "20", "--db", db,
+        )  # fmt: skip
+    assert found["fleet_changes"]
+    assert found["fleet_changes"][0]["before"] == "3:1"
+    assert "answers wait" in found["fleet_changes"][0]["reason"]
+    code, _, err = run(capsys, "replay", "t", "--endpoint", url, "--policy", "online", "--db", db)
+    assert (code, "give --laws" in err) == (1, True)
+
+
+def test_an_offline_replay_dispatches_in_its_own_order(db: str, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All due at 0, longest prompt first, two in flight: dispatch is another column than due, and lag counts from it."""
+    from traces.store import open_store
+
+    result(capsys, "ingest", trace, "--name", "t", "--db", db)
+    with embedded("constant", Fleet(1, 1)) as url:
+        found = result(
+            capsys, "replay", "t", "--endpoint", url, "--order", "longest-prompt", "--in-flight", "2", "--workers", "2",
+            "--requests", "12", "--db", db,
+        )  # fmt: skip
+        assert run(capsys, "replay", "t", "--endpoint", url, "--in-flight", "2", "--db", db)[0] == 2
+        assert run(capsys, "replay", "t", "--endpoint", url, "--order", "two-stage", "--db", db)[0] == 1
+    assert (found["ok"], found["verdict"]) == (12, "valid")
+    with open_store(db) as store:
+        rows = store.observations(found["run"])
+    assert set(rows.due_s.tolist()) == {0.0}
+    by_sent = rows.take(np.argsort(rows.sent_s, kind="stable"))
+    assert by_sent.requested_prompt_tokens.tolist() == sorted(rows.requested_prompt_tokens.tolist(), reverse=True)
+    ends = np.sort(rows.last_token_s)
+    assert (by_sent.dispatch_s[2:] >= ends[:-2] - 0.05).all()  # a third request waits for the first to end

@@ -92,6 +92,23 @@ def test_a_trace_made_alike_has_its_lengths_and_rate() -> None:
         fit(shape.head(source, 5))
 
 
+def test_a_trace_is_shown_over_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """traces show draws rate, lengths and mix by window; what drifts is said; the same figures are in the JSON."""
+    db = ["--db", f"sqlite:///{tmp_path}/s.db"]
+    assert main(["ingest", str(DATA / "synthetic_trace.first.jsonl"), "--name", "m", *db]) == 0
+    assert main(["traces", "show", "m", *db]) == 0
+    words = capsys.readouterr().out
+    assert "█" in words
+    assert "drift: the mix" in words
+    assert main(["traces", "show", "m", "--json", *db]) == 0
+    windows = json.loads(capsys.readouterr().out)["windows"]
+    assert sum(windows["rate_per_s"]) * windows["seconds"] == pytest.approx(1091)
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"timestamp": 5, "input_length": 3, "output_length": 2}\n')
+    assert main(["ingest", str(one), *db]) == 0
+    assert main(["traces", "show", "one", *db]) == 0
+
+
 def test_the_verbs_fit_and_make_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """traces fit prints KS and means; synth --like stores what it made, and how."""
     db = ["--db", f"sqlite:///{tmp_path}/f.db"]

@@ -143,6 +143,33 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 @click.option("--fleet", metavar="P:D", help="Put this fleet in force first, or say which it is.")
 @click.option("--name", default="", help="Name of the run [default: the trace's].")
 @click.option("--group", default="", help="Group that the run belongs to.")
+@click.option(
+    "--policy",
+    type=click.Choice(["static", "online", "online-report"]),
+    default="static",
+    show_default=True,
+    help="online: move workers during the run, by backlog in seconds (needs --laws); online-report: by 1.5x counts.",
+)
+@click.option(
+    "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
+)
+@click.option(
+    "--more", type=float, default=1.0, show_default=True, help="online: seconds of backlog that move a worker."
+)
+@click.option(
+    "--ratio", type=float, default=2.0, show_default=True, help="online: and times the other queue's backlog."
+)
+@click.option("--cool", type=float, default=10.0, show_default=True, help="online: seconds before a move back.")
+@click.option(
+    "--tick", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="online: seconds."
+)
+@click.option(
+    "--order",
+    type=click.Choice(["arrival", "shortest-prompt", "longest-prompt", "longest-decode", "two-stage", "groups"]),
+    help="Offline: all requests due at 0, dispatched in this order (groups: batches within 1.25x, one after another). "
+    "longest-decode and two-stage know the recorded answer lengths.",
+)
+@click.option("--in-flight", type=click.IntRange(min=1), help="Offline: at most this many at once [default: all].")
 @asked
 @json_option
 @db_option
@@ -151,8 +178,8 @@ def replay(
 ) -> int:
     """Replay a trace against an endpoint through Locust and store every request.
 
-    Requests leave at their recorded times, whatever the answers do. Exit code 4 when the run is incomplete or the
-    generator was too late to be trusted.
+    Requests leave at their recorded times, whatever the answers do; with --order they leave as the client's own queue
+    lets them. Exit code 4 when the run is incomplete or the generator was too late to be trusted.
     """
     from loadgen.replay import Interrupted
     from loadgen.replay import replay as run_replay
@@ -166,6 +193,7 @@ def replay(
     interrupted = False
     with open_store(db, create=False) as store:
         schedule, factor = schedule_of(store, trace, options)
+        schedule, strategy = _strategy(schedule, options, slo)
         with swarm_of(options, as_json) as swarm, progress(as_json) as bars:
             task = bars.add_task(f"replay {trace}", total=len(schedule), note="")
             try:
@@ -180,10 +208,21 @@ def replay(
                     rate_factor=factor,
                     on_progress=lambda done, _: bars.update(task, completed=done),
                     **arguments,
+                    **strategy,
                 )
             except Interrupted as stop:
                 run, interrupted = stop.run, True
         found = result(store, run)
+        found["fleet_changes"] = [
+            {
+                "asked_s": c.asked_s,
+                "ready_s": c.ready_s,
+                "before": str(c.before),
+                "after": str(c.after),
+                "reason": c.reason,
+            }
+            for c in store.fleet_changes(run.id)
+        ]
     if as_json:
         emit_json(found)
     else:
@@ -191,6 +230,50 @@ def replay(
     if interrupted:
         return 130
     return 0 if run.complete and run.verdict != "invalid" else 4
+
+
+def _strategy(schedule: Any, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
+    """(schedule, keyword arguments of replay) for --policy and --order."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from loadgen import policy
+    from loadgen.cluster import Profile
+    from traces.errors import InputError
+    from traces.measures import Slo
+
+    kind, order = options["policy"], options["order"]
+    laws = Profile.load(options["laws"]) if options["laws"] else None
+    if order is None:
+        if options["in_flight"]:
+            raise click.UsageError("--in-flight belongs to --order: an open loop waits for nobody.")
+        if kind == "static":
+            return schedule, {}
+        if kind == "online-report":
+            rule: policy.OnlineRule = policy.CountRule()
+        elif laws is None:
+            raise InputError(
+                "--policy online counts backlog in seconds: give --laws (steelyard advise --profile-out FILE)."
+            )
+        else:
+            prompt, output = float(np.mean(schedule.prompt_tokens)), float(np.mean(schedule.output_tokens))
+            rule = policy.BacklogRule(
+                laws, prompt, output, slo or Slo(), options["more"], options["ratio"], cool_s=options["cool"]
+            )
+        return schedule, {"steering": policy.Steering(rule), "policy": kind, "tick_s": options["tick"]}
+    if kind != "static":
+        raise click.UsageError("give --order or --policy, not both: offline work does not watch queues.")
+    if order == "two-stage" and laws is None:
+        raise InputError("--order two-stage compares the stages' times: give --laws.")
+    if order == "groups":
+        batches = policy.groups(schedule.prompt_tokens)
+    else:
+        known = laws or Profile(name="none", c0_s=1.0)
+        batches = [policy.order(order, schedule.prompt_tokens, schedule.output_tokens, known)]
+    changed = replace(schedule, due_s=np.zeros(len(schedule)), changes=(*schedule.changes, "all due at 0"))
+    dispatch = policy.Dispatch(tuple((tuple(b), None) for b in batches), 0.0, options["in_flight"] or 0)
+    return changed, {"dispatch": dispatch, "policy": f"offline-{order}"}
 
 
 @contextmanager
@@ -227,6 +310,15 @@ def show(found: dict[str, Any], run: Any) -> None:
         f"max {found['lag_ms']['max']:.1f} ms -> {run.verdict}" + ("" if run.complete else ", INCOMPLETE"),
         f"  {run.reason}",
     ]
+    for change in found.get("fleet_changes", ()):
+        ready = (
+            f"in force at {change['ready_s']:.1f} s"
+            if change["ready_s"] == change["ready_s"]
+            else "not in force at the end"
+        )
+        lines.append(
+            f"  {change['before']} -> {change['after']} at {change['asked_s']:.1f} s, {ready}: {change['reason']}"
+        )
     for line in lines:
         console.print(line, markup=False)
 

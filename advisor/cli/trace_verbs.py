@@ -286,6 +286,41 @@ def traces(context: click.Context, as_json: bool, db: str) -> None:
     messages().print(table)
 
 
+WINDOWS = 40
+
+
+def _windows(schedule: Any) -> dict[str, Any]:
+    """Rate, mean lengths and token ratio in WINDOWS equal windows of the span; None where a window is empty."""
+    import numpy as np
+
+    span = schedule.span_s
+    found: dict[str, Any] = {"seconds": span / WINDOWS if span > 0 else 0.0}
+    if not span > 0:
+        return found
+    which = np.minimum((schedule.due_s - schedule.due_s[0]) / span * WINDOWS, WINDOWS - 1).astype(int)
+    n = np.bincount(which, minlength=WINDOWS)
+    prompt = np.bincount(which, weights=schedule.prompt_tokens, minlength=WINDOWS)
+    output = np.bincount(which, weights=schedule.output_tokens, minlength=WINDOWS)
+    found["rate_per_s"] = (n / (span / WINDOWS)).tolist()
+    for key, top, under in (
+        ("prompt_tokens", prompt, n),
+        ("output_tokens", output, n),
+        ("prompt_per_output", prompt, output),
+    ):
+        found[key] = [float(a / b) if b else None for a, b in zip(top, under, strict=True)]
+    return found
+
+
+def _marks(values: list[float | None]) -> str:
+    """A line of bars, lowest to highest value; a blank where there is none."""
+    known = [v for v in values if v is not None]
+    low, high = min(known), max(known)
+    steps = "▁▂▃▄▅▆▇█"
+    return "".join(
+        " " if v is None else steps[int((v - low) / (high - low) * 7.999) if high > low else 3] for v in values
+    )
+
+
 @traces.command(**example("steelyard traces show azure-2023-conv --json"))
 @click.argument("name")
 @json_option
@@ -316,6 +351,8 @@ def show(name: str, as_json: bool, db: str) -> None:
         for part in np.array_split(np.arange(len(schedule)), 4)
         if len(part)
     ]
+    windows = _windows(schedule)
+    figures["windows"] = windows
     if as_json:
         emit_json(_json(report) | figures)
         return
@@ -330,6 +367,20 @@ def show(name: str, as_json: bool, db: str) -> None:
             )
     ratios = ", ".join(f"{r:.2g}" for r in figures["prompt_per_output_token_by_quarter"])
     console.print(f"  prompt tokens per output token, by quarter: {ratios}")
+    if windows["seconds"]:
+        each = f"each mark {windows['seconds']:.4g} s"
+        for key, what in (
+            ("rate_per_s", f"requests/s ({each})"),
+            ("prompt_tokens", "mean prompt tokens"),
+            ("output_tokens", "mean output tokens"),
+            ("prompt_per_output", "prompt per output token"),
+        ):
+            values = [v for v in windows[key] if v is not None]
+            console.print(f"  {_marks(windows[key])}  {what}: {min(values):.3g} to {max(values):.3g}", markup=False)
+        ratio = [v for v in windows["prompt_per_output"] if v]
+        console.print(
+            f"  drift: the mix of prompt to output tokens varies {max(ratio) / min(ratio):.2g}-fold over the trace"
+        )
 
 
 @traces.command("fit", **example("steelyard traces fit azure-2023-conv"))
