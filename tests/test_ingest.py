@@ -287,3 +287,85 @@ def test_no_bytes_crash_the_reader(tmp_path: Path, tail: bytes, head: str) -> No
             assert report.rows_read == report.rows_kept + sum(s.count for s in report.skipped.values())
         assert "\n" not in refused
         assert not (refused and store.traces())
+
+
+FIELDS = st.one_of(
+    st.sampled_from(
+        [
+            "2023-11-16 18:15:46.6805900",
+            "2023-11-16 18:15:46",
+            "2024-05-10 00:00:00.009930+00:00",
+            "2024-05-10T00:00:00.123Z",
+            "2024-05-10 02:00:00+02:00",
+            "2024-05-10",
+            "NaT",
+            "1",
+            "374",
+            "12.0",
+            "12.5",
+            "0",
+            "-3",
+            "1e3",
+            "9999999999999999999",
+            "",
+            '"374"',
+        ]
+    ),
+    st.text(max_size=4),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(FIELDS, min_size=2, max_size=4).map(",".join), min_size=1, max_size=12), st.booleans())
+def test_columns_at_once_are_the_rows_one_by_one(rows: list[str], crlf: bool) -> None:
+    """The fast way of a CSV, a block at a time, gives what the row by row way gives: rows, reasons and line numbers."""
+    import io
+
+    from traces.formats import BadRowError, Batch, azure
+    from traces.ingest import _Bounded
+
+    end = "\r\n" if crlf else "\n"
+    text = HEADER.replace("\n", end) + end.join(r.replace("\n", " ").replace("\r", " ") for r in rows) + end
+
+    def seen(read: Any) -> list[Any]:
+        found: list[Any] = []
+        for item in read(_Bounded(io.StringIO(text, newline=""), None)):
+            if isinstance(item, Batch):
+                columns = (item.arrival_us, item.prompt_tokens, item.output_tokens)
+                values = zip(*(c.tolist() for c in columns), strict=True)
+                found += [(item.first_line + k, *v, item.zoned) for k, v in enumerate(values)]
+            elif isinstance(item[1], BadRowError):
+                found.append((item[0], item[1].reason))
+            else:
+                row = item[1]
+                found.append((item[0], row.arrival_us, row.prompt_tokens, row.output_tokens, row.zoned))
+        return found
+
+    assert seen(azure.FORMAT.batches) == seen(azure.FORMAT.rows)
+
+
+def test_a_block_of_plain_rows_is_read_at_once() -> None:
+    """The shipped traces go the fast way: otherwise the property above would compare a thing with itself."""
+    import io
+
+    from traces.formats import Batch, azure
+    from traces.ingest import _Bounded
+
+    for name in NAMES:
+        with shipped(name).open(newline="") as file:
+            items = list(azure.FORMAT.batches(_Bounded(io.StringIO(file.read(), newline=""), None)))
+        assert all(isinstance(item, Batch) for item in items)
+
+
+def test_a_line_without_end_is_not_held(sqlite_url: str, tmp_path: Path) -> None:
+    """Twenty megabytes in one line are one bad row, and the rows around it are kept."""
+    path = tmp_path / "long.csv"
+    with path.open("w") as file:
+        file.write(HEADER + GOOD * 30)
+        for _ in range(20):
+            file.write("9" * (1 << 20))
+        file.write("\n" + GOOD * 30)
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [path])
+    assert (report.rows_read, report.rows_kept) == (61, 60)
+    assert next(iter(report.skipped.values())).first_lines == [32]

@@ -10,19 +10,19 @@ import gzip
 import hashlib
 import io
 import math
+import tempfile
 import zlib
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 from zoneinfo import ZoneInfo
 
 import numpy as np
 
 from traces.errors import InputError
-from traces.formats import BadFileError, BadRowError, OtherEvent, Row, TraceFormat, formats
+from traces.formats import BadFileError, BadRowError, Batch, OtherEvent, Row, TraceFormat, formats
 from traces.formats.blocks import pack, unpack
 from traces.formats.generic import generic
 from traces.records import Schedule
@@ -30,6 +30,9 @@ from traces.store import Store, TraceInfo
 
 HEAD = 65_536
 """Bytes that a format is recognised by."""
+
+PIECE = 16_384
+"""Rows held at once."""
 
 MAX_BAD = 0.05
 LINE_LIMIT = 4 << 20
@@ -128,10 +131,25 @@ def ingest(
             f"a trace named {wanted!r} is already stored with other content or options. Give another --name, "
             f"or remove it: steelyard traces delete {wanted}"
         )
-    loaded = _Loaded(reader, zero_output, zone)
+    with _Loaded(reader, zero_output, zone) as loaded:
+        return _load(store, loaded, paths, wanted, sha256, files, options, max_bad, progress)
+
+
+def _load(
+    store: Store,
+    loaded: _Loaded,
+    paths: Sequence[Path],
+    wanted: str,
+    sha256: str,
+    files: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    max_bad: float,
+    progress: Callable[[int], None] | None,
+) -> IngestReport:
     for path in paths:
         loaded.read(path, progress)
     loaded.check(paths, max_bad)
+    reader = loaded.reader
 
     def summary() -> tuple[dict[str, Any], str | None, int | None, str | None]:
         report = asdict(loaded.report(wanted))
@@ -151,15 +169,22 @@ def ingest(
     return IngestReport.of(info)
 
 
+_RECORD = np.dtype(
+    [("arrival_us", np.int64), ("line", np.int32), ("prompt", np.int32), ("output", np.int32), ("status", np.int8)]
+)
+
+
 class _Loaded:
-    """The rows of a source in columns (34 bytes a row), then sorted by arrival."""
+    """The rows of a source, 21 bytes each in a temporary file; a context manager.
+
+    Sums are kept while reading. A source in order of time is never held in memory; of one that is not, the arrivals are,
+    to sort them.
+    """
 
     def __init__(self, reader: TraceFormat, zero_output: str, zone: ZoneInfo | None) -> None:
         self.reader = reader
         self.zone = zone
         self.zero_output = zero_output
-        self.arrival, self.line = array("q"), array("q")
-        self.prompt, self.output, self.status = array("q"), array("q"), array("b")
         self.session: dict[int, str] = {}
         self.hashes: dict[int, bytes] = {}
         self.dense: dict[Any, int] = {}
@@ -171,20 +196,38 @@ class _Loaded:
         self.skipped: dict[str, Skipped] = {}
         self.read_rows = 0
         self.zoned: set[bool | None] = set()
-        self.order: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, dtype=np.int64)
+        self.kept = self.inversions = self.equal = self.failed = self.sum_prompt = self.sum_output = 0
+        self.first_us = self.last_us = self._at_us = self._at_line = 0
+        self.hits = 0  # of the prefix cache, while rows come in order
+        self.gap_us: int | None = None  # between all rows so far; -1 once two gaps differ
+        self.in_order = True
+        self._held: list[tuple[int, int, int, int, int]] = []
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._order: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
-    def skip(self, reason: str, line: int, detail: str) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def skip(self, reason: str, line: int, detail: str, count: int = 1) -> None:
         held = self.skipped.setdefault(reason, Skipped())
-        held.count += 1
+        held.count += count
         if len(held.first_lines) < 5:
             held.first_lines.append(line)
         held.example = held.example or detail
 
     def read(self, path: Path, progress: Callable[[int], None] | None) -> None:
         self.files += 1
+        read: Callable[[Any], Iterator[Any]] = getattr(self.reader, "batches", self.reader.rows)
         try:
             with _open(path) as lines:
-                for line, row in self.reader.rows(_Bounded(lines, progress)):  # type: ignore[arg-type]
+                for item in read(_Bounded(lines, progress)):
+                    if isinstance(item, Batch):
+                        self.keep_batch(item)
+                        continue
+                    line, row = item
                     self.read_rows += 1
                     if isinstance(row, BadRowError):
                         self.skip(row.reason, line, str(row))
@@ -202,6 +245,7 @@ class _Loaded:
             raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Nothing was stored.") from error
 
     def keep(self, line: int, row: Row) -> None:
+        """One row; what it has beside counts (session, blocks, id) is looked at here."""
         if row.prompt_tokens == 0:
             self.skip("failed_zero_input", line, "a request without prompt tokens")
             return
@@ -216,17 +260,10 @@ class _Loaded:
                 self.skip("failed_zero_output", line, "a request without answer tokens")
                 return
             output, status = (1, status) if self.zero_output == "min1" else (0, _FAILED)
-        at = len(self.arrival)
-        if self.zone is not None and row.zoned is False:
-            naive = datetime(1970, 1, 1) + timedelta(microseconds=row.arrival_us)
-            local = naive.replace(tzinfo=self.zone) - datetime(1970, 1, 1, tzinfo=UTC)
-            self.arrival.append(local // timedelta(microseconds=1))
-        else:
-            self.arrival.append(row.arrival_us)
-        self.line.append(line)
-        self.prompt.append(row.prompt_tokens)
-        self.output.append(-1 if output is None else output)
-        self.status.append(status)
+        at = self.kept + len(self._held)
+        self._held.append(
+            (self._local(row.arrival_us, row.zoned), line, row.prompt_tokens, -1 if output is None else output, status)
+        )
         self.zoned.add(row.zoned)
         if row.session_key is not None:
             self.session[at] = row.session_key
@@ -238,13 +275,88 @@ class _Loaded:
                     )
                 self.block_tokens = row.block_tokens
             known = self.dense
+            before = len(known)
             if self.reader.meta.hash_scope == "session":
                 ids = [known.setdefault((self.files, i), len(known)) for i in row.hash_ids]
             else:
                 ids = [known.setdefault(i, len(known)) for i in row.hash_ids]
             self.hashes[at] = pack(ids)
+            # Numbers go by first appearance: what was there before this row has a smaller one.
+            leading = next((k for k, i in enumerate(ids) if i >= before), len(ids))
+            self.hits += min(leading * (self.block_tokens or 1), row.prompt_tokens)
+        if len(self._held) >= PIECE:
+            self._flush()
+
+    def keep_batch(self, batch: Batch) -> None:
+        """Many rows of counts and times alone."""
+        self._flush()
+        n = len(batch.arrival_us)
+        self.read_rows += n
+        self.zoned.add(batch.zoned)
+        rows = np.empty(n, dtype=_RECORD)
+        rows["arrival_us"] = batch.arrival_us
+        rows["line"] = np.arange(batch.first_line, batch.first_line + n)
+        rows["prompt"], rows["output"] = batch.prompt_tokens, batch.output_tokens
+        rows["status"] = _OK
+        if self.zone is not None and batch.zoned is False:
+            rows["arrival_us"] = [self._local(t, False) for t in batch.arrival_us.tolist()]
+        none = rows["prompt"] == 0
+        if none.any():
+            for line in rows["line"][none].tolist():
+                self.skip("failed_zero_input", line, "a request without prompt tokens")
+            rows = rows[~none]
+        silent = rows["output"] == 0
+        if silent.any():
+            if self.zero_output == "skip":
+                for line in rows["line"][silent].tolist():
+                    self.skip("failed_zero_output", line, "a request without answer tokens")
+                rows = rows[~silent]
+            elif self.zero_output == "min1":
+                rows["output"][silent] = 1
+            else:
+                rows["status"][silent] = _FAILED
+        self._put(rows)
+
+    def _local(self, arrival_us: int, zoned: bool | None) -> int:
+        """A time without a zone, in the zone that the user named."""
+        if self.zone is None or zoned is not False:
+            return arrival_us
+        naive = datetime(1970, 1, 1) + timedelta(microseconds=arrival_us)
+        return (naive.replace(tzinfo=self.zone) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+    def _flush(self) -> None:
+        if self._held:
+            self._put(np.array(self._held, dtype=_RECORD))
+            self._held.clear()
+
+    def _put(self, rows: np.ndarray[Any, Any]) -> None:
+        """Write rows behind the others, and count."""
+        if not len(rows):
+            return
+        arrival, line = rows["arrival_us"], rows["line"].astype(np.int64)
+        if not self.kept:
+            self.first_us = self.last_us = self._at_us = int(arrival[0])
+            gaps, steps = np.diff(arrival), np.diff(line)
+        else:
+            gaps = np.diff(arrival, prepend=np.int64(self._at_us))
+            steps = np.diff(line, prepend=np.int64(self._at_line))
+        back, same = gaps < 0, gaps == 0
+        self.inversions += int(back.sum())
+        self.equal += int(same.sum())
+        self.in_order = self.in_order and not back.any() and not bool((same & (steps < 0)).any())
+        for gap in (int(gaps.min()), int(gaps.max())) if len(gaps) else ():
+            self.gap_us = gap if self.gap_us in (None, gap) else -1
+        self.first_us, self.last_us = min(self.first_us, int(arrival.min())), max(self.last_us, int(arrival.max()))
+        self._at_us, self._at_line = int(arrival[-1]), int(line[-1])
+        self.kept += len(rows)
+        self.failed += int((rows["status"] != _OK).sum())
+        self.sum_prompt += int(rows["prompt"].sum(dtype=np.int64))
+        self.sum_output += int(rows["output"][rows["output"] > 0].sum(dtype=np.int64))
+        self._file.write(rows.tobytes())
 
     def check(self, paths: Sequence[Path], max_bad: float) -> None:
+        """Refuse what is too bad; then put the rest in order."""
+        self._flush()
         where = str(paths[0])
         if not self.read_rows:
             raise InputError(f"{where}: holds no rows, only a header. Nothing was stored.")
@@ -257,54 +369,69 @@ class _Loaded:
                 f"{where}:{worst.first_lines[0]}: {worst.example} ({reason}); {counted} of {self.read_rows} rows are bad, "
                 f"more than {max_bad:.0%}. Mend the file or pass --max-bad. Nothing was stored."
             )
-        if not len(self.arrival):
+        if not self.kept:
             why = [f"{s.count} {reason}" for reason, s in self.skipped.items()]
             if self.others:
                 why.append(f"{self.others} other events: {', '.join(sorted(self.other_kinds))}")
             raise InputError(f"{where}: no row can be kept ({', '.join(why)}). Nothing was stored.")
-        arrival = np.frombuffer(self.arrival, dtype=np.int64)
-        self.order = np.lexsort((np.frombuffer(self.line, dtype=np.int64), arrival))
+        self._file.flush()
+        if not self.in_order:
+            rows = self._rows()
+            self._order = np.lexsort((rows["line"], rows["arrival_us"]))
+
+    def _rows(self) -> np.ndarray[Any, Any]:
+        return np.memmap(self._file, dtype=_RECORD, mode="r", shape=(self.kept,))
 
     @property
     def origin(self) -> str | None:
         if self.zoned <= {None}:
             return None
-        first = int(np.frombuffer(self.arrival, dtype=np.int64)[self.order[0]])
-        return datetime.fromtimestamp(first / 1e6, UTC).isoformat()
+        return datetime.fromtimestamp(self.first_us / 1e6, UTC).isoformat()
+
+    def _pieces(self) -> Iterator[tuple[np.ndarray[Any, Any], Sequence[int]]]:
+        """(rows, their positions as read) in order of time, PIECE at a time."""
+        if self._order is None:
+            self._file.seek(0)
+            for start in range(0, self.kept, PIECE):
+                found = np.frombuffer(self._file.read(PIECE * _RECORD.itemsize), dtype=_RECORD)
+                yield found, range(start, start + len(found))
+            return
+        rows = self._rows()
+        for start in range(0, self.kept, PIECE):
+            picked = self._order[start : start + PIECE]
+            yield rows[picked], picked.tolist()
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        columns: dict[str, np.ndarray[Any, Any]] = {
-            "source_line": np.frombuffer(self.line, dtype=np.int64),
-            "arrival_us": np.frombuffer(self.arrival, dtype=np.int64),
-            "prompt_tokens": np.frombuffer(self.prompt, dtype=np.int64),
-            "output_tokens": np.frombuffer(self.output, dtype=np.int64),
-            "status": np.frombuffer(self.status, dtype=np.int8),
-        }
-        origin = int(columns["arrival_us"][self.order[0]])
-        for start in range(0, len(self.order), HEAD):
-            picked = self.order[start : start + HEAD]
-            batch: dict[str, list[Any]] = {name: column[picked].tolist() for name, column in columns.items()}
-            batch["seq"] = list(range(start, start + len(picked)))
-            batch["arrival_us"] = [t - origin for t in batch["arrival_us"]]
-            batch["output_tokens"] = [None if v < 0 else v for v in batch["output_tokens"]]
-            rows = picked.tolist()
-            batch["session_key"] = [self.session.get(i) for i in rows]
-            batch["hash_ids"] = [self.hashes.get(i) for i in rows]
-            yield batch
+        """Columns for the database."""
+        start = 0
+        for rows, places in self._pieces():
+            n = len(rows)
+            output = rows["output"].tolist()
+            yield {
+                "seq": list(range(start, start + n)),
+                "source_line": rows["line"].tolist(),
+                "arrival_us": (rows["arrival_us"] - self.first_us).tolist(),
+                "prompt_tokens": rows["prompt"].tolist(),
+                "output_tokens": [None if v < 0 else v for v in output] if min(output) < 0 else output,
+                "status": rows["status"].tolist(),
+                "session_key": [self.session.get(i) for i in places] if self.session else [None] * n,
+                "hash_ids": [self.hashes.get(i) for i in places] if self.hashes else [None] * n,
+            }
+            start += n
 
     def report(self, name: str) -> IngestReport:
-        arrival = np.frombuffer(self.arrival, dtype=np.int64)
-        gaps = np.diff(arrival)
-        kept = len(arrival)
-        output = np.frombuffer(self.output, dtype=np.int64)
-        notes = []
+        """What the load did."""
+        kept, notes = self.kept, []
         if False in self.zoned:
             notes.append(f"times carry no zone: taken as {self.zone.key if self.zone else 'UTC'}")
         if {True, False} <= self.zoned:
             notes.append("some times carry a zone and some do not")
-        distinct = len(np.unique(arrival))
-        ordered = np.diff(arrival[self.order])
-        if kept > 2 and distinct > 2 and len(np.unique(ordered)) == 1:
+        distinct, gap = kept - self.equal, self.gap_us
+        if self._order is not None:
+            gaps = np.diff(self._rows()["arrival_us"][self._order])
+            distinct = 1 + int((gaps != 0).sum())
+            gap = int(gaps[0]) if len(gaps) and int(gaps.min()) == int(gaps.max()) else -1
+        if kept > 2 and distinct > 2 and gap is not None and gap >= 0:
             notes.append("looks synthetic: every gap is the same")
         if distinct < kept:
             notes.append(f"{kept - distinct} of {kept} rows share another row's time: the source's clock is coarse")
@@ -318,32 +445,35 @@ class _Loaded:
             rows_kept=kept,
             skipped=self.skipped,
             other_events=self.others,
-            sum_prompt_tokens=int(np.frombuffer(self.prompt, dtype=np.int64).sum()),
-            sum_output_tokens=int(output[output > 0].sum()),
-            span_s=float(arrival.max() - arrival.min()) / 1e6,
+            sum_prompt_tokens=self.sum_prompt,
+            sum_output_tokens=self.sum_output,
+            span_s=(self.last_us - self.first_us) / 1e6,
             distinct_arrivals=distinct,
             prefix_hit_tokens=self.prefix_hits() if self.hashes else None,
-            inversions=int((gaps < 0).sum()),
-            equal_times=int((gaps == 0).sum()),
-            failed_rows=int((np.frombuffer(self.status, dtype=np.int8) != _OK).sum()),
+            inversions=self.inversions,
+            equal_times=self.equal,
+            failed_rows=self.failed,
             clock=self.reader.meta.clock,
             notes=notes,
         )
 
     def prefix_hits(self) -> int:
         """Prompt tokens in leading blocks that an earlier request already had, with an unlimited cache from cold."""
+        if self._order is None:
+            return self.hits
         block = self.block_tokens or 1
         seen: set[int] = set()
         total = 0
-        for at in self.order.tolist():
-            ids = unpack(self.hashes[at]) if at in self.hashes else []
-            leading = 0
-            for i in ids:
-                if i not in seen:
-                    break
-                leading += 1
-            total += min(leading * block, self.prompt[at])
-            seen.update(ids)
+        for rows, places in self._pieces():
+            for prompt, at in zip(rows["prompt"].tolist(), places, strict=True):
+                ids = unpack(self.hashes[at]) if at in self.hashes else []
+                leading = 0
+                for i in ids:
+                    if i not in seen:
+                        break
+                    leading += 1
+                total += min(leading * block, prompt)
+                seen.update(ids)
         return total
 
 
@@ -354,6 +484,32 @@ class _Bounded:
         self._text = text
         self._progress = progress
         self._seen = 0
+
+    def blocks(self) -> Iterator[list[str]]:
+        """The same lines a quarter of a megabyte at a time, without their line ends."""
+        rest = ""
+        while piece := self._text.read(1 << 18):
+            self._seen += len(piece)
+            if self._progress:
+                self._progress(self._seen)
+            whole = rest + piece
+            if "\x00" in piece:
+                whole = whole.replace("\x00", "\ufffd")
+            lines = whole.split("\n")
+            rest = lines.pop()
+            if len(rest) >= LINE_LIMIT:
+                lines.append(rest[:100])
+                rest = ""
+                while piece := self._text.read(1 << 18):  # the rest of a line that is too long is thrown away
+                    self._seen += len(piece)
+                    _, found, rest = piece.partition("\n")
+                    if found:
+                        break
+            if lines:
+                yield lines
+        if rest:
+            last = rest.split("\n")
+            yield last if last[-1] else last[:-1]
 
     def __iter__(self) -> Iterator[str]:
         n = 0

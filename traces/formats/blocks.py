@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def pack(ids: list[int]) -> bytes:
     """Ids as zigzag deltas in base-128 varints: a sixth of their JSON."""
+    if not ids:
+        return b""
+    steps = [b - a for a, b in pairwise(ids)]
+    if not steps or (min(steps) >= -64 and max(steps) < 64):
+        # Mostly the next block is the next id: every step is one byte.
+        return _varint(ids[0]) + bytes([s << 1 if s >= 0 else (-s << 1) - 1 for s in steps])
+    return b"".join(map(_varint, (ids[0], *steps)))
+
+
+def _varint(step: int) -> bytes:
     out = bytearray()
-    last = 0
-    for i in ids:
-        delta = i - last
-        last = i
-        coded = delta << 1 if delta >= 0 else (-delta << 1) - 1
-        while coded >= 0x80:
-            out.append(coded & 0x7F | 0x80)
-            coded >>= 7
-        out.append(coded)
+    coded = step << 1 if step >= 0 else (-step << 1) - 1
+    while coded >= 0x80:
+        out.append(coded & 0x7F | 0x80)
+        coded >>= 7
+    out.append(coded)
     return bytes(out)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import IO, Any
 
-from traces.formats import BadFileError, BadRowError, Meta, Row, count
+import numpy as np
+
+from traces.formats import BadFileError, BadRowError, Batch, Meta, Row, count
+from traces.records import Ints
 
 
 class Columns:
@@ -43,12 +47,72 @@ class Columns:
 
     def rows(self, lines: IO[str]) -> Iterator[tuple[int, Row | BadRowError]]:
         """Rows in the file's order."""
-        reader = csv.reader(lines)
+        text = iter(lines)
+        head = next(text, "")
+        header = self._header([head])
+        yield from self._each(csv.reader(text), header, 1)
+
+    def batches(self, lines: Any) -> Iterator[Batch | tuple[int, Row | BadRowError]]:
+        """The same a block at a time: what is plain is read in columns, a block with anything odd row by row.
+
+        lines.blocks() gives lists of lines without their ends.
+        """
+        header: list[str] = []
+        blocks = lines.blocks()
+        line = 1
+        for block in blocks:
+            if not header:
+                header = self._header(block[:1])
+                block = block[1:]
+            fast = None if self.session in header else self._fast(block, header, line + 1)
+            if fast is not None:
+                yield fast
+            elif any('"' in text for text in block):
+                # A quoted field may go on in the next block: from here row by row.
+                rest = (text + "\n" for part in chain([block], blocks) for text in part)
+                yield from self._each(csv.reader(rest), header, line)
+                return
+            else:
+                yield from self._each(csv.reader(block), header, line)
+            line += len(block)
+        if not header:
+            raise BadFileError(f"the header must name {', '.join(self.needed)}")
+
+    def _header(self, first: list[str]) -> list[str]:
         try:
-            header = [c.strip() for c in next(reader)]
-            at, prompt, output = (header.index(c) for c in self.needed)
+            header = [c.strip() for c in next(csv.reader(first))]
+            for column in self.needed:
+                header.index(column)
         except (StopIteration, ValueError, csv.Error) as error:
             raise BadFileError(f"the header must name {', '.join(self.needed)}") from error
+        return header
+
+    def _fast(self, block: list[str], header: list[str], first_line: int) -> Batch | None:
+        """The block in columns, None if anything in it is not plain."""
+        width = len(header)
+        whole = ",".join(block)
+        if '"' in whole or not block or {text.count(",") for text in block} != {width - 1}:
+            return None
+        fields = whole.split(",")
+        try:
+            at, prompt, output = (fields[header.index(c) :: width] for c in self.needed)
+            arrival, zoned = self.moments(at)
+            n, m = (np.array(list(map(int, column)), dtype=np.int64) for column in (prompt, output))
+        except (ValueError, OverflowError, BadRowError):
+            return None
+        if min(n.min(), m.min()) < 0 or max(n.max(), m.max()) > 2**31 - 1:
+            return None
+        return Batch(first_line, arrival, n, m, zoned)
+
+    def moments(self, texts: Sequence[str]) -> tuple[Ints, bool | None]:
+        """A column of times. ValueError or BadRowError if they are not all plain and alike."""
+        found = [self.when(text) for text in texts]
+        if len({zoned for _, zoned in found}) > 1:
+            raise ValueError("zoned and naive times")
+        return np.array([us for us, _ in found], dtype=np.int64), found[0][1]
+
+    def _each(self, reader: Any, header: list[str], offset: int) -> Iterator[tuple[int, Row | BadRowError]]:
+        at, prompt, output = (header.index(c) for c in self.needed)
         session = header.index(self.session) if self.session in header else -1
         of_prompt, of_output = (c.replace(" ", "_") for c in self.needed[1:])
         width = len(header)
@@ -58,9 +122,9 @@ class Columns:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield reader.line_num, BadRowError("unreadable_line", str(error))
+                yield offset + reader.line_num, BadRowError("unreadable_line", str(error))
                 continue
-            line = reader.line_num
+            line = offset + reader.line_num
             if not fields:
                 yield line, BadRowError("empty_line", "the line is empty")
                 continue

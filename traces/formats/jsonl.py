@@ -66,7 +66,7 @@ class Lines:
 def parse(text: str) -> dict[str, Any]:
     """One JSON object. BadRowError for anything else, NaN and infinity included."""
     try:
-        record = json.loads(text, parse_constant=_refuse)
+        record = _DECODER.decode(text)
     except (ValueError, RecursionError):
         raise BadRowError("bad_json", f"the line is not one JSON object (got {text[:40]!r})") from None
     if not isinstance(record, dict):
@@ -76,6 +76,9 @@ def parse(text: str) -> dict[str, Any]:
 
 def _refuse(word: str) -> Any:
     raise ValueError(word)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 def at(record: Any, path: str) -> Any:
@@ -91,6 +94,8 @@ def at(record: Any, path: str) -> Any:
 
 def whole(value: Any, what: str) -> int:
     """A count: 12, 12.0 or "12". BadRowError names what it is not."""
+    if type(value) is int and 0 <= value < 2**31:
+        return value
     if isinstance(value, str) and value.strip().isascii() and value.strip().lstrip("-").isdigit() and len(value) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -125,9 +130,9 @@ def stamp_us(value: Any, what: str) -> tuple[int, bool]:
 
 def blocks(ids: Any, prompt: int, block: int, what: str = "hash_ids") -> list[int | str]:
     """Block ids, if they are some and as many as the prompt has blocks, with or without a partial last one."""
-    if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, (int, str)) for i in ids):
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
         raise BadRowError("bad_hash_ids", f"{what} must be a list of integers")
-    if any(isinstance(i, int) and i < 0 for i in ids):
+    if ids and min(ids) < 0:
         raise BadRowError("bad_hash_ids", f"{what} must be >= 0")
     if len(ids) not in (math.ceil(prompt / block), prompt // block):
         found = math.ceil(prompt / block)
