@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -362,3 +363,29 @@ def test_whatever_the_lines_hold_a_reader_counts_or_refuses(tmp_path: Path, name
         else:
             skipped = sum(s.count for s in report.skipped.values())
             assert report.rows_read == report.rows_kept + skipped + report.other_events
+
+
+def test_a_third_party_adds_a_format_by_entry_point(tmp_path: Path) -> None:
+    """A package that names an object in the group steelyard.formats is asked like ours."""
+    (tmp_path / "theirs.py").write_text(
+        "from traces.formats import Meta, Row\n"
+        "class Pipes:\n"
+        "    name, title, meta = 'pipes', 'times|in|out', Meta(clock='second')\n"
+        "    def sniff(self, head):\n"
+        "        return None if head.startswith('#pipes') else 'no #pipes'\n"
+        "    def rows(self, lines):\n"
+        "        for n, line in enumerate(lines, 1):\n"
+        "            if n > 1:\n"
+        "                at, i, o = line.split('|')\n"
+        "                yield n, Row(int(float(at) * 1e6), int(i), int(o))\n"
+        "FORMAT = Pipes()\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[steelyard.formats]\npipes = theirs:FORMAT\n")
+    trace = _write(tmp_path / "t.pipes", "#pipes\n1.5|10|2\n2.5|20|3\n")
+    command = [sys.executable, "-m", "advisor", "ingest", str(trace), "--json", "--db", f"sqlite:///{tmp_path}/x.db"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, check=True)
+    held = json.loads(done.stdout)
+    assert (held["format"], held["rows_kept"], held["span_s"]) == ("pipes", 2, 1.0)

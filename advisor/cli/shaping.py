@@ -39,7 +39,7 @@ def shaped(schedule: Any, options: dict[str, Any], seed: int = 0) -> Any:
     from traces import shape
 
     if options.get("window"):
-        schedule = shape.window(schedule, *_window(options["window"]))
+        schedule = shape.window(schedule, *parse_window(options["window"]))
     if options.get("thin"):
         schedule = shape.thin(schedule, options["thin"], seed)
     if options.get("copies"):
@@ -50,7 +50,8 @@ def shaped(schedule: Any, options: dict[str, Any], seed: int = 0) -> Any:
     return shape.clip_tokens(schedule, options.get("max_prompt"), options.get("max_output"))
 
 
-def _window(text: str) -> tuple[float, float]:
+def parse_window(text: str) -> tuple[float, float]:
+    """``10m-20m`` in seconds. UsageError when it is none."""
     match = re.fullmatch(r"\s*([\d.]+)\s*([smh]?)\s*-\s*([\d.]+)\s*([smh]?)\s*", text)
     units = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
     try:

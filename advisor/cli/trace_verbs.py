@@ -168,6 +168,13 @@ def ingest(
     type=click.Choice(["empirical", "mixture", "lognormal"]),
     help="With --like: recorded pairs or fitted laws [default: what traces fit says].",
 )
+@click.option(
+    "--servegen", type=click.Path(path_type=Path), help="From a folder of ServeGen clients, --window of its days."
+)
+@click.option("--usage", type=click.Path(path_type=Path), help="From an OpenAI usage answer (JSON buckets).")
+@click.option(
+    "--rate-factor", type=click.FloatRange(min=0, min_open=True), default=1.0, help="With --servegen: all clients."
+)
 @click.option("--prompt", help="lognormal:median=..,sigma=..[,min=..,max=..]; or mean=.., or mu=..")
 @click.option("--output", help="The same for answers.")
 @click.option("--requests", type=click.IntRange(min=1), default=500, show_default=True)
@@ -187,6 +194,9 @@ def synth(
     preset: str | None,
     like: str | None,
     lengths: str | None,
+    servegen: Path | None,
+    usage: Path | None,
+    rate_factor: float,
     prompt: str | None,
     output: str | None,
     requests: int,
@@ -199,16 +209,33 @@ def synth(
     **shapes: Any,
 ) -> None:
     """Make a synthetic trace and store it, seeded: log-normal lengths, or like a stored trace."""
-    from advisor.cli.shaping import shaped
-    from traces import shape
+    from advisor.cli.shaping import parse_window, shaped
+    from traces import profiles, shape
     from traces.errors import InputError
     from traces.fit import alike, fit
     from traces.ingest import store_schedule
     from traces.store import open_store
 
-    if sum(x is not None for x in (preset, like, prompt)) > 1:
-        raise InputError("give one of --preset, --like and --prompt with --output.")
+    if sum(x is not None for x in (preset, like, servegen, usage, prompt)) > 1:
+        raise InputError("give one of --preset, --like, --servegen, --usage and --prompt with --output.")
     options: dict[str, Any]
+    if servegen is not None or usage is not None:
+        if servegen is not None:
+            start, end = parse_window(shapes.pop("window") or "0-3600")
+            clients = profiles.servegen(servegen)
+            made = profiles.from_servegen(
+                clients, start_s=start, end_s=end, name=name, seed=seed, rate_factor=rate_factor
+            )
+            options = {"servegen": servegen.name, "clients": len(clients), "window_s": f"{start:g}-{end:g}"}
+            options |= {"rate_factor": rate_factor}
+        else:
+            assert usage is not None  # noqa: S101 - one of the two was given
+            made = profiles.from_usage(usage, name=name, seed=seed)
+            options = {"usage": usage.name}
+        with open_store(db) as store:
+            report = store_schedule(store, shaped(made, shapes, seed), options=options | {"seed": seed} | shapes)
+        emit_json(_json(report)) if as_json else _say(report)
+        return
     if like is not None:
         with open_store(db, create=False) as store:
             recorded = store.schedule(like)
