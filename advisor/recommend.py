@@ -323,6 +323,12 @@ def _usable(data: Sequence[RunData], schedule: Schedule, warnings: list[str]) ->
             warnings.append(f"run {run.id} left out: its verdict is {run.verdict or 'missing'} ({run.reason})")
         elif run.fleet is None:
             warnings.append(f"run {run.id} left out: its fleet is not known (replay with --fleet P:D)")
+        elif run.fleet.mixed:
+            warnings.append(f"run {run.id} left out: {run.fleet.mixed} of its workers were mixed, not of one stage")
+        elif run.policy.startswith(("baseline", "online", "offline")):
+            warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
+        elif any(change.startswith("clock x") for change in run.changes):
+            warnings.append(f"run {run.id} left out: it ran at another speed than life")
         elif one.observations.ok.sum() < 20:
             warnings.append(f"run {run.id} left out: {int(one.observations.ok.sum())} finished requests, fewer than 20")
         else:

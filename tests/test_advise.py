@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,24 @@ def test_no_usable_run_is_exit_five_with_the_command() -> None:
         with pytest.raises(NotEnoughDataError, match="steelyard replay") as caught:
             recommend(data, lognormal(50, 2, 1), gpus=8, slo=SLO)
         assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fleet": Fleet(2, 4, 2)}, "2 of its workers were mixed"),
+        ({"policy": "online"}, "policy online moved roles"),
+        ({"policy": "offline-groups"}, "held requests back"),
+        ({"changes": ("rate x2", "clock x10")}, "another speed than life"),
+    ],
+)
+def test_runs_that_are_no_steady_split_are_left_out_and_said(changes: dict[str, Any], words: str) -> None:
+    """What the laws of two stages cannot explain is not fitted: mixed workers, moving roles, a clock that is not life's."""
+    profile = Profile.load("demo")
+    data = three_runs(profile, 10.0)
+    odd = replace(data[0], run=replace(data[0].run, id=99, **changes))
+    answer = recommend([*data, odd], lognormal(150, 8, 7), gpus=8, slo=SLO)
+    assert any(line.startswith("run 99 left out") and words in line for line in answer.warnings)
 
 
 def test_one_quiet_run_is_not_enough_for_a_busy_question() -> None:
