@@ -369,3 +369,23 @@ def test_a_line_without_end_is_not_held(sqlite_url: str, tmp_path: Path) -> None
         report = ingest(store, [path])
     assert (report.rows_read, report.rows_kept) == (61, 60)
     assert next(iter(report.skipped.values())).first_lines == [32]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+    """What is stored is what its sum says: a file that grows under the reader is no trace yet."""
+    path = tmp_path / "live.csv"
+    path.write_text(HEADER + GOOD * 20_000)
+    grown = False
+
+    def grow(_: int) -> None:
+        nonlocal grown
+        if not grown:
+            grown = True
+            with path.open("a") as file:
+                file.write(GOOD)
+
+    with open_store(sqlite_url) as store:
+        with pytest.raises(InputError, match="changed while it was read"):
+            ingest(store, [path], progress=grow)
+        assert store.traces() == []
+        assert ingest(store, [path]).rows_kept == 20_001

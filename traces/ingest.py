@@ -146,8 +146,12 @@ def _load(
     max_bad: float,
     progress: Callable[[int], None] | None,
 ) -> IngestReport:
-    for path in paths:
+    for path, known in zip(paths, files, strict=True):
         loaded.read(path, progress)
+        if _identity(path)["sha256"] != known["sha256"]:
+            raise InputError(
+                f"{path}: changed while it was read. Load it when nobody writes to it. Nothing was stored."
+            )
     loaded.check(paths, max_bad)
     reader = loaded.reader
 
