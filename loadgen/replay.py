@@ -85,6 +85,7 @@ def replay(
     steering: Steering | None = None,
     tick_s: float = 1.0,
     dispatch: Dispatch | None = None,
+    prefixes: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
@@ -96,10 +97,13 @@ def replay(
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
     steering: an online rule, asked every tick_s of the endpoint's time during the run; each role change is stored with its
     reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
+    prefixes: prompts begin with the schedule's blocks (it needs some), so that the trace's sharing is replayed.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
     """
+    if prefixes and schedule.blocks is None:
+        raise InputError(f"the trace {schedule.name!r} holds no prefix blocks: replay it without --prefixes.")
     if not len(schedule):
         raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
     where = target(endpoint, api_key=os.environ.get(API_KEY) or None) if isinstance(endpoint, str) else endpoint
@@ -148,7 +152,7 @@ def replay(
         version=__version__,
     )
     # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
-    job = Job(where, dialect, model, random.SystemRandom().getrandbits(60), timeout_s, dispatch)
+    job = Job(where, dialect, model, random.SystemRandom().getrandbits(60), timeout_s, dispatch, prefixes)
     run = store.begin_run(began)
     writer = Writer(store, run.id)
     parts: list[Observations] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import logging
 import os
 import queue
@@ -80,6 +81,7 @@ class Job:
     """What every worker needs to know of a run besides its shard. ``where`` holds credentials: never stored.
 
     dispatch: the client's own order instead of the due times; one worker keeps it, since it has to see answers end.
+    prefixes: prompts begin with the schedule's blocks, so that what was shared in the trace is shared again.
     """
 
     where: Target
@@ -88,6 +90,7 @@ class Job:
     salt: int
     timeout_s: float = TIMEOUT_S
     dispatch: Dispatch | None = None
+    prefixes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,6 +524,7 @@ class Swarm:
                 "salt": job.salt,
                 "timeout_s": job.timeout_s,
                 "requests": len(shard),
+                "block_tokens": schedule.block_tokens if job.prefixes and schedule.blocks is not None else 0,
                 "longest": int(schedule.prompt_tokens.max()) if len(schedule) else 1,
                 "gate": _gate(job.dispatch) if job.dispatch is not None and len(shard) else None,
             },
@@ -528,6 +532,7 @@ class Swarm:
         )
         for first in range(0, len(shard), BLOCK):
             part = shard[first : first + BLOCK]
+            held = schedule.blocks[part] if job.prefixes and schedule.blocks is not None else ()
             self._send(
                 "steelyard.shard",
                 {
@@ -536,6 +541,8 @@ class Swarm:
                     "due": schedule.due_s[part].astype(np.float64).tobytes(),
                     "prompt": schedule.prompt_tokens[part].astype(np.int64).tobytes(),
                     "output": schedule.output_tokens[part].astype(np.int64).tobytes(),
+                    "counts": np.array([len(ids) for ids in held], dtype=np.int64).tobytes(),
+                    "blocks": np.fromiter(itertools.chain.from_iterable(held), dtype=np.int64).tobytes(),
                 },
                 worker.client_id,
             )
@@ -669,10 +676,16 @@ class _WorkerSide:
             column("prompt", np.int64),
             column("output", np.int64),
         )
+        shared: dict[int, list[int]] = {}
+        if job["block_tokens"]:
+            ids, counts = column("blocks", np.int64), column("counts", np.int64)
+            ends = list(itertools.accumulate(counts))
+            shared = {at: ids[end - n : end] for at, n, end in zip(self._columns[0], counts, ends, strict=True)}
         self._blocks = []
         dialect = Dialect(**job["dialect"])
         self.name = dialect.path
         prompts = Prompts(dialect, job["model"], job["longest"], job["salt"])
+        prompts.share(shared, job["block_tokens"])
         # As many as are due in the first second: opening them costs more than sending on them.
         connections = min(1000, bisect.bisect_right(sorted(self._columns[1]), 1.0))
         wait = self.engine.submit(

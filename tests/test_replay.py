@@ -491,3 +491,37 @@ def test_a_worker_without_a_master_is_refused_its_address(capsys: pytest.Capture
     """An address that is none is said to be none."""
     assert main(["worker", "--master", "nowhere"]) == 1
     assert "HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_path: Path, text: bool) -> None:
+    """Prompts that begin with the trace's blocks hit the server's prefix cache as often as the simulator says; others do not."""
+    from dataclasses import replace
+
+    from loadgen.cluster import Profile, simulate
+
+    laws = replace(Profile.load("demo"), cache_tokens=100_000)
+    path = tmp_path / "cached.toml"
+    path.write_text(laws.to_toml())
+    n = 24
+    prompts = np.array([40 + 16 * (i // 3) for i in range(n)])
+    blocks = np.empty(n, dtype=object)
+    blocks[:] = [tuple(100 * (i % 3) + k for k in range(int(p) // 16)) for i, p in enumerate(prompts)]
+    asked = Schedule("talks", np.arange(n), np.arange(n) * 0.12, prompts, np.full(n, 3), (), blocks, 16)
+
+    def spared(shared: bool) -> int:
+        with embedded(str(path), Fleet(1, 1)) as url:
+            run = replay(store, swarm, asked, url, text=text, prefixes=shared)
+            metrics = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
+        assert run.counts == {"ok": n}
+        rows = store.observations(run.id)
+        assert rows.prompt_tokens.tolist() == prompts[rows.index].tolist()
+        (computed,) = re.findall(
+            r'^steelyard_prompt_tokens_total\{role="prefill",worker="0"\} ([\d.e+]+)$', metrics, re.M
+        ) or (re.findall(r'^steelyard_prompt_tokens_total\{worker="0",role="prefill"\} ([\d.e+]+)$', metrics, re.M))
+        return int(prompts.sum() + 8 - float(computed))  # the question before the run has a prompt of 8
+
+    assert spared(True) == simulate(asked, Fleet(1, 1), laws).cached_tokens > 0
+    assert spared(False) == 0
+    with pytest.raises(InputError, match="holds no prefix blocks"):
+        replay(store, swarm, replace(asked, blocks=None, block_tokens=0), "http://127.0.0.1:9", prefixes=True)

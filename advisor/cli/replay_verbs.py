@@ -39,6 +39,7 @@ def asked(f: Any) -> Any:
             show_default=True,
             help="Token ids (exact lengths) or words.",
         ),
+        click.option("--prefixes", is_flag=True, help="Prompts share what the trace's block ids say they shared."),
         click.option(
             "--api-key-file",
             type=click.Path(path_type=Path),
@@ -82,7 +83,7 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
     if options["rate"] and options["rate_factor"]:
         raise click.UsageError("give --rate or --rate-factor, not both.")
     try:
-        recorded = store.schedule(trace)
+        recorded = store.schedule(trace, blocks=options["prefixes"])
     except InputError as error:
         if trace in NAMES:
             raise InputError(
@@ -121,6 +122,7 @@ def how(endpoint: str, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str
         "model": options["model"],
         "chat": options["chat"],
         "text": options["prompts"] == "text",
+        "prefixes": options["prefixes"],
         "timeout_s": options["timeout_s"],
         "gpus_per_worker": pair(options["gpus_per_worker"]),
         "seed": options["seed"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from traces.errors import InputError
@@ -54,6 +54,8 @@ class Prompts:
         import json
 
         self._salt = salt & (2**64 - 1)
+        self._shared: Mapping[int, Sequence[int]] = {}
+        self._block_tokens = 0
         self.key = f"{self._salt:016x}"
         self._ids = dialect.token_ids and not dialect.chat
         rng = random.Random(self._salt)  # noqa: S311 - filler text, not a secret
@@ -81,29 +83,49 @@ class Prompts:
             '"stream_options":{"include_usage":true}}'
         )
 
+    def share(self, blocks: Mapping[int, Sequence[int]], block_tokens: int) -> None:
+        """From now on a request's prompt begins with its blocks: the same id is the same text, within this run.
+
+        blocks: request position -> ids of its leading blocks of block_tokens tokens each, the last may be cut short.
+        """
+        self._shared, self._block_tokens = blocks, block_tokens
+
     def body(self, position: int, prompt_tokens: int, output_tokens: int) -> bytes:
         """The body of request ``position``: exactly ``prompt_tokens`` ids, or as many words."""
-        mixed = ((position + 1) * 0x9E3779B97F4A7C15 + self._salt) & (2**64 - 1)
+        tail = (self._tail % (output_tokens, output_tokens)).encode()
+        shared = self._shared.get(position, ())
+        pieces = []
+        left = prompt_tokens
+        for block in shared:
+            n = min(self._block_tokens, left)
+            if n <= 0:
+                break
+            pieces.append(self._piece(-1 - block, n))
+            left -= n
+        if left > 0:
+            pieces.append(self._piece(position, left))
+        return b"".join((self._head, (b"," if self._ids else b" ").join(pieces), tail))
+
+    def _piece(self, number: int, tokens: int) -> bytes:
+        """So many ids or words, which begin with a salt of their own: of the run and of the number (below 0: a block's)."""
+        mixed = ((number + 1) * 0x9E3779B97F4A7C15 + self._salt) & (2**64 - 1)
         mixed ^= mixed >> 29
         start = mixed % BASE_IDS
-        tail = (self._tail % (output_tokens, output_tokens)).encode()
         if self._ids:
             salt = b"%d,%d,%d,%d" % (
                 1000 + mixed % 9000,
                 1000 + (mixed >> 16) % 9000,
                 1000 + (mixed >> 32) % 9000,
-                1000 + position % 9000,
+                1000 + number % 9000,
             )
-            if prompt_tokens <= 4:
-                return b"".join((self._head, salt[: prompt_tokens * 5 - 1], tail))
-            rest = self._text[start * 5 : (start + prompt_tokens - 4) * 5 - 1]
-            return b"".join((self._head, salt, b",", rest, tail))
-        first = WORDS[mixed % len(WORDS)] + " " + WORDS[(mixed >> 16) % len(WORDS)]
-        salt = (first + " " + WORDS[(mixed >> 32) % len(WORDS)] + " " + WORDS[position % len(WORDS)]).encode()
-        if prompt_tokens <= 4:
-            return b"".join((self._head, b" ".join(salt.split()[:prompt_tokens]), tail))
-        rest = self._text[self._starts[start] : self._starts[start + prompt_tokens - 4]]
-        return b"".join((self._head, salt, rest, tail))
+            if tokens <= 4:
+                return salt[: tokens * 5 - 1]
+            return salt + b"," + self._text[start * 5 : (start + tokens - 4) * 5 - 1]
+        words = (mixed, mixed >> 16, mixed >> 32, number)
+        salt = " ".join(WORDS[w % len(WORDS)] for w in words).encode()
+        if tokens <= 4:
+            return b" ".join(salt.split()[:tokens])
+        return salt + self._text[self._starts[start] : self._starts[start + tokens - 4]]
 
 
 def dialect(name: str, *, chat: bool = False, text: bool = False) -> Dialect:
