@@ -146,6 +146,9 @@ def test_the_verb_prints_and_stores_what_it_found(tmp_path: Path, capsys: pytest
     assert main(["strategies", "--seeds", "2", "--requests", "40", "--gpus", "4", "--db", db]) == 0
     words = capsys.readouterr().out
     assert "all requests due at 0" in words
+    header = next(line for line in words.splitlines() if "P99 s" in line)
+    assert header.count("switches") == 1
+    assert "e-1" not in words  # rounding is not shown as an interval
     assert "static: ours against the report's rule" in words
     assert main(["strategies", "--seeds", "2", "--scale", "small", "--regret", "--json", "--db", db]) == 0
     held = json.loads(capsys.readouterr().out)

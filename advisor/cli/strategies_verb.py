@@ -188,7 +188,8 @@ def _sample(text: str | None, requests: int) -> int:
 def _span(value: dict[str, float], digits: str = ".3g", scale: float = 1.0) -> str:
     middle = format(value["value"] * scale, digits)
     half = (value["high"] - value["value"]) * scale
-    return middle if half != half or half == 0 else f"{middle} ±{half:.2g}"
+    # Equal figures differ by rounding alone; that is no interval worth showing.
+    return middle if half != half or half <= 1e-9 * abs(value["value"] * scale) else f"{middle} ±{half:.2g}"
 
 
 def _roles(row: dict[str, Any]) -> str:
@@ -210,20 +211,8 @@ def _show(console: Any, name: str, answer: dict[str, Any]) -> None:
             box=None, pad_edge=False, title=f"{name}: {answer['requests']} requests, {answer['gpus']} GPUs, {title}"
         )
         table.title_justify = "left"
-        titles = (
-            "",
-            "P99 s",
-            "mean s",
-            "P99 to baseline",
-            "TTFT s",
-            "TPOT ms",
-            "req/s",
-            "goodput/s",
-            "busy, P/D",
-            "switches",
-            "/h",
-        )
-        for column in (*titles, "switches", "/h"):
+        titles = "|P99 s|mean s|P99 to baseline|TTFT s|TPOT ms|req/s|goodput/s|busy, P/D|switches|/h"
+        for column in titles.split("|"):
             table.add_column(column, justify="left" if not column else "right")
         for arm, row in answer[mode].items():
             table.add_row(
