@@ -27,17 +27,7 @@ import sqlalchemy as sa
 from traces.ingest import ingest
 from traces.store import open_store, trace_rows
 
-COLUMNS = (
-    "source_id",
-    "seq",
-    "source_line",
-    "arrival_us",
-    "prompt_tokens",
-    "output_tokens",
-    "status",
-    "session_key",
-    "hash_ids",
-)
+COLUMNS = tuple(column.name for column in trace_rows.columns)
 
 
 def azure(path: Path, n: int) -> None:

@@ -30,6 +30,12 @@ def next_phase(prefill_since_s: float | None, decode_since_s: float | None) -> s
     return "prefill" if prefill_since_s <= decode_since_s else "decode"
 
 
+def _step_s(laws: Profile, batch: float, context: float) -> float:
+    """Seconds of a decode step with a batch of sequences of one context each."""
+    knee = laws.knee_s * max(0.0, batch - laws.knee_batch) if laws.knee_batch else 0.0
+    return laws.c0_s + batch * (laws.c1_s + laws.c2_s * context) + knee
+
+
 # --- online ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,9 +143,7 @@ class BacklogRule:
 
     def step_s(self, batch: float) -> float:
         """Seconds of a decode step with a batch of mean contexts."""
-        p = self.laws
-        knee = p.knee_s * max(0.0, batch - p.knee_batch) if p.knee_batch else 0.0
-        return p.c0_s + batch * (p.c1_s + p.c2_s * (self.mean_prompt + self.mean_output / 2)) + knee
+        return _step_s(self.laws, batch, self.mean_prompt + self.mean_output / 2)
 
     def decode_s(self, queues: Queues, workers: int) -> float:
         """Seconds until ``workers`` have worked off the answers that wait or that they have no place for."""
@@ -282,9 +286,7 @@ def report_split(prompt: Ints, output: Ints, gpus: int) -> Fleet:
 def balanced(prompt: Ints, output: Ints, laws: Profile, gpus: int) -> Fleet:
     """Workers in proportion to the work of each stage; decode at the batch its workers can hold, at least one."""
     batch = min(laws.max_batch, 64)
-    context = float(np.mean(prompt)) + float(np.mean(output)) / 2
-    knee = laws.knee_s * max(0, batch - laws.knee_batch) if laws.knee_batch else 0.0
-    step = laws.c0_s + batch * (laws.c1_s + laws.c2_s * context) + knee
+    step = _step_s(laws, batch, float(np.mean(prompt)) + float(np.mean(output)) / 2)
     first = float(np.sum(laws.b_s_per_token * prompt + laws.c_s_per_token2 * prompt.astype(float) ** 2))
     first += laws.a_s * max(len(prompt) / laws.max_batch_requests, float(np.sum(prompt)) / laws.max_batch_tokens)
     second = float(np.sum(output)) * step / batch

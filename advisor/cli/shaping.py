@@ -7,8 +7,6 @@ from typing import Any
 
 import click
 
-SHAPES = ("window", "thin", "copies", "spread", "prompt_scale", "output_scale", "max_prompt", "max_output")
-
 
 def shape_options(f: Any) -> Any:
     """--window, --thin, --copies, --spread, --prompt-scale, --output-scale, --max-prompt, --max-output."""

@@ -134,7 +134,6 @@ class Worker:
         "finishing",
         "growth",
         "id",
-        "incoming",
         "knee",
         "kv_tokens",
         "kv_used",
@@ -186,7 +185,6 @@ class Worker:
         self.link_free_s = 0.0
         # decode
         self.waiting: deque[Job] = deque()
-        self.incoming = 0  # jobs whose KV cache is on its way here
         self.finishing: list[tuple[int, int, Job]] = []  # heap of (finish step, job id, job)
         self.running: list[Job] = []  # in order of joining, kept only where sequences can be preempted
         self.size = 0  # sequences in the batch
@@ -231,6 +229,10 @@ class Worker:
         # growth/2 n^2 + (one - growth/2) n = past
         b = one - growth / 2
         return (-b + math.sqrt(b * b + 2 * growth * past)) / growth
+
+    def boundary_after(self, at: float) -> int:
+        """The step, counted in the segment, that ends at or after an instant; at least the first."""
+        return max(1, math.ceil(self.steps_by(at) - 1e-9))
 
 
 class Cluster:
@@ -309,7 +311,6 @@ class Cluster:
                 if what == worker.version:
                     self._boundary(worker, at)
             elif kind == _READY:
-                worker.incoming -= 1
                 self._ready(worker, what, at)  # type: ignore[arg-type]
             elif kind == _PREFILLED:
                 self._prefilled(worker, at)
@@ -480,14 +481,12 @@ class Cluster:
         """The KV cache goes to a decode worker, where it is at an instant."""
         job.reserved = job.prompt_tokens + job.output_tokens
         if self._on_demand:
-            sender.incoming += 1
             self._push(at, _READY, sender, job)
             return
         target = self._route("decode", job)
         if target is None:
             self._stranded_ready.append(job)
             return
-        target.incoming += 1
         target.requests += 1
         target.tokens += job.reserved
         self._push(at, _READY, target, job)
@@ -531,7 +530,7 @@ class Cluster:
 
     def _hurry(self, worker: Worker, at: float) -> None:
         """Bring the worker's next boundary forward to the end of the step that is running now."""
-        n = max(1, math.ceil(worker.steps_by(at) - 1e-9))
+        n = worker.boundary_after(at)
         if n < worker.next_n:
             self._schedule(worker, n)
 
@@ -567,10 +566,7 @@ class Cluster:
             due, _, job = heapq.heappop(finishing)
             if due != job.finish_step or job.decode_worker != me:
                 continue  # left early, or was preempted; its place was given back then
-            job.finish_step = -1
-            worker.size -= 1
-            worker.base -= job.prompt_tokens + job.made - job.join_step
-            worker.kv_used -= job.reserved
+            self._leave(worker, job)
             worker.tokens -= job.reserved
             worker.requests -= 1
             job.finish_s = at
@@ -593,6 +589,13 @@ class Cluster:
         heapq.heappush(worker.finishing, (job.finish_step, job.id, job))
         if self._preempts:
             worker.running.append(job)
+
+    def _leave(self, worker: Worker, job: Job) -> None:
+        """A sequence leaves the batch: finished, or put back. Its entry in the heap is stale from now on."""
+        job.finish_step = -1
+        worker.size -= 1
+        worker.base -= job.prompt_tokens + job.made - job.join_step
+        worker.kv_used -= job.reserved
 
     def _admit(self, worker: Worker, at: float) -> None:
         """At a step boundary: who leaves for want of room, who joins, what else the next step does; then schedule it."""
@@ -685,11 +688,8 @@ class Cluster:
             job = worker.running.pop()
             if job.finish_step < 0 or job.decode_worker != worker.id:
                 continue
-            worker.size -= 1
-            worker.base -= job.prompt_tokens + job.made - job.join_step
-            worker.kv_used -= job.reserved
+            self._leave(worker, job)
             job.made += worker.step - job.join_step
-            job.finish_step = -1
             job.decode_worker = -1
             worker.preempted += 1
             worker.waiting.appendleft(job)
@@ -708,7 +708,7 @@ class Cluster:
         job.gone = True
         worker = self.workers[job.decode_worker] if job.decode_worker >= 0 else None
         if worker is not None and job.finish_step >= 0 and worker.size > 0:
-            n = max(1, math.ceil(worker.steps_by(self.now_s) - 1e-9))
+            n = worker.boundary_after(self.now_s)
             if worker.step + n < job.finish_step:
                 # Its place in the heap moves to the next boundary; what it had reserved it keeps until then.
                 job.output_tokens = job.made + worker.step + n - job.join_step

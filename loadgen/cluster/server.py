@@ -34,6 +34,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from loadgen import engines
 from loadgen.cluster.kernel import Cluster, Job, Worker
 from loadgen.cluster.laws import Profile
 from loadgen.policy import next_phase
@@ -82,30 +83,20 @@ METRICS: dict[str, tuple[Any, str]] = {
 }
 """Fields of a Sample -> how they are shown."""
 
-_VLLM = {
-    "waiting_requests": "vllm:num_requests_waiting",
-    "running_requests": "vllm:num_requests_running",
-    "kv_used_ratio": "vllm:kv_cache_usage_perc",
-    "prompt_tokens_total": "vllm:prompt_tokens_total",
-    "output_tokens_total": "vllm:generation_tokens_total",
-    "finished_total": "vllm:request_success_total",
-    "preemptions_total": "vllm:num_preemptions_total",
-}
+
+def _names(engine: str) -> dict[str, str]:
+    """Field of a Sample -> the engine's name of it, from the table by which it is read; of two spellings the first."""
+    read = engines.dialect(engine).metrics or {}
+    return {field: name for name, field in reversed(list(read.items()))}
+
+
 SPOKEN: dict[str, dict[str, str]] = {
     "steelyard": {name: f"steelyard_{name}" for name in METRICS}
     | {"busy_s_total": "steelyard_busy_seconds_total", "finished_total": "steelyard_finished_requests_total"},
-    "vllm": _VLLM,
-    "sglang": {
-        "waiting_requests": "sglang:num_queue_reqs",
-        "running_requests": "sglang:num_running_reqs",
-        "kv_used_tokens": "sglang:num_used_tokens",
-        "kv_used_ratio": "sglang:token_usage",
-        "prompt_tokens_total": "sglang:prompt_tokens_total",
-        "output_tokens_total": "sglang:generation_tokens_total",
-        "preemptions_total": "sglang:num_retracted_requests_total",
-    },
+    "vllm": _names("vllm"),
+    "sglang": _names("sglang"),
     # A Dynamo worker passes its engine's metrics through, here vLLM's.
-    "dynamo": _VLLM | {"waiting_tokens": "dynamo_frontend_worker_active_prefill_tokens"},
+    "dynamo": _names("vllm") | {"waiting_tokens": "dynamo_frontend_worker_active_prefill_tokens"},
 }
 """--dialect -> field of a Sample -> its name on /metrics. What an engine does not count is not there."""
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from typing import IO, Protocol
 
 from traces.records import Ints
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,13 @@ def count(text: str, what: str, least: int = 0) -> int:
             raise BadRowError(f"{what}_not_an_integer", f"{what} must be an integer (got {text[:40]!r})") from None
         value = int(number)
     return bounded(value, what, least)
+
+
+def epoch_us(moment: datetime) -> tuple[int, bool]:
+    """(microseconds since 1970, exactly; whether the moment has a zone). Without one it is taken as UTC."""
+    zoned = moment.tzinfo is not None
+    gap = (moment if zoned else moment.replace(tzinfo=UTC)) - _EPOCH
+    return (gap.days * 86_400 + gap.seconds) * 1_000_000 + gap.microseconds, zoned
 
 
 def bounded(value: int, what: str, least: int = 0) -> int:

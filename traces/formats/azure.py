@@ -7,15 +7,13 @@ Source: Azure/AzurePublicDataset.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 import numpy as np
 
-from traces.formats import BadRowError
+from traces.formats import BadRowError, epoch_us
 from traces.formats.columns import Columns
 from traces.records import Ints
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _time_us(text: str) -> tuple[int, bool]:
@@ -26,11 +24,7 @@ def _time_us(text: str) -> tuple[int, bool]:
         raise BadRowError(
             "bad_time", f"TIMESTAMP must be like 2023-11-16 18:15:46.680590 (got {text[:40]!r})"
         ) from None
-    zoned = moment.tzinfo is not None
-    if not zoned:
-        moment = moment.replace(tzinfo=UTC)
-    gap = moment - _EPOCH
-    return (gap.days * 86_400 + gap.seconds) * 1_000_000 + gap.microseconds, zoned
+    return epoch_us(moment)
 
 
 class _Calendar(Columns):

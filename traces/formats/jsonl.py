@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import IO, Any
 
-from traces.formats import BadRowError, Event, Meta, bounded
+from traces.formats import BadRowError, Event, Meta, bounded, epoch_us
 
 
 class Lines:
@@ -120,12 +120,10 @@ def stamp_us(value: Any, what: str) -> tuple[int, bool]:
     if not isinstance(value, str):
         raise BadRowError("bad_time", f"{what} must be a date and time (got {value!r:.40})")
     try:
-        when = datetime.fromisoformat(value.strip())
+        moment = datetime.fromisoformat(value.strip())
     except ValueError:
         raise BadRowError("bad_time", f"{what} must be a date and time (got {value[:40]!r})") from None
-    zoned = when.tzinfo is not None
-    when = when if zoned else when.replace(tzinfo=UTC)
-    return round((when - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1e6), zoned
+    return epoch_us(moment)
 
 
 def blocks(ids: Any, prompt: int, block: int, what: str = "hash_ids") -> list[int | str]:

@@ -38,7 +38,7 @@ class Spans:
 
     def rows(self, lines: IO[str]) -> Iterator[tuple[int, Event | BadRowError]]:
         """A span a row; the number is that of the line, or of the span where the file is one document."""
-        held, size, number = "", 0, 0
+        held, size = "", 0
         for count, line in enumerate(lines, start=1):
             size += len(line)
             if size > MOST_BYTES and held:
