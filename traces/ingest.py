@@ -9,14 +9,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import math
+import sys
 import tempfile
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO, cast
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -24,9 +27,16 @@ import numpy as np
 from traces.errors import InputError
 from traces.formats import BadFileError, BadRowError, Batch, OtherEvent, Row, TraceFormat, formats
 from traces.formats.blocks import pack, unpack
-from traces.formats.generic import generic
+from traces.formats.generic import generic, parse_map
+from traces.formats.mooncake import mooncake
+from traces.formats.parquet import ParquetLines, parquet_columns
 from traces.records import Schedule
 from traces.store import Store, TraceInfo
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 HEAD = 65_536
 """Bytes that a format is recognised by."""
@@ -37,6 +47,11 @@ PIECE = 16_384
 MAX_BAD = 0.05
 LINE_LIMIT = 4 << 20
 """Longest line that is read, in characters; a longer one is skipped and counted, never held."""
+
+GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+MOST_RATIO = 200
+MOST_PLAIN_BYTES = 256 << 20
+"""A compressed file may become this large, or MOST_RATIO times its size where that is more."""
 
 ZERO_OUTPUT = ("keep-failed", "skip", "min1")
 _OK, _FAILED = 0, 1
@@ -96,13 +111,14 @@ def ingest(
     columns: str | None = None,
     time_unit: str = "s",
     tz: str | None = None,
+    block_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
     """Load files as one trace. InputError refuses a file whole and leaves nothing behind.
 
     name: default is the first file's stem. zero_output: rows without answer tokens are kept as failed, skipped, or given
-    one token. columns, time_unit: the user's map of any CSV or JSONL (:mod:`traces.formats.generic`). tz: zone of times
-    that carry none, default UTC. progress(bytes read so far).
+    one token. columns, time_unit: the user's map of any CSV, JSONL or Parquet (:mod:`traces.formats.generic`). tz: zone of
+    times that carry none, default UTC. block_size: tokens of a Mooncake file's blocks, if not 512. progress(bytes read).
     """
     if not paths:
         raise InputError("no file was given. Write: steelyard ingest FILE")
@@ -114,11 +130,19 @@ def ingest(
     wanted = name or Path(files[0]["name"]).name.split(".")[0]
     zone = _zone(tz)
     reader = _recognise(paths[0], format, columns, time_unit)
+    if block_size is not None:
+        if reader.name != "mooncake" or block_size < 1:
+            raise InputError(
+                f"--block-size is of Mooncake files and at least 1: the others say theirs (got {block_size} for {reader.name})."
+            )
+        reader = mooncake(block_size)
     options: dict[str, Any] = {"zero_output": zero_output, "max_bad": max_bad}
     if columns is not None:
         options |= {"map": columns, "time_unit": time_unit}
     if tz is not None:
         options["tz"] = tz
+    if block_size is not None:
+        options["block_size"] = block_size
     for info in store.traces():
         if info.name != wanted:
             continue
@@ -174,12 +198,23 @@ def _load(
 
 
 _RECORD = np.dtype(
-    [("arrival_us", np.int64), ("line", np.int32), ("prompt", np.int32), ("output", np.int32), ("status", np.int8)]
+    [
+        ("arrival_us", np.int64),
+        ("line", np.int32),
+        ("prompt", np.int32),
+        ("output", np.int32),
+        ("status", np.int8),
+        ("turn", np.int32),
+        ("think", np.int64),
+        ("ttft", np.int64),
+        ("e2e", np.int64),
+    ]
 )
+_TIMED = {"turn": "turn", "think": "think_us", "ttft": "source_ttft_us", "e2e": "source_e2e_us"}
 
 
 class _Loaded:
-    """The rows of a source, 21 bytes each in a temporary file; a context manager.
+    """The rows of a source, 49 bytes each in a temporary file; a context manager.
 
     Sums are kept while reading. A source in order of time is never held in memory; of one that is not, the arrivals are,
     to sort them.
@@ -191,21 +226,24 @@ class _Loaded:
         self.zero_output = zero_output
         self.session: dict[int, str] = {}
         self.hashes: dict[int, bytes] = {}
-        self.dense: dict[Any, int] = {}
+        self.dense: defaultdict[Any, int] = defaultdict(itertools.count().__next__)  # numbers by first appearance
         self.block_tokens = reader.meta.block_size
         self.files = 0
-        self.seen: set[str] = set()
+        self.seen: dict[str, int] = {}  # request id -> the row's position
+        self.parents: dict[int, str] = {}
+        self.timed: set[str] = set()  # fields of _TIMED that any row has
         self.others = 0
         self.other_kinds: set[str] = set()
         self.skipped: dict[str, Skipped] = {}
         self.read_rows = 0
-        self.zoned: set[bool | None] = set()
+        self.zones: Counter[bool | None] = Counter()
+        self.odd: Counter[str] = Counter()
         self.kept = self.inversions = self.equal = self.failed = self.sum_prompt = self.sum_output = 0
         self.first_us = self.last_us = self._at_us = self._at_line = 0
         self.hits = 0  # of the prefix cache, while rows come in order
         self.gap_us: int | None = None  # between all rows so far; -1 once two gaps differ
         self.in_order = True
-        self._held: list[tuple[int, int, int, int, int]] = []
+        self._held: list[tuple[int, ...]] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._order: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
@@ -226,7 +264,7 @@ class _Loaded:
         self.files += 1
         read: Callable[[Any], Iterator[Any]] = getattr(self.reader, "batches", self.reader.rows)
         try:
-            with _open(path) as lines:
+            with _open(path, getattr(self.reader, "columns", ())) as lines:
                 for item in read(_Bounded(lines, progress)):
                     if isinstance(item, Batch):
                         self.keep_batch(item)
@@ -243,7 +281,7 @@ class _Loaded:
                         self.keep(line, row)
         except BadFileError as error:
             raise InputError(f"{path}: {error}.") from error
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
             raise InputError(f"{path}: cannot be read to its end ({error}). Nothing was stored.") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Nothing was stored.") from error
@@ -257,7 +295,7 @@ class _Loaded:
             if row.id in self.seen:
                 self.skip("duplicate_request_id", line, f"request {row.id[:40]!r} was there before")
                 return
-            self.seen.add(row.id)
+            self.seen[row.id] = self.kept + len(self._held)
         output, status = row.output_tokens, row.status
         if output == 0:
             if self.zero_output == "skip":
@@ -265,10 +303,16 @@ class _Loaded:
                 return
             output, status = (1, status) if self.zero_output == "min1" else (0, _FAILED)
         at = self.kept + len(self._held)
+        arrival = row.arrival_us if self.zone is None else self._local(row.arrival_us, row.zoned)
+        written = -1 if output is None else output
         self._held.append(
-            (self._local(row.arrival_us, row.zoned), line, row.prompt_tokens, -1 if output is None else output, status)
+            (arrival, line, row.prompt_tokens, written, status, row.turn, row.think_us, row.ttft_us, row.e2e_us)
         )
-        self.zoned.add(row.zoned)
+        if row.parent is not None:
+            self.parents[at] = row.parent
+        self.zones[row.zoned] += 1
+        if row.odd is not None:
+            self.odd[row.odd] += 1
         if row.session_key is not None:
             self.session[at] = row.session_key
         if row.hash_ids is not None:
@@ -281,12 +325,15 @@ class _Loaded:
             known = self.dense
             before = len(known)
             if self.reader.meta.hash_scope == "session":
-                ids = [known.setdefault((self.files, i), len(known)) for i in row.hash_ids]
+                ids = [known[self.files, i] for i in row.hash_ids]
             else:
-                ids = [known.setdefault(i, len(known)) for i in row.hash_ids]
+                ids = list(map(known.__getitem__, row.hash_ids))
             self.hashes[at] = pack(ids)
-            # Numbers go by first appearance: what was there before this row has a smaller one.
-            leading = next((k for k, i in enumerate(ids) if i >= before), len(ids))
+            leading = 0
+            for i in ids:
+                if i >= before:  # not seen before this row
+                    break
+                leading += 1
             self.hits += min(leading * (self.block_tokens or 1), row.prompt_tokens)
         if len(self._held) >= PIECE:
             self._flush()
@@ -296,8 +343,8 @@ class _Loaded:
         self._flush()
         n = len(batch.arrival_us)
         self.read_rows += n
-        self.zoned.add(batch.zoned)
-        rows = np.empty(n, dtype=_RECORD)
+        self.zones[batch.zoned] += n
+        rows = np.full(n, -1, dtype=_RECORD)
         rows["arrival_us"] = batch.arrival_us
         rows["line"] = np.arange(batch.first_line, batch.first_line + n)
         rows["prompt"], rows["output"] = batch.prompt_tokens, batch.output_tokens
@@ -356,6 +403,9 @@ class _Loaded:
         self.failed += int((rows["status"] != _OK).sum())
         self.sum_prompt += int(rows["prompt"].sum(dtype=np.int64))
         self.sum_output += int(rows["output"][rows["output"] > 0].sum(dtype=np.int64))
+        for name in _TIMED:
+            if name not in self.timed and (rows[name] >= 0).any():
+                self.timed.add(name)
         self._file.write(rows.tobytes())
 
     def check(self, paths: Sequence[Path], max_bad: float) -> None:
@@ -388,7 +438,7 @@ class _Loaded:
 
     @property
     def origin(self) -> str | None:
-        if self.zoned <= {None}:
+        if self.zones.keys() <= {None}:
             return None
         return datetime.fromtimestamp(self.first_us / 1e6, UTC).isoformat()
 
@@ -406,30 +456,39 @@ class _Loaded:
             yield rows[picked], picked.tolist()
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        """Columns for the database."""
+        """Columns for the database; those without a value are left out."""
         start = 0
+        links = _Links(self) if self.session or self.parents else None
         for rows, places in self._pieces():
             n = len(rows)
             output = rows["output"].tolist()
-            yield {
+            held: dict[str, list[Any]] = {
                 "seq": list(range(start, start + n)),
                 "source_line": rows["line"].tolist(),
                 "arrival_us": (rows["arrival_us"] - self.first_us).tolist(),
                 "prompt_tokens": rows["prompt"].tolist(),
                 "output_tokens": [None if v < 0 else v for v in output] if min(output) < 0 else output,
                 "status": rows["status"].tolist(),
-                "session_key": [self.session.get(i) for i in places] if self.session else [None] * n,
-                "hash_ids": [self.hashes.get(i) for i in places] if self.hashes else [None] * n,
             }
+            for name in self.timed:
+                held[_TIMED[name]] = [None if v < 0 else v for v in rows[name].tolist()]
+            if self.session:
+                held["session_key"] = [self.session.get(i) for i in places]
+            if self.hashes:
+                held["hash_ids"] = [self.hashes.get(i) for i in places]
+            if links is not None:
+                held |= links.of(rows, places, start)
+            yield held
             start += n
 
     def report(self, name: str) -> IngestReport:
         """What the load did."""
         kept, notes = self.kept, []
-        if False in self.zoned:
+        if False in self.zones:
             notes.append(f"times carry no zone: taken as {self.zone.key if self.zone else 'UTC'}")
-        if {True, False} <= self.zoned:
-            notes.append("some times carry a zone and some do not")
+        if {True, False} <= self.zones.keys():
+            notes.append(f"{self.zones[True]} times carry a zone and {self.zones[False]} do not")
+        notes += [f"{count} rows {what}" for what, count in self.odd.items()]
         distinct, gap = kept - self.equal, self.gap_us
         if self._order is not None:
             gaps = np.diff(self._rows()["arrival_us"][self._order])
@@ -479,6 +538,56 @@ class _Loaded:
                 total += min(leading * block, prompt)
                 seen.update(ids)
         return total
+
+
+class _Links:
+    """Which request each one continues: the one that its row names, or the one before in its session.
+
+    A request that arrived while the one before was still being answered continues nothing. Rows come in order of time.
+    """
+
+    def __init__(self, loaded: _Loaded) -> None:
+        self._loaded = loaded
+        self._last: dict[str, int] = {}  # session -> seq of its latest row
+        self._turns: dict[str, int] = {}
+        self._end_us: dict[int, int] = {}  # seq -> when its answer ended, where the source says it
+        self._rank: np.ndarray[Any, Any] | None = None
+        if loaded._order is not None and loaded.parents:
+            self._rank = np.empty(loaded.kept, dtype=np.int64)
+            self._rank[loaded._order] = np.arange(loaded.kept)
+
+    def of(self, rows: np.ndarray[Any, Any], places: Sequence[int], start: int) -> dict[str, list[int | None]]:
+        """The columns turn, parent_seq and think_us of a piece."""
+        turns: list[int | None] = []
+        parents: list[int | None] = []
+        thinks: list[int | None] = []
+        columns = (rows["arrival_us"].tolist(), rows["e2e"].tolist(), rows["turn"].tolist(), rows["think"].tolist())
+        loaded = self._loaded
+        for seq, (place, arrival, e2e, turn, think) in enumerate(zip(places, *columns, strict=True), start):
+            session = loaded.session.get(place)
+            named = loaded.parents.get(place)
+            parent: int | None = None
+            if named is not None:
+                at = loaded.seen.get(named)
+                if at is not None:
+                    parent = at if self._rank is None else int(self._rank[at])
+                    parent = parent if parent < seq else None
+            elif session is not None:
+                parent = self._last.get(session)
+                if parent is not None and self._end_us.get(parent, arrival) > arrival:
+                    parent = None
+            if session is not None:
+                self._last[session] = seq
+                self._turns[session] = self._turns.get(session, 0) + 1
+                turn = turn if turn >= 0 else self._turns[session]
+                if e2e >= 0:
+                    self._end_us[seq] = arrival + e2e
+            if think < 0 and parent is not None and parent in self._end_us:
+                think = max(0, arrival - self._end_us[parent])
+            turns.append(turn if turn >= 0 else None)
+            parents.append(parent)
+            thinks.append(think if think >= 0 and parent is not None else None)
+        return {"turn": turns, "parent_seq": parents, "think_us": thinks}
 
 
 class _Bounded:
@@ -553,12 +662,48 @@ def _identity(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _open(path: Path) -> TextIO:
+def _open(path: Path, columns: Sequence[str] = ()) -> TextIO:
+    """The text of a file: as it is, decompressed, or a Parquet's columns as JSONL."""
     with path.open("rb") as f:
         magic = f.read(4)
-    if magic[:2] == b"\x1f\x8b":
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    if magic == PARQUET:
+        return cast(TextIO, ParquetLines(path, columns))
+    return io.TextIOWrapper(_bytes(path, magic), encoding="utf-8-sig", newline="")
+
+
+def _bytes(path: Path, magic: bytes) -> io.BufferedReader:
+    if magic[:2] == GZIP:
+        return io.BufferedReader(_Expanding(cast(BinaryIO, gzip.open(path, "rb")), path.stat().st_size), 1 << 18)
+    if magic == ZSTD:
+        raw = zstd.open(path, "rb", options={zstd.DecompressionParameter.window_log_max: 27})
+        return io.BufferedReader(_Expanding(cast(BinaryIO, raw), path.stat().st_size), 1 << 18)
+    return path.open("rb")
+
+
+class _Expanding(io.RawIOBase):
+    """A decompressed stream that stops where no log can have been packed that tightly."""
+
+    def __init__(self, source: BinaryIO, packed: int) -> None:
+        self._source = source
+        self._most = max(MOST_PLAIN_BYTES, packed * MOST_RATIO)
+        self._given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._source.read(len(buffer))
+        self._given += len(piece)
+        if self._given > self._most:
+            raise BadFileError(
+                f"expands to more than {MOST_RATIO} times its size: is it a log? Unpack it first, if it is"
+            )
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 def _zone(tz: str | None) -> ZoneInfo | None:
@@ -576,10 +721,17 @@ def _recognise(path: Path, wanted: str | None, columns: str | None = None, time_
     try:
         with path.open("rb") as f:
             raw = f.read(HEAD)
-        if raw[:2] == b"\x1f\x8b":
-            with gzip.open(path, "rb") as g:
+        if raw[:4] == PARQUET:
+            if columns is None:
+                raise InputError(
+                    f"{path}: is Parquet: name its columns with --map ({', '.join(parquet_columns(path))})."
+                )
+            with ParquetLines(path, tuple(parse_map(columns).values())) as table:
+                raw = table.readline().encode()
+        elif raw[:2] == GZIP or raw[:4] == ZSTD:
+            with _bytes(path, raw[:4]) as g:
                 raw = g.read(HEAD)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, zstd.ZstdError, BadFileError) as error:
         raise InputError(f"{path}: cannot be read ({error}).") from error
     refusal = _refusal(raw)
     if refusal:
@@ -587,7 +739,7 @@ def _recognise(path: Path, wanted: str | None, columns: str | None = None, time_
     head = raw.decode("utf-8-sig", errors="replace")
     if columns is not None:
         if wanted is not None:
-            raise InputError("--format and --map exclude each other: a map describes any CSV or JSONL.")
+            raise InputError("--format and --map exclude each other: a map describes any CSV, JSONL or Parquet.")
         mapped = generic(columns, time_unit, head)
         missing = mapped.sniff(head)
         if missing is not None:
@@ -617,12 +769,8 @@ def _refusal(raw: bytes) -> str | None:
         return "is a web page, not a trace: was a download link saved instead of the file?"
     if raw.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return "is a Python pickle, which is never opened: export it as CSV or JSONL"
-    if raw.startswith(b"\x28\xb5\x2f\xfd"):
-        return "is compressed with zstd: write zstd -dc FILE | steelyard ingest - --name NAME"
     if raw.startswith(b"PK\x03\x04"):
         return "is a zip archive: unpack it first"
-    if raw.startswith(b"PAR1"):
-        return "is a Parquet file, which this version does not read"
     if raw.count(b"\x00") > len(raw) // 1000:
         return "is binary, not a text log"
     return None
@@ -659,8 +807,6 @@ def store_schedule(store: Store, schedule: Schedule, *, options: dict[str, Any])
         "prompt_tokens": schedule.prompt_tokens.tolist(),
         "output_tokens": schedule.output_tokens.tolist(),
         "status": [_OK] * n,
-        "session_key": [None] * n,
-        "hash_ids": [None] * n,
     }
     report = IngestReport(
         name=schedule.name,

@@ -15,6 +15,7 @@ NaN in a record is NULL in a row, and so is -1 in a count.
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import sqlite3
@@ -27,7 +28,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 import sqlalchemy as sa
@@ -73,9 +74,19 @@ trace_rows = sa.Table(
     sa.Column("output_tokens", sa.Integer),
     sa.Column("status", sa.SmallInteger, nullable=False),
     sa.Column("session_key", sa.Text),
+    sa.Column("turn", sa.Integer),
+    sa.Column("parent_seq", sa.Integer),
+    sa.Column("think_us", sa.BigInteger),
+    sa.Column("source_ttft_us", sa.BigInteger),
+    sa.Column("source_e2e_us", sa.BigInteger),
     sa.Column("hash_ids", sa.LargeBinary),
     sqlite_with_rowid=False,
 )
+"""parent_seq: the request whose answer came before this one was written; think_us: from the end of that answer to this
+arrival. source_*: what the recorded system measured; never a result of ours."""
+
+TRACE_COLUMNS = tuple(c.name for c in trace_rows.columns if c.name != "source_id")
+"""What a batch of :meth:`Store.add_trace` may hold; a column that it lacks is null."""
 
 runs = sa.Table(
     "runs",
@@ -379,6 +390,53 @@ def _said(shown: str) -> Iterator[None]:
         raise StoreError(f"{shown}: {what}. Check that the database is there and can be written.") from None
 
 
+# --- other people's databases ---------------------------------------------------------------------------------------
+
+SPEND_LOGS = (
+    "request_id",
+    "call_type",
+    "prompt_tokens",
+    "completion_tokens",
+    "startTime",
+    "endTime",
+    "completionStartTime",
+    "cache_hit",
+    "status",
+    "session_id",
+)
+"""Columns of LiteLLM's table that are read; those with texts, keys and users are not."""
+
+
+def spend_logs(url: str, into: TextIO) -> int:
+    """Write LiteLLM's ``LiteLLM_SpendLogs`` as CSV, in order of start; returns the rows. Nothing there is changed.
+
+    StoreError when there is no such database or table, or it lacks what a trace needs.
+    """
+    engine = _engine(url, create=False)
+    shown = redact(url)
+    try:
+        with _connected(engine, shown) as connection:
+            name = "LiteLLM_SpendLogs"
+            inspector = sa.inspect(connection)
+            if not inspector.has_table(name):
+                raise StoreError(f"{shown}: has no table {name}. Give the URL of LiteLLM's own database.")
+            held = {c["name"] for c in inspector.get_columns(name)}
+            missing = [c for c in SPEND_LOGS[:5] if c not in held]
+            if missing:
+                raise StoreError(f"{shown}: its {name} lacks {', '.join(missing)}. Which LiteLLM wrote it?")
+            table = sa.table(name, *(sa.column(c) for c in SPEND_LOGS if c in held))
+            query = sa.select(table).order_by(table.c.startTime, table.c.request_id)
+            writer = csv.writer(into, lineterminator="\n")
+            writer.writerow(table.c.keys())
+            rows = 0
+            for part in connection.execution_options(yield_per=BATCH).execute(query).partitions():
+                writer.writerows([v.isoformat() if isinstance(v, datetime) else v for v in row] for row in part)
+                rows += len(part)
+            return rows
+    finally:
+        engine.dispose()
+
+
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
@@ -421,7 +479,7 @@ class Store:
     ) -> TraceInfo:
         """Store a trace, all of it or none.
 
-        batches: columns seq, source_line, arrival_us, prompt_tokens, output_tokens, status, session_key, hash_ids.
+        batches: columns of TRACE_COLUMNS; the one that may be null may be missing.
         summary: called after the last batch; gives (summary dict, origin_utc, block_size, hash_scope). InputError when the
         name is taken.
         """
@@ -440,18 +498,9 @@ class Store:
             }
             key = connection.execute(trace_sources.insert().values(values)).inserted_primary_key
             source = int(key[0]) if key else 0
-            columns = (
-                "seq",
-                "source_line",
-                "arrival_us",
-                "prompt_tokens",
-                "output_tokens",
-                "status",
-                "session_key",
-                "hash_ids",
-            )
             for batch in batches:
                 n = len(batch["seq"])
+                columns = [c for c in TRACE_COLUMNS if c in batch]
                 rows = zip([source] * n, *(batch[c] for c in columns), strict=True)
                 self._bulk(connection, trace_rows, ("source_id", *columns), rows)
             figures, origin, block, scope = summary()

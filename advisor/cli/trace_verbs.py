@@ -68,27 +68,38 @@ def _say(report: Any) -> None:
 
 
 @contextmanager
-def _files(files: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
-    """The files; standard input as a temporary one, since a trace is read twice (its sum first)."""
-    if Path("-") not in files:
-        yield files
+def _files(sources: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
+    """The files; standard input and a table as temporary ones, since a trace is read twice (its sum first)."""
+    from traces.store import spend_logs
+
+    if sources != ("-",) and not any(map(_is_url, sources)):
+        yield tuple(map(Path, sources))
         return
     with tempfile.TemporaryDirectory() as folder:
-        held = Path(folder) / "stdin"
-        with held.open("wb") as out:
-            shutil.copyfileobj(sys.stdin.buffer, out, 1 << 20)
+        if sources == ("-",):
+            held = Path(folder) / "stdin"
+            with held.open("wb") as out:
+                shutil.copyfileobj(sys.stdin.buffer, out, 1 << 20)
+        else:
+            held = Path(folder) / "LiteLLM_SpendLogs.csv"
+            with held.open("w", encoding="utf-8", newline="") as text:
+                spend_logs(sources[0], text)
         yield (held,)
 
 
+def _is_url(source: str) -> bool:
+    return "://" in source
+
+
 @click.command(**example("steelyard ingest traces/data/azure-2023-conv.csv --name conv"))
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True)
 @click.option("--name", help="Name of the trace [default: the file's].")
 @click.option("--format", "format_", help="One of steelyard traces formats [default: recognised from the file].")
 @click.option(
     "--map",
     "columns",
     metavar="ARRIVAL=..,..",
-    help="Any CSV or JSONL: arrival=COL,input=COL,output=COL[,session=COL].",
+    help="Any CSV, JSONL or Parquet: arrival=COL,input=COL,output=COL[,session=COL].",
 )
 @click.option(
     "--time-unit",
@@ -98,6 +109,7 @@ def _files(files: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
     help="Of the arrival column of --map.",
 )
 @click.option("--tz", metavar="ZONE", help="Zone of times that carry none, like Europe/Berlin [default: UTC].")
+@click.option("--block-size", type=int, help="Tokens of a prefix block of a Mooncake file [default: 512].")
 @click.option("--max-bad", default="5%", show_default=True, help="Refuse the file when more rows than this are bad.")
 @click.option(
     "--zero-output",
@@ -109,7 +121,7 @@ def _files(files: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
 @json_option
 @db_option
 def ingest(
-    files: tuple[Path, ...],
+    files: tuple[str, ...],
     name: str | None,
     format_: str | None,
     max_bad: str,
@@ -117,12 +129,14 @@ def ingest(
     columns: str | None,
     time_unit: str,
     tz: str | None,
+    block_size: int | None,
     as_json: bool,
     db: str,
 ) -> None:
     """Read a recorded trace into the database: validated, counted, all of it or none.
 
-    Several files are shards of one trace; - reads standard input (with --name). The same file again changes nothing.
+    Several files are shards of one trace, gzip and zstd are read as they are; - reads standard input (with --name), the URL of
+    LiteLLM's database its spend log. The same file again changes nothing.
     """
     from traces.errors import InputError
     from traces.ingest import clean_rate
@@ -130,14 +144,16 @@ def ingest(
     from traces.store import open_store
 
     share = clean_rate(max_bad)
-    if Path("-") in files and (len(files) > 1 or not name):
+    if "-" in files and (len(files) > 1 or not name):
         raise InputError("standard input is a trace of its own and needs a name: steelyard ingest - --name NAME")
-    with open_store(db) as store, progress(as_json) as bars, _files(files) as files:
-        size = sum(f.stat().st_size for f in files if f.is_file())
+    if any(map(_is_url, files)) and (len(files) > 1 or format_ not in (None, "litellm") or columns):
+        raise InputError("the URL of a database is LiteLLM's, and a trace of its own: steelyard ingest URL --name NAME")
+    with open_store(db) as store, progress(as_json) as bars, _files(files) as paths:
+        size = sum(f.stat().st_size for f in paths if f.is_file())
         task = bars.add_task("read", total=size, note="bytes")
         report = load(
             store,
-            list(files),
+            list(paths),
             name=name,
             format=format_,
             max_bad=share,
@@ -145,6 +161,7 @@ def ingest(
             columns=columns,
             time_unit=time_unit,
             tz=tz,
+            block_size=block_size,
             progress=lambda n: bars.update(task, completed=n),
         )
         bars.update(task, completed=size)

@@ -17,13 +17,15 @@ from traces.records import Ints
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """One request as recorded. arrival_us: microseconds on the source's own clock, any origin. output_tokens None: unknown.
 
     zoned: False when the source's time carries no zone, None when it has no calendar. status: 0 ok, 1 failed, 2 cancelled.
     block_tokens: what one block id stands for, where the rows say it and not the format. id: the request's own, by which a
-    second row of the same request is known.
+    second row of the same request is known. parent: the id of the request whose answer this one continues, where the rows
+    say it; else it is the one before in the session. think_us: from the end of that answer to this arrival. ttft_us, e2e_us:
+    what the source measured. -1: not known, as with turn. odd: what is strange about a row that is kept all the same.
     """
 
     arrival_us: int
@@ -35,6 +37,12 @@ class Row:
     status: int = 0
     block_tokens: int | None = None
     id: str | None = None
+    parent: str | None = None
+    turn: int = -1
+    think_us: int = -1
+    ttft_us: int = -1
+    e2e_us: int = -1
+    odd: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

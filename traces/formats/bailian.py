@@ -21,11 +21,22 @@ def _row(record: dict[str, Any], state: dict[str, Any]) -> Row:
     ids = record.get("hash_ids")
     packed = blocks(ids, prompt, BLOCK) if ids is not None else None
     # A conversation is named after its root.
-    roots: dict[Any, Any] = state.setdefault("roots", {})
-    chat, parent = record.get("chat_id"), record.get("parent_chat_id")
-    root = chat if parent in (-1, "-1", None) else roots.get(parent, parent)
+    roots: dict[str, str] = state.setdefault("roots", {})
+    chat, before = str(record.get("chat_id"))[:200], record.get("parent_chat_id")
+    parent = None if before in (-1, "-1", None) else str(before)[:200]
+    root = chat if parent is None else roots.get(parent, parent)
     roots[chat] = root
-    return Row(when, prompt, output, session_key=str(root)[:200], hash_ids=packed)
+    turn = record.get("turn")
+    return Row(
+        when,
+        prompt,
+        output,
+        session_key=root,
+        hash_ids=packed,
+        id=chat,
+        parent=parent,
+        turn=-1 if turn is None else whole(turn, "turn"),
+    )
 
 
 FORMAT = Lines(

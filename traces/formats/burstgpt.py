@@ -15,4 +15,6 @@ FORMAT = Columns(
     output="Response tokens",
     when=seconds_us,
     session="Session ID",
+    elapsed="Elapsed time",
+    total="Total tokens",
 )

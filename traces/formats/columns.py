@@ -12,12 +12,15 @@ import numpy as np
 from traces.formats import BadFileError, BadRowError, Batch, Meta, Row, count
 from traces.records import Ints
 
+ODD_TOTAL = "whose total is not prompt + output: the parts are trusted"
+
 
 class Columns:
     """A CSV with a header; columns are found by name, others are passed over.
 
     when(text) -> (microseconds, whether the text had a zone, or None where the time has no calendar); it raises
-    BadRowError. session: the column of the session's key, if there is one; a file without it is still of this format.
+    BadRowError. session, elapsed, total: columns of the session's key, of the seconds that the answer took and of the sum of
+    both counts; a file without them is still of this format.
     """
 
     def __init__(
@@ -31,12 +34,16 @@ class Columns:
         output: str,
         when: Callable[[str], tuple[int, bool | None]],
         session: str = "",
+        elapsed: str = "",
+        total: str = "",
     ) -> None:
         self.name = name
         self.title = title
         self.meta = Meta(clock=clock)
         self.needed = (at, prompt, output)
         self.session = session
+        self.elapsed = elapsed
+        self.total = total
         self.when = when
 
     def sniff(self, head: str) -> str | None:
@@ -98,6 +105,8 @@ class Columns:
             at, prompt, output = (fields[header.index(c) :: width] for c in self.needed)
             arrival, zoned = self.moments(at)
             n, m = (np.array(list(map(int, column)), dtype=np.int64) for column in (prompt, output))
+            if self.total in header and list(map(str, (n + m).tolist())) != fields[header.index(self.total) :: width]:
+                return None
         except (ValueError, OverflowError, BadRowError):
             return None
         if min(n.min(), m.min()) < 0 or max(n.max(), m.max()) > 2**31 - 1:
@@ -114,6 +123,8 @@ class Columns:
     def _each(self, reader: Any, header: list[str], offset: int) -> Iterator[tuple[int, Row | BadRowError]]:
         at, prompt, output = (header.index(c) for c in self.needed)
         session = header.index(self.session) if self.session in header else -1
+        total = header.index(self.total) if self.total in header else -1
+        lasted = header.index(self.elapsed) if self.elapsed in header else -1
         of_prompt, of_output = (c.replace(" ", "_") for c in self.needed[1:])
         width = len(header)
         while True:
@@ -134,9 +145,21 @@ class Columns:
                 arrival_us, zoned = self.when(fields[at])
                 n, m = count(fields[prompt], of_prompt), count(fields[output], of_output)
                 key = (fields[session] or None) if session >= 0 else None
-                yield line, Row(arrival_us, n, m, session_key=key, zoned=zoned)
+                row = Row(arrival_us, n, m, session_key=key, zoned=zoned)
+                if lasted >= 0:
+                    row.e2e_us = _lapse_us(fields[lasted])
+                if total >= 0 and fields[total].strip() not in (str(n + m), f"{n + m}.0"):
+                    row.odd = ODD_TOTAL
+                yield line, row
             except BadRowError as bad:
                 yield line, bad
+
+
+def _lapse_us(text: str) -> int:
+    try:
+        return seconds_us(text)[0]
+    except BadRowError:
+        return -1
 
 
 def seconds_us(text: str) -> tuple[int, None]:

@@ -32,7 +32,10 @@ def _sglang(record: dict[str, Any], state: dict[str, Any]) -> Row | OtherEvent:
     arrival_us, zoned = waiting.pop(rid)
     prompt = whole(at(record, "out.meta_info.prompt_tokens"), "prompt_tokens")
     output = whole(at(record, "out.meta_info.completion_tokens"), "completion_tokens")
-    return Row(arrival_us, prompt, output, zoned=zoned, id=rid)
+    ended_us = -1
+    if "timestamp" in record or "time" in record:
+        ended_us = _when(record)[0]
+    return Row(arrival_us, prompt, output, zoned=zoned, id=rid, e2e_us=max(-1, ended_us - arrival_us))
 
 
 SGLANG = Lines(

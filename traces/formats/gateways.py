@@ -1,7 +1,8 @@
 """Logs of gateways before the engines. Message texts that stand in them are never read.
 
-LiteLLM: ``LiteLLM_SpendLogs`` as CSV (``\\copy .. to .. csv header``). Embeddings and answers from the gateway's own cache
-never reached an engine: other events. Envoy AI Gateway: JSON access log. Both from documentation, no real file seen.
+LiteLLM: ``LiteLLM_SpendLogs`` as CSV (``\\copy .. to .. csv header``) or from its database. Embeddings and answers from the
+gateway's own cache never reached an engine: other events. Envoy AI Gateway: JSON access log, from documentation, no real
+file seen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from traces.formats import BadFileError, BadRowError, Event, Meta, OtherEvent, Row, count
-from traces.formats.jsonl import Lines, at, stamp_us, whole
+from traces.formats.jsonl import Lines, at, lapse_us, stamp_us, whole
 
 _LLM_CALLS = ("completion", "text_completion", "responses", "anthropic_messages")
 
@@ -22,7 +23,6 @@ class LiteLlm:
     name = "litellm"
     title = "LiteLLM SpendLogs (CSV)"
     meta = Meta(clock="millisecond")
-    unseen = True
     needed = ("request_id", "call_type", "prompt_tokens", "completion_tokens", "startTime")
 
     def sniff(self, head: str) -> str | None:
@@ -68,7 +68,25 @@ class LiteLlm:
         )
         failed = record.get("status", "").lower() in ("failure", "failed", "error")
         session = record.get("session_id") or None
-        return Row(when, prompt, output, session, zoned=zoned, status=1 if failed else 0, id=record["request_id"][:200])
+        return Row(
+            when,
+            prompt,
+            output,
+            session,
+            zoned=zoned,
+            status=1 if failed else 0,
+            id=record["request_id"][:200],
+            ttft_us=_later_us(record.get("completionStartTime"), when),
+            e2e_us=_later_us(record.get("endTime"), when),
+        )
+
+
+def _later_us(stamp: str | None, start_us: int) -> int:
+    """Microseconds from the start to a stamp; -1 where there is none."""
+    try:
+        return max(-1, stamp_us(stamp, "")[0] - start_us)
+    except BadRowError:
+        return -1
 
 
 def _envoy(record: dict[str, Any], state: dict[str, Any]) -> Row:
@@ -88,7 +106,13 @@ def _envoy(record: dict[str, Any], state: dict[str, Any]) -> Row:
         session_key=None if session in (None, "-", "") else str(session)[:200],
         zoned=zoned,
         status=0 if str(code) in ("200", "None") else 1,
+        e2e_us=lapse_us(_number(at(record, "duration")), 1e3),
     )
+
+
+def _number(value: Any) -> Any:
+    """Access logs write numbers as text, where the operator's template quotes them."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19 else value
 
 
 LITELLM = LiteLlm()

@@ -1,4 +1,4 @@
-"""Any CSV or JSONL whose columns the user names: ``--map arrival=..,input=..,output=..[,session=..] --time-unit s``."""
+"""Any CSV, JSONL or Parquet whose columns the user names: ``--map arrival=..,input=..,output=..[,session=..] --time-unit s``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,14 @@ def generic(text: str, unit: str, first: str) -> TraceFormat:
                 zoned=zoned,
             )
 
-        return Lines("jsonl", "JSONL by --map", Meta(clock=unit), tuple(names[k] for k in _KEYS[:3]), read)
+        return Lines(
+            "jsonl",
+            "JSONL or Parquet by --map",
+            Meta(clock=unit),
+            tuple(names[k] for k in _KEYS[:3]),
+            read,
+            columns=tuple(names.values()),
+        )
     return Columns(
         "csv",
         "CSV by --map",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import IO, Any
 
+import orjson
+
 from traces.formats import BadRowError, Event, Meta, bounded, epoch_us
+
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class Lines:
@@ -16,7 +19,7 @@ class Lines:
 
     read(record, state) -> Row or OtherEvent; it raises BadRowError. state: a dict of its own for every file, for what must be
     remembered from line to line. needed: keys (with dots for nesting) of the first record by which the format is known.
-    tell: further look at the first record, None or what is missing.
+    tell: further look at the first record, None or what is missing. columns: those of a Parquet file that it reads.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Lines:
         *,
         tell: Callable[[dict[str, Any]], str | None] = lambda record: None,
         unseen: bool = False,
+        columns: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.title = title
@@ -37,15 +41,14 @@ class Lines:
         self.read = read
         self.tell = tell
         self.unseen = unseen
+        self.columns = columns
 
     def sniff(self, head: str) -> str | None:
         """The first line is an object with the keys."""
         first = head.lstrip("\ufeff").split("\n", 1)[0].strip()
         try:
-            record = json.loads(first)
-        except (ValueError, RecursionError):
-            return "the first line is not a JSON object"
-        if not isinstance(record, dict):
+            record = parse(first)
+        except BadRowError:
             return "the first line is not a JSON object"
         missing = [key for key in self.needed if at(record, key) is None]
         return f"no key {', '.join(missing)} in the first line" if missing else self.tell(record)
@@ -64,21 +67,14 @@ class Lines:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """One JSON object. BadRowError for anything else, NaN and infinity included."""
+    """One JSON object, integers up to 2^64 exactly. BadRowError for anything else, NaN and infinity included."""
     try:
-        record = _DECODER.decode(text)
-    except (ValueError, RecursionError):
+        record = orjson.loads(text)
+    except orjson.JSONDecodeError:
         raise BadRowError("bad_json", f"the line is not one JSON object (got {text[:40]!r})") from None
     if not isinstance(record, dict):
         raise BadRowError("bad_json", f"the line is not one JSON object (got {text[:40]!r})")
     return record
-
-
-def _refuse(word: str) -> Any:
-    raise ValueError(word)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 def at(record: Any, path: str) -> Any:
@@ -115,6 +111,14 @@ def number_us(value: Any, per_unit_us: float, what: str) -> int:
     return round(us)
 
 
+def lapse_us(value: Any, per_unit_us: float) -> int:
+    """What the source measured, in microseconds; -1 where it is no time: a request is not refused for that."""
+    try:
+        return number_us(value, per_unit_us, "")
+    except BadRowError:
+        return -1
+
+
 def stamp_us(value: Any, what: str) -> tuple[int, bool]:
     """(microseconds since 1970, whether it had a zone) of an ISO 8601 time. Without a zone it is taken as UTC."""
     if not isinstance(value, str):
@@ -132,7 +136,15 @@ def blocks(ids: Any, prompt: int, block: int, what: str = "hash_ids") -> list[in
         raise BadRowError("bad_hash_ids", f"{what} must be a list of integers")
     if ids and min(ids) < 0:
         raise BadRowError("bad_hash_ids", f"{what} must be >= 0")
-    if len(ids) not in (math.ceil(prompt / block), prompt // block):
+    if not _fits(len(ids), prompt, block):
+        fitting = [size for size in BLOCK_SIZES if _fits(len(ids), prompt, size)]
+        hint = f"; --block-size {' or '.join(map(str, fitting))} would fit" if fitting else ""
         found = math.ceil(prompt / block)
-        raise BadRowError("block_count_mismatch", f"{prompt} tokens are {found} blocks of {block} (got {len(ids)})")
+        raise BadRowError(
+            "block_count_mismatch", f"{prompt} tokens are {found} blocks of {block} (got {len(ids)}{hint})"
+        )
     return ids
+
+
+def _fits(count: int, prompt: int, block: int) -> bool:
+    return prompt // block <= count <= -(-prompt // block)

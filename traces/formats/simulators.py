@@ -13,6 +13,7 @@ VIDUR = Columns(
     prompt="num_prefill_tokens",
     output="num_decode_tokens",
     when=seconds_us,
+    total="num_total_tokens",
 )
 SPLITWISE = Columns(
     "splitwise-sim",

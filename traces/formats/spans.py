@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from traces.formats import BadFileError, BadRowError, Event, Meta, OtherEvent, Row
-from traces.formats.jsonl import number_us, parse, stamp_us, whole
+from traces.formats.jsonl import lapse_us, number_us, parse, stamp_us, whole
 
-MOST_BYTES = 256 << 20
+MOST_BYTES = 64 << 20
 _PROMPT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
 _OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
 _SESSION = ("gen_ai.conversation.id", "session.id", "exgentic.session.id")
@@ -101,10 +101,14 @@ def _read(span: Any) -> Event:
         nano = span["startTimeUnixNano"]
         nano = int(nano) if isinstance(nano, str) and nano.isdigit() and len(nano) < 22 else nano
         when, zoned = number_us(nano, 1e-3, "startTimeUnixNano"), True
+        end = span.get("endTimeUnixNano")
+        end = int(end) if isinstance(end, str) and end.isdigit() and len(end) < 22 else end
+        ended_us = lapse_us(end, 1e-3)
     else:
         when, zoned = stamp_us(span.get("start_time"), "start_time")
+        ended_us = stamp_us(span["end_time"], "end_time")[0] if "end_time" in span else -1
     session = next((attributes[k] for k in _SESSION if attributes.get(k) is not None), None)
-    request = attributes.get("gen_ai.request.id")
+    request = attributes.get("gen_ai.request.id", attributes.get("gen_ai.response.id"))
     status = span.get("status")
     failed = isinstance(status, dict) and str(status.get("code")) in ("2", "STATUS_CODE_ERROR")
     return Row(
@@ -115,6 +119,8 @@ def _read(span: Any) -> Event:
         zoned=zoned,
         status=1 if failed else 0,
         id=None if request is None else str(request)[:200],
+        ttft_us=lapse_us(attributes.get("gen_ai.latency.time_to_first_token"), 1e6),
+        e2e_us=max(-1, ended_us - when),
     )
 
 

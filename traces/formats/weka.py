@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from traces.formats import BadFileError, BadRowError, Event, Meta, Row
-from traces.formats.jsonl import blocks, number_us, parse, whole
+from traces.formats.jsonl import blocks, lapse_us, number_us, parse, whole
 
 BLOCK = 64
-MOST_BYTES = 256 << 20
+MOST_BYTES = 64 << 20
 MOST_DEPTH = 8
 
 
@@ -49,26 +49,34 @@ class Weka:
             raise BadFileError(str(error)) from error
         if session.get("block_size") != BLOCK:
             raise BadFileError(f"block_size must be {BLOCK} (got {json.dumps(session.get('block_size'))[:40]})")
-        name = str(session.get("id"))[:180]
-        yield from enumerate(self._requests(session.get("requests"), 0, name, 0), start=1)
+        if not isinstance(session.get("id"), str):
+            raise BadFileError(f"a session must have an id (got {json.dumps(session.get('id'))[:40]})")
+        name = session["id"][:180]
+        yield from enumerate(self._requests(session.get("requests"), 0, name, 0, None), start=1)
 
-    def _requests(self, requests: Any, start_us: int, name: str, depth: int) -> Iterator[Event | BadRowError]:
+    def _requests(
+        self, requests: Any, start_us: int, name: str, depth: int, parent: str | None
+    ) -> Iterator[Event | BadRowError]:
+        """parent: of a subagent's first request, the one that started it."""
         if not isinstance(requests, list) or depth > MOST_DEPTH:
             yield BadRowError("bad_json", f"requests must be a list, nested at most {MOST_DEPTH} deep")
             return
-        for record in requests:
+        for k, record in enumerate(requests):
             try:
                 if not isinstance(record, dict):
                     raise BadRowError("bad_json", f"a request must be an object (got {record!r:.40})")
                 when = start_us + number_us(record.get("t"), 1e6, "t")
                 if record.get("type") == "subagent":
-                    yield from self._requests(
-                        record.get("requests"), when, f"{name}/{record.get('agent_id')}"[:200], depth + 1
-                    )
+                    agent = f"{name}/{record.get('agent_id')}"[:200]
+                    yield from self._requests(record.get("requests"), when, agent, depth + 1, parent)
                     continue
                 prompt, output = whole(record.get("in"), "in"), whole(record.get("out"), "out")
                 ids = record.get("hash_ids")
-                yield Row(when, prompt, output, name, None if ids is None else blocks(ids, prompt, BLOCK))
+                row = Row(when, prompt, output, name, None if ids is None else blocks(ids, prompt, BLOCK))
+                row.id, row.parent = f"{name}#{k}", parent
+                row.e2e_us, row.ttft_us = lapse_us(record.get("api_time"), 1e6), lapse_us(record.get("ttft"), 1e6)
+                yield row
+                parent = row.id
             except BadRowError as bad:
                 yield bad
 
