@@ -19,6 +19,7 @@ import psycopg
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -354,6 +355,19 @@ def test_a_total_that_is_not_the_sum_is_said(wrong: int, store: Store, tmp_path:
     assert "1 rows whose total is not prompt + output: the parts are trusted" in report.notes
 
 
+def test_a_hostile_session_name_is_only_a_name(db_url: str, tmp_path: Path) -> None:
+    """Tabs, backslashes, quotes and line ends in a key arrive as they were on both databases."""
+    names = ["a\tb", "\\N", "\\", "x\ny\r", "'); DROP TABLE traces; --", "\\x41", "\u2028", ""]
+    text = lines(
+        *({"timestamp": k, "input_length": 1, "output_length": 1, "session_id": n} for k, n in enumerate(names))
+    )
+    with open_store(db_url) as held:
+        load(held, tmp_path, text)
+        with sa.create_engine(db_url.replace("postgresql:", "postgresql+psycopg:")).connect() as connection:
+            found = connection.execute(sa.text("SELECT session_key FROM traces ORDER BY seq")).scalars().all()
+    assert found == names
+
+
 def test_zoned_and_naive_times_in_one_file_are_counted(store: Store, tmp_path: Path) -> None:
     """Each is what it says, the naive ones UTC."""
     text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 02:00:01+02:00,1,1\n2024-05-10 00:00:00,1,1\n"
@@ -587,6 +601,16 @@ def test_whatever_the_lines_hold_a_reader_counts_or_refuses(tmp_path: Path, name
         else:
             skipped = sum(s.count for s in report.skipped.values())
             assert report.rows_read == report.rows_kept + skipped + report.other_events
+
+
+def test_spans_that_are_no_lists_hold_no_requests(store: Store, tmp_path: Path) -> None:
+    """Found by the test above, run longer: a document whose resourceSpans is true stopped the reader."""
+    odd = [
+        {"resourceSpans": True},
+        {"resourceSpans": [{"scopeSpans": 5}]},
+        {"resourceSpans": [{"scopeSpans": [{"spans": "x"}]}]},
+    ]
+    assert load(store, tmp_path, lines(*odd, OTLP), format="otlp").rows_kept == 1
 
 
 def test_a_third_party_adds_a_format_by_entry_point(tmp_path: Path) -> None:

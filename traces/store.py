@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -199,6 +200,9 @@ recommendation_runs = sa.Table(
 
 BATCH = 5000
 """Rows a statement; a compromise between round trips and the size of a failed batch."""
+
+ROWS_A_STATEMENT = 200
+"""On SQLite; more gains nothing, and the parameters of a statement are limited (32,766)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,10 +503,8 @@ class Store:
             key = connection.execute(trace_sources.insert().values(values)).inserted_primary_key
             source = int(key[0]) if key else 0
             for batch in batches:
-                n = len(batch["seq"])
-                columns = [c for c in TRACE_COLUMNS if c in batch]
-                rows = zip([source] * n, *(batch[c] for c in columns), strict=True)
-                self._bulk(connection, trace_rows, ("source_id", *columns), rows)
+                held = {c: batch[c] for c in TRACE_COLUMNS if c in batch}
+                self._bulk(connection, trace_rows, {"source_id": [source] * len(held["seq"])} | held)
             figures, origin, block, scope = summary()
             connection.execute(
                 trace_sources.update()
@@ -511,25 +513,27 @@ class Store:
             )
         return self.trace(name)
 
-    def _bulk(
-        self, connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
-    ) -> None:
-        """Insert tuples by the driver's own fast way: COPY on PostgreSQL, executemany elsewhere. Rows that are there stay."""
+    def _bulk(self, connection: sa.Connection, table: sa.Table, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Insert columns by the driver's own fast way. Rows that are there stay (a trace has none yet)."""
+        names = list(columns)
+        quoted = ", ".join(f'"{c}"' for c in names)
+        driver: Any = connection.connection.driver_connection
         if connection.dialect.name == "postgresql" and table is trace_rows:
-            raw = connection.connection.driver_connection
-            quoted = ", ".join(f'"{c}"' for c in columns)
-            with raw.cursor() as cursor, cursor.copy(f"COPY {table.name} ({quoted}) FROM STDIN") as copy:  # type: ignore[union-attr]
-                for row in rows:
-                    copy.write_row(row)
+            lines = "\n".join(map("\t".join, zip(*map(_copy_cells, columns.values()), strict=True)))
+            with driver.cursor() as cursor, cursor.copy(f"COPY {table.name} ({quoted}) FROM STDIN") as copy:
+                copy.write(lines + "\n")
             return
+        rows = zip(*columns.values(), strict=True)
         if connection.dialect.name == "sqlite":
-            # The driver's tuples, not SQLAlchemy's dictionaries: twice as fast. The statement is built from our own names.
-            quoted = ", ".join(f'"{c}"' for c in columns)
-            marks = ", ".join("?" * len(columns))
-            statement = f"INSERT OR IGNORE INTO {table.name} ({quoted}) VALUES ({marks})"  # noqa: S608
-            connection.connection.driver_connection.executemany(statement, rows)  # type: ignore[union-attr]
+            # Many rows a statement by the driver itself: twice executemany, four times SQLAlchemy's dictionaries. The
+            # statement is built from our own names.
+            marks = f"({', '.join('?' * len(names))})"
+            head = f"INSERT OR IGNORE INTO {table.name} ({quoted}) VALUES "  # noqa: S608
+            values = chain.from_iterable(rows)
+            while piece := list(islice(values, ROWS_A_STATEMENT * len(names))):
+                driver.execute(head + ", ".join([marks] * (len(piece) // len(names))), piece)
             return
-        held = [dict(zip(columns, row, strict=True)) for row in rows]
+        held = [dict(zip(names, row, strict=True)) for row in rows]
         for start in range(0, len(held), BATCH):
             insert = postgresql.insert(table).on_conflict_do_nothing()
             connection.execute(insert, held[start : start + BATCH])
@@ -626,11 +630,9 @@ class Store:
 
     def add_observations(self, run_id: int, rows: Observations) -> None:
         """Store a batch; a row that is there already stays as it is."""
-        columns = Observations.columns()
-        lists = [_nullable(name, getattr(rows, name)) for name in columns]
+        columns = {name: _nullable(name, getattr(rows, name)) for name in Observations.columns()}
         with self._begin() as connection:
-            tuples = zip([run_id] * len(rows), *lists, strict=True)
-            self._bulk(connection, observations, ("run_id", *columns), tuples)
+            self._bulk(connection, observations, {"run_id": [run_id] * len(rows)} | columns)
 
     def observations(self, run_id: int) -> Observations:
         """All rows of a run, in order of due time."""
@@ -758,6 +760,22 @@ class Store:
 
 
 # --- records and rows -----------------------------------------------------------------------------------------------
+
+
+def _copy_cells(values: Sequence[Any]) -> Iterable[str]:
+    """A column as COPY's text format wants it."""
+    return map(str, values) if set(map(type, values)) == {int} else map(_copy_cell, values)
+
+
+def _copy_cell(value: Any) -> str:
+    if value is None:
+        return "\\N"
+    if isinstance(value, bytes):
+        return "\\\\x" + value.hex()
+    return str(value).translate(_COPY_ESCAPES)
+
+
+_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def _nullable(name: str, column: Any) -> list[Any]:

@@ -35,15 +35,18 @@ class _Calendar(Columns):
         zoned = False
         for tail in ("+00:00", "Z"):
             if texts[0].endswith(tail):
-                if not all(text.endswith(tail) for text in texts):
+                joined = "|".join(texts) + "|"
+                if joined.count(tail + "|") != len(texts):
                     return super().moments(texts)
-                texts = [text[: -len(tail)] for text in texts]
+                texts = joined.replace(tail + "|", "|")[:-1].split("|")
                 zoned = True
         whole = "".join(texts)
-        if "+" in whole or "Z" in whole or whole.count("-") != 2 * len(texts) or min(map(len, texts)) < 19:
+        lengths = set(map(len, texts))
+        if "+" in whole or "Z" in whole or whole.count("-") != 2 * len(texts) or min(lengths) < 19:
             return super().moments(texts) if not zoned else self._odd()
-        # A seventh digit is cut, as above.
-        moments = np.array([text[:26] for text in texts], dtype="datetime64[us]")
+        if max(lengths) > 26:
+            texts = [text[:26] for text in texts]  # a seventh digit is cut, as above
+        moments = np.array(texts, dtype="datetime64[us]")
         if bool(np.isnat(moments).any()):
             self._odd()
         return moments.astype(np.int64), zoned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import IO, Any
 
 import numpy as np
@@ -98,13 +98,13 @@ class Columns:
         """The block in columns, None if anything in it is not plain."""
         width = len(header)
         whole = ",".join(block)
-        if '"' in whole or not block or {text.count(",") for text in block} != {width - 1}:
+        if '"' in whole or not block or set(map(str.count, block, repeat(","))) != {width - 1}:
             return None
         fields = whole.split(",")
         try:
             at, prompt, output = (fields[header.index(c) :: width] for c in self.needed)
             arrival, zoned = self.moments(at)
-            n, m = (np.array(list(map(int, column)), dtype=np.int64) for column in (prompt, output))
+            n, m = (np.fromiter(map(int, column), np.int64, len(column)) for column in (prompt, output))
             if self.total in header and list(map(str, (n + m).tolist())) != fields[header.index(self.total) :: width]:
                 return None
         except (ValueError, OverflowError, BadRowError):

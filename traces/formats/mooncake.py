@@ -24,15 +24,16 @@ def mooncake(block: int = BLOCK) -> Lines:
         output = whole(record.get("output_length"), "output_length")
         ids = record.get("hash_ids")
         session = record.get("session_id")
-        delay = record.get("delay")
-        return Row(
+        found = Row(
             when,
             prompt,
             output,
             None if session is None else str(session)[:200],
             None if ids is None else blocks(ids, prompt, block),
-            think_us=-1 if delay is None else lapse_us(delay, 1e3),
         )
+        if "delay" in record:
+            found.think_us = lapse_us(record["delay"], 1e3)
+        return found
 
     return Lines(
         "mooncake",

@@ -67,12 +67,16 @@ class Spans:
 
 
 def _spans(document: dict[str, Any]) -> Iterator[Any]:
-    flat = document.get("spans")
-    if isinstance(flat, list):
-        yield from flat
-    for resource in document.get("resourceSpans") or ():
-        for scope in (resource.get("scopeSpans") or ()) if isinstance(resource, dict) else ():
-            yield from (scope.get("spans") or ()) if isinstance(scope, dict) else ()
+    yield from _held(document, "spans")
+    for resource in _held(document, "resourceSpans"):
+        for scope in _held(resource, "scopeSpans"):
+            yield from _held(scope, "spans")
+
+
+def _held(record: Any, key: str) -> list[Any]:
+    """The list under a key; none where there is something else."""
+    value = record.get(key) if isinstance(record, dict) else None
+    return value if isinstance(value, list) else []
 
 
 def _event(span: Any) -> Event | BadRowError:
@@ -106,7 +110,10 @@ def _read(span: Any) -> Event:
         ended_us = lapse_us(end, 1e-3)
     else:
         when, zoned = stamp_us(span.get("start_time"), "start_time")
-        ended_us = stamp_us(span["end_time"], "end_time")[0] if "end_time" in span else -1
+        try:
+            ended_us = stamp_us(span.get("end_time"), "end_time")[0]
+        except BadRowError:
+            ended_us = -1
     session = next((attributes[k] for k in _SESSION if attributes.get(k) is not None), None)
     request = attributes.get("gen_ai.request.id", attributes.get("gen_ai.response.id"))
     status = span.get("status")
