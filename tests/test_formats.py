@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg
 import pyarrow
 import pyarrow.parquet
@@ -254,6 +255,23 @@ def test_a_parent_is_found_by_its_name_wherever_its_row_stands(store: Store, tmp
     assert [(turn, parent) for _, turn, parent, _, _ in links(store)] == [(1, None), (2, 0), (3, 1), (6, None)]
 
 
+def test_sessions_come_back_with_the_schedule(store: Store, tmp_path: Path) -> None:
+    """Numbers of sessions, positions of parents, think times; who continued a failed request continues its parent."""
+    a, b, c, d = (
+        dynamo(t, [1, 2], name=n, total_time_ms=500.0) for t, n in ((1000, "a"), (2000, "b"), (3000, "c"), (3100, "d"))
+    )
+    b["request"]["output_tokens"] = 0
+    d["agent_context"]["session_id"] = "s2"
+    load(store, tmp_path, lines(a, b, c, d))
+    held = store.schedule("t", sessions=True)
+    assert held.session is not None
+    assert held.parent is not None
+    assert held.think_s is not None
+    assert (held.session.tolist(), held.parent.tolist()) == ([0, 0, 1], [-1, 0, -1])
+    assert np.isnan(held.think_s).all()  # b's answer never came: what c waited for is not known
+    assert store.schedule("t").session is None
+
+
 def test_the_spend_log_is_read_from_its_database(postgres_url: str, store: Store, tmp_path: Path) -> None:
     """LiteLLM by URL gives what its CSV gives, in order of start; twice is a no-op; a database without the table is one line."""
     header, _, rest = (DATA / "litellm_spendlogs.csv").read_text().partition("\n")
@@ -363,8 +381,10 @@ def test_a_hostile_session_name_is_only_a_name(db_url: str, tmp_path: Path) -> N
     )
     with open_store(db_url) as held:
         load(held, tmp_path, text)
-        with sa.create_engine(db_url.replace("postgresql:", "postgresql+psycopg:")).connect() as connection:
+        engine = sa.create_engine(db_url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.connect() as connection:
             found = connection.execute(sa.text("SELECT session_key FROM traces ORDER BY seq")).scalars().all()
+        engine.dispose()
     assert found == names
 
 

@@ -17,7 +17,9 @@ from traces.shape import (
     LogNormal,
     clip_tokens,
     head,
+    piece,
     scale_rate,
+    superpose,
     synthesize,
     to_rate,
     window,
@@ -169,3 +171,60 @@ def test_a_burst_is_all_at_once() -> None:
     assert trace.due_s.tolist() == [0.0] * 10
     with pytest.raises(InputError, match="no rate to scale"):
         to_rate(trace, 5)
+
+
+def in_sessions(n: int, users: int) -> Schedule:
+    """n requests of users who take turns, a second of thought each."""
+    at = np.arange(n, dtype=np.float64)
+    parent = np.arange(n) - users
+    return Schedule(
+        "s",
+        np.arange(n),
+        at,
+        np.full(n, 10),
+        np.full(n, 5),
+        session=np.arange(n) % users,
+        parent=np.where(parent >= 0, parent, -1),
+        think_s=np.where(parent >= 0, 1.0, np.nan),
+    )
+
+
+def test_a_slice_is_counted_from_its_first_request() -> None:
+    """Requests 4 to 8 of 12; an empty one is refused."""
+    held = piece(in_sessions(12, 3), 4, 8)
+    assert (held.index.tolist(), held.due_s.tolist()) == ([4, 5, 6, 7], [0.0, 1.0, 2.0, 3.0])
+    assert held.changes == ("requests 4 to 8 of 12",)
+    assert held.parent is not None
+    assert held.parent.tolist() == [-1, -1, -1, 0]
+    with pytest.raises(InputError, match="no request is between 12 and 20"):
+        piece(in_sessions(12, 3), 12, 20)
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.floats(0.05, 1.0), st.integers(0, 9))
+def test_a_thinned_session_stays_a_chain(n: int, users: int, share: float, seed: int) -> None:
+    """Whatever goes, a row continues the latest row of its session that is left."""
+    kept = np.flatnonzero(np.random.default_rng(seed).random(n) < share)
+    held = in_sessions(n, users).take(kept)
+    assert held.parent is not None
+    assert held.session is not None
+    for k, session in enumerate(held.session.tolist()):
+        before = [i for i in range(k) if held.session[i] == session]
+        assert held.parent[k] == (before[-1] if before else -1)
+
+
+@given(st.integers(2, 40), st.integers(1, 4), st.integers(2, 4), st.integers(0, 9))
+def test_copies_of_sessions_are_other_sessions(n: int, users: int, copies: int, seed: int) -> None:
+    """Copies never share a session, a parent comes before its child and is of the same session."""
+    held = superpose(in_sessions(n, users), copies, seed)
+    assert held.parent is not None
+    assert held.session is not None
+    assert len(set(held.session.tolist())) == copies * min(n, users)
+    linked = held.parent >= 0
+    assert (held.session[linked] == held.session[held.parent[linked]]).all()
+
+
+def test_scaling_time_scales_thinking_too() -> None:
+    """Twice as fast is twice as fast in every gap."""
+    held = scale_rate(in_sessions(9, 3), 2.0)
+    assert held.think_s is not None
+    assert held.think_s[3:].tolist() == [0.5] * 6

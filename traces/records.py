@@ -108,7 +108,10 @@ class Schedule:
     from schedule zero, ascending, >= 0. prompt_tokens, output_tokens: int64[n], >= 1.
     changes: how it differs from the recorded trace, in words, oldest first ("rate x0.5"); never silent.
     blocks: object[n] of tuples, the ids of each prompt's leading blocks, where the trace has them; block_tokens: what one
-    block holds (0 without blocks). They are not part of the digest.
+    block holds (0 without blocks). session: int64[n], numbers of conversations, -1 for none. parent: int64[n], the position
+    in this schedule of the request whose answer the row continues, -1 for none, always an earlier one. think_s: float64[n],
+    seconds from the end of that answer to this arrival as recorded, NaN where the trace does not say. None of these is part
+    of the digest.
     """
 
     name: str
@@ -119,6 +122,9 @@ class Schedule:
     changes: tuple[str, ...] = ()
     blocks: Texts | None = None
     block_tokens: int = 0
+    session: Ints | None = None
+    parent: Ints | None = None
+    think_s: Floats | None = None
 
     def __post_init__(self) -> None:
         n = len(self.due_s)
@@ -128,6 +134,8 @@ class Schedule:
             raise ValueError("due times must be finite, >= 0 and ascending")
         if n and (int(self.prompt_tokens.min()) < 1 or int(self.output_tokens.min()) < 1):
             raise ValueError("a request asks for at least one prompt token and one output token")
+        if self.parent is not None and bool(np.any(self.parent >= np.arange(n))):
+            raise ValueError("a request continues an earlier one")
 
     def __len__(self) -> int:
         return len(self.due_s)
@@ -163,7 +171,18 @@ class Schedule:
         return h.hexdigest()
 
     def take(self, which: npt.NDArray[Any]) -> Schedule:
-        """The rows picked by a boolean mask or by ascending positions."""
+        """The rows picked by a boolean mask or by ascending positions; who continued a row that is gone continues its parent."""
+        parent = None
+        if self.parent is not None:
+            kept = np.zeros(len(self), dtype=bool)
+            kept[which] = True
+            place = np.cumsum(kept) - 1
+            held = self.parent.tolist()
+            for k, before in enumerate(held):  # parents come first, so theirs are right already
+                if before >= 0 and not kept[before]:
+                    held[k] = held[before]
+            before = np.array(held, dtype=np.int64)[which]
+            parent = np.where(before >= 0, place[np.maximum(before, 0)], -1)
         return Schedule(
             self.name,
             self.index[which],
@@ -173,6 +192,9 @@ class Schedule:
             self.changes,
             None if self.blocks is None else self.blocks[which],
             self.block_tokens,
+            None if self.session is None else self.session[which],
+            parent,
+            None if self.think_s is None else self.think_s[which],
         )
 
 

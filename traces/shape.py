@@ -21,6 +21,15 @@ def head(schedule: Schedule, n: int) -> Schedule:
     return _changed(schedule.take(np.arange(n)), f"first {n} of {len(schedule)} requests")
 
 
+def piece(schedule: Schedule, start: int, end: int) -> Schedule:
+    """Requests start to end (exclusive), counted from 0 in order of due time, and from the first one's time."""
+    taken = schedule.take(np.arange(start, min(end, len(schedule))))
+    if not len(taken):
+        raise InputError(f"no request is between {start} and {end} (the trace has {len(schedule)}).")
+    taken = replace(taken, due_s=taken.due_s - taken.due_s[0])
+    return _changed(taken, f"requests {start} to {start + len(taken)} of {len(schedule)}")
+
+
 def window(schedule: Schedule, start_s: float, end_s: float) -> Schedule:
     """Requests due in [start, end), counted from the window's start."""
     inside = (schedule.due_s >= start_s) & (schedule.due_s < end_s)
@@ -33,12 +42,13 @@ def window(schedule: Schedule, start_s: float, end_s: float) -> Schedule:
 
 
 def scale_rate(schedule: Schedule, factor: float) -> Schedule:
-    """Every due time divided by the factor: twice the factor is twice the rate, and nothing else changes."""
+    """Every due time (and think time) divided by the factor: twice the factor is twice the rate, and nothing else changes."""
     if not (factor > 0 and math.isfinite(factor)):
         raise InputError(f"a rate factor must be above 0 (got {factor:g}).")
     if factor == 1:
         return schedule
-    return _changed(replace(schedule, due_s=schedule.due_s / factor), f"rate x{factor:.6g}")
+    think = None if schedule.think_s is None else schedule.think_s / factor
+    return _changed(replace(schedule, due_s=schedule.due_s / factor, think_s=think), f"rate x{factor:.6g}")
 
 
 def to_rate(schedule: Schedule, rate_per_s: float) -> Schedule:
@@ -109,6 +119,20 @@ def superpose(schedule: Schedule, copies: int, seed: int = 0) -> Schedule:
         blocks = np.empty(len(source), dtype=object)
         for k, (row, copy) in enumerate(zip(source.tolist(), copy_of, strict=True)):
             blocks[k] = tuple(i + copy * most for i in schedule.blocks[row])
+    held: dict[str, Any] = {}
+    if schedule.session is not None:
+        copy = np.repeat(np.arange(copies), n)[order]
+        most = int(schedule.session.max(initial=-1)) + 1
+        session = schedule.session[source]
+        held["session"] = np.where(session >= 0, session + copy * most, -1)
+    if schedule.parent is not None and schedule.think_s is not None:
+        # Of a session that is cut by the end of the span, the later part goes on as a session of its own.
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        before = schedule.parent[source]
+        parent = np.where(before >= 0, place[np.maximum(before, 0) + np.repeat(np.arange(copies), n)[order] * n], -1)
+        held["parent"] = np.where(parent < np.arange(len(order)), parent, -1)
+        held["think_s"] = schedule.think_s[source]
     made = replace(
         schedule,
         index=np.arange(len(source), dtype=np.int64),
@@ -116,6 +140,7 @@ def superpose(schedule: Schedule, copies: int, seed: int = 0) -> Schedule:
         prompt_tokens=schedule.prompt_tokens[source],
         output_tokens=schedule.output_tokens[source],
         blocks=blocks,
+        **held,
     )
     return _changed(made, f"{copies} copies laid over each other (seed {seed})")
 

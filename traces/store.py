@@ -43,7 +43,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from traces import __version__
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
-from traces.records import Fleet, FleetChange, Observations, Run, Sample, Schedule
+from traces.records import Fleet, FleetChange, Ints, Observations, Run, Sample, Schedule
 
 metadata = sa.MetaData()
 
@@ -557,8 +557,11 @@ class Store:
             )
         return _info(row)
 
-    def schedule(self, name: str, *, blocks: bool = False) -> Schedule:
-        """The trace's successful requests as a schedule at the recorded times; with blocks, their prefix blocks too."""
+    def schedule(self, name: str, *, blocks: bool = False, sessions: bool = False) -> Schedule:
+        """The trace's successful requests as a schedule at the recorded times.
+
+        With blocks, their prefix blocks too; with sessions, which request continues which, where the trace has sessions.
+        """
         info = self.trace(name)
         t = trace_rows.c
         columns = [t.seq, t.arrival_us, t.prompt_tokens, t.output_tokens]
@@ -577,7 +580,35 @@ class Store:
             ids = np.empty(len(rows), dtype=object)
             ids[:] = [tuple(unpack(row[4])) if row[4] else () for row in rows]
             held = {"blocks": ids, "block_tokens": info.block_size}
+        if sessions:
+            held |= self._sessions(info.id, table[:, 0])
         return Schedule(name, table[:, 0], due, table[:, 2], table[:, 3], **held)
+
+    def _sessions(self, source: int, kept: Ints) -> dict[str, Any]:
+        """session, parent and think_s of the rows that are kept; none where no row has a session."""
+        t = trace_rows.c
+        query = (
+            sa.select(t.seq, t.session_key, t.parent_seq, t.think_us)
+            .where(t.source_id == source, t.session_key.is_not(None))
+            .order_by(t.seq)
+        )
+        n = len(kept)
+        session, parent, think = np.full(n, -1), np.full(n, -1), np.full(n, np.nan)
+        numbers: dict[str, int] = {}
+        place = dict(zip(kept.tolist(), range(n), strict=True))
+        above: dict[int, int] = {}  # of a row that is not kept, the nearest earlier one that is
+        with self._begin() as connection:
+            for seq, key, before, think_us in connection.execute(query):
+                up = -1 if before is None else place.get(before, above.get(before, -1))
+                at = place.get(seq)
+                if at is None:
+                    above[seq] = up
+                    continue
+                session[at] = numbers.setdefault(key, len(numbers))
+                parent[at] = up
+                if before in place and think_us is not None:
+                    think[at] = think_us / 1e6
+        return {"session": session, "parent": parent, "think_s": think} if numbers else {}
 
     def delete_trace(self, name: str) -> None:
         """Remove a trace and its rows; runs made from it stay."""

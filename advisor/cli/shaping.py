@@ -9,12 +9,14 @@ import click
 
 
 def shape_options(f: Any) -> Any:
-    """--window, --thin, --copies, --spread, --prompt-scale, --output-scale, --max-prompt, --max-output."""
+    """--slice, --window, --time-scale, --thin, --copies, --spread, --prompt-scale, --output-scale, --max-prompt, --max-output."""
     positive = click.FloatRange(min=0, min_open=True)
     options = [
+        click.option("--slice", metavar="FROM-TO", help="Only these requests, counted from 0: 1000-2000."),
         click.option(
             "--window", metavar="FROM-TO", help="Only this part of the trace: 600-1200 (seconds), 10m-20m, 1h-2h."
         ),
+        click.option("--time-scale", type=positive, help="All times times this: 0.5 is twice as fast."),
         click.option(
             "--thin", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of requests, at random."
         ),
@@ -33,11 +35,15 @@ def shape_options(f: Any) -> Any:
 
 
 def shaped(schedule: Any, options: dict[str, Any], seed: int = 0) -> Any:
-    """The schedule as the options want it, in their order of help: window, thin, copies, spread, lengths, caps."""
+    """The schedule as the options want it, in their order of help: slice, window, time, thin, copies, spread, lengths, caps."""
     from traces import shape
 
+    if options.get("slice"):
+        schedule = shape.piece(schedule, *parse_slice(options["slice"]))
     if options.get("window"):
         schedule = shape.window(schedule, *parse_window(options["window"]))
+    if options.get("time_scale"):
+        schedule = shape.scale_rate(schedule, 1 / options["time_scale"])
     if options.get("thin"):
         schedule = shape.thin(schedule, options["thin"], seed)
     if options.get("copies"):
@@ -46,6 +52,14 @@ def shaped(schedule: Any, options: dict[str, Any], seed: int = 0) -> Any:
         schedule = shape.spread(schedule, options["spread"], seed)
     schedule = shape.scale_tokens(schedule, options.get("prompt_scale") or 1.0, options.get("output_scale") or 1.0)
     return shape.clip_tokens(schedule, options.get("max_prompt"), options.get("max_output"))
+
+
+def parse_slice(text: str) -> tuple[int, int]:
+    """``1000-2000`` as numbers of requests. UsageError when it is none."""
+    match = re.fullmatch(r"\s*(\d{1,15})\s*-\s*(\d{1,15})\s*", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise click.UsageError(f"--slice takes FROM-TO, for example 1000-2000 (got {text!r}).")
+    return int(match[1]), int(match[2])
 
 
 def parse_window(text: str) -> tuple[float, float]:
