@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import heapq
 import math
 import os
 import socket
@@ -147,7 +148,7 @@ class Row(NamedTuple):
     detail: str
     body_bytes: int
     dispatch: float = math.nan
-    """When a gate let it go; NaN in an open loop, where due is the time to send."""
+    """When a gate or the answer before it let it go; NaN in an open loop, where due is the time to send."""
 
 
 class _Flight:
@@ -414,6 +415,18 @@ class Gate:
     in_flight: int = 0
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Requests that wait for an answer: ``--sessions causal``.
+
+    parent: for each request of the shard the position of the one whose answer it waits for, -1 for none. think_s: seconds
+    after that answer's end; NaN: at the recorded distance from the parent's sending, but not before its answer has ended.
+    """
+
+    parent: Sequence[int]
+    think_s: Sequence[float]
+
+
 class Client:
     """Sends one shard of a schedule. Lives in one event loop; ``done`` is called there with each finished row."""
 
@@ -449,6 +462,9 @@ class Client:
         self._ended: asyncio.Future[None] | None = None
         self._closing = False
         self._gate: Gate | None = None
+        self._turns: Turns | None = None
+        self._children: dict[int, list[int]] = {}
+        self._released_turns: list[tuple[float, int]] = []  # heap of (when, row) whose answers have come
         self._batch, self._batch_end, self._released = -1, 0, 0.0
         self._asking: asyncio.Task[None] | None = None
         self._idle_s = idle_s
@@ -469,11 +485,18 @@ class Client:
         output_tokens: Sequence[int],
         zero: float,
         gate: Gate | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Send every request at ``zero + due`` and return when each has ended. Requests must be in order of due.
 
-        gate: they leave in the order given, batch after batch, instead.
+        gate: they leave in the order given, batch after batch, instead. turns: those with a parent wait for its answer.
         """
+        self._turns, self._children, self._released_turns = turns, {}, []
+        if turns is not None:
+            self._due_of = dict(zip(positions, due, strict=True))
+            for i, parent in enumerate(turns.parent):
+                if parent >= 0:
+                    self._children.setdefault(parent, []).append(i)
         self._gate, self._batch, self._batch_end, self._released = gate, -1, 0, zero
         self._positions, self._due, self._sizes = positions, due, (prompt_tokens, output_tokens)
         self._zero, self._next = zero, 0
@@ -491,7 +514,11 @@ class Client:
     def stop(self) -> None:
         """Send no more; what was not sent becomes ``unsent``. What is in flight goes on."""
         first, self._next = self._next, len(self._due)
-        for i in range(first, len(self._due)):
+        never = [i for i in range(first, len(self._due)) if self._is_root(i)]
+        never += [i for held in self._children.values() for i in held]
+        never += [i for _, i in self._released_turns]
+        self._children, self._released_turns = {}, []
+        for i in never:
             nan = math.nan
             self._done(Row(self._positions[i], nan, nan, nan, nan, nan, -1, -1, 0, 0.0, 0, "unsent", "", "stopped", 0))
         self._check()
@@ -521,6 +548,9 @@ class Client:
         if self._gate is not None:
             self._gated(self._gate)
             return
+        if self._turns is not None:
+            self._turned()
+            return
         due, n = self._due, len(self._due)
         for _ in range(BURST):
             if self._next >= n:
@@ -532,6 +562,42 @@ class Client:
             i = self._next
             self._next += 1
             self._send(i)
+        self._loop.call_soon(self._tick)
+
+    def _is_root(self, i: int) -> bool:
+        """Nothing has to be answered before this request."""
+        return self._turns is None or self._turns.parent[i] < 0
+
+    def _turned(self) -> None:
+        """Send what is due by the clock or by an answer, the earlier first."""
+        due, n, heap = self._due, len(self._due), self._released_turns
+        for _ in range(BURST):
+            while self._next < n and not self._is_root(self._next):
+                self._next += 1
+            by_clock = self._zero + due[self._next] if self._next < n else math.inf
+            by_answer = heap[0][0] if heap else math.inf
+            when = min(by_clock, by_answer)
+            if when > self.clock():
+                if when < math.inf:
+                    self._alarm.at(when)
+                else:
+                    self._check()
+                return
+            if by_answer <= by_clock:
+                self._send(heapq.heappop(heap)[1], by_answer)
+            else:
+                self._next += 1
+                self._send(self._next - 1)
+        self._loop.call_soon(self._tick)
+
+    def _answer_came(self, turns: Turns, flight: _Flight) -> None:
+        """An answer has ended, well or not: the turns that waited for it have their time now."""
+        now = self.clock()
+        for i in self._children.pop(flight.position, ()):
+            think = turns.think_s[i]
+            gap = self._due[i] - self._due_of[flight.position]
+            when = now + think if think == think else max(now, flight.sent + gap)
+            heapq.heappush(self._released_turns, (when, i))
         self._loop.call_soon(self._tick)
 
     def _gated(self, gate: Gate) -> None:
@@ -574,7 +640,9 @@ class Client:
         self._released = self.clock()
         self._tick()
 
-    def _send(self, i: int) -> None:
+    def _send(self, i: int, dispatch: float = math.nan) -> None:
+        if self._gate is not None:
+            dispatch = self._released
         position = self._positions[i]
         body = self._prompts.body(position, self._sizes[0][i], self._sizes[1][i])
         idle = self._idle
@@ -582,14 +650,12 @@ class Client:
             connection = idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
                 flight = _Flight(position, self.clock(), None)
-                if self._gate is not None:
-                    flight.dispatch = self._released
+                flight.dispatch = dispatch
                 self._flights[position] = flight
                 connection.start(flight, self._head, body)
                 return
         flight = _Flight(position, self.clock(), body)
-        if self._gate is not None:
-            flight.dispatch = self._released
+        flight.dispatch = dispatch
         self._flights[position] = flight
         flight.task = self._loop.create_task(self._send_fresh(flight))
 
@@ -713,6 +779,8 @@ class Client:
                 flight.dispatch,
             )
         )
+        if self._turns is not None and not self._closing:
+            self._answer_came(self._turns, flight)
         self._check()
         if self._gate is not None and not self._closing:
             if self._gate.in_flight:
@@ -727,7 +795,8 @@ class Client:
             flight.connection.close()
 
     def _check(self) -> None:
-        if self._ended is not None and not self._ended.done() and self._next >= len(self._due) and not self._flights:
+        waiting = self._flights or self._children or self._released_turns
+        if self._ended is not None and not self._ended.done() and self._next >= len(self._due) and not waiting:
             self._ended.set_result(None)
 
     async def _watch(self) -> None:
@@ -824,6 +893,7 @@ class Engine:
         output_tokens: Sequence[int],
         zero: float,
         gate: Gate | None = None,
+        turns: Turns | None = None,
     ) -> dict[str, float]:
         """Send a shard; returns what it cost: CPU seconds of this process, the longest stall of the loop."""
         client = self._client
@@ -833,7 +903,7 @@ class Engine:
         gc.disable()
         before = time.process_time()
         try:
-            await client.run(positions, due, prompt_tokens, output_tokens, zero, gate)
+            await client.run(positions, due, prompt_tokens, output_tokens, zero, gate, turns)
         finally:
             gc.enable()
             gc.unfreeze()

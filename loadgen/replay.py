@@ -33,6 +33,8 @@ API_KEY = "STEELYARD_API_KEY"
 """Environment variable that holds the endpoint's bearer token."""
 
 
+SESSIONS = ("recorded", "causal")
+
 LATE_MS = 5.0
 """How late the reference endpoint may write tokens at p99 before a run against it is rejected."""
 
@@ -86,6 +88,7 @@ def replay(
     tick_s: float = 1.0,
     dispatch: Dispatch | None = None,
     prefixes: bool = False,
+    sessions: str = "recorded",
     on_progress: Callable[[int, int], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
@@ -98,12 +101,22 @@ def replay(
     steering: an online rule, asked every tick_s of the endpoint's time during the run; each role change is stored with its
     reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
     prefixes: prompts begin with the schedule's blocks (it needs some), so that the trace's sharing is replayed.
+    sessions: "recorded", every turn at its recorded time whatever the answers do; "causal", a turn waits for the answer
+    before it and the think time (the schedule needs parents), and is due then.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
     """
     if prefixes and schedule.blocks is None:
         raise InputError(f"the trace {schedule.name!r} holds no prefix blocks: replay it without --prefixes.")
+    if sessions not in SESSIONS:
+        raise InputError(f"--sessions must be {' or '.join(SESSIONS)} (got {sessions!r}).")
+    if sessions == "causal":
+        if schedule.parent is None or not (schedule.parent >= 0).any():
+            raise InputError(f"no request of {schedule.name!r} continues another: replay it with --sessions recorded.")
+        if dispatch is not None:
+            raise InputError("--sessions causal sends turns when their answers have come: it excludes --order.")
+        schedule = replace(schedule, changes=(*schedule.changes, "sessions causal"))
     if not len(schedule):
         raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
     where = target(endpoint, api_key=os.environ.get(API_KEY) or None) if isinstance(endpoint, str) else endpoint
@@ -152,7 +165,8 @@ def replay(
         version=__version__,
     )
     # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
-    job = Job(where, dialect, model, random.SystemRandom().getrandbits(60), timeout_s, dispatch, prefixes)
+    salt = random.SystemRandom().getrandbits(60)
+    job = Job(where, dialect, model, salt, timeout_s, dispatch, prefixes, causal=sessions == "causal")
     run = store.begin_run(began)
     writer = Writer(store, run.id)
     parts: list[Observations] = []

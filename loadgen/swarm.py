@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -38,12 +39,12 @@ import gevent.event
 from locust.env import Environment
 from locust.event import Events
 
-from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target
+from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
 from loadgen.engines import Dialect, Prompts
 from loadgen.policy import Dispatch
 from traces.errors import EndpointError, InputError, SteelyardError
-from traces.records import ERRORS, STATUSES, Observations, Schedule
+from traces.records import ERRORS, STATUSES, Ints, Observations, Schedule
 
 logging.getLogger("locust").addHandler(logging.NullHandler())
 logging.getLogger("locust").propagate = False
@@ -82,6 +83,7 @@ class Job:
 
     dispatch: the client's own order instead of the due times; one worker keeps it, since it has to see answers end.
     prefixes: prompts begin with the schedule's blocks, so that what was shared in the trace is shared again.
+    causal: a request with a parent waits for its answer and the think time; without, every turn has its recorded time.
     """
 
     where: Target
@@ -91,6 +93,7 @@ class Job:
     timeout_s: float = TIMEOUT_S
     dispatch: Dispatch | None = None
     prefixes: bool = False
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,13 @@ def pack(rows: list[Row]) -> dict[str, Any]:
     return message
 
 
-def unpack(message: dict[str, Any], schedule: Schedule, worker: int, zero: float) -> Observations:
-    """Columns of bytes as observations of the schedule; times from the worker's ``zero``."""
+def unpack(
+    message: dict[str, Any], schedule: Schedule, worker: int, zero: float, *, causal: bool = False
+) -> Observations:
+    """Columns of bytes as observations of the schedule; times from the worker's ``zero``.
+
+    causal: a turn that waited for an answer was due when that and the think time were over.
+    """
     columns: dict[str, Any] = {name: np.frombuffer(message[name], dtype=kind) for name, kind in _NUMBERS}
     at = columns["position"]
     n = len(at)
@@ -130,11 +138,12 @@ def unpack(message: dict[str, Any], schedule: Schedule, worker: int, zero: float
     detail = np.full(n, "", dtype=object)
     for i, words in message["detail"].items():
         detail[int(i)] = words
+    dispatch = np.where(np.isnan(columns["dispatch"]), schedule.due_s[at], columns["dispatch"] - zero)
     return Observations(
         index=schedule.index[at],
         worker=np.full(n, worker, dtype=np.int64),
-        due_s=schedule.due_s[at],
-        dispatch_s=np.where(np.isnan(columns["dispatch"]), schedule.due_s[at], columns["dispatch"] - zero),
+        due_s=dispatch if causal else schedule.due_s[at],
+        dispatch_s=dispatch,
         sent_s=columns["sent"] - zero,
         first_byte_s=columns["first_byte"] - zero,
         first_token_s=columns["first_token"] - zero,
@@ -150,6 +159,26 @@ def unpack(message: dict[str, Any], schedule: Schedule, worker: int, zero: float
         error=error,
         detail=detail,
     )
+
+
+def shares(schedule: Schedule, workers: int) -> list[Ints]:
+    """The positions of each worker's share: in turn, but a session's requests all to the worker that had fewest."""
+    n = len(schedule)
+    if schedule.session is None or workers == 1:
+        return [np.arange(n)[k::workers] for k in range(workers)]
+    held = [0] * workers
+    of: dict[int, int] = {}
+    chosen = np.empty(n, dtype=np.int64)
+    sizes = Counter(schedule.session.tolist())
+    for position, session in enumerate(schedule.session.tolist()):
+        worker = of.get(session) if session >= 0 else None
+        if worker is None:
+            worker = held.index(min(held))
+            held[worker] += sizes[session] if session >= 0 else 1
+            if session >= 0:
+                of[session] = worker
+        chosen[position] = worker
+    return [np.flatnonzero(chosen == k) for k in range(workers)]
 
 
 def ended(schedule: Schedule, positions: Any, status: str, worker: int, detail: str) -> Observations:
@@ -437,8 +466,7 @@ class Swarm:
             raise SteelyardError("no load worker is left. Start again.")
         n = len(schedule)
         token = random.getrandbits(48)
-        positions = np.arange(n)
-        shards = {w.client_id: positions[k :: len(crew)] for k, w in enumerate(crew)}
+        shards = dict(zip([w.client_id for w in crew], shares(schedule, len(crew)), strict=True))
         if job.dispatch is not None:
             rows = [i for batch, _ in job.dispatch.batches for i in batch]
             if sorted(rows) != list(range(n)):
@@ -468,6 +496,9 @@ class Swarm:
         on_start(zero, unix)
         last_due = float(schedule.due_s[-1]) if n else 0.0
         longest = job.timeout_s + 30.0
+        if job.causal and schedule.parent is not None:
+            # A session may take as long as its answers do: the deepest one, each turn at its limit.
+            longest += job.timeout_s * _depth(schedule.parent)
         if job.dispatch is not None:
             last_due = max(last_due, job.dispatch.start_s)
             longest += job.timeout_s * len(job.dispatch.batches)
@@ -481,7 +512,7 @@ class Swarm:
                         waiting.discard(worker.client_id)
                         # What it had sent before it died may still be in the inbox: rows come before the verdict.
                         while (late := self._next(0.3)) is not None:
-                            self._accept(late, token, schedule, zero, missing, waiting, costs, on_rows)
+                            self._accept(late, token, schedule, zero, job.causal, missing, waiting, costs, on_rows)
                         mine = shards[worker.client_id]
                         left = mine[missing[mine]]
                         why = f"worker {worker.index} {worker.gone}"
@@ -490,7 +521,7 @@ class Swarm:
                             missing[left] = False
                             on_rows(ended(schedule, left, "lost", worker.index, why))
                 if found is not None:
-                    self._accept(found, token, schedule, zero, missing, waiting, costs, on_rows)
+                    self._accept(found, token, schedule, zero, job.causal, missing, waiting, costs, on_rows)
                 if not waiting:
                     break
                 if time.monotonic() > until:
@@ -526,6 +557,7 @@ class Swarm:
                 "requests": len(shard),
                 "block_tokens": schedule.block_tokens if job.prefixes and schedule.blocks is not None else 0,
                 "longest": int(schedule.prompt_tokens.max()) if len(schedule) else 1,
+                "causal": job.causal and schedule.parent is not None,
                 "gate": _gate(job.dispatch) if job.dispatch is not None and len(shard) else None,
             },
             worker.client_id,
@@ -533,6 +565,7 @@ class Swarm:
         for first in range(0, len(shard), BLOCK):
             part = shard[first : first + BLOCK]
             held = schedule.blocks[part] if job.prefixes and schedule.blocks is not None else ()
+            parent, think = (schedule.parent, schedule.think_s) if job.causal else (None, None)
             self._send(
                 "steelyard.shard",
                 {
@@ -541,6 +574,8 @@ class Swarm:
                     "due": schedule.due_s[part].astype(np.float64).tobytes(),
                     "prompt": schedule.prompt_tokens[part].astype(np.int64).tobytes(),
                     "output": schedule.output_tokens[part].astype(np.int64).tobytes(),
+                    "parent": b"" if parent is None else parent[part].astype(np.int64).tobytes(),
+                    "think": b"" if think is None else think[part].astype(np.float64).tobytes(),
                     "counts": np.array([len(ids) for ids in held], dtype=np.int64).tobytes(),
                     "blocks": np.fromiter(itertools.chain.from_iterable(held), dtype=np.int64).tobytes(),
                 },
@@ -554,6 +589,7 @@ class Swarm:
         token: int,
         schedule: Schedule,
         zero: float,
+        causal: bool,
         missing: Any,
         waiting: set[str],
         costs: dict[int, dict[str, float]],
@@ -564,7 +600,8 @@ class Swarm:
         if worker is None or not isinstance(data, dict) or data.get("run") != token:
             return
         if kind == "rows":
-            rows = unpack(data, schedule, worker.index, zero if worker.same_clock else zero + worker.offset)
+            its_zero = zero if worker.same_clock else zero + worker.offset
+            rows = unpack(data, schedule, worker.index, its_zero, causal=causal)
             at = np.frombuffer(data["position"], dtype=np.int64)
             fresh = missing[at]
             missing[at] = False
@@ -573,6 +610,15 @@ class Swarm:
         elif kind == "finished":
             costs[worker.index] = data["cost"]
             waiting.discard(client_id)
+
+
+def _depth(parent: Ints) -> int:
+    """Turns of the longest chain of answers that wait for each other."""
+    depth = [0] * len(parent)
+    for k, before in enumerate(parent.tolist()):
+        if before >= 0:
+            depth[k] = depth[before] + 1
+    return max(depth, default=0)
 
 
 def _gate(dispatch: Dispatch) -> dict[str, Any]:
@@ -649,6 +695,7 @@ class _WorkerSide:
         self._job: dict[str, Any] = {}
         self._blocks: list[dict[str, Any]] = []
         self._columns: tuple[list[int], list[float], list[int], list[int]] = ([], [], [], [])
+        self._turns: Turns | None = None
         self._running: Future[dict[str, float]] | None = None
 
     def job(self, environment: Any, msg: Any) -> None:
@@ -676,6 +723,7 @@ class _WorkerSide:
             column("prompt", np.int64),
             column("output", np.int64),
         )
+        self._turns = Turns(column("parent", np.int64), column("think", np.float64)) if job["causal"] else None
         shared: dict[int, list[int]] = {}
         if job["block_tokens"]:
             ids, counts = column("blocks", np.int64), column("counts", np.int64)
@@ -701,7 +749,7 @@ class _WorkerSide:
     def go(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:
             gate = Gate(**self._job["gate"]) if self._job.get("gate") else None
-            self._running = self.engine.submit(self.engine.run(*self._columns, msg.data["zero"], gate))
+            self._running = self.engine.submit(self.engine.run(*self._columns, msg.data["zero"], gate, self._turns))
 
     def stop(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:

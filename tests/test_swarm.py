@@ -11,16 +11,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
 from loadgen.engines import dialect
-from loadgen.swarm import Job, Outcome, Swarm, ended, pack, unpack
+from loadgen.swarm import Job, Outcome, Swarm, ended, pack, shares, unpack
 from traces.errors import InputError
 from traces.records import Fleet, Observations, Schedule
+from traces.shape import scale_rate
 
 
 def schedule(n: int, rate_per_s: float, output_tokens: int = 5) -> Schedule:
@@ -107,6 +111,72 @@ def test_two_workers_share_a_schedule_run_after_run(swarm: Swarm, endpoint: str)
         assert statistics["failures"] == 0
         assert statistics["names"] == ["/v1/completions"]
         assert 80 < statistics["median_ms"] < 2000
+
+
+def conversations() -> Schedule:
+    """Six conversations of four turns, recorded a tenth of a second apart; half of the think times are known (80 ms)."""
+    n, users = 24, 6
+    at = np.arange(n)
+    parent = np.where(at >= users, at - users, -1)
+    think = np.where((parent >= 0) & (at % 2 == 0), 0.08, np.nan)
+    tokens = np.full(n, 12)
+    return Schedule("chat", at, at * 0.1 / users, tokens, tokens, session=at % users, parent=parent, think_s=think)
+
+
+def test_a_turn_waits_for_the_answer_before_it(swarm: Swarm, endpoint: str) -> None:
+    """Causal: due when the answer has ended and the think time is over, or at the recorded distance but not before the end;
+    latency counts from there; a conversation stays on one worker."""
+    asked = conversations()
+    outcome, rows = run(swarm, asked, replace(job(endpoint), causal=True))
+    assert (outcome.reason, set(rows.status.tolist())) == ("", {"ok"})
+    rows = rows.take(np.argsort(rows.index))
+    assert asked.parent is not None
+    for k, parent in enumerate(asked.parent.tolist()):
+        if parent < 0:
+            assert rows.due_s[k] == asked.due_s[k]
+            continue
+        assert rows.worker[k] == rows.worker[parent]
+        end, gap = rows.last_token_s[parent], asked.due_s[k] - asked.due_s[parent]
+        wanted = end + 0.08 if k % 2 == 0 else max(end, rows.sent_s[parent] + gap)
+        assert -0.001 <= rows.due_s[k] - wanted < 0.05  # the answer's last bytes come a moment after its last token
+        assert rows.sent_s[k] >= rows.due_s[k]
+    assert set(rows.worker.tolist()) == {0, 1}
+
+
+def test_recorded_turns_do_not_wait(swarm: Swarm, endpoint: str) -> None:
+    """The same conversations open loop: each turn at its recorded time, on its conversation's worker."""
+    asked = conversations()
+    _, rows = run(swarm, asked, job(endpoint))
+    rows = rows.take(np.argsort(rows.index))
+    assert rows.due_s.tolist() == asked.due_s.tolist()
+    assert float((rows.sent_s - rows.due_s).max()) < 0.1
+    for session in range(6):
+        assert len(set(rows.worker[session::6].tolist())) == 1
+
+
+def test_ctrl_c_leaves_no_turn_without_a_row(swarm: Swarm, endpoint: str) -> None:
+    """Turns whose answers never came are unsent."""
+    asked = scale_rate(conversations(), 0.01)  # ten seconds from turn to turn
+    outcome, rows = run(
+        swarm, asked, replace(job(endpoint), causal=True), lambda: (time.sleep(0.9), _thread.interrupt_main())[-1]
+    )
+    assert outcome.interrupted
+    assert len(rows) == len(asked)
+    assert set(rows.status.tolist()) <= {"ok", "unsent", "cancelled"}
+    assert (rows.status == "unsent").sum() > 12
+
+
+@given(st.lists(st.integers(-1, 9), min_size=1, max_size=60), st.integers(1, 5))
+def test_every_request_has_one_worker(sessions: list[int], workers: int) -> None:
+    """Shares hold every position once, in order, and no session twice."""
+    n = len(sessions)
+    ones = np.ones(n, dtype=np.int64)
+    parts = shares(Schedule("s", np.arange(n), np.arange(n) * 1.0, ones, ones, session=np.array(sessions)), workers)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(n))
+    for part in parts:
+        assert part.tolist() == sorted(part.tolist())
+    homes = [{sessions[p] for p in part.tolist()} - {-1} for part in parts]
+    assert sum(map(len, homes)) == len(set(sessions) - {-1})
 
 
 def test_an_idle_worker_does_no_harm(swarm: Swarm, endpoint: str) -> None:

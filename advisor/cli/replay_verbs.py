@@ -39,6 +39,13 @@ def asked(f: Any) -> Any:
             show_default=True,
             help="Token ids (exact lengths) or words.",
         ),
+        click.option(
+            "--sessions",
+            type=click.Choice(["recorded", "causal"]),
+            default="recorded",
+            show_default=True,
+            help="Turns of a conversation at their recorded times, or each after the answer before it and the think time.",
+        ),
         click.option("--prefixes", is_flag=True, help="Prompts share what the trace's block ids say they shared."),
         click.option(
             "--api-key-file",
@@ -83,7 +90,7 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
     if options["rate"] and options["rate_factor"]:
         raise click.UsageError("give --rate or --rate-factor, not both.")
     try:
-        recorded = store.schedule(trace, blocks=options["prefixes"])
+        recorded = store.schedule(trace, blocks=options["prefixes"], sessions=True)
     except InputError as error:
         if trace in NAMES:
             raise InputError(
@@ -123,6 +130,7 @@ def how(endpoint: str, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str
         "chat": options["chat"],
         "text": options["prompts"] == "text",
         "prefixes": options["prefixes"],
+        "sessions": options["sessions"],
         "timeout_s": options["timeout_s"],
         "gpus_per_worker": pair(options["gpus_per_worker"]),
         "seed": options["seed"],
