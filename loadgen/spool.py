@@ -2,11 +2,13 @@
 
 A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"samples": [..]}``, and at the end
 ``{"run": {..}}``, what came of the run. A line that was cut by a crash is left out; nothing is stored twice, because
-observations are keyed by (run, index) and lines are dropped from the file once they are in the database.
+observations are keyed by (run, index) and lines are dropped from the file once they are in the database. A file is locked
+while it is written or loaded, so any command may load what another process is still adding to.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -22,8 +24,12 @@ from traces.errors import InputError, StoreError
 from traces.records import Observations, Run, Sample
 from traces.store import Store
 
-FOLDER = "steelyard-spool"
-"""In the working folder."""
+
+def folder() -> Path:
+    """Where the files are, whatever the working folder: ``$XDG_STATE_HOME/steelyard/spool``, under ~/.local/state without."""
+    home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(home) / "steelyard" / "spool"
+
 
 _OUTCOME = ("started_unix_s", "complete", "verdict", "reason", "lag_p50_ms", "lag_p99_ms", "lag_max_ms", "counts")
 """What is known of a run only when it has ended; the rest is in the database already."""
@@ -32,8 +38,8 @@ _OUTCOME = ("started_unix_s", "complete", "verdict", "reason", "lag_p50_ms", "la
 class Spool:
     """The file of one run. Made when the first line is written."""
 
-    def __init__(self, store: Store, run_id: int, folder: Path | None = None) -> None:
-        self.path = (folder or Path(FOLDER)) / f"{_mark(store)}-run-{run_id}.jsonl"
+    def __init__(self, store: Store, run_id: int, where: Path | None = None) -> None:
+        self.path = (where or folder()) / f"{_mark(store)}-run-{run_id}.jsonl"
 
     def add_observations(self, rows: Observations) -> None:
         """Keep rows."""
@@ -54,16 +60,26 @@ class Spool:
     def _write(self, value: dict[str, Any]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(value, allow_nan=False) + "\n")
+            line = json.dumps(value, allow_nan=False) + "\n"
+            while True:
+                with self.path.open("a", encoding="utf-8") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if os.fstat(file.fileno()).st_nlink:  # else it was loaded and removed while we waited
+                        file.write(line)
+                        return
         except OSError as error:
             raise StoreError(f"{self.path}: rows cannot be kept on disk either ({error.strerror}).") from None
 
     def load(self, store: Store) -> int:
         """Put what waits into the database; returns the rows. StoreError leaves what is not stored yet in the file."""
-        if not self.path.exists():
+        try:
+            with self.path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                return self._load(store, file.read().splitlines()) if os.fstat(file.fileno()).st_nlink else 0
+        except FileNotFoundError:
             return 0
-        lines = self.path.read_bytes().splitlines()
+
+    def _load(self, store: Store, lines: list[bytes]) -> int:
         run_id = int(self.path.stem.rpartition("-")[2])
         stored = 0
         try:
@@ -85,28 +101,29 @@ class Spool:
                     store.end_run(replace(store.run(run_id), **known))
                 lines.pop(0)
         except (StoreError, InputError):
-            beside = self.path.with_suffix(".part")
-            beside.write_bytes(b"".join(line + b"\n" for line in lines))
-            os.replace(beside, self.path)
+            with self.path.open("r+b") as again:  # in place: the lock is on this file
+                again.write(b"".join(line + b"\n" for line in lines))
+                again.truncate()
             raise
         self.path.unlink()
-        if not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
         return stored
 
 
-def waiting(store: Store, folder: Path | None = None) -> list[Spool]:
+def waiting(store: Store, where: Path | None = None) -> list[Spool]:
     """The files that wait for this database."""
     found = []
-    for path in sorted((folder or Path(FOLDER)).glob(f"{_mark(store)}-run-*.jsonl")):
+    for path in sorted((where or folder()).glob(f"{_mark(store)}-run-*.jsonl")):
         number = path.stem.rpartition("-")[2]
         if number.isdigit():
-            found.append(Spool(store, int(number), folder))
+            found.append(Spool(store, int(number), where))
     return found
 
 
 def _mark(store: Store) -> str:
-    return hashlib.sha256(store.url.encode()).hexdigest()[:12]
+    """Of the database: a SQLite file is the same from wherever it is named."""
+    kind, slashes, file = store.url.partition(":///")
+    url = f"{kind}{slashes}{Path(file).resolve()}" if kind == "sqlite" else store.url
+    return hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
 def _observations(columns: dict[str, list[Any]]) -> Observations:

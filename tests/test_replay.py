@@ -28,7 +28,7 @@ from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.replay import read_api_key, replay
-from loadgen.spool import Spool
+from loadgen.spool import Spool, folder
 from loadgen.swarm import Swarm
 from loadgen.sweep import sweep
 from traces.errors import EndpointError, InputError, StoreError
@@ -259,11 +259,15 @@ def rename(path: Path, before: str, after: str) -> None:
         connection.commit()
 
 
-@pytest.mark.parametrize("back_in_time", [True, False])
+@pytest.mark.parametrize(
+    ("back_in_time", "ask"),
+    [(True, ["runs"]), (False, ["runs", "recover"]), (False, ["runs"])],
+    ids=["soon", "asked", "unasked"],
+)
 def test_a_database_that_goes_away_costs_nothing(
-    swarm: Swarm, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_in_time: bool
+    swarm: Swarm, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_in_time: bool, ask: list[str]
 ) -> None:
-    """Rows wait on disk and are stored when the database is back, or by ``runs recover``; nothing twice."""
+    """Rows wait on disk and are stored when the database is back, by ``runs recover`` or unasked; nothing twice."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "away.db"
     url = f"sqlite:///{path}"
@@ -280,10 +284,13 @@ def test_a_database_that_goes_away_costs_nothing(
         else:
             with pytest.raises(StoreError, match=r"rows of run 1 wait in .*steelyard runs recover"):
                 replay(store, swarm, asked, endpoint, patience_s=0.0)
-            assert list((tmp_path / "steelyard-spool").iterdir())
+            assert list(folder().iterdir())
+            assert main(["traces", "--db", url]) == 0  # the table is still away: the rows wait, the verb does its work
+            assert list(folder().iterdir())
             rename(path, "hidden", "observations")
             assert len(store.observations(1)) < 60
-            assert main(["runs", "recover", "--db", url]) == 0
+            # by name, or by any other command on that database, from any folder
+            assert main([*ask, "--db", "sqlite:///away.db"]) == 0
         for timer in timers:
             timer.join()
         run = store.run(1)
@@ -291,8 +298,27 @@ def test_a_database_that_goes_away_costs_nothing(
         assert store.observations(1).index.tolist() == asked.index.tolist()
         readings = [(s.at_s, s.worker) for s in store.samples(1)]
         assert len(readings) == len(set(readings)) > 0
-    assert not (tmp_path / "steelyard-spool").exists()
+    assert not list(folder().iterdir())
     assert main(["runs", "recover", "--db", url]) == 0
+
+
+def test_two_processes_share_a_spool_without_loss(store: Store, swarm: Swarm, endpoint: str, tmp_path: Path) -> None:
+    """Rows are added while others load the file and remove it: each is stored, none twice."""
+    run = replay(store, swarm, schedule(4, 40.0), endpoint)
+    row = store.observations(run.id).take(np.array([0]))
+    spool = Spool(store, run.id, tmp_path / "spool")
+
+    def add() -> None:
+        for k in range(200):
+            row.index[:] = 1000 + k
+            spool.add_observations(row)
+
+    writer = threading.Thread(target=add)
+    writer.start()
+    while writer.is_alive():
+        Spool(store, run.id, tmp_path / "spool").load(store)
+    spool.load(store)
+    assert sorted(store.observations(run.id).index.tolist())[4:] == list(range(1000, 1200))
 
 
 def test_a_line_cut_by_a_crash_is_left_out(store: Store, swarm: Swarm, endpoint: str, tmp_path: Path) -> None:

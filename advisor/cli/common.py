@@ -32,7 +32,29 @@ def db_option(f: F) -> F:
         metavar="URL",
         default=lambda: os.environ.get("STEELYARD_DB") or DEFAULT_DB,
         help="Database URL: sqlite:///FILE or postgresql://... [env STEELYARD_DB; default sqlite:///steelyard.db]",
+        callback=_recover,
     )(f)
+
+
+def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
+    """Store what waited on disk for this database, and say so; ``runs recover`` is asked to do it and says it itself."""
+    from traces.errors import SteelyardError
+
+    if context.info_name in ("recover", "migrate"):
+        return db
+    try:
+        from loadgen.spool import folder, waiting
+
+        if any(folder().glob("*.jsonl")):
+            from traces.store import open_store
+
+            with open_store(db, create=False) as store:
+                for spool in waiting(store):
+                    rows = spool.load(store)
+                    click.echo(f"steelyard: {rows} rows that waited in {spool.path} are stored now.", err=True)
+    except (SteelyardError, OSError):
+        pass  # it is still away; the verb says what is wrong, the rows wait
+    return db
 
 
 def example(text: str) -> dict[str, Any]:

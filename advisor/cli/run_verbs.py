@@ -220,7 +220,10 @@ def export_run(context: click.Context, run_id: int, out: Path, as_json: bool, db
 @click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
 @click.pass_context
 def recover(context: click.Context, as_json: bool, db: str | None) -> None:
-    """Store rows that wait in ./steelyard-spool because the database was away when they were measured."""
+    """Store rows that wait on disk because the database was away when they were measured.
+
+    Every other command on that database does so unasked, and says it.
+    """
     from loadgen.spool import waiting
     from traces.store import open_store
 
