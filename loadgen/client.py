@@ -11,6 +11,7 @@ none was free, when it began to connect.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import ctypes
 import gc
@@ -25,8 +26,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httptools
 
@@ -52,7 +54,11 @@ FOLD_PIECES = 96
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where requests go. headers hold credentials: a Target is never stored, printed or logged."""
+    """Where requests go. headers hold credentials: a Target is never stored, printed or logged.
+
+    cert_file, key_file: PEM files by which the client shows itself (mutual TLS). proxy: (host, port) of an HTTP proxy;
+    proxy_auth: its Proxy-Authorization, or "".
+    """
 
     scheme: str
     host: str
@@ -61,12 +67,20 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     ca_file: str = ""
     insecure: bool = False
+    cert_file: str = ""
+    key_file: str = ""
+    proxy: tuple[str, int] | None = None
+    proxy_auth: str = field(default="", repr=False)
+
+    @property
+    def netloc(self) -> str:
+        """HOST:PORT as a request names it."""
+        return f"{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     @property
     def shown(self) -> str:
         """The URL without anything secret."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
+        return f"{self.scheme}://{self.netloc}{self.prefix}"
 
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context, or None for plain HTTP."""
@@ -76,14 +90,17 @@ class Target:
         if self.insecure:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
+        if self.cert_file:
+            context.load_cert_chain(self.cert_file, self.key_file or None, password=_no_password)
         return context
 
     def head(self, path: str, key: str) -> bytes:
         """Request line and headers, up to the request's number: ``X-Request-Id: key-`` joins rows to a server's log."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        proxied = self.proxy is not None and self.scheme == "http"
         lines = [
-            f"POST {self.prefix}{path} HTTP/1.1",
-            f"Host: {host}:{self.port}",
+            f"POST {f'http://{self.netloc}' if proxied else ''}{self.prefix}{path} HTTP/1.1",
+            f"Host: {self.netloc}",
+            *([f"Proxy-Authorization: {self.proxy_auth}"] if proxied and self.proxy_auth else []),
             "Content-Type: application/json",
             "Accept: text/event-stream",
             "Accept-Encoding: identity",
@@ -93,6 +110,14 @@ class Target:
         return "\r\n".join(lines).encode("latin-1")
 
 
+def _no_password() -> str:
+    raise InputError("the key of --cert is encrypted. Give one that is not: openssl pkey -in KEY -out PLAIN")
+
+
+def _basic(user: str, password: str | None) -> str:
+    return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()
+
+
 def target(
     url: str,
     *,
@@ -100,13 +125,15 @@ def target(
     headers: Mapping[str, str] | None = None,
     ca_file: str = "",
     insecure: bool = False,
+    cert_file: str = "",
+    key_file: str = "",
+    proxy: str = "",
 ) -> Target:
     """Read a base URL such as http://127.0.0.1:8000 or https://host/prefix. InputError says what is wrong.
 
-    A user and password in the URL become a Basic header; a trailing /v1 is understood.
+    A user and password in the URL (also in that of the proxy) become a Basic header; a trailing /v1 is understood. The TLS
+    files are read once, so that a wrong one is an InputError here.
     """
-    import base64
-
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -118,15 +145,46 @@ def target(
         )
     wanted = dict(headers or {})
     if parts.username is not None:
-        pair = f"{parts.username}:{parts.password or ''}"
-        wanted["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        wanted["Authorization"] = _basic(parts.username, parts.password)
     if api_key:
         wanted["Authorization"] = f"Bearer {api_key}"
     for name, value in wanted.items():
         if not (name + value).isascii() or any(c in name + value for c in "\r\n"):
             raise InputError(f"header {printable(name)!r} holds a character that HTTP does not allow.")
     prefix = parts.path.rstrip("/").removesuffix("/v1")
-    return Target(parts.scheme, parts.hostname, port, prefix, wanted, ca_file, insecure)
+    through, proxy_auth = None, ""
+    if proxy:
+        try:
+            by = urlsplit(proxy)
+            through = (by.hostname or "", by.port or 3128)
+        except ValueError:
+            by = urlsplit("")
+        if by.scheme != "http" or not by.hostname:
+            raise InputError("--proxy must be an http URL such as http://127.0.0.1:3128.")
+        proxy_auth = _basic(by.username, by.password) if by.username is not None else ""
+    if (cert_file or ca_file) and parts.scheme != "https":
+        raise InputError("--ca-file and --cert belong to an https endpoint.")
+    if key_file and not cert_file:
+        raise InputError("--key belongs to --cert FILE.")
+    made = Target(
+        parts.scheme,
+        parts.hostname,
+        port,
+        prefix,
+        wanted,
+        str(Path(ca_file).resolve()) if ca_file else "",
+        insecure=insecure,
+        cert_file=str(Path(cert_file).resolve()) if cert_file else "",
+        key_file=str(Path(key_file).resolve()) if key_file else "",
+        proxy=through,
+        proxy_auth=proxy_auth,
+    )
+    try:
+        made.tls()
+    except OSError as error:
+        words = getattr(error, "reason", None) or error.strerror or error
+        raise InputError(f"--ca-file, --cert or --key: cannot be used ({words}). Give PEM files.") from None
+    return made
 
 
 class Row(NamedTuple):
@@ -180,6 +238,19 @@ class _Flight:
         self.task: asyncio.Task[None] | None = None
 
 
+class _Route:
+    """One of the base URLs: what a request to it begins with, its kept connections, its address."""
+
+    __slots__ = ("address", "head", "idle", "tls", "where")
+
+    def __init__(self, where: Target, path: str, key: str) -> None:
+        self.where = where
+        self.head = where.head(path, key)
+        self.tls = where.tls()
+        self.address: tuple[str, int] | None = None
+        self.idle: list[_Connection] = []
+
+
 class _Connection(asyncio.Protocol):
     """One connection, used by one request after another."""
 
@@ -196,11 +267,13 @@ class _Connection(asyncio.Protocol):
         "keep",
         "on_body",
         "parser",
+        "route",
         "transport",
     )
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, route: _Route) -> None:
         self.client = client
+        self.route = route
         self.transport: asyncio.Transport | None = None
         self.parser: Any = None
         self.flight: _Flight | None = None
@@ -432,7 +505,7 @@ class Client:
 
     def __init__(
         self,
-        where: Target,
+        where: Target | Sequence[Target],
         path: str,
         prompts: Prompts,
         done: Callable[[Row], None],
@@ -443,16 +516,13 @@ class Client:
     ) -> None:
         self.clock = clock
         self.max_stall_s = 0.0
-        self._where = where
-        self._head = where.head(path, prompts.key)
+        targets = [where] if isinstance(where, Target) else list(where)
+        self._routes = [_Route(one, path, prompts.key) for one in targets]
         self._prompts = prompts
         self._done = done
         self._timeout_s = timeout_s
-        self._tls = where.tls()
-        self._address: tuple[str, int] | None = None
         self._loop = asyncio.get_running_loop()
         self._open: set[_Connection] = set()
-        self._idle: list[_Connection] = []
         self._flights: dict[int, _Flight] = {}
         self._positions: Sequence[int] = ()
         self._due: Sequence[float] = ()
@@ -472,10 +542,10 @@ class Client:
 
     async def warm(self, connections: int) -> None:
         """Open a few connections, so that the first requests do not pay for it. A refusal is left to the requests."""
-        wanted = [self._connect() for _ in range(connections)]
+        wanted = [self._connect(self._routes[k % len(self._routes)]) for k in range(connections)]
         for connection in await asyncio.gather(*wanted, return_exceptions=True):
             if isinstance(connection, _Connection):
-                self._idle.append(connection)
+                connection.route.idle.append(connection)
 
     async def run(
         self,
@@ -532,7 +602,8 @@ class Client:
     async def close(self) -> None:
         """Close every connection."""
         self._closing = True
-        self._idle.clear()
+        for route in self._routes:
+            route.idle.clear()
         for connection in list(self._open):
             connection.close()
         await asyncio.sleep(0)
@@ -625,13 +696,13 @@ class Client:
 
     async def _ask(self, body: bytes) -> None:
         """Put a fleet in force before a batch. A server that does not answer leaves the roles as they are."""
-        where = self._where
-        lines = [f"PUT {where.prefix}/fleet HTTP/1.1", f"Host: {where.host}:{where.port}", "Connection: close"]
+        where = self._routes[0].where
+        lines = [f"PUT {where.prefix}/fleet HTTP/1.1", f"Host: {where.netloc}", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in where.headers.items()]
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
         with contextlib.suppress(OSError, TimeoutError):
             reader, writer = await asyncio.open_connection(
-                where.host, where.port, ssl=self._tls, server_hostname=where.host if self._tls else None
+                where.host, where.port, ssl=where.tls(), server_hostname=where.host if where.scheme == "https" else None
             )
             writer.write("\r\n".join(lines).encode("latin-1") + body)
             await asyncio.wait_for(reader.read(65536), 5.0)
@@ -645,23 +716,25 @@ class Client:
             dispatch = self._released
         position = self._positions[i]
         body = self._prompts.body(position, self._sizes[0][i], self._sizes[1][i])
-        idle = self._idle
+        routes = self._routes
+        route = routes[0] if len(routes) == 1 else routes[position % len(routes)]
+        idle = route.idle
         while idle:
             connection = idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
                 flight = _Flight(position, self.clock(), None)
                 flight.dispatch = dispatch
                 self._flights[position] = flight
-                connection.start(flight, self._head, body)
+                connection.start(flight, route.head, body)
                 return
         flight = _Flight(position, self.clock(), body)
         flight.dispatch = dispatch
         self._flights[position] = flight
-        flight.task = self._loop.create_task(self._send_fresh(flight))
+        flight.task = self._loop.create_task(self._send_fresh(flight, route))
 
-    async def _send_fresh(self, flight: _Flight) -> None:
+    async def _send_fresh(self, flight: _Flight, route: _Route) -> None:
         try:
-            connection = await self._connect()
+            connection = await self._connect(route)
         except OSError as error:
             kind, detail = _connect_error(error)
             self._end(flight, "failed", kind, detail)
@@ -672,29 +745,55 @@ class Client:
             return
         body, flight.body = flight.body, None
         assert body is not None  # noqa: S101 - kept until sent
-        connection.start(flight, self._head, body)
+        connection.start(flight, route.head, body)
 
-    async def _connect(self) -> _Connection:
-        if self._address is None:
+    async def _connect(self, route: _Route) -> _Connection:
+        if route.address is None:
             # Resolved once: a name server must not be part of a latency.
-            found = await self._loop.getaddrinfo(self._where.host, self._where.port, type=socket.SOCK_STREAM)
-            self._address = (str(found[0][4][0]), int(found[0][4][1]))
+            host, port = route.where.proxy or (route.where.host, route.where.port)
+            found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            route.address = (str(found[0][4][0]), int(found[0][4][1]))
             if len(found) > 1:  # several addresses: take the first that answers
                 for one in found:
                     with contextlib.suppress(OSError):
-                        return await self._open_to(str(one[4][0]), int(one[4][1]))
-        return await self._open_to(*self._address)
+                        return await self._open_to(route, str(one[4][0]), int(one[4][1]))
+        return await self._open_to(route, *route.address)
 
-    async def _open_to(self, host: str, port: int) -> _Connection:
-        _, connection = await self._loop.create_connection(
-            lambda: _Connection(self),
-            host,
-            port,
-            ssl=self._tls,
-            server_hostname=self._where.host if self._tls else None,
-        )
-        self._address = (host, port)
+    async def _open_to(self, route: _Route, host: str, port: int) -> _Connection:
+        name = route.where.host if route.tls else None
+        if route.tls and route.where.proxy:
+            tunnel = await self._tunnel(route.where, host, port)
+            _, connection = await self._loop.create_connection(
+                lambda: _Connection(self, route), sock=tunnel, ssl=route.tls, server_hostname=name
+            )
+        else:
+            _, connection = await self._loop.create_connection(
+                lambda: _Connection(self, route), host, port, ssl=route.tls, server_hostname=name
+            )
+        route.address = (host, port)
         return connection
+
+    async def _tunnel(self, where: Target, host: str, port: int) -> socket.socket:
+        """A socket through the proxy to the server, on which TLS can begin."""
+        made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        made.setblocking(False)
+        try:
+            await self._loop.sock_connect(made, (host, port))
+            auth = f"Proxy-Authorization: {where.proxy_auth}\r\n" if where.proxy_auth else ""
+            ask = f"CONNECT {where.netloc} HTTP/1.1\r\nHost: {where.netloc}\r\n{auth}\r\n"
+            await self._loop.sock_sendall(made, ask.encode("latin-1"))
+            said = b""
+            while b"\r\n\r\n" not in said:
+                piece = await asyncio.wait_for(self._loop.sock_recv(made, 1), 30.0)  # no byte of TLS may be taken
+                if not piece or len(said) > MAX_HEADER_BYTES:
+                    raise ConnectionResetError("the proxy closed the connection")
+                said += piece
+            if said.split(b" ", 2)[1][:1] != b"2":
+                raise OSError(f"the proxy says {printable(said.split(bytes([13]))[0].decode('latin-1'))}")
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def _release(self, connection: _Connection) -> None:
         connection.flight = None
@@ -705,7 +804,7 @@ class Client:
         if self._closing:
             connection.close()
         else:
-            self._idle.append(connection)
+            connection.route.idle.append(connection)
 
     # --- ending
 
@@ -817,20 +916,21 @@ class Client:
 
     def _refresh(self, now: float) -> None:
         """Close kept connections that lay idle, oldest first; where none is left, open a spare one ahead of need."""
-        idle = self._idle
-        stale = 0
-        while stale < len(idle) and now - idle[stale].at > self._idle_s:
-            stale += 1
-        if stale:
-            for connection in idle[:stale]:
-                connection.close()
-            del idle[:stale]
-            if not idle and self._next < len(self._due) and self._spare is None:
-                self._spare = self._loop.create_task(self._open_spare())
+        for route in self._routes:
+            idle = route.idle
+            stale = 0
+            while stale < len(idle) and now - idle[stale].at > self._idle_s:
+                stale += 1
+            if stale:
+                for connection in idle[:stale]:
+                    connection.close()
+                del idle[:stale]
+                if not idle and self._next < len(self._due) and self._spare is None:
+                    self._spare = self._loop.create_task(self._open_spare(route))
 
-    async def _open_spare(self) -> None:
+    async def _open_spare(self, route: _Route) -> None:
         with contextlib.suppress(OSError):
-            self._release(await self._connect())
+            self._release(await self._connect(route))
         self._spare = None
 
 
@@ -877,7 +977,9 @@ class Engine:
         """Run a coroutine in the thread; returns its concurrent future."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-    async def prepare(self, where: Target, path: str, prompts: Prompts, *, timeout_s: float, connections: int) -> None:
+    async def prepare(
+        self, where: Sequence[Target], path: str, prompts: Prompts, *, timeout_s: float, connections: int
+    ) -> None:
         """Make the client of the next run and warm its connections."""
         await self.close()
         self.rows.clear()

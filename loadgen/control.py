@@ -64,16 +64,23 @@ class Endpoint:
         )
         try:
             tls = where.tls()
+            host, port = where.proxy or (where.host, where.port)
             connection = (
-                http.client.HTTPSConnection(where.host, where.port, timeout=timeout_s, context=tls)
+                http.client.HTTPSConnection(host, port, timeout=timeout_s, context=tls)
                 if tls is not None
-                else http.client.HTTPConnection(where.host, where.port, timeout=timeout_s)
+                else http.client.HTTPConnection(host, port, timeout=timeout_s)
             )
+            auth = {"Proxy-Authorization": where.proxy_auth} if where.proxy_auth else {}
+            if where.proxy and tls is not None:
+                connection.set_tunnel(where.host, where.port, auth)
         except OSError as error:
             raise EndpointError(f"{self.shown}: the TLS settings cannot be used ({error}).") from None
         try:
             headers = dict(where.headers) | ({"Content-Type": "application/json"} if body is not None else {})
-            connection.request(method, where.prefix + path, body=body, headers=headers)
+            whole = where.prefix + path
+            if where.proxy and tls is None:
+                headers, whole = headers | auth, f"http://{where.netloc}{whole}"
+            connection.request(method, whole, body=body, headers=headers)
             answer = connection.getresponse()
             held = bytearray()
             while piece := answer.read1(65536):

@@ -65,7 +65,7 @@ def replay(
     store: Store,
     swarm: Swarm,
     schedule: Schedule,
-    endpoint: str | Target,
+    endpoint: str | Target | Sequence[Target],
     *,
     name: str = "",
     fleet: Fleet | None = None,
@@ -94,7 +94,8 @@ def replay(
 ) -> Run:
     """Ask ``schedule`` of ``endpoint``, store what happened, return the run with verdict, completeness and counts.
 
-    endpoint: base URL, or a Target (headers, TLS); a plain URL takes the token from STEELYARD_API_KEY. fleet: put in
+    endpoint: base URL, or a Target (headers, TLS); a plain URL takes the token from STEELYARD_API_KEY. Several Targets get
+    the requests in turn; the first is asked for models, metrics and fleets. fleet: put in
     force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
     engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
@@ -119,14 +120,17 @@ def replay(
         schedule = replace(schedule, changes=(*schedule.changes, "sessions causal"))
     if not len(schedule):
         raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
-    where = target(endpoint, api_key=os.environ.get(API_KEY) or None) if isinstance(endpoint, str) else endpoint
+    if isinstance(endpoint, str):
+        endpoint = target(endpoint, api_key=os.environ.get(API_KEY) or None)
+    where, *others = [endpoint] if isinstance(endpoint, Target) else endpoint
     server = Endpoint(where)
     model, owner = server.choose_model(model)
     in_force = server.fleet()
     if engine == "auto":
         engine = {"steelyard": "reference", "vllm": "vllm", "sglang": "sglang"}.get(owner, "openai")
     dialect = engines.dialect(engine, chat=chat, text=text)
-    server.try_one(dialect, model)
+    for one in (server, *map(Endpoint, others)):
+        one.try_one(dialect, model)
     if in_force is not None:
         if fleet is not None:
             server.set_fleet(fleet)
@@ -147,7 +151,7 @@ def replay(
         trace=schedule.name,
         schedule_digest=schedule.digest(),
         scheduled=len(schedule),
-        endpoint=where.shown,
+        endpoint=" ".join(one.shown for one in (where, *others)),
         engine=dialect.name,
         model=model,
         fleet=fleet,
@@ -166,7 +170,7 @@ def replay(
     )
     # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
     salt = random.SystemRandom().getrandbits(60)
-    job = Job(where, dialect, model, salt, timeout_s, dispatch, prefixes, causal=sessions == "causal")
+    job = Job(where, dialect, model, salt, timeout_s, dispatch, prefixes, sessions == "causal", tuple(others))
     run = store.begin_run(began)
     writer = Writer(store, run.id)
     parts: list[Observations] = []

@@ -94,6 +94,8 @@ class Job:
     dispatch: Dispatch | None = None
     prefixes: bool = False
     causal: bool = False
+    others: tuple[Target, ...] = ()
+    """Base URLs beside ``where``; requests go to each in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,13 +545,11 @@ class Swarm:
         return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs)
 
     def _send_shard(self, worker: _Worker, shard: Any, schedule: Schedule, job: Job, token: int) -> None:
-        where = asdict(job.where)
-        where["headers"] = dict(job.where.headers)
         self._send(
             "steelyard.job",
             {
                 "run": token,
-                "where": where,
+                "where": [asdict(one) | {"headers": dict(one.headers)} for one in (job.where, *job.others)],
                 "dialect": {"name": job.dialect.name, "chat": job.dialect.chat, "token_ids": job.dialect.token_ids},
                 "model": job.model,
                 "salt": job.salt,
@@ -630,6 +630,11 @@ def _gate(dispatch: Dispatch) -> dict[str, Any]:
         "start_s": dispatch.start_s,
         "in_flight": dispatch.in_flight,
     }
+
+
+def _target(held: dict[str, Any]) -> Target:
+    """A Target from its message, in which a tuple has become a list."""
+    return Target(**held | {"proxy": tuple(held["proxy"]) if held["proxy"] else None})
 
 
 def _environment() -> Environment:
@@ -738,7 +743,11 @@ class _WorkerSide:
         connections = min(1000, bisect.bisect_right(sorted(self._columns[1]), 1.0))
         wait = self.engine.submit(
             self.engine.prepare(
-                Target(**job["where"]), dialect.path, prompts, timeout_s=job["timeout_s"], connections=connections
+                [_target(one) for one in job["where"]],
+                dialect.path,
+                prompts,
+                timeout_s=job["timeout_s"],
+                connections=connections,
             )
         )
         while not wait.done():

@@ -21,7 +21,7 @@ def sweep(
     store: Store,
     swarm: Swarm,
     schedule: Schedule,
-    where: Target,
+    where: Target | Sequence[Target],
     fleets: Sequence[Fleet],
     *,
     seed: int = 0,
@@ -35,11 +35,11 @@ def sweep(
     Each repeat is a shuffle of all fleets (by ``seed``), so that drift spreads over them. The fleet that was in force
     is put back at the end, whatever the end is. ``how`` goes to :func:`loadgen.replay.replay`.
     """
-    server = Endpoint(where)
+    server = Endpoint(where if isinstance(where, Target) else where[0])
     before = server.fleet()
     if before is None:
         raise EndpointError(
-            f"{where.shown}: its fleet cannot be set (no /fleet). Set it yourself and run steelyard replay for each fleet."
+            f"{server.shown}: its fleet cannot be set (no /fleet). Set it yourself and run steelyard replay for each fleet."
         )
     if not fleets:
         raise InputError("a sweep needs at least one fleet.")

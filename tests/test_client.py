@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import gzip
 import json
 import math
@@ -11,6 +13,8 @@ import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +96,7 @@ async def ask(
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls[0] if tls else None)
     port = server.sockets[0].getsockname()[1]
     where = tls[1] if tls else Target("http", "127.0.0.1", 0)
-    where = Target(where.scheme, where.host, port, where.prefix, where.headers, where.ca_file, where.insecure)
+    where = replace(where, port=port)
     rows: list[Row] = []
     kind = dialect("openai")
     client = Client(where, kind.path, Prompts(kind, "m", 100, 1), rows.append, timeout_s=timeout_s, idle_s=idle_s)
@@ -281,10 +285,9 @@ def test_stopping_leaves_no_request_without_a_row() -> None:
     assert [r.chunks for r in rows] == [1, 1, 0, 0]
 
 
-def test_tls_works_and_an_unknown_certificate_is_a_named_failure(tmp_path: Path) -> None:
-    """HTTPS with a CA file is HTTPS; without it the failure says TLS."""
-    pytest.importorskip("ssl")
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """(certificate, key) of localhost."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
     made = subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
@@ -292,6 +295,122 @@ def test_tls_works_and_an_unknown_certificate_is_a_named_failure(tmp_path: Path)
     )  # fmt: skip
     if made.returncode:
         pytest.skip("no openssl command here")
+    return certificate, key
+
+
+def test_a_client_shows_its_certificate(tmp_path: Path) -> None:
+    """Mutual TLS: with --cert the server answers, without it the request fails by name; a wrong file is said at once."""
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(certificate)
+    context.verify_mode = ssl.CERT_REQUIRED
+    known = target("https://localhost", ca_file=str(certificate), cert_file=str(certificate), key_file=str(key))
+    assert one(GOOD[0], tls=(context, known)).status == "ok"
+    unknown = one(GOOD[0], tls=(context, target("https://localhost", ca_file=str(certificate))))
+    assert unknown.status == "failed"
+    for how, words in (
+        ({"cert_file": str(tmp_path / "no.pem")}, "No such file"),
+        ({"cert_file": str(certificate), "key_file": str(certificate)}, "PEM"),
+        ({"key_file": str(key)}, "--key belongs to --cert"),
+    ):
+        with pytest.raises(InputError, match=words):
+            target("https://localhost", **how)
+    with pytest.raises(InputError, match="https endpoint"):
+        target("http://localhost", cert_file=str(certificate))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("password", ["open%20sesame", "wrong", ""])
+def test_a_proxy_is_gone_through(scheme: str, password: str, tmp_path: Path) -> None:
+    """Plain requests in absolute form, TLS by CONNECT, credentials to the proxy alone; its refusal is a named failure."""
+    asked: list[bytes] = []
+    expected = b"Proxy-Authorization: Basic " + base64.b64encode(b"me:open sesame")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        asked.append(head)
+        if expected not in head:
+            writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+            return
+        port = int(head.split(b"\r\n")[0].split(b"localhost:")[1].split(b" ")[0].split(b"/")[0])
+        onward_reader, onward = await asyncio.open_connection("127.0.0.1", port)
+        if head.startswith(b"CONNECT"):
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            onward.write(head)
+
+        async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while piece := await source.read(65536):
+                    sink.write(piece)
+            sink.close()
+
+        await asyncio.gather(copy(reader, onward), copy(onward_reader, writer))
+
+    async def run() -> Row:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        by = f"http://{f'me:{password}@' if password else ''}127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        context = None
+        if scheme == "https":
+            certificate, key = self_signed(tmp_path)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            where = target("https://localhost", ca_file=str(certificate), proxy=by)
+        else:
+            where = target("http://localhost", proxy=by)
+        rows, seen, _ = await ask(GOOD[0], tls=(context, where))  # type: ignore[arg-type]
+        server.close()
+        assert all(b"POST " in request for request in seen)
+        if scheme == "https":
+            assert all(b"Proxy-Authorization" not in request for request in seen)
+        return rows[0]
+
+    row = asyncio.run(run())
+    assert asked[0].startswith(b"CONNECT localhost:" if scheme == "https" else b"POST http://localhost:")
+    if password.startswith("open"):
+        assert (row.status, row.error) == ("ok", "")
+    else:
+        assert (row.status, "407" in row.detail) == ("failed", True)
+
+
+def test_requests_go_to_several_urls_in_turn() -> None:
+    """Two servers, each gets every other request, on kept connections of its own."""
+    seen: list[list[bytes]] = [[], []]
+
+    async def run() -> list[Row]:
+        async def serve(k: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while True:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+                    seen[k].append(head)
+                    await GOOD[0](reader, writer, head)
+            writer.close()
+
+        servers = [await asyncio.start_server(partial(serve, k), "127.0.0.1", 0) for k in range(2)]
+        where = [target(f"http://127.0.0.1:{s.sockets[0].getsockname()[1]}") for s in servers]
+        kind, rows = dialect("openai"), []
+        client = Client(where, kind.path, Prompts(kind, "m", 100, 1), rows.append)
+        n = 20
+        await client.warm(4)
+        await client.run(range(n), [k * 0.01 for k in range(n)], [5] * n, [2] * n, time.monotonic())
+        await client.close()
+        for server in servers:
+            server.close()
+        return rows
+
+    rows = asyncio.run(run())
+    assert {row.status for row in rows} == {"ok"}
+    for k, heads in enumerate(seen):
+        numbers = [int(head.split(b"X-Request-Id: ")[1].split(b"\r\n")[0].rpartition(b"-")[2]) for head in heads]
+        assert sorted(numbers) == list(range(k, 20, 2))
+
+
+def test_tls_works_and_an_unknown_certificate_is_a_named_failure(tmp_path: Path) -> None:
+    """HTTPS with a CA file is HTTPS; without it the failure says TLS."""
+    certificate, key = self_signed(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     trusted = Target("https", "localhost", 0, ca_file=str(certificate))
@@ -348,10 +467,10 @@ def test_a_prompt_has_as_many_tokens_as_asked(n: int, text: bool, chat: bool) ->
 )
 def test_an_endpoint_is_shown_without_secrets(url: str, shown: str) -> None:
     """What is stored of an endpoint is scheme, host, port and path."""
-    where = target(url, api_key="key")
+    where = target(url, api_key="sk-planted")
     assert where.shown == shown
     assert "secret" not in repr(where)
-    assert "key" not in repr(where)
+    assert "sk-planted" not in repr(where)
 
 
 @pytest.mark.parametrize("url", ["", "host:80", "ftp://host", "http://", "http://host:port", "http://h:99999"])

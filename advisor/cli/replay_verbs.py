@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,9 @@ def asked(f: Any) -> Any:
         ),
         click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
         click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
+        click.option("--cert", default="", metavar="FILE", help="PEM certificate that the client shows (mutual TLS)."),
+        click.option("--key", default="", metavar="FILE", help="PEM key of --cert, if it is not in the same file."),
+        click.option("--proxy", default="", metavar="URL", help="HTTP proxy, for example http://127.0.0.1:3128."),
         click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
         click.option(
             "--timeout",
@@ -106,8 +109,8 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
     return scale_rate(schedule, factor), factor
 
 
-def how(endpoint: str, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
-    """(target, keyword arguments of :func:`loadgen.replay.replay`) from the options."""
+def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
+    """(targets, keyword arguments of :func:`loadgen.replay.replay`) from the options."""
     from loadgen.client import target
     from loadgen.replay import read_api_key
 
@@ -117,13 +120,20 @@ def how(endpoint: str, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str
         if not colon or not name.strip():
             raise click.UsageError("--header takes NAME:VALUE.")
         headers[name.strip()] = value.strip()
-    where = target(
-        endpoint,
-        api_key=read_api_key(options["api_key_file"]),
-        headers=headers,
-        ca_file=options["ca_file"],
-        insecure=options["insecure"],
-    )
+    key = read_api_key(options["api_key_file"])
+    where = [
+        target(
+            endpoint,
+            api_key=key,
+            headers=headers,
+            ca_file=options["ca_file"],
+            insecure=options["insecure"],
+            cert_file=options["cert"],
+            key_file=options["key"],
+            proxy=options["proxy"],
+        )
+        for endpoint in endpoints
+    ]
     return where, {
         "engine": options["engine"],
         "model": options["model"],
@@ -149,7 +159,14 @@ def result(store: Any, run: Any) -> dict[str, Any]:
     **example("steelyard replay azure-2023-conv --endpoint http://127.0.0.1:8080 --fleet 3:5 --requests 100")
 )
 @click.argument("trace")
-@click.option("--endpoint", required=True, metavar="URL", help="Base URL of the OpenAI-shaped endpoint.")
+@click.option(
+    "--endpoint",
+    "endpoints",
+    required=True,
+    multiple=True,
+    metavar="URL",
+    help="Base URL of the OpenAI-shaped endpoint; several (repeat it) get the requests in turn.",
+)
 @click.option("--fleet", metavar="P:D", help="Put this fleet in force first, or say which it is.")
 @click.option("--name", default="", help="Name of the run [default: the trace's].")
 @click.option("--group", default="", help="Group that the run belongs to.")
@@ -184,7 +201,14 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 @json_option
 @db_option
 def replay(
-    trace: str, endpoint: str, fleet: str | None, name: str, group: str, db: str, as_json: bool, **options: Any
+    trace: str,
+    endpoints: tuple[str, ...],
+    fleet: str | None,
+    name: str,
+    group: str,
+    db: str,
+    as_json: bool,
+    **options: Any,
 ) -> int:
     """Replay a trace against an endpoint through Locust and store every request.
 
@@ -199,7 +223,7 @@ def replay(
 
     slo = Slo.parse(options["slo"]) if options["slo"] else None
     wanted = Fleet.parse(fleet) if fleet else None
-    where, arguments = how(endpoint, options, slo)
+    where, arguments = how(endpoints, options, slo)
     interrupted = False
     with open_store(db, create=False) as store:
         schedule, factor = schedule_of(store, trace, options)
@@ -400,7 +424,7 @@ def sweep(
                 bars.update(task, completed=done, note=line)
 
             with swarm_of(options, as_json) as swarm, endpoint_of(endpoint, profile, wanted[0]) as url:
-                where, arguments = how(url, options, slo)
+                where, arguments = how([url], options, slo)
                 seed = arguments.pop("seed")
                 group, runs = run_sweep(
                     store,
