@@ -61,6 +61,13 @@ def choose_runs(
     return [run for run in runs if (run.engine, run.model) == (runs[-1].engine, runs[-1].model)]
 
 
+def _asked(store: Store, trace: str | None, latest: Run) -> Schedule:
+    """The trace named, else the latest run's; of a run that came without one, what its own rows asked."""
+    if trace is None and latest.trace not in {t.name for t in store.traces()}:
+        return store.observations(latest.id).asked(latest.trace)
+    return store.schedule(trace or latest.trace)
+
+
 def advise(
     store: Store,
     *,
@@ -96,7 +103,7 @@ def advise(
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)
     if schedule is None:
-        schedule = store.schedule(trace or latest.trace)
+        schedule = _asked(store, trace, latest)
         if requests:
             schedule = head(schedule, requests)
         if rate_per_s:

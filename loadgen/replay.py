@@ -8,7 +8,6 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from loadgen.spool import Spool
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import EndpointError, InputError, StoreError
-from traces.measures import Slo, verdict
+from traces.measures import Slo, counts, verdict
 from traces.records import Fleet, Observations, Run, Sample, Schedule
 from traces.store import Store
 
@@ -228,13 +227,6 @@ def replay(
     if outcome.interrupted:
         raise Interrupted(run)
     return run
-
-
-def counts(rows: Observations) -> dict[str, int]:
-    """How many requests ended in each status, and ``failed.<kind>`` for the kinds of failure."""
-    found = Counter(rows.status.tolist())
-    kinds = Counter(e for s, e in zip(rows.status.tolist(), rows.error.tolist(), strict=True) if s == "failed")
-    return dict(sorted(found.items())) | {f"failed.{kind}": n for kind, n in sorted(kinds.items())}
 
 
 def _ended(run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Outcome | None, reason: str) -> Run:

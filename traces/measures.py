@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
@@ -133,6 +134,13 @@ def verdict(observations: Observations, slo: Slo | None = None) -> Verdict:
     else:
         word = "valid"
     return Verdict(word, words, p50 * 1e3, p99 * 1e3, worst * 1e3)
+
+
+def counts(rows: Observations) -> dict[str, int]:
+    """How many requests ended in each status, and ``failed.<kind>`` for the kinds of failure."""
+    found = Counter(rows.status.tolist())
+    kinds = Counter(e for s, e in zip(rows.status.tolist(), rows.error.tolist(), strict=True) if s == "failed")
+    return dict(sorted(found.items())) | {f"failed.{kind}": n for kind, n in sorted(kinds.items())}
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,6 +288,12 @@ class Observations:
         """The rows picked by a mask or by positions."""
         return Observations(**{name: getattr(self, name)[which] for name in self.columns()})
 
+    def asked(self, name: str) -> Schedule:
+        """What the rows asked for, with the lengths that the server counted, as a schedule."""
+        rows = self.take(np.argsort(self.due_s, kind="stable"))
+        prompt, output = np.maximum(rows.prompt_lengths, 1), np.maximum(rows.tokens, 1)
+        return Schedule(name, np.arange(len(rows)), rows.due_s - rows.due_s[:1], prompt, output)
+
     @property
     def ok(self) -> npt.NDArray[np.bool_]:
         """True where the whole answer came."""

@@ -215,6 +215,93 @@ def export_run(context: click.Context, run_id: int, out: Path, as_json: bool, db
         messages().print(f"{len(rows)} rows of run {run.id} written to {out}", markup=False)
 
 
+@runs.command("import", **example("steelyard runs import profile_export.jsonl --fleet 3:5 --slo 'ttft<0.5s tpot<50ms'"))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--fleet", required=True, metavar="P:D", help="Prefill and decode workers that were measured.")
+@click.option("--name", help="Name of the run [default: the file's].")
+@click.option("--group", default="", help="Group that the runs belong to [default: one a file].")
+@click.option(
+    "--endpoint-name", default="", help="What was measured, as --endpoint-name of advise [default: the file's]."
+)
+@click.option("--engine", default="openai", show_default=True, help="Engine that was measured.")
+@click.option("--model", default="", help="Model that was measured [default: the file's].")
+@click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".')
+@click.option("--gpus-per-worker", metavar="P,D", default="1,1", show_default=True, help="GPUs a worker uses.")
+@click.option(
+    "--map", "names", metavar="DUE_S=..,..", help="Columns of a CSV or JSONL: due_s=COL,first_token_s=COL, ..."
+)
+@click.option(
+    "--time-unit", type=click.Choice(["s", "ms", "us", "ns"]), default="s", show_default=True, help="Of a CSV or JSONL."
+)
+@json_option
+@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
+@click.pass_context
+def import_runs(
+    context: click.Context,
+    files: tuple[Path, ...],
+    fleet: str,
+    name: str | None,
+    group: str,
+    endpoint_name: str,
+    engine: str,
+    model: str,
+    slo: str | None,
+    gpus_per_worker: str,
+    names: str | None,
+    time_unit: str,
+    as_json: bool,
+    db: str | None,
+) -> None:
+    """Store what another client measured as runs: aiperf's profile_export.jsonl, guidellm's JSON, vllm bench serve's detailed
+    JSON, or any CSV or JSONL of requests.
+
+    A CSV or JSONL names due_s, sent_s, first_token_s, last_token_s, prompt_tokens, output_tokens, status (--map for other
+    names). A run without due times is degraded: its client's lateness is not known. The same file again changes nothing.
+    """
+    from advisor.cli.replay_verbs import pair
+    from loadgen import imports
+    from traces.measures import Slo
+    from traces.records import Fleet
+    from traces.store import open_store
+
+    renamed = imports.parse_names(names) if names else None
+    wanted, limits, per = Fleet.parse(fleet), Slo.parse(slo) if slo else None, pair(gpus_per_worker)
+    # All files are read before the first is stored: a bad one leaves nothing behind.
+    measured = [(path, imports.read(path, renamed, time_unit)) for path in files]
+    found = []
+    with open_store(db or context.obj) as store:
+        for path, parts in measured:
+            for k, one in enumerate(parts, start=1):
+                title = (name or path.stem) + (f" {k}" if len(parts) > 1 else "")
+                run, already = imports.store_run(
+                    store,
+                    one,
+                    name=title,
+                    fleet=wanted,
+                    endpoint=endpoint_name,
+                    engine=engine,
+                    model=model,
+                    group=group,
+                    slo=limits,
+                    gpus_per_worker=per,
+                )
+                found.append(
+                    {"client": one.client, "already": already}
+                    | {"run": run.id}
+                    | figures(run, store.observations(run.id))
+                )
+    if as_json:
+        emit_json({"runs": found})
+        return
+    for held in found:
+        state = "already stored as" if held["already"] else "stored as"
+        messages().print(
+            f"{held['name']} ({held['client']}): {held['ok']} of {held['scheduled']} ok, {state} run {held['run']}; "
+            f"{held['verdict']}: {held['reason']}",
+            markup=False,
+        )
+
+
 @runs.command("recover", **example("steelyard runs recover"))
 @json_option
 @click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")

@@ -504,10 +504,7 @@ def _asked(body: Any, chat: bool) -> tuple[int, int]:
             raise InputError("messages must be a list that is not empty")
         prompt = 0
         for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
-            if not isinstance(content, str):
-                raise InputError("a message needs a role and text content")
-            prompt += len(content.split())
+            prompt += len(_content(message).split())
     else:
         given = body.get("prompt")
         if isinstance(given, str):
@@ -524,10 +521,21 @@ def _asked(body: Any, chat: bool) -> tuple[int, int]:
     return prompt, most
 
 
+def _content(message: Any) -> str:
+    """The text of a chat message, also where it comes in parts."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = " ".join(part for part in parts if isinstance(part, str)) if parts else None
+    if not isinstance(content, str):
+        raise InputError("a message needs a role and text content")
+    return content
+
+
 def _blocks(body: Any, chat: bool) -> list[int]:
     """Ids of the prompt's whole blocks, each standing for itself and all before it."""
     if chat:
-        tokens: list[Any] = [word for message in body["messages"] for word in message["content"].split()]
+        tokens: list[Any] = [word for message in body["messages"] for word in _content(message).split()]
     else:
         tokens = body["prompt"].split() if isinstance(body["prompt"], str) else body["prompt"]
     ids: list[int] = []

@@ -1,0 +1,418 @@
+"""What other clients measured, as observations of a run: aiperf, guidellm, ``vllm bench serve``, any CSV or JSONL.
+
+Each reader gives one :class:`Measured` a run. A file that cannot be read whole is refused with its line; nothing is guessed:
+a client that does not write when its requests were due leaves the run without a send lag, and its verdict says so.
+Texts of prompts and answers are passed over.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadgen.stream import printable
+from traces import __version__
+from traces.errors import InputError
+from traces.formats import BadRowError
+from traces.formats.generic import UNITS
+from traces.formats.jsonl import at, parse
+from traces.measures import Slo, counts, verdict
+from traces.records import STATUSES, Fleet, Observations, Run
+from traces.store import Store
+
+COLUMNS = ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status")
+"""Names of a CSV or JSONL of rows; ``--map due_s=COLUMN,...`` renames. ``status`` and one of due_s and sent_s may be missing."""
+
+MOST_BYTES = 1 << 30
+"""Largest result that is read; a document is parsed as a whole."""
+
+_OK = ("ok", "success", "successful", "completed", "true", "1", "200")
+NO_DUE = "the client does not say when requests were due: its own lateness is not known"
+
+
+@dataclass(frozen=True, slots=True)
+class One:
+    """One request; times in seconds on the client's own clock, NaN where they never came."""
+
+    due: float
+    sent: float
+    first_token: float
+    last_token: float
+    prompt_tokens: int
+    output_tokens: int
+    status: str = "ok"
+    detail: str = ""
+    chunks: int = 0
+    max_gap_s: float = math.nan
+
+
+@dataclass(slots=True)
+class Measured:
+    """One run of another client. due_known: whether it wrote when requests were due. unix: whether its clock is the wall's."""
+
+    client: str
+    rows: list[One] = field(default_factory=list)
+    model: str = ""
+    endpoint: str = ""
+    due_known: bool = True
+    unix: bool = False
+
+
+def read(path: Path, names: Mapping[str, str] | None = None, unit: str = "s") -> list[Measured]:
+    """The runs of a file, recognised by its content, or by the user's names. InputError says what it is not."""
+    try:
+        if not path.is_file():
+            raise InputError(
+                f"{path}: is no file. Give a result of aiperf, guidellm or vllm bench serve, a CSV or JSONL."
+            )
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(
+                f"{path}: is larger than {MOST_BYTES >> 30} GiB. Split it, or import rows as CSV with --map."
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        words = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read ({words}).") from None
+    try:
+        found = _read(text, names, unit)
+    except BadRowError as bad:
+        raise InputError(f"{path}: {bad}. Nothing was stored.") from None
+    for one in found:
+        if not one.rows:
+            raise InputError(f"{path}: holds a run without a request. Nothing was stored.")
+    return found
+
+
+def _read(text: str, names: Mapping[str, str] | None, unit: str) -> list[Measured]:
+    if not text.strip():
+        raise BadRowError("empty", "the file is empty")
+    if not text.lstrip().startswith("{"):
+        return [_table(text, names or {}, unit)]
+    first = text.lstrip().split("\n", 1)[0]
+    try:
+        head = parse(first)
+    except BadRowError:
+        head = parse(text)  # a document over several lines
+    if names is None:
+        if isinstance(head.get("metadata"), dict) and "metrics" in head:
+            return [_aiperf(text)]
+        if isinstance(head.get("benchmarks"), list):
+            document = parse(text)
+            return [_guidellm(b, at(document, "config.spec.backend")) for b in document["benchmarks"]]
+        if "ttfts" in head and "input_lens" in head:
+            return [_vllm(parse(text))]
+        if "input_lens" not in head and "request_throughput" in head:
+            raise BadRowError(
+                "no_rows", "a vllm bench result without requests: run it with --save-result --save-detailed"
+            )
+    return [_lines(text, names or {}, unit)]
+
+
+# --- the clients -----------------------------------------------------------------------------------------------------
+
+
+def _aiperf(text: str) -> Measured:
+    """``profile_export.jsonl`` of aiperf (seen: 0.13): a request a line, wall clock in ns, metrics with their units."""
+    found = Measured("aiperf", unix=True)
+    for number, record in _records(text):
+        meta, metrics = record.get("metadata"), record.get("metrics") or {}
+        if not isinstance(meta, dict) or not isinstance(metrics, dict):
+            raise BadRowError("bad_row", f"line {number}: has no metadata and metrics")
+        if meta.get("benchmark_phase", "profiling") != "profiling":
+            continue  # warm-up
+
+        def value(name: str, metrics: dict[str, Any] = metrics) -> Any:
+            return at(metrics, f"{name}.value")
+
+        sent = _number(meta.get("request_start_ns"), 1e9, number, "request_start_ns")
+        due = _number(meta.get("credit_issued_ns"), 1e9, number, "credit_issued_ns")
+        gaps = value("inter_chunk_latency")
+        gaps = [g for g in gaps if isinstance(g, (int, float))] if isinstance(gaps, list) else []
+        first = sent + _number(value("time_to_first_token"), 1e3, number, "time_to_first_token")
+        last = sent + _number(value("request_latency"), 1e3, number, "request_latency")
+        status = "ok" if record.get("error") is None and math.isfinite(first) else "failed"
+        if meta.get("was_cancelled"):
+            status = "cancelled"
+        found.rows.append(
+            One(
+                due if math.isfinite(due) else sent,
+                sent,
+                first,
+                last,
+                _count(value("usage_prompt_tokens"), value("input_sequence_length")),
+                _count(value("usage_completion_tokens"), value("output_sequence_length")),
+                status,
+                printable(str(record.get("error") or ""))[:200],
+                len(gaps) + 1 if math.isfinite(first) else 0,
+                max(gaps, default=math.nan) / 1e3,
+            )
+        )
+    return found
+
+
+def _guidellm(benchmark: Any, backend: Any) -> Measured:
+    """One of a guidellm report's benchmarks (seen: 0.8): requests by how they ended, wall clock in s."""
+    held = benchmark.get("requests") if isinstance(benchmark, dict) else None
+    if not isinstance(held, dict):
+        raise BadRowError("bad_row", "a benchmark of the report holds no requests: it was saved without them")
+    found = Measured("guidellm", unix=True)
+    if isinstance(backend, dict):
+        found.model, found.endpoint = str(backend.get("model") or ""), str(backend.get("target") or "")
+    for kind, status in (("successful", "ok"), ("errored", "failed"), ("incomplete", "cancelled")):
+        for number, record in enumerate(held.get(kind) or (), start=1):
+            timings = at(record, "info.timings")
+            if not isinstance(timings, dict):
+                raise BadRowError("bad_row", f"{kind} request {number}: has no info.timings")
+
+            def stamp(*names: str, timings: dict[str, Any] = timings) -> float:
+                return next((float(timings[n]) for n in names if isinstance(timings.get(n), (int, float))), math.nan)
+
+            tokens = record.get("output_tokens")
+            chunks = timings.get("token_iterations")
+            found.rows.append(
+                One(
+                    stamp("targeted_start", "scheduled_at", "request_start"),
+                    stamp("request_start"),
+                    stamp("first_token_iteration", "first_output_token_iteration"),
+                    stamp("last_token_iteration"),
+                    _count(record.get("prompt_tokens")),
+                    _count(tokens),
+                    status,
+                    printable(str(at(record, "info.error") or ""))[:200],
+                    chunks if isinstance(chunks, int) else 0,
+                )
+            )
+    return found
+
+
+def _vllm(result: dict[str, Any]) -> Measured:
+    """``vllm bench serve --save-result --save-detailed``: columns, one clock that starts anywhere. From its source (0.33)."""
+    columns = {
+        name: result.get(name) for name in ("start_times", "ttfts", "itls", "input_lens", "output_lens", "errors")
+    }
+    if not isinstance(columns["start_times"], list):
+        raise BadRowError(
+            "no_times", "has no start_times, so the load is not known: measure with a newer vllm bench serve"
+        )
+    lengths = {len(c) for c in columns.values() if isinstance(c, list)}
+    if len(lengths) != 1 or not all(isinstance(c, list) for c in columns.values()):
+        raise BadRowError("bad_row", f"its columns {', '.join(columns)} must be equally long lists")
+    found = Measured("vllm bench", model=str(result.get("model_id") or ""), due_known=False)
+    for row in zip(*columns.values(), strict=True):
+        start, ttft, itl, n, m, error = row
+        if not all(isinstance(v, (int, float)) for v in (start, ttft, n, m)) or not isinstance(itl, list):
+            raise BadRowError("bad_row", f"a request's times and counts must be numbers (got {str(row)[:80]})")
+        ok = not error and ttft > 0
+        first = start + ttft if ok else math.nan
+        found.rows.append(
+            One(
+                start,
+                start,
+                first,
+                first + sum(itl) if ok else math.nan,
+                int(n),
+                int(m),
+                "ok" if ok else "failed",
+                printable(str(error or ""))[:200],
+                len(itl) + 1 if ok else 0,
+                max(itl, default=math.nan) if ok else math.nan,
+            )
+        )
+    return found
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def parse_names(text: str) -> dict[str, str]:
+    """``due_s=start,first_token_s=ttft_at`` as a dict of ours -> theirs. InputError names what is unknown."""
+    found: dict[str, str] = {}
+    for term in filter(None, (t.strip() for t in text.split(","))):
+        ours, _, theirs = term.partition("=")
+        if ours.strip() not in COLUMNS or not theirs.strip():
+            raise InputError(f"--map takes {', '.join(f'{c}=..' for c in COLUMNS)} (got {term!r}).")
+        found[ours.strip()] = theirs.strip()
+    return found
+
+
+def _table(text: str, names: Mapping[str, str], unit: str) -> Measured:
+    reader = csv.DictReader(text.splitlines())
+    header = [c.strip() for c in reader.fieldnames or ()]
+    reader.fieldnames = header
+    return _rows(lambda: ((reader.line_num, record) for record in reader), header, names, unit)
+
+
+def _lines(text: str, names: Mapping[str, str], unit: str) -> Measured:
+    first = parse(text.lstrip().split("\n", 1)[0])
+    header = [c for c in (names.get(c, c) for c in COLUMNS) if at(first, c) is not None]
+    return _rows(lambda: _records(text), header, names, unit)
+
+
+def _rows(
+    records: Callable[[], Iterator[tuple[int, Any]]], header: Sequence[str], names: Mapping[str, str], unit: str
+) -> Measured:
+    known = {ours: names.get(ours, ours) for ours in COLUMNS}
+    present = {ours for ours, theirs in known.items() if theirs in header}
+    missing = [known[c] for c in COLUMNS[2:6] if c not in present]
+    if not {"due_s", "sent_s"} & present:
+        missing.insert(0, f"{known['due_s']} or {known['sent_s']}")
+    if missing:
+        raise BadRowError("no_column", f"no column {', '.join(missing)}: rename with --map, e.g. --map due_s=COLUMN")
+    found = Measured("rows", due_known="due_s" in present)
+    per_s = 1e6 / UNITS[unit]
+    for number, record in records():
+
+        def time_of(name: str, record: Any = record, number: int = number) -> float:
+            value = at(record, known[name]) if name in present else None
+            return math.nan if value is None else _number(value, per_s, number, known[name])
+
+        due, sent = time_of("due_s"), time_of("sent_s")
+        first, last = time_of("first_token_s"), time_of("last_token_s")
+        status = at(record, known["status"]) if "status" in present else None
+        word = str(status).strip().lower() if status is not None else ("ok" if math.isfinite(last) else "failed")
+        word = "ok" if word in _OK else word if word in STATUSES else "failed"
+        if word == "ok" and not (math.isfinite(first) and math.isfinite(last)):
+            raise BadRowError("bad_row", f"line {number}: an ok request without first and last token")
+        prompt, output = (_count(_plain(at(record, known[c]))) for c in ("prompt_tokens", "output_tokens"))
+        due = due if math.isfinite(due) else sent
+        if not math.isfinite(due):
+            raise BadRowError("bad_row", f"line {number}: neither {known['due_s']} nor {known['sent_s']}")
+        sent = sent if math.isfinite(sent) or word == "unsent" else due
+        found.rows.append(One(due, sent, first, last, prompt, output, word))
+    return found
+
+
+def _records(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, parse(line)
+            except BadRowError as bad:
+                raise BadRowError("bad_json", f"line {number}: {bad}") from None
+
+
+def _number(value: Any, per_s: float, number: int, what: str) -> float:
+    """Seconds; NaN for nothing."""
+    value = _plain(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadRowError("bad_row", f"line {number}: {what} must be a number (got {str(value)[:40]!r})")
+    return value / per_s
+
+
+def _plain(value: Any) -> Any:
+    """A number written as text."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text in ("", "nan", "NaN", "null", "None"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+def _count(*values: Any) -> int:
+    """The first that is a count; -1 for none."""
+    for value in values:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**31:
+            return int(value)
+    return -1
+
+
+# --- into the database -----------------------------------------------------------------------------------------------
+
+
+def observations(measured: Measured) -> tuple[Observations, float]:
+    """(rows in order of due, the client's clock at schedule zero). What was asked is what was counted, at least 1 token."""
+    held = sorted(measured.rows, key=lambda r: r.due)
+    zero = held[0].due
+    rows = Observations.empty(len(held))
+    rows.index[:] = np.arange(len(held))
+    rows.worker[:] = 0
+    for name in ("due", "sent", "first_token", "last_token"):
+        getattr(rows, f"{name}_s")[:] = np.array([getattr(r, name) for r in held]) - zero
+    rows.dispatch_s[:] = rows.due_s
+    rows.first_byte_s[:] = rows.first_token_s
+    for name in ("prompt_tokens", "output_tokens", "chunks", "max_gap_s"):
+        getattr(rows, name)[:] = [getattr(r, name) for r in held]
+    rows.requested_prompt_tokens[:] = np.maximum(rows.prompt_tokens, 1)
+    rows.requested_tokens[:] = np.maximum(rows.output_tokens, 1)
+    rows.status[:] = [r.status for r in held]
+    rows.error[:] = ["other" if r.status == "failed" else "" for r in held]
+    rows.detail[:] = [r.detail for r in held]
+    rows.http_status[:] = np.where(rows.ok, 200, 0)
+    return rows, zero
+
+
+def store_run(
+    store: Store,
+    measured: Measured,
+    *,
+    name: str,
+    fleet: Fleet,
+    endpoint: str = "",
+    engine: str = "openai",
+    model: str = "",
+    group: str = "",
+    slo: Slo | None = None,
+    gpus_per_worker: tuple[int, int] = (1, 1),
+) -> tuple[Run, bool]:
+    """Store one run of another client; (the run, whether it was there already with the same rows and name)."""
+    rows, zero = observations(measured)
+    schedule = rows.asked(name)
+    digest = hashlib.sha256()
+    for column in (schedule.due_s, rows.first_token_s, rows.last_token_s, rows.prompt_tokens, rows.output_tokens):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    group = group or f"import {digest.hexdigest()[:16]}"
+    for known in store.runs(group=group):
+        if known.name == name and known.schedule_digest == schedule.digest() and known.ended:
+            return known, True
+    judged = verdict(rows, slo)
+    word, why = judged.word, f"measured by {measured.client}; {judged.reason}"
+    if not measured.due_known:
+        word, why = "degraded", f"measured by {measured.client}; {NO_DUE}"
+    run = Run(
+        name=name,
+        trace=name,
+        schedule_digest=schedule.digest(),
+        scheduled=len(rows),
+        endpoint=endpoint or measured.endpoint or measured.client,
+        engine=engine,
+        model=model or measured.model,
+        fleet=fleet,
+        started_unix_s=zero if measured.unix else time.time(),
+        workers=0,
+        gpus_per_worker=gpus_per_worker,
+        rate_per_s=schedule.rate_per_s,
+        changes=(f"imported from {measured.client}",),
+        slo=str(slo) if slo else "",
+        group=group,
+        version=__version__,
+    )
+    run = store.begin_run(run)
+    store.add_observations(run.id, rows)
+    ended = replace(
+        run,
+        complete=True,
+        verdict=word,
+        reason=why,
+        lag_p50_ms=judged.lag_p50_ms if measured.due_known else math.nan,
+        lag_p99_ms=judged.lag_p99_ms if measured.due_known else math.nan,
+        lag_max_ms=judged.lag_max_ms if measured.due_known else math.nan,
+        counts=counts(rows),
+    )
+    return store.end_run(ended), False

@@ -1,0 +1,194 @@
+"""What other clients measured becomes a run: times, counts and ends as they wrote them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from advisor.cli import main
+from loadgen.imports import observations, read
+from traces.errors import InputError
+from traces.records import Observations
+from traces.store import open_store
+
+DATA = Path(__file__).parent / "data" / "results"
+
+VLLM: dict[str, Any] = {
+    "model_id": "m",
+    "request_throughput": 1.0,
+    "start_times": [105.0, 100.0, 102.0],
+    "ttfts": [0.2, 0.1, 0.0],
+    "itls": [[0.01, 0.03], [0.02, 0.02, 0.02], []],
+    "input_lens": [30, 10, 20],
+    "output_lens": [3, 4, 0],
+    "generated_texts": ["secret", "secret", ""],
+    "errors": ["", "", "Internal Server Error"],
+}
+"""Keys and units of vLLM 0.33's ``benchmarks/serve.py``; no real result was at hand."""
+
+
+def test_aiperf_rows_are_what_its_own_figures_say() -> None:
+    """TTFT, latency and lengths of every request equal the metrics that aiperf derived itself."""
+    (one,) = read(DATA / "aiperf.jsonl")
+    rows, zero = observations(one)
+    records = [json.loads(line) for line in (DATA / "aiperf.jsonl").read_text().splitlines()]
+    records.sort(key=lambda r: r["metadata"]["credit_issued_ns"])
+    assert one.client == "aiperf"
+    assert zero == records[0]["metadata"]["credit_issued_ns"] / 1e9
+    assert len(rows) == 20
+    for k, record in enumerate(records):
+        metrics = {name: held["value"] for name, held in record["metrics"].items()}
+        assert rows.ttft_sent_s[k] * 1e3 == pytest.approx(metrics["time_to_first_token"], abs=1e-3)
+        assert rows.e2e_sent_s[k] * 1e3 == pytest.approx(metrics["request_latency"], abs=1e-3)
+        assert rows.tpot_s[k] * 1e3 == pytest.approx(metrics["inter_token_latency"], abs=1e-3)
+        assert rows.prompt_tokens[k] == metrics["usage_prompt_tokens"]
+        assert rows.output_tokens[k] == metrics["usage_completion_tokens"]
+    assert 0 < float(rows.lag_s.max()) < 0.1
+
+
+def test_guidellm_rows_are_what_its_own_figures_say() -> None:
+    """The same of guidellm; due is its targeted start."""
+    (one,) = read(DATA / "guidellm.json")
+    rows, _ = observations(one)
+    report = json.loads((DATA / "guidellm.json").read_text())
+    records = report["benchmarks"][0]["requests"]["successful"]
+    records.sort(key=lambda r: r["info"]["timings"]["targeted_start"])
+    assert (one.model, one.endpoint) == ("demo", "http://127.0.0.1:8431")
+    for k, record in enumerate(records):
+        assert rows.ttft_sent_s[k] * 1e3 == pytest.approx(record["time_to_first_token_ms"], abs=1e-2)
+        assert rows.tpot_s[k] * 1e3 == pytest.approx(record["inter_token_latency_ms"], abs=1e-2)
+        assert (rows.prompt_tokens[k], rows.output_tokens[k]) == (record["prompt_tokens"], record["output_tokens"])
+
+
+def test_vllm_columns_become_rows(tmp_path: Path) -> None:
+    """Start times on one clock, TTFT, gaps; a failed request has an end but no tokens; texts are passed over."""
+    path = tmp_path / "v.json"
+    path.write_text(json.dumps(VLLM, indent=1))
+    (one,) = read(path)
+    rows, _ = observations(one)
+    assert not one.due_known
+    assert rows.sent_s.tolist() == [0.0, 2.0, 5.0]
+    assert rows.status.tolist() == ["ok", "failed", "ok"]
+    assert rows.detail.tolist()[1] == "Internal Server Error"
+    np.testing.assert_allclose(rows.ttft_s[[0, 2]], [0.1, 0.2])
+    np.testing.assert_allclose(rows.last_token_s[[0, 2]], [0.16, 5.24])
+    np.testing.assert_allclose(rows.max_gap_s[[0, 2]], [0.02, 0.03])
+    assert rows.output_tokens.tolist() == [4, 0, 3]
+    assert math.isnan(rows.first_token_s[1])
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[str, Path, Observations]:
+    """(database, CSV, rows) of an imported run that was exported again."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    assert main(["runs", "import", str(DATA / "aiperf.jsonl"), "--fleet", "2:2", "--db", url]) == 0
+    out = tmp_path / "run.csv"
+    assert main(["runs", "export", "1", "--out", str(out), "--db", url]) == 0
+    with open_store(url) as store:
+        return url, out, store.observations(1)
+
+
+def test_what_is_exported_can_be_imported(exported: tuple[str, Path, Observations]) -> None:
+    """``runs export`` writes what ``runs import`` reads, times and ends the same."""
+    _, out, rows = exported
+    back, _ = observations(read(out)[0])
+    for name in ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status"):
+        assert getattr(back, name).tolist() == getattr(rows, name).tolist(), name
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_any_rows_by_a_map(kind: str, exported: tuple[str, Path, Observations], tmp_path: Path) -> None:
+    """Other names and milliseconds, as CSV and as nested JSONL, are the same run."""
+    _, out, rows = exported
+    with out.open(newline="") as file:
+        records = [
+            {
+                "at": {"start": float(r["sent_s"]) * 1e3, "first": float(r["first_token_s"]) * 1e3},
+                "end": float(r["last_token_s"]) * 1e3,
+                "n_in": int(r["prompt_tokens"]),
+                "n_out": int(r["output_tokens"]),
+            }
+            for r in csv.DictReader(file)
+        ]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        names = {"sent_s": "at.start", "first_token_s": "at.first"}
+    else:
+        path.write_text("s,f,end,n_in,n_out\n" + "".join(
+            f"{r['at']['start']},{r['at']['first']},{r['end']},{r['n_in']},{r['n_out']}\n" for r in records
+        ))  # fmt: skip
+        names = {"sent_s": "s", "first_token_s": "f"}
+    names |= {"last_token_s": "end", "prompt_tokens": "n_in", "output_tokens": "n_out"}
+    (one,) = read(path, names, "ms")
+    back, _ = observations(one)
+    assert not one.due_known
+    np.testing.assert_allclose(back.ttft_sent_s, rows.ttft_sent_s, atol=1e-9)
+    assert back.output_tokens.tolist() == rows.output_tokens.tolist()
+
+
+def test_the_verb_stores_says_and_repeats_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run a benchmark with the fleet that was named; again is a no-op; without due times the run is degraded."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    vllm = tmp_path / "v.json"
+    vllm.write_text(json.dumps(VLLM))
+    command = ["runs", "import", str(DATA / "guidellm.json"), str(vllm), "--fleet", "3:5", "--db", url, "--json"]
+    for already in (False, True):
+        assert main([*command, "--slo", "ttft<0.5s tpot<50ms"]) == 0
+        found = json.loads(capsys.readouterr().out)["runs"]
+        assert [(r["run"], r["client"], r["already"], r["verdict"]) for r in found] == [
+            (1, "guidellm", already, "valid"),
+            (2, "vllm bench", already, "degraded"),
+        ]
+    assert found[0]["fleet"] == {"prefill": 3, "decode": 5}
+    assert "its own lateness is not known" in found[1]["reason"]
+    with open_store(url) as store:
+        assert len(store.runs()) == 2
+        assert "secret" not in json.dumps([str(store.observations(i).detail.tolist()) for i in (1, 2)])
+
+
+@pytest.mark.parametrize(
+    ("text", "how", "words"),
+    [
+        ("", [], "the file is empty"),
+        ("due_s,sent_s\n1,2\n", [], "no column first_token_s, last_token_s, prompt_tokens, output_tokens"),
+        ("first_token_s,last_token_s,prompt_tokens,output_tokens\n1,2,3,4\n", [], "no column due_s or sent_s"),
+        (
+            "due_s,first_token_s,last_token_s,prompt_tokens,output_tokens\n1,2,3,4,5\nx,2,3,4,5\n",
+            [],
+            "line 3: due_s must be a number (got 'x')",
+        ),
+        ("due_s,first_token_s,last_token_s,prompt_tokens,output_tokens\n", [], "holds a run without a request"),
+        ('{"a": 1}\n', [], "no column"),
+        ('{"a": \n', [], "not one JSON object"),
+        (json.dumps(VLLM | {"start_times": None}), [], "no start_times"),
+        (json.dumps(VLLM | {"ttfts": [1.0]}), [], "equally long"),
+        (json.dumps({"benchmarks": [{"requests": None}]}), [], "holds no requests"),
+        (json.dumps({"request_throughput": 1.0}), [], "--save-detailed"),
+        ("due_s\n", ["--map", "begin=x"], "--map takes due_s=.."),
+    ],
+)
+def test_a_result_that_cannot_be_used_is_one_line(
+    text: str, how: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused with its line; nothing is stored, not of a good file beside it either."""
+    path, url = tmp_path / "r.txt", f"sqlite:///{tmp_path}/a.db"
+    path.write_text(text)
+    assert main(["runs", "import", str(DATA / "aiperf.jsonl"), str(path), "--fleet", "2:2", "--db", url, *how]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "a.db").exists()
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    """A folder and a name that is not there."""
+    for path in (tmp_path, tmp_path / "no.json"):
+        with pytest.raises(InputError, match="is no file"):
+            read(path)
