@@ -6,13 +6,17 @@ them. (The same over HTTP is tests/test_demo.py and ``steelyard sweep --all``.)
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from advisor.cli import main
 from advisor.features import RunData
 from advisor.model import fit_laws, relative_nnls
 from advisor.recommend import Candidate, Interval, rank, recommend
@@ -21,6 +25,8 @@ from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, summarise
 from traces.records import Fleet, Schedule
+from traces.shape import to_rate
+from traces.store import open_store
 
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
 
@@ -242,3 +248,26 @@ def test_equal_fleets_are_told_apart_by_what_runs_today() -> None:
     """Of two equal candidates the one nearer to the running fleet wins."""
     equal = [candidate("2:6", (10, 10), 1), candidate("5:3", (10, 10), 1)]
     assert rank(equal, Fleet(6, 2), (1, 1))[0].fleet == Fleet(5, 3)
+
+
+def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three CSVs of times and counts, imported with their fleets, and no trace: the answer is within 2 % of the best split."""
+    profile, url = Profile.load("demo"), f"sqlite:///{tmp_path}/a.db"
+    rate = busy_rate(profile)
+    for data in three_runs(profile, rate):
+        rows, path = data.observations, tmp_path / f"{data.run.id}.csv"
+        names = ("due_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens")
+        columns = (rows.due_s, rows.first_token_s, rows.last_token_s, rows.prompt_lengths, rows.tokens)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([names, *zip(*(c.tolist() for c in columns), strict=True)])
+        fleet = str(data.run.fleet)
+        assert main(["runs", "import", str(path), "--fleet", fleet, "--slo", str(SLO), "--db", url]) == 0
+    with open_store(url) as store:
+        schedule = to_rate(store.observations(3).asked("x"), rate)
+    capsys.readouterr()
+    code = main(["advise", "--gpus", "8", "--rate", str(rate), "--attainment", "0.4", "--db", url, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert code == 0, answer
+    goodput = truth(profile, schedule)
+    chosen = Fleet(answer["prefill"], answer["decode"])
+    assert goodput[chosen] >= 0.98 * max(goodput.values())
