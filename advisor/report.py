@@ -72,7 +72,7 @@ def render(
 ) -> str:
     """The page. data: the runs the answer rests on, or was compared with. commands: what reproduces it."""
     slo = recommendation.slo
-    summaries = [(one, summarise(one.observations, slo)) for one in data]
+    summaries = [(one, summarise(one.run.counted(one.observations), slo)) for one in data]
     plots = [
         (
             "goodput",

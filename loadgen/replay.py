@@ -88,6 +88,7 @@ def replay(
     dispatch: Dispatch | None = None,
     prefixes: bool = False,
     sessions: str = "recorded",
+    warmup_s: float = 0.0,
     on_progress: Callable[[int, int], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
@@ -102,7 +103,8 @@ def replay(
     reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
     prefixes: prompts begin with the schedule's blocks (it needs some), so that the trace's sharing is replayed.
     sessions: "recorded", every turn at its recorded time whatever the answers do; "causal", a turn waits for the answer
-    before it and the think time (the schedule needs parents), and is due then.
+    before it and the think time (the schedule needs parents), and is due then. warmup_s: requests due before stand in no
+    figure.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
@@ -117,6 +119,8 @@ def replay(
         if dispatch is not None:
             raise InputError("--sessions causal sends turns when their answers have come: it excludes --order.")
         schedule = replace(schedule, changes=(*schedule.changes, "sessions causal"))
+    if len(schedule) and warmup_s > float(schedule.due_s[-1]):
+        raise InputError(f"--warmup {warmup_s:g} s leaves no request: the last is due at {schedule.due_s[-1]:.6g} s.")
     if not len(schedule):
         raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
     if isinstance(endpoint, str):
@@ -162,6 +166,7 @@ def replay(
         changes=schedule.changes,
         policy=policy,
         seed=seed,
+        warmup_s=warmup_s,
         slo=str(slo) if slo else "",
         group=group,
         profile=profile,
@@ -232,7 +237,8 @@ def replay(
 def _ended(run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Outcome | None, reason: str) -> Run:
     """The run with what came of it."""
     rows = Observations.concat(parts)
-    judged = verdict(rows, slo)
+    # What was never sent is not excused by a warm-up; how late the rest was counts from its end.
+    judged = verdict(rows if (rows.status == "unsent").any() else run.counted(rows), slo)
     why = "; ".join(filter(None, (reason, judged.reason)))
     return replace(
         run,

@@ -1,11 +1,14 @@
-"""The same schedule on several fleets, in random order."""
+"""The same requests on several fleets at several rates, in random order; and the highest rate that a fleet sustains."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from loadgen.client import Target
@@ -13,58 +16,195 @@ from loadgen.control import Endpoint
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
+from traces.measures import Slo, quantile, summarise
 from traces.records import Fleet, Run, Schedule
 from traces.store import Store
+
+Note = Callable[[str, int], None]
+"""Called with what is measured now and the requests asked so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """The same cell measured at different times of a sweep. ttft, tpot: medians in seconds, in the order of the runs."""
+
+    runs: tuple[int, ...]
+    ttft_p50_s: tuple[float, ...]
+    tpot_p50_s: tuple[float, ...]
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference between two of them; 0.05 is 5 %."""
+        spans = [max(v) / min(v) - 1 for v in (self.ttft_p50_s, self.tpot_p50_s) if len(v) > 1 and min(v) > 0]
+        return max(spans, default=0.0)
+
+
+def plan(
+    fleets: Sequence[Fleet], rates: int, *, seed: int = 0, repeats: int = 1, anchor: bool = False
+) -> list[tuple[Fleet, int]]:
+    """Cells (fleet, number of the rate) in the order in which they are measured.
+
+    Each repeat is a shuffle of all cells (by ``seed``), so that drift spreads over them. anchor: the middle cell is measured
+    at the beginning, after each repeat and so at the end too.
+    """
+    rng = random.Random(seed)  # noqa: S311 - an order, not a secret
+    cells = [(fleet, k) for fleet in fleets for k in range(rates)]
+    middle = (fleets[len(fleets) // 2], rates // 2) if cells else None
+    order = [middle] if anchor and middle else []
+    for _ in range(repeats):
+        order += rng.sample(cells, len(cells))
+        if anchor and middle:
+            order.append(middle)
+    return order
 
 
 def sweep(
     store: Store,
     swarm: Swarm,
-    schedule: Schedule,
+    schedule: Schedule | Sequence[Schedule],
     where: Target | Sequence[Target],
     fleets: Sequence[Fleet],
     *,
     seed: int = 0,
     repeats: int = 1,
+    anchor: bool = False,
     group: str = "",
-    note: Callable[[str, int], None] = lambda line, done: None,
+    note: Note = lambda line, done: None,
     **how: Any,
-) -> tuple[str, list[Run]]:
-    """Replay on each fleet ``repeats`` times; returns (group name, runs in the order they ran).
+) -> tuple[str, list[Run], Drift | None]:
+    """Replay each schedule (one a rate) on each fleet; returns (group, runs in order, drift of the anchor).
 
-    Each repeat is a shuffle of all fleets (by ``seed``), so that drift spreads over them. The fleet that was in force
-    is put back at the end, whatever the end is. ``how`` goes to :func:`loadgen.replay.replay`.
+    A sweep that was broken off goes on: of a group that is there, complete and trusted runs of the same cell are taken as
+    they are, the rest is measured. The fleet that was in force is put back at the end, whatever the end is. ``how`` goes
+    to :func:`loadgen.replay.replay`.
     """
+    schedules = [schedule] if isinstance(schedule, Schedule) else list(schedule)
+    if not fleets or not schedules:
+        raise InputError("a sweep needs at least one fleet and one rate.")
+    group = group or time.strftime("sweep-%Y%m%d-%H%M%S", time.gmtime())
+    order = plan(fleets, len(schedules), seed=seed, repeats=repeats, anchor=anchor)
+    held: dict[tuple[Fleet | None, str], list[Run]] = {}
+    for run in store.runs(group=group):
+        if run.complete and run.verdict != "invalid":
+            held.setdefault((run.fleet, run.schedule_digest), []).append(run)
+    runs: list[Run] = []
+    done = 0
+    with _put_back(where):
+        for fleet, k in order:
+            asked = schedules[k]
+            what = f"{fleet}" + (f" at {asked.rate_per_s:.3g}/s" if len(schedules) > 1 else "")
+            known = held.get((fleet, asked.digest()))
+            if known:
+                runs.append(known.pop(0))
+            else:
+                note(f"fleet {what}", done)
+                runs.append(
+                    replay(
+                        store,
+                        swarm,
+                        asked,
+                        where,
+                        name=f"{group} {what}",
+                        fleet=fleet,
+                        group=group,
+                        seed=seed,
+                        on_progress=lambda n, _, done=done, what=what: note(f"fleet {what}", done + n),  # type: ignore[misc]
+                        **how,
+                    )
+                )
+            done += len(asked)
+    return group, runs, _drift(store, runs, order) if anchor else None
+
+
+def _drift(store: Store, runs: Sequence[Run], order: Sequence[tuple[Fleet, int]]) -> Drift:
+    anchors = [run for run, cell in zip(runs, order, strict=True) if cell == order[0]]
+    rows = [run.counted(store.observations(run.id)) for run in anchors]
+    rows = [r.take(r.ok) for r in rows]
+    return Drift(
+        tuple(run.id for run in anchors),
+        tuple(quantile(r.ttft_s, 0.5) for r in rows),
+        tuple(quantile(r.tpot_s, 0.5) for r in rows),
+    )
+
+
+@contextmanager
+def _put_back(where: Target | Sequence[Target], needed: bool = True) -> Iterator[None]:
+    """The fleet that was in force is put back afterwards."""
     server = Endpoint(where if isinstance(where, Target) else where[0])
     before = server.fleet()
-    if before is None:
+    if before is None and needed:
         raise EndpointError(
             f"{server.shown}: its fleet cannot be set (no /fleet). Set it yourself and run steelyard replay for each fleet."
         )
-    if not fleets:
-        raise InputError("a sweep needs at least one fleet.")
-    group = group or time.strftime("sweep-%Y%m%d-%H%M%S", time.gmtime())
-    rng = random.Random(seed)  # noqa: S311 - an order, not a secret
-    order = [fleet for _ in range(repeats) for fleet in rng.sample(list(fleets), len(fleets))]
-    runs: list[Run] = []
     try:
-        for k, fleet in enumerate(order):
-            first = k * len(schedule)
-            note(f"fleet {fleet}", first)
-            run = replay(
-                store,
-                swarm,
-                schedule,
-                where,
-                name=f"{group} {fleet}",
-                fleet=fleet,
-                group=group,
-                seed=seed,
-                on_progress=lambda done, _, first=first, fleet=fleet: note(f"fleet {fleet}", first + done),  # type: ignore[misc]
-                **how,
-            )
-            runs.append(run)
+        yield
     finally:
-        with contextlib.suppress(EndpointError):  # a server that went away keeps no fleet
-            server.set_fleet(before)
-    return group, runs
+        if before is not None:
+            with contextlib.suppress(EndpointError):  # a server that went away keeps no fleet
+                server.set_fleet(before)
+
+
+@dataclass(frozen=True, slots=True)
+class Saturation:
+    """What a fleet sustains. held: the highest rate at which the share of requests within the SLO was at least the
+    attainment, NaN if none was; failed: the lowest rate above it at which it was not, NaN if none was tried."""
+
+    fleet: Fleet | None
+    held_per_s: float
+    failed_per_s: float
+    goodput_per_s: float
+    runs: tuple[int, ...]
+
+
+def saturate(
+    store: Store,
+    swarm: Swarm,
+    at_rate: Callable[[float], Schedule],
+    where: Target | Sequence[Target],
+    fleet: Fleet | None,
+    *,
+    slo: Slo,
+    start_per_s: float,
+    attainment: float = 0.9,
+    tolerance: float = 0.05,
+    most: int = 16,
+    group: str = "",
+    note: Note = lambda line, done: None,
+    **how: Any,
+) -> Saturation:
+    """The highest rate that a fleet sustains within an SLO: doubled until it fails (or halved until it holds), then bisected.
+
+    at_rate: the schedule at a rate. Stops when the bracket is within ``tolerance`` or after ``most`` runs. A run that the
+    generator spoiled ends the search with an EndpointError: what lies above is not the server's limit.
+    """
+    held, failed, best = math.nan, math.nan, math.nan
+    runs: list[int] = []
+    rate, done = start_per_s, 0
+    with _put_back(where, needed=False):
+        while len(runs) < most:
+            asked = at_rate(rate)
+            what = f"{fleet or 'as it is'} at {rate:.3g}/s"
+            note(f"fleet {what}", done)
+            run = replay(store, swarm, asked, where, name=f"{group} {what}", fleet=fleet, group=group, slo=slo, **how)
+            done += len(asked)
+            runs.append(run.id)
+            if run.verdict == "invalid" or not run.complete:
+                raise EndpointError(
+                    f"run {run.id} at {rate:.4g}/s cannot be trusted ({run.reason}): the search ends here. "
+                    f"Sustained so far: {held:.4g}/s."
+                )
+            summary = summarise(run.counted(store.observations(run.id)), slo)
+            good = summary.attainment >= attainment
+            if good:
+                held, best = rate, summary.goodput_per_s
+            else:
+                failed = rate
+            if math.isnan(failed):
+                rate *= 2
+            elif math.isnan(held):
+                rate /= 2
+            elif failed / held <= 1 + tolerance:
+                break
+            else:
+                rate = math.sqrt(held * failed)
+    return Saturation(fleet, held, failed, best, tuple(runs))

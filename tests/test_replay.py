@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from loadgen.control import Endpoint
 from loadgen.replay import read_api_key, replay
 from loadgen.spool import Spool, folder
 from loadgen.swarm import Swarm
-from loadgen.sweep import sweep
+from loadgen.sweep import plan, saturate, sweep
 from traces.errors import EndpointError, InputError, StoreError
 from traces.ingest import ingest
 from traces.measures import Slo, summarise
 from traces.records import Fleet, Observations, Schedule
+from traces.shape import ramp, to_rate
 from traces.shipped import shipped
 from traces.store import Store, open_store
 
@@ -45,6 +47,11 @@ def schedule(n: int, rate_per_s: float, output_tokens: int = 10) -> Schedule:
     gaps = np.random.default_rng(1).exponential(1 / rate_per_s, n)
     due = np.cumsum(gaps) - gaps[0]
     return Schedule("t", np.arange(n), due, np.full(n, 40), np.full(n, output_tokens))
+
+
+def constant(n: int, rate_per_s: float) -> Schedule:
+    """Equal gaps, one answer token."""
+    return Schedule("t", np.arange(n), np.arange(n) / rate_per_s, np.full(n, 40), np.full(n, 1))
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +251,75 @@ def test_a_sweep_measures_every_fleet_and_puts_the_old_one_back(store: Store, sw
     """Each fleet once a repeat, in an order that the seed decides, under one group; then the fleet from before."""
     with embedded("demo", Fleet(4, 4)) as url:
         fleets = [Fleet(1, 7), Fleet(3, 5), Fleet(6, 2)]
-        group, runs = sweep(store, swarm, schedule(3, 30.0, 2), target(url), fleets, seed=3, repeats=2, slo=SLO)
+        group, runs, _ = sweep(store, swarm, schedule(3, 30.0, 2), target(url), fleets, seed=3, repeats=2, slo=SLO)
         assert Endpoint(target(url)).fleet() == Fleet(4, 4)
     assert sorted(run.fleet for run in runs[:3] if run.fleet) == fleets
     assert sorted(run.fleet for run in runs[3:] if run.fleet) == fleets
     assert {run.group for run in runs} == {group}
     assert [r.id for r in store.runs(group=group)] == [r.id for r in runs]
+
+
+def test_cells_are_shuffled_and_an_anchor_stands_between_the_repeats() -> None:
+    """Every cell once a repeat; the middle one at the beginning and after each; another seed, another order."""
+    fleets = [Fleet(1, 3), Fleet(2, 2), Fleet(3, 1)]
+    order = plan(fleets, 2, seed=1, repeats=2, anchor=True)
+    cells = {(f, k) for f in fleets for k in range(2)}
+    assert (len(order), order[0], order[7], order[14]) == (15, (Fleet(2, 2), 1), (Fleet(2, 2), 1), (Fleet(2, 2), 1))
+    assert set(order[1:7]) == set(order[8:14]) == cells
+    assert order[1:7] != plan(fleets, 2, seed=2, repeats=2, anchor=True)[1:7]
+
+
+def test_a_sweep_that_was_broken_off_goes_on(store: Store, swarm: Swarm) -> None:
+    """Of a group that is there, complete runs are taken as they are; incomplete and invalid ones are measured again."""
+    fleets = [Fleet(1, 3), Fleet(2, 2)]
+    rates = [schedule(4, 40.0, 2), schedule(4, 20.0, 2)]
+    with embedded("constant", Fleet(2, 2)) as url:
+        group, runs, drift = sweep(store, swarm, rates, target(url), fleets, anchor=True, slo=SLO)
+        assert drift is not None
+        assert len(drift.runs) == 3
+        assert 0 <= drift.largest < 1.0
+        store.end_run(replace(store.run(runs[1].id), complete=False))
+        store.end_run(replace(store.run(runs[-1].id), verdict="invalid"))
+        _, again, _ = sweep(store, swarm, rates, target(url), fleets, anchor=True, slo=SLO, group=group)
+        new = [run.id for run in again if run.id > runs[-1].id]
+        assert len(new) == 2
+        assert len(again) == len(runs) == 6
+        assert {run.id for run in again} - set(new) == {run.id for run in runs[:-1]} - {runs[1].id}
+        _, third, _ = sweep(store, swarm, rates, target(url), fleets, anchor=True, slo=SLO, group=group)
+        assert {run.id for run in third} == {run.id for run in again}
+
+
+def test_the_rate_that_a_fleet_sustains_is_bracketed(store: Store, swarm: Swarm, tmp_path: Path) -> None:
+    """One prefill worker with 25 ms a step (one request each): above 40/s its queue grows. Found within the tolerance."""
+    profile = tmp_path / "gate.toml"
+    profile.write_text(
+        'name = "gate"\ndescription = "one request a step"\na_s = 0.025\nmax_batch_requests = 1\nc0_s = 0.001\n'
+    )
+    asked = constant(150, 30.0)
+    with embedded(str(profile), Fleet(1, 1)) as url:
+        found = saturate(
+            store, swarm, lambda rate: to_rate(asked, rate), target(url), Fleet(1, 1),
+            slo=Slo.parse("ttft<0.3s"), start_per_s=30.0, tolerance=0.1, group="limit",
+        )  # fmt: skip
+    assert 36 < found.held_per_s < found.failed_per_s < 50
+    assert found.failed_per_s / found.held_per_s <= 1.1
+    assert len(found.runs) == len(store.runs(group="limit")) <= 8
+    assert found.goodput_per_s > 0.8 * found.held_per_s
+
+
+def test_a_warm_up_is_measured_and_stands_in_no_figure(store: Store, swarm: Swarm, endpoint: str) -> None:
+    """Its rows are stored and counted; latencies and lag are those of the rest; a ramp rises to the rate."""
+    asked = ramp(constant(60, 30.0), 1.0)
+    assert np.diff(asked.due_s)[:3].mean() > 3 * np.diff(asked.due_s)[-3:].mean()
+    run = replay(store, swarm, asked, endpoint, warmup_s=1.0)
+    rows = store.observations(run.id)
+    assert (run.warmup_s, run.counts, len(rows)) == (1.0, {"ok": 60}, 60)
+    late = rows.take(rows.due_s >= 1.0)
+    assert store.run(run.id).counted(rows).index.tolist() == late.index.tolist()
+    assert 0 < len(late) < 60
+    assert run.lag_max_ms == pytest.approx(float(late.lag_s.max()) * 1e3)
+    with pytest.raises(InputError, match="--warmup 9 s leaves no request"):
+        replay(store, swarm, asked, endpoint, warmup_s=9.0)
 
 
 def rename(path: Path, before: str, after: str) -> None:

@@ -422,3 +422,9 @@ class Run:
     lag_max_ms: float = float("nan")
     counts: dict[str, int] = field(default_factory=dict)
     """How many requests ended in each status, and ``failed.<kind>`` for the kinds of failure."""
+    warmup_s: float = 0.0
+    """Requests due before are sent, stored and counted, but stand in no figure of latency, goodput or lag."""
+
+    def counted(self, rows: Observations) -> Observations:
+        """The rows that figures are made of: those after the warm-up."""
+        return rows.take(rows.due_s >= self.warmup_s) if self.warmup_s > 0 else rows

@@ -51,6 +51,18 @@ def scale_rate(schedule: Schedule, factor: float) -> Schedule:
     return _changed(replace(schedule, due_s=schedule.due_s / factor, think_s=think), f"rate x{factor:.6g}")
 
 
+def ramp(schedule: Schedule, ramp_s: float) -> Schedule:
+    """The rate rises linearly from nothing to its own over the first ``ramp_s``; every request stays, later ones are moved back.
+
+    Time u of the trace becomes t with u = t^2 / (2 R) below R = ramp_s, so t = sqrt(2 R u) for u < R / 2, and u + R / 2 after.
+    """
+    if not (ramp_s > 0 and math.isfinite(ramp_s)):
+        raise InputError(f"a ramp must be above 0 s (got {ramp_s:g}).")
+    u = schedule.due_s
+    due = np.where(u < ramp_s / 2, np.sqrt(2 * ramp_s * np.maximum(u, 0)), u + ramp_s / 2)
+    return _changed(replace(schedule, due_s=due), f"ramp over {ramp_s:g} s")
+
+
 def to_rate(schedule: Schedule, rate_per_s: float) -> Schedule:
     """Scaled to a mean rate."""
     if not (rate_per_s > 0 and math.isfinite(rate_per_s)):

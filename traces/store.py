@@ -115,6 +115,7 @@ runs = sa.Table(
     sa.Column("changes", sa.JSON, nullable=False),
     sa.Column("policy", sa.String(40), nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("warmup_s", sa.Double, nullable=False, server_default="0"),
     sa.Column("slo", sa.Text, nullable=False),
     sa.Column("version", sa.String(40), nullable=False),
     sa.Column("ended", sa.Boolean, nullable=False),

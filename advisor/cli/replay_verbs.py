@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,18 @@ def asked(f: Any) -> Any:
             "--rate-factor", type=click.FloatRange(min=0, min_open=True), help="Divide the recorded gaps by this."
         ),
         click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
+        click.option(
+            "--ramp",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            help="Seconds over which the rate rises; they are warm-up.",
+        ),
+        click.option(
+            "--warmup",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            help="Seconds (after the ramp) whose requests are sent and stored but stand in no figure.",
+        ),
         click.option(
             "--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Local load workers."
         ),
@@ -87,7 +100,7 @@ def pair(text: str) -> tuple[int, int]:
 def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, float]:
     """(schedule as asked, rate factor) from a stored trace; a shipped trace that is not there yet is said to be one."""
     from traces.errors import InputError
-    from traces.shape import head, scale_rate, to_rate
+    from traces.shape import head, ramp, scale_rate, to_rate
     from traces.shipped import NAMES
 
     if options["rate"] and options["rate_factor"]:
@@ -105,8 +118,10 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
     factor = float(options["rate_factor"] or 1.0)
     if options["rate"]:
         factor = options["rate"] / schedule.rate_per_s
-        return to_rate(schedule, options["rate"]), factor
-    return scale_rate(schedule, factor), factor
+        schedule = to_rate(schedule, options["rate"])
+    else:
+        schedule = scale_rate(schedule, factor)
+    return ramp(schedule, options["ramp"]) if options["ramp"] else schedule, factor
 
 
 def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
@@ -141,6 +156,7 @@ def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[An
         "text": options["prompts"] == "text",
         "prefixes": options["prefixes"],
         "sessions": options["sessions"],
+        "warmup_s": options["ramp"] + options["warmup"],
         "timeout_s": options["timeout_s"],
         "gpus_per_worker": pair(options["gpus_per_worker"]),
         "seed": options["seed"],
@@ -381,7 +397,32 @@ def worker(master: str) -> int:
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Times each fleet is measured."
 )
-@click.option("--group", default="", help="Group name [default: sweep-DATE-TIME].")
+@click.option("--rates", metavar="R,R,...", help="Requests per second to measure each fleet at, instead of --rate.")
+@click.option(
+    "--anchor/--no-anchor",
+    default=None,
+    help="Measure the middle cell at the beginning and the end of each repeat, to see drift [default: from 4 cells on].",
+)
+@click.option("--saturate", is_flag=True, help="Search the highest rate that each fleet sustains within --slo.")
+@click.option(
+    "--attainment",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.9,
+    show_default=True,
+    help="--saturate: share of requests that must meet the SLO.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="--saturate: how near the rates that held and failed must be.",
+)
+@click.option(
+    "--group",
+    default="",
+    help="Group name; of one that is there, what is missing is measured [default: sweep-DATE-TIME].",
+)
 @asked
 @json_option
 @db_option
@@ -393,61 +434,147 @@ def sweep(
     every: bool,
     gpus: int,
     repeats: int,
+    rates: str | None,
+    anchor: bool | None,
+    saturate: bool,
+    attainment: float,
+    tolerance: float,
     group: str,
     db: str,
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Replay a trace on several fleets, in random order, and put them side by side.
+    """Replay a trace on several fleets, at one rate or several, in random order, and put them side by side.
 
-    The order is shuffled by --seed, so that a drift of the server does not look like an effect of the fleet. The
-    fleet that was in force before is put back at the end, after Ctrl-C too.
+    The order is shuffled by --seed, so that a drift of the server does not look like an effect of the fleet. A sweep that was
+    broken off goes on with the same command and --group. The fleet that was in force before is put back at the end, after
+    Ctrl-C too.
     """
     from advisor.cli.run_verbs import table
-    from loadgen.sweep import sweep as run_sweep
+    from loadgen import sweep as sweeps
     from traces.measures import Slo
     from traces.records import Fleet
+    from traces.shape import to_rate
     from traces.store import open_store
 
     if bool(fleets) == every:
         raise click.UsageError("give --fleets 2:6,3:5 or --all.")
+    if rates and (options["rate"] or options["rate_factor"] or saturate):
+        raise click.UsageError("--rates stands for itself: not with --rate, --rate-factor or --saturate.")
     per = pair(options["gpus_per_worker"])
     wanted = [Fleet.parse(text) for text in fleets.split(",")] if fleets else Fleet.splits(gpus, per)
     slo = Slo.parse(options["slo"] or "ttft<0.5s tpot<50ms")
     with open_store(db, create=False) as store:
-        schedule, factor = schedule_of(store, trace, options)
-        arguments: dict[str, Any] = {}
+        schedules, factors = [], []
+        for rate in _rates(rates) if rates else [options["rate"]]:
+            schedule, factor = schedule_of(store, trace, options | {"rate": rate})
+            schedules.append(schedule)
+            factors.append(factor)
+        cells = len(wanted) * len(schedules)
+        anchored = cells >= 4 if anchor is None else anchor
+        n = len(schedules[0])
+        runs_planned = cells * repeats + (repeats + 1 if anchored else 0)
+        group = group or time.strftime("saturate" if saturate else "sweep") + time.strftime(
+            "-%Y%m%d-%H%M%S", time.gmtime()
+        )
+        messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
         with progress(as_json) as bars:
-            task = bars.add_task("sweep", total=len(wanted) * repeats * len(schedule), note="")
+            task = bars.add_task("sweep", total=None if saturate else runs_planned * n, note="")
 
             def note(line: str, done: int) -> None:
                 bars.update(task, completed=done, note=line)
 
             with swarm_of(options, as_json) as swarm, endpoint_of(endpoint, profile, wanted[0]) as url:
                 where, arguments = how([url], options, slo)
+                if saturate:
+                    found = [
+                        sweeps.saturate(
+                            store,
+                            swarm,
+                            lambda rate: to_rate(schedules[0], rate),
+                            where,
+                            fleet,
+                            start_per_s=schedules[0].rate_per_s,
+                            attainment=attainment,
+                            tolerance=tolerance,
+                            group=group,
+                            note=note,
+                            **arguments,
+                        )
+                        for fleet in wanted
+                    ]
+                    return _saturated(found, group, slo, attainment, as_json)
                 seed = arguments.pop("seed")
-                group, runs = run_sweep(
+                group, runs, drift = sweeps.sweep(
                     store,
                     swarm,
-                    schedule,
+                    schedules,
                     where,
                     wanted,
                     seed=seed,
                     repeats=repeats,
+                    anchor=anchored,
                     group=group,
-                    rate_factor=factor,
+                    rate_factor=factors[0] if len(factors) == 1 else 1.0,
                     note=note,
                     **arguments,
                 )
         rows = [result(store, run) for run in runs]
     if as_json:
-        emit_json({"group": group, "runs": rows})
+        anchor_said = None if drift is None else {"runs": drift.runs, "largest": drift.largest} | {
+            "ttft_p50_ms": [v * 1e3 for v in drift.ttft_p50_s], "tpot_p50_ms": [v * 1e3 for v in drift.tpot_p50_s],
+        }  # fmt: skip
+        emit_json({"group": group, "runs": rows, "anchor": anchor_said})
     else:
-        table(
-            rows,
-            f"group {group}: {trace}, {len(schedule)} requests at {schedule.rate_per_s:.3g}/s, goodput within {slo}",
-        )
+        shown = ", ".join(f"{s.rate_per_s:.3g}" for s in schedules)
+        table(rows, f"group {group}: {trace}, {n} requests at {shown}/s, goodput within {slo}")
+        if drift is not None:
+            medians = ", ".join(f"{t * 1e3:.1f}" for t in drift.ttft_p50_s)
+            messages().print(
+                f"anchor {order_name(runs, drift)}: TTFT p50 {medians} ms; largest difference {drift.largest:.0%}",
+                markup=False,
+            )
     return 0 if all(run.complete and run.verdict != "invalid" for run in runs) else 4
+
+
+def order_name(runs: Any, drift: Any) -> str:
+    """The anchor's fleet, and the runs in which it was measured."""
+    fleet = next(run.fleet for run in runs if run.id == drift.runs[0])
+    return f"{fleet} (runs {', '.join(map(str, drift.runs))})"
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < 1e9 for rate in found):
+        raise click.UsageError(f"--rates takes requests per second, for example 4,8,12 (got {text!r}).")
+    return found
+
+
+def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as_json: bool) -> int:
+    """Print what each fleet sustains; 3 if none holds the SLO at any rate."""
+    if as_json:
+        emit_json({"group": group, "slo": str(slo), "attainment": attainment, "fleets": [
+            {
+                "fleet": {"prefill": f.fleet.prefill, "decode": f.fleet.decode}, "held_per_s": f.held_per_s,
+                "failed_per_s": f.failed_per_s, "goodput_per_s": f.goodput_per_s, "runs": f.runs,
+            }
+            for f in found
+        ]})  # fmt: skip
+    else:
+        for f in found:
+            held = (
+                f"sustains {f.held_per_s:.4g}/s" if f.held_per_s == f.held_per_s else "sustains no rate that was tried"
+            )
+            above = f", not {f.failed_per_s:.4g}/s" if f.failed_per_s == f.failed_per_s else ""
+            goodput = f"; goodput {f.goodput_per_s:.4g}/s" if f.goodput_per_s == f.goodput_per_s else ""
+            messages().print(
+                f"{f.fleet}: {held}{above} with {attainment:.0%} within {slo}{goodput} ({len(f.runs)} runs, group {group})",
+                markup=False,
+            )
+    return 0 if any(f.held_per_s == f.held_per_s for f in found) else 3
 
 
 @contextmanager

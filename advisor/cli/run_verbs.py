@@ -18,6 +18,7 @@ def figures(run: Any, rows: Any) -> dict[str, Any]:
     from traces.measures import Slo, quantile, summarise
 
     slo = Slo.parse(run.slo) if run.slo else Slo()
+    rows = run.counted(rows)
     summary = summarise(rows, slo)
     ok = rows.take(rows.ok)
 
@@ -32,6 +33,7 @@ def figures(run: Any, rows: Any) -> dict[str, Any]:
     return {
         "name": run.name,
         "trace": run.trace,
+        "warmup_s": run.warmup_s,
         "scheduled": run.scheduled,
         "ok": run.counts.get("ok", 0),
         "failed": {k.removeprefix("failed."): n for k, n in run.counts.items() if k.startswith("failed.")},

@@ -1,4 +1,4 @@
-"""Sessions: a request's turn, the request before it, the time in between; what the recorded system measured.
+"""Sessions: a request's turn, the request before it, the time in between; what the recorded system measured; warm-up.
 
 Frozen once released: a revision describes the schema of its day and imports no live code.
 """
@@ -19,6 +19,7 @@ def upgrade() -> None:
         ("source_e2e_us", sa.BigInteger),
     ):
         op.add_column("traces", sa.Column(name, kind))
+    op.add_column("runs", sa.Column("warmup_s", sa.Double, nullable=False, server_default="0"))
 
 
 def downgrade() -> None:
