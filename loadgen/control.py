@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from loadgen.client import Target
-from loadgen.engines import Dialect, Prompts
+from loadgen.engines import EXACT, Dialect, Measure, Prompts
 from loadgen.stream import Answer, printable
 from traces.errors import EndpointError
 from traces.records import Fleet, FleetChange, Sample
@@ -145,6 +146,31 @@ class Endpoint:
             if reply.status < 500:
                 break
         raise EndpointError(f"{self.shown}{dialect.path}: {problem}")
+
+    def measure(self, dialect: Dialect, model: str, longest: int, words: Sequence[str] = ()) -> Measure:
+        """How many tokens the server counts for prompts of ours: a few requests of one token, before the run.
+
+        One token an id or word, nothing added, where it sends no usage or does not answer.
+        """
+        sizes = sorted({8, min(64, max(9, longest)), min(1024, max(10, longest))})
+        found: list[int] = []
+        for size in sizes:
+            body = Prompts(dialect, model, size, time.time_ns(), words=words).body(0, size, 1)
+            tokens = -1
+            for _ in range(3):
+                answer = Answer()
+                with contextlib.suppress(EndpointError):
+                    reply = self.fetch("POST", dialect.path, body)
+                    if reply.status // 100 == 2:
+                        answer.push(0.0, reply.body)
+                        answer.finish(whole=True)
+                tokens = answer.prompt_tokens
+                if tokens > 0:
+                    break
+            if tokens <= 0:
+                return EXACT
+            found.append(tokens)
+        return Measure.fit(sizes, found)
 
     def _problem(self, reply: Reply, dialect: Dialect) -> str:
         words = printable(reply.text[:400])

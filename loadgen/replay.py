@@ -18,6 +18,7 @@ import numpy as np
 from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Controller, Endpoint, Steering
+from loadgen.engines import EXACT
 from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
 from loadgen.spool import Spool
@@ -89,6 +90,7 @@ def replay(
     prefixes: bool = False,
     sessions: str = "recorded",
     warmup_s: float = 0.0,
+    words: Sequence[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
@@ -104,7 +106,8 @@ def replay(
     prefixes: prompts begin with the schedule's blocks (it needs some), so that the trace's sharing is replayed.
     sessions: "recorded", every turn at its recorded time whatever the answers do; "causal", a turn waits for the answer
     before it and the think time (the schedule needs parents), and is due then. warmup_s: requests due before stand in no
-    figure.
+    figure. words: what text prompts are made of (:func:`loadgen.engines.single_token_words`). Unless the engine is the
+    reference, a few requests before the run find out how many tokens it counts for a prompt, and prompts are made so.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
@@ -134,6 +137,12 @@ def replay(
     dialect = engines.dialect(engine, chat=chat, text=text)
     for one in (server, *map(Endpoint, others)):
         one.try_one(dialect, model)
+    measure = EXACT
+    if dialect.name != "reference":
+        measure = server.measure(dialect, model, int(schedule.prompt_tokens.max()), words or ())
+        if measure != EXACT:
+            said = f"prompts calibrated: {measure.per_unit:.4g} tokens a unit and {measure.offset:.4g} more"
+            schedule = replace(schedule, changes=(*schedule.changes, said))
     if in_force is not None:
         if fleet is not None:
             server.set_fleet(fleet)
@@ -174,7 +183,19 @@ def replay(
     )
     # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
     salt = random.SystemRandom().getrandbits(60)
-    job = Job(where, dialect, model, salt, timeout_s, dispatch, prefixes, sessions == "causal", tuple(others))
+    job = Job(
+        where,
+        dialect,
+        model,
+        salt,
+        timeout_s,
+        dispatch,
+        prefixes,
+        causal=sessions == "causal",
+        others=tuple(others),
+        measure=measure,
+        words=tuple(words or ()),
+    )
     run = store.begin_run(began)
     writer = Writer(store, run.id)
     parts: list[Observations] = []

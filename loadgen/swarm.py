@@ -41,7 +41,7 @@ from locust.event import Events
 
 from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
-from loadgen.engines import Dialect, Prompts
+from loadgen.engines import EXACT, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.records import ERRORS, STATUSES, Ints, Observations, Schedule
@@ -96,6 +96,8 @@ class Job:
     causal: bool = False
     others: tuple[Target, ...] = ()
     """Base URLs beside ``where``; requests go to each in turn."""
+    measure: Measure = EXACT
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -553,6 +555,8 @@ class Swarm:
                 "dialect": {"name": job.dialect.name, "chat": job.dialect.chat, "token_ids": job.dialect.token_ids},
                 "model": job.model,
                 "salt": job.salt,
+                "measure": [job.measure.offset, job.measure.per_unit],
+                "words": list(job.words),
                 "timeout_s": job.timeout_s,
                 "requests": len(shard),
                 "block_tokens": schedule.block_tokens if job.prefixes and schedule.blocks is not None else 0,
@@ -737,7 +741,8 @@ class _WorkerSide:
         self._blocks = []
         dialect = Dialect(**job["dialect"])
         self.name = dialect.path
-        prompts = Prompts(dialect, job["model"], job["longest"], job["salt"])
+        measure = Measure(*job["measure"])
+        prompts = Prompts(dialect, job["model"], job["longest"], job["salt"], measure, job["words"])
         prompts.share(shared, job["block_tokens"])
         # As many as are due in the first second: opening them costs more than sending on them.
         connections = min(1000, bisect.bisect_right(sorted(self._columns[1]), 1.0))

@@ -547,6 +547,16 @@ def test_standard_input_is_a_file_with_a_name(tmp_path: Path) -> None:
     assert (refused.returncode, b"needs a name" in refused.stderr) == (1, True)
 
 
+def test_a_shipped_trace_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder, as other verbs tell the user to; a file of that name is the file."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["ingest", "azure-2023-code", "--db", "sqlite:///a.db"]) == 0
+    with open_store("sqlite:///a.db") as held:
+        assert [t.name for t in held.traces()] == ["azure-2023-code"]
+    (tmp_path / "azure-2023-code").write_text("x")
+    assert main(["ingest", "azure-2023-code", "--db", "sqlite:///b.db"]) == 1
+
+
 def test_formats_say_whether_a_real_file_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
     """What was written from documentation alone is marked so in words and in JSON."""
     assert main(["traces", "formats", "--json"]) == 0

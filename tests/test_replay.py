@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import http.server
 import io
 import json
 import math
@@ -16,18 +17,20 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
+from loadgen.engines import WORDS, single_token_words
 from loadgen.replay import read_api_key, replay
 from loadgen.spool import Spool, folder
 from loadgen.swarm import Swarm
@@ -320,6 +323,87 @@ def test_a_warm_up_is_measured_and_stands_in_no_figure(store: Store, swarm: Swar
     assert run.lag_max_ms == pytest.approx(float(late.lag_s.max()) * 1e3)
     with pytest.raises(InputError, match="--warmup 9 s leaves no request"):
         replay(store, swarm, asked, endpoint, warmup_s=9.0)
+
+
+class Counting(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-shaped server whose ``usage`` counts prompts by a function of its own."""
+
+    protocol_version = "HTTP/1.1"
+    count: Callable[[str], int]
+
+    def answer(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        models = {"data": [{"id": "m", "owned_by": "else"}]}
+        if self.path == "/v1/models":
+            self.answer("application/json", json.dumps(models).encode())
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+        usage = {"prompt_tokens": type(self).count(text), "completion_tokens": body["max_tokens"]}
+        events = [{"choices": [{"index": 0, "text": " a", "delta": {"content": " a"}}]}] * body["max_tokens"]
+        parts = [f"data: {json.dumps(e)}\n\n" for e in [*events, {"choices": [], "usage": usage}]]
+        self.answer("text/event-stream", "".join([*parts, "data: [DONE]\n\n"]).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def counting(count: Callable[[str], int]) -> Iterator[str]:
+    handler = type("Handler", (Counting,), {"count": staticmethod(count)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def lengths(n: int) -> Schedule:
+    """Prompts of 20 to 1,000 tokens."""
+    return Schedule("t", np.arange(n), np.arange(n) * 0.02, np.linspace(20, 1000, n).astype(np.int64), np.full(n, 2))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_are_made_to_the_server_s_own_count(store: Store, swarm: Swarm, chat: bool) -> None:
+    """A server that counts 1.37 tokens a word and 11 for its template: after a few questions the lengths are those asked for."""
+    with counting(lambda text: 11 + math.ceil(1.37 * len(text.split()))) as url:
+        run = replay(store, swarm, lengths(40), url, text=True, chat=chat)
+    rows = store.observations(run.id)
+    assert set(rows.status.tolist()) == {"ok"}
+    off = rows.prompt_tokens - rows.requested_prompt_tokens
+    assert int(np.abs(off).max()) <= 1
+    assert any("calibrated: 1.37 tokens a unit and 11" in change for change in run.changes)
+
+
+def test_a_tokenizer_makes_text_exact(store: Store, swarm: Swarm, tmp_path: Path) -> None:
+    """Words that are one token each, of the model's own tokenizer.json; its template's tokens are found by calibration."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, 200)) for _ in range(60)]
+    made.train_from_iterator(texts, vocab_size=700, min_frequency=2)
+    made._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = single_token_words(tmp_path)
+    assert 64 <= len(words) < len(WORDS) + 700
+    with counting(lambda text: 5 + len(made.encode(" " + text).ids)) as url:
+        run = replay(store, swarm, lengths(40), url, text=True, words=words)
+    rows = store.observations(run.id)
+    assert rows.prompt_tokens.tolist() == rows.requested_prompt_tokens.tolist()
+    for name, text, told in (("none", None, "holds no tokenizer.json"), ("bad", "{", "cannot be read")):
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / "tokenizer.json").write_text(text)
+        with pytest.raises(InputError, match=told):
+            single_token_words(tmp_path / name)
 
 
 def rename(path: Path, before: str, after: str) -> None:

@@ -59,6 +59,12 @@ def asked(f: Any) -> Any:
             show_default=True,
             help="Turns of a conversation at their recorded times, or each after the answer before it and the think time.",
         ),
+        click.option(
+            "--tokenizer",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Folder with the model's tokenizer.json: prompts as text, exact to a token.",
+        ),
         click.option("--prefixes", is_flag=True, help="Prompts share what the trace's block ids say they shared."),
         click.option(
             "--api-key-file",
@@ -127,6 +133,7 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
 def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
     """(targets, keyword arguments of :func:`loadgen.replay.replay`) from the options."""
     from loadgen.client import target
+    from loadgen.engines import single_token_words
     from loadgen.replay import read_api_key
 
     headers = {}
@@ -153,8 +160,9 @@ def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[An
         "engine": options["engine"],
         "model": options["model"],
         "chat": options["chat"],
-        "text": options["prompts"] == "text",
+        "text": options["prompts"] == "text" or options["tokenizer"] is not None,
         "prefixes": options["prefixes"],
+        "words": single_token_words(options["tokenizer"]) if options["tokenizer"] else None,
         "sessions": options["sessions"],
         "warmup_s": options["ramp"] + options["warmup"],
         "timeout_s": options["timeout_s"],
@@ -477,7 +485,8 @@ def sweep(
         group = group or time.strftime("saturate" if saturate else "sweep") + time.strftime(
             "-%Y%m%d-%H%M%S", time.gmtime()
         )
-        messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
+        if not saturate:
+            messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
         with progress(as_json) as bars:
             task = bars.add_task("sweep", total=None if saturate else runs_planned * n, note="")
 

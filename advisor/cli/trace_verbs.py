@@ -69,11 +69,12 @@ def _say(report: Any) -> None:
 
 @contextmanager
 def _files(sources: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
-    """The files; standard input and a table as temporary ones, since a trace is read twice (its sum first)."""
+    """The files, also shipped ones by name; standard input and a table as temporary ones, since a trace is read twice."""
+    from traces.shipped import NAMES, shipped
     from traces.store import spend_logs
 
     if sources != ("-",) and not any(map(_is_url, sources)):
-        yield tuple(map(Path, sources))
+        yield tuple(shipped(s) if s in NAMES and not Path(s).exists() else Path(s) for s in sources)
         return
     with tempfile.TemporaryDirectory() as folder:
         if sources == ("-",):
@@ -135,7 +136,8 @@ def ingest(
 ) -> None:
     """Read a recorded trace into the database: validated, counted, all of it or none.
 
-    Several files are shards of one trace, gzip and zstd are read as they are; - reads standard input (with --name), the URL of
+    A shipped trace is known by its name. Several files are shards of one trace,
+    gzip and zstd are read as they are; - reads standard input (with --name), the URL of
     LiteLLM's database its spend log. The same file again changes nothing.
     """
     from traces.errors import InputError

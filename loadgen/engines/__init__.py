@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from traces.errors import InputError
 
@@ -43,14 +44,79 @@ class Dialect:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Tokens = offset + per_unit x (ids or words of the prompt), as the server's ``usage`` says."""
+
+    offset: float = 0.0
+    per_unit: float = 1.0
+
+    @classmethod
+    def fit(cls, units: Sequence[int], tokens: Sequence[int]) -> Measure:
+        """The line through the first and the last; what ids count is never more than one each."""
+        slope = (tokens[-1] - tokens[0]) / (units[-1] - units[0])
+        if slope <= 0:
+            return cls()
+        return cls(tokens[0] - slope * units[0], slope)
+
+
+EXACT = Measure()
+"""A token an id or word, and nothing more."""
+
+LEAST_WORDS = 64
+
+
+def single_token_words(folder: Path) -> tuple[str, ...]:
+    """Plain words that a tokenizer holds as one token with the space before it, up to 2,000; a text of them counts exactly.
+
+    InputError when the folder has no tokenizer.json that can be read, or too few such words.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise InputError("--tokenizer needs the package tokenizers. Run: pip install 'steelyard[tokenizer]'") from None
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"--tokenizer {folder}: holds no tokenizer.json. Give the model's folder.")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"--tokenizer {file}: cannot be read ({str(error)[:80]}).") from None
+    known = {tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())}
+    candidates = [*WORDS, *sorted(w for w in known if w.isascii() and w.isalpha() and len(w) > 1)]
+    found = []
+    for word in dict.fromkeys(candidates):
+        once, twice = (
+            len(tokenizer.encode(text, add_special_tokens=False).ids) for text in (f" {word}", f" {word} {word}")
+        )
+        if (once, twice) == (1, 2):
+            found.append(word)
+        if len(found) == 2000:
+            break
+    if len(found) < LEAST_WORDS:
+        raise InputError(
+            f"--tokenizer {file}: only {len(found)} of its words are one token, too few to make text of (at least {LEAST_WORDS})."
+        )
+    return tuple(found)
+
+
 class Prompts:
     """Request bodies cut from text that was made once, before schedule zero: a request costs a few copies of bytes.
 
     Every prompt starts with a salt of its own (from run salt and request position), so that no prefix cache helps by
-    accident. Nothing in a prompt comes from a user.
+    accident. Nothing in a prompt comes from a user. measure: how many tokens the server counts for a prompt of so many ids
+    or words (:class:`Measure`); words: those that text is made of.
     """
 
-    def __init__(self, dialect: Dialect, model: str, longest: int, salt: int) -> None:
+    def __init__(
+        self,
+        dialect: Dialect,
+        model: str,
+        longest: int,
+        salt: int,
+        measure: Measure | None = None,
+        words: Sequence[str] = (),
+    ) -> None:
         import json
 
         self._salt = salt & (2**64 - 1)
@@ -58,18 +124,20 @@ class Prompts:
         self._block_tokens = 0
         self.key = f"{self._salt:016x}"
         self._ids = dialect.token_ids and not dialect.chat
+        self._measure = None if measure == EXACT else measure
+        self._words = tuple(words) or WORDS
         rng = random.Random(self._salt)  # noqa: S311 - filler text, not a secret
-        n = longest + BASE_IDS
+        n = self._units(longest) + BASE_IDS
         if self._ids:
             # Four digits an id: below 10,000 lies in every real vocabulary, and a fixed width makes a slice exact.
             self._text = ",".join(map(str, rng.choices(range(1000, 10_000), k=n))).encode() + b","
             self._starts: list[int] = []
         else:
-            words = rng.choices(WORDS, k=n)
-            self._text = (" " + " ".join(words) + " ").encode()
+            drawn = rng.choices(self._words, k=n)
+            self._text = (" " + " ".join(drawn) + " ").encode()
             self._starts = [0]
-            for word in words:
-                self._starts.append(self._starts[-1] + len(word) + 1)
+            for word in drawn:
+                self._starts.append(self._starts[-1] + len(word.encode()) + 1)
         named = json.dumps(model)
         opening, closing = ("[", "]") if self._ids else ('"', '"')
         if dialect.chat:
@@ -91,7 +159,9 @@ class Prompts:
         self._shared, self._block_tokens = blocks, block_tokens
 
     def body(self, position: int, prompt_tokens: int, output_tokens: int) -> bytes:
-        """The body of request ``position``: exactly ``prompt_tokens`` ids, or as many words."""
+        """The body of request ``position``: exactly ``prompt_tokens`` ids or words, or as many as the measure says."""
+        if self._measure is not None:
+            prompt_tokens = self._units(prompt_tokens)
         tail = (self._tail % (output_tokens, output_tokens)).encode()
         shared = self._shared.get(position, ())
         pieces = []
@@ -105,6 +175,11 @@ class Prompts:
         if left > 0:
             pieces.append(self._piece(position, left))
         return b"".join((self._head, (b"," if self._ids else b" ").join(pieces), tail))
+
+    def _units(self, tokens: int) -> int:
+        """Ids or words that the server counts as so many tokens."""
+        measure = self._measure
+        return tokens if measure is None else max(1, round((tokens - measure.offset) / measure.per_unit))
 
     def _piece(self, number: int, tokens: int) -> bytes:
         """So many ids or words, which begin with a salt of their own: of the run and of the number (below 0: a block's)."""
@@ -122,7 +197,7 @@ class Prompts:
                 return salt[: tokens * 5 - 1]
             return salt + b"," + self._text[start * 5 : (start + tokens - 4) * 5 - 1]
         words = (mixed, mixed >> 16, mixed >> 32, number)
-        salt = " ".join(WORDS[w % len(WORDS)] for w in words).encode()
+        salt = " ".join(self._words[w % len(self._words)] for w in words).encode()
         if tokens <= 4:
             return b" ".join(salt.split()[:tokens])
         return salt + self._text[self._starts[start] : self._starts[start + tokens - 4]]
