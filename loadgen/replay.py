@@ -19,6 +19,7 @@ from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Controller, Endpoint, Steering
 from loadgen.engines import EXACT
+from loadgen.live import Live
 from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
 from loadgen.spool import Spool
@@ -201,9 +202,17 @@ def replay(
     parts: list[Observations] = []
     done = 0
 
+    live = Live(len(schedule), slo)
+    swarm.watched = live.table
+
+    def on_samples(readings: Sequence[Sample]) -> None:
+        live.samples(readings)
+        writer.put(readings)
+
     def on_rows(rows: Observations) -> None:
         nonlocal done
         parts.append(rows)
+        live.rows(rows)
         writer.put(rows)
         done += len(rows)
         if on_progress is not None:
@@ -215,7 +224,7 @@ def replay(
         stack.enter_context(writer)
 
         def on_start(zero: float, unix: float) -> None:
-            scraper = stack.enter_context(Scraper(server, dialect, zero, writer.put, scrape_s))
+            scraper = stack.enter_context(Scraper(server, dialect, zero, on_samples, scrape_s))
             if steering is not None:
                 stack.enter_context(
                     Controller(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import json
 import logging
 import os
 import queue
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -225,10 +226,13 @@ class Swarm:
 
     workers: how many processes to start on this machine (0: none). expect: how many workers must have joined before
     a run starts, if some come from other machines (``steelyard worker --master HOST:PORT``). bind: HOST or HOST:PORT
-    for the master; the default is loopback and a free port.
+    for the master; the default is loopback and a free port. web: HOST:PORT of Locust's web UI, with a tab of our own; on
+    loopback only.
     """
 
-    def __init__(self, workers: int = 2, *, expect: int | None = None, bind: str = "127.0.0.1") -> None:
+    def __init__(
+        self, workers: int = 2, *, expect: int | None = None, bind: str = "127.0.0.1", web: str | None = None
+    ) -> None:
         if workers < 0 or (workers == 0 and not expect):
             raise InputError(f"a swarm needs at least one worker (got {workers}).")
         self._local = workers
@@ -237,6 +241,17 @@ class Swarm:
         if not port.isdigit() or not host:
             raise InputError(f"--bind takes HOST or HOST:PORT (got {bind!r}).")
         self._bind = host, int(port)
+        self._web: tuple[str, int] | None = None
+        if web is not None:
+            at, _, number = web.rpartition(":")
+            if at not in ("127.0.0.1", "localhost", "::1") or not number.isdigit():
+                raise InputError(
+                    f"--web takes an address of this machine's own, 127.0.0.1:PORT (got {web!r}): the page asks nobody for a "
+                    "name. From elsewhere go through ssh -L 8089:127.0.0.1:8089."
+                )
+            self._web = at, int(number)
+        self.watched: Callable[[], list[dict[str, str]]] = list
+        """Gives the rows of the web UI's tab."""
         self._inbox: queue.SimpleQueue[tuple[str, str, Any, float]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[str, Any, str] | None] = queue.SimpleQueue()
         self._workers: dict[str, _Worker] = {}
@@ -365,6 +380,8 @@ class Swarm:
             self.environment = _environment()
             runner = self.environment.create_master_runner(*self._bind)
             runner.master_bind_port = runner.server.port
+            if self._web is not None:
+                self._open_web(runner)
         except (SystemExit, Exception) as error:
             started.set_exception(
                 SteelyardError(f"the Locust master cannot listen on {self._bind[0]}:{self._bind[1]} ({error}).")
@@ -406,6 +423,58 @@ class Swarm:
                 runner.greenlet.kill(block=True, timeout=2)
                 runner.server.close(200)  # type: ignore[no-untyped-call]
             self._wake = None
+
+    def _open_web(self, runner: Any) -> None:
+        """Locust's web UI on our environment: its statistics, and a tab with what :attr:`watched` says. Stop is Ctrl-C."""
+        from flask import jsonify, request
+
+        assert self.environment is not None  # noqa: S101 - made before
+        assert self._web is not None  # noqa: S101 - asked for
+        with socket.socket() as probe:  # gevent's server would fail in a greenlet of its own
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(self._web)
+        with _no_arguments():
+            ui = self.environment.create_web_ui(*self._web, delayed_start=True)
+        update = ui.update_template_args
+
+        def quietly() -> None:
+            with _no_arguments():
+                update()  # type: ignore[no-untyped-call]
+
+        ui.update_template_args = quietly  # type: ignore[method-assign]
+        ui.template_args |= {
+            "extended_tabs": [{"title": "steelyard", "key": "steelyard"}],
+            "extended_tables": [
+                {"key": "steelyard", "structure": [{"key": "name", "title": ""}, {"key": "value", "title": "now"}]}
+            ],
+        }
+
+        def guard() -> Any:
+            # Whoever opened another page in this browser must not steer the run through a rebound name.
+            if request.host.partition(":")[0].strip("[]") not in ("127.0.0.1", "localhost", "::1", ""):
+                return "not here", 403
+            if request.path == "/stop":
+                self._inbox.put(("stop", "", None, time.monotonic()))
+                return jsonify({"success": True, "message": "draining, then the run ends"})
+            if request.method != "GET" or request.path.startswith("/stats/reset"):
+                return jsonify({"success": False, "message": "start another run with steelyard replay"})
+            return None
+
+        def extend(response: Any) -> Any:
+            if request.path == "/stats/requests" and response.status_code == 200:
+                held = dict(response.get_json())
+                held["extended_stats"] = [{"key": "steelyard", "data": self.watched()}]
+                response.set_data(json.dumps(held))
+            response.headers["Content-Security-Policy"] = (
+                "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+            )
+            return response
+
+        app: Any = ui.app
+        app.before_request(guard)
+        app.after_request(extend)
+        ui.start()  # type: ignore[no-untyped-call]
+        runner.update_state("running")
 
     def _send(self, kind: str, data: Any, client_id: str = "") -> None:
         self._outbox.put((kind, data, client_id))
@@ -526,6 +595,8 @@ class Swarm:
                             on_rows(ended(schedule, left, "lost", worker.index, why))
                 if found is not None:
                     self._accept(found, token, schedule, zero, job.causal, missing, waiting, costs, on_rows)
+                if found is not None and found[0] == "stop":
+                    raise KeyboardInterrupt
                 if not waiting:
                     break
                 if time.monotonic() > until:
@@ -623,6 +694,16 @@ def _depth(parent: Ints) -> int:
         if before >= 0:
             depth[k] = depth[before] + 1
     return max(depth, default=0)
+
+
+@contextlib.contextmanager
+def _no_arguments() -> Iterator[None]:
+    """Locust's page reads the command line, for options that a locustfile added; ours is another program's."""
+    held, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = held
 
 
 def _gate(dispatch: Dispatch) -> dict[str, Any]:

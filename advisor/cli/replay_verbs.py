@@ -40,6 +40,13 @@ def asked(f: Any) -> Any:
         click.option(
             "--expect-workers", type=click.IntRange(min=1), help="Wait for this many workers, others' included."
         ),
+        click.option(
+            "--web",
+            is_flag=False,
+            flag_value="127.0.0.1:8089",
+            metavar="HOST:PORT",
+            help="Locust's web UI with live figures [without a value: 127.0.0.1:8089].",
+        ),
         click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
         click.option("--engine", default="auto", show_default=True, help="auto, reference, openai, vllm or sglang."),
@@ -340,7 +347,9 @@ def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
     from loadgen.swarm import Swarm
 
     expect = options["expect_workers"]
-    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"])
+    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"], web=options["web"])
+    if options["web"]:
+        messages(as_json).print(f"Watch at http://{options['web']}/?tab=steelyard", markup=False)
     if expect and expect > options["workers"]:
         swarm.on_listen = lambda address: messages(as_json).print(
             f"Waiting for {expect - options['workers']} more workers: steelyard worker --master {address}", markup=False

@@ -1,0 +1,226 @@
+"""The replay as a Locust User: take this file, read it, change it, and run it with Locust's own command.
+
+    LOCUST_SKIP_MONKEY_PATCH=1 locust -f locustfile.py --headless -u 1 \
+        --trace azure-2023-conv --host http://127.0.0.1:8000 --fleet 3:5
+
+``-u`` is the number of processes that send: 1, or as many as there are ``locust --worker`` (start the master with
+``--expect-workers`` as many). Each sends every n-th request of the trace at its own time, through the same client as
+``steelyard replay``; rows go to the database (``--db``), requests to Locust's statistics and, without ``--headless``, to
+its web UI. Locust's monkey patching must be off: the client needs a thread of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+from typing import Any
+
+import gevent
+import gevent.monkey
+import numpy as np
+from locust import User, events, task
+from locust.exception import StopUser
+from locust.runners import MasterRunner, WorkerRunner
+
+from loadgen import engines
+from loadgen.client import Engine, Row, target
+from loadgen.control import Endpoint
+from loadgen.engines import Prompts
+from loadgen.replay import read_api_key
+from loadgen.swarm import pack, unpack
+from traces.measures import Slo, counts, verdict
+from traces.records import Fleet, Observations, Run, Schedule
+from traces.shape import head, to_rate
+from traces.store import Store, open_store
+
+if gevent.monkey.is_module_patched("threading"):
+    raise SystemExit("Set LOCUST_SKIP_MONKEY_PATCH=1 before locust: the client needs a thread of its own.")
+
+# Locust's master waits for its workers with time.sleep, which must let gevent go on; nothing else is patched.
+gevent.monkey.patch_time()
+
+START_AHEAD_S = 3.0
+"""Time for every process to load its share before schedule zero."""
+
+
+@events.init_command_line_parser.add_listener
+def options(parser: Any) -> None:
+    """What to replay. The endpoint is Locust's own --host; its token comes from STEELYARD_API_KEY."""
+    parser.add_argument("--trace", default="", help="Name of a stored trace", include_in_web_ui=False)
+    parser.add_argument(
+        "--db", default=os.environ.get("STEELYARD_DB") or "sqlite:///steelyard.db", include_in_web_ui=False
+    )
+    parser.add_argument("--fleet", default="", help="Prefill and decode workers, 3:5", include_in_web_ui=False)
+    parser.add_argument("--engine", default="openai", help="A dialect of steelyard", include_in_web_ui=False)
+    parser.add_argument("--model", default="", include_in_web_ui=False)
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="Requests per second [the trace's]", include_in_web_ui=False
+    )
+    parser.add_argument("--requests", type=int, default=0, help="Only the first N", include_in_web_ui=False)
+    parser.add_argument("--slo", default="", help="ttft<0.5s tpot<50ms", include_in_web_ui=False)
+
+
+def asked(held: Any, store: Store) -> Schedule:
+    """The schedule that the options name: the same in every process."""
+    schedule = store.schedule(held.trace)
+    schedule = head(schedule, held.requests) if held.requests else schedule
+    return to_rate(schedule, held.rate) if held.rate else schedule
+
+
+class Replay(User):
+    """One process's share of the trace. Subclass it to change what is asked or to look at rows as they end."""
+
+    wait_time = staticmethod(lambda: 0)
+
+    def on_start(self) -> None:
+        """Wait until the one that started the test has said which run this is."""
+        while "run" not in SHARED:
+            gevent.sleep(0.02)
+
+    @task
+    def replay(self) -> None:
+        """Send every request of the share at its time; returns when each has ended."""
+        held, shared = self.environment.parsed_options, dict(SHARED)
+        shares = max(1, int(shared["shares"]))
+        mine = getattr(self.environment.runner, "worker_index", 0) if shares > 1 else 0
+        with open_store(held.db, create=False) as store:
+            schedule = asked(held, store)
+            positions = np.arange(len(schedule))[mine::shares]
+            dialect = engines.dialect(held.engine)
+            prompts = Prompts(dialect, shared["model"], int(schedule.prompt_tokens.max()), int(shared["salt"]))
+            engine = Engine()
+            where = target(self.environment.host, api_key=read_api_key(None))
+            _wait(engine.submit(engine.prepare([where], dialect.path, prompts, timeout_s=600.0, connections=32)))
+            zero = time.monotonic() + float(shared["zero_unix"]) - time.time()
+            due, prompt, output = (
+                column[positions].tolist()
+                for column in (schedule.due_s, schedule.prompt_tokens, schedule.output_tokens)
+            )
+            running = engine.submit(engine.run(positions.tolist(), due, prompt, output, zero))
+            while True:
+                over = running.done()
+                rows = [engine.rows.popleft() for _ in range(len(engine.rows))]
+                if rows:
+                    self.ended(rows)
+                    store.add_observations(int(shared["run"]), unpack(pack(rows), schedule, mine, zero))
+                if over:
+                    break
+                gevent.sleep(0.25)
+            running.result()
+        finished(self.environment, shares)
+        raise StopUser
+
+    def ended(self, rows: list[Row]) -> None:
+        """Requests that have ended, to Locust's statistics."""
+        for row in rows:
+            self.environment.events.request.fire(
+                request_type="POST",
+                name=engines.dialect(self.environment.parsed_options.engine).path,
+                response_time=(row.ended - row.sent) * 1e3,
+                response_length=row.body_bytes,
+                exception=None if row.status == "ok" else RuntimeError(row.error or row.status),
+                context={},
+            )
+
+
+def _wait(future: Any) -> Any:
+    while not future.done():
+        gevent.sleep(0.01)
+    return future.result()
+
+
+# --- one run, begun and ended by the process that started the test -----------------------------------------------------
+
+SHARED: dict[str, Any] = {}
+"""What every process knows of the run: its number, zero on the wall clock, model, salt, how many share it."""
+
+_DONE: list[int] = []
+
+
+@events.init.add_listener
+def listen(environment: Any, **_: Any) -> None:
+    """Workers hear of the run from the master, the master hears who has finished."""
+    if isinstance(environment.runner, WorkerRunner):
+        environment.runner.register_message("steelyard.run", lambda environment, msg: SHARED.update(msg.data))
+    elif isinstance(environment.runner, MasterRunner):
+        environment.runner.register_message("steelyard.done", lambda environment, msg: finished(environment, 0))
+
+
+@events.test_start.add_listener
+def begin(environment: Any, **_: Any) -> None:
+    """Store a run that starts and tell everybody."""
+    if isinstance(environment.runner, WorkerRunner):
+        return
+    held = environment.parsed_options
+    if not held.trace or not environment.host:
+        raise SystemExit("give --trace NAME and --host URL")
+    where = target(environment.host, api_key=read_api_key(None))
+    model, _owner = Endpoint(where).choose_model(held.model or None)
+    shares = environment.runner.worker_count if isinstance(environment.runner, MasterRunner) else 1
+    with open_store(held.db, create=False) as store:
+        schedule = asked(held, store)
+        run = store.begin_run(
+            Run(
+                name=f"locust {held.trace}",
+                trace=held.trace,
+                schedule_digest=schedule.digest(),
+                scheduled=len(schedule),
+                endpoint=where.shown,
+                engine=held.engine,
+                model=model,
+                fleet=Fleet.parse(held.fleet) if held.fleet else None,
+                started_unix_s=time.time() + START_AHEAD_S,
+                workers=shares,
+                rate_per_s=schedule.rate_per_s,
+                changes=schedule.changes,
+                slo=str(Slo.parse(held.slo)) if held.slo else "",
+            )
+        )
+    _DONE.clear()
+    salt = random.SystemRandom().getrandbits(60)
+    SHARED.update(run=run.id, zero_unix=run.started_unix_s, model=model, salt=salt, shares=shares)
+    if isinstance(environment.runner, MasterRunner):
+        environment.runner.send_message("steelyard.run", dict(SHARED))
+
+
+def finished(environment: Any, shares: int) -> None:
+    """One share is done; when all are, the run is judged and Locust ends."""
+    if isinstance(environment.runner, WorkerRunner):
+        environment.runner.send_message("steelyard.done", {})
+        return
+    _DONE.append(1)
+    if len(_DONE) >= int(SHARED["shares"]):
+        end(environment)
+        if environment.web_ui is None:
+            gevent.spawn_later(0.5, environment.runner.quit)
+
+
+@events.quitting.add_listener
+def end(environment: Any, **_: Any) -> None:
+    """Judge the run from its rows; what was never sent is unsent."""
+    if isinstance(environment.runner, WorkerRunner) or "run" not in SHARED:
+        return
+    held, number = environment.parsed_options, int(SHARED.pop("run"))
+    with open_store(held.db, create=False) as store:
+        schedule, run = asked(held, store), store.run(number)
+        rows = store.observations(number)
+        silent = np.flatnonzero(~np.isin(schedule.index, rows.index))
+        if len(silent):
+            store.add_observations(number, Observations.unsent(schedule.take(silent)))
+            rows = store.observations(number)
+        judged = verdict(rows, Slo.parse(run.slo) if run.slo else None)
+        run = store.end_run(
+            replace(
+                run,
+                complete=not len(silent),
+                verdict=judged.word,
+                reason=judged.reason,
+                lag_p50_ms=judged.lag_p50_ms,
+                lag_p99_ms=judged.lag_p99_ms,
+                lag_max_ms=judged.lag_max_ms,
+                counts=counts(rows),
+            )
+        )
+    print(f"steelyard: run {run.id} {run.counts}, {run.verdict}: {run.reason}")

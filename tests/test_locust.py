@@ -1,0 +1,168 @@
+"""Locust's own command and Locust's own web UI: the replay as a User, and a tab beside the usual statistics."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadgen.cluster.embedded import embedded
+from loadgen.replay import Interrupted, replay
+from loadgen.swarm import Swarm
+from traces.errors import InputError
+from traces.ingest import store_schedule
+from traces.measures import Slo
+from traces.records import Fleet, Schedule
+from traces.shape import LogNormal, synthesize
+from traces.store import open_store
+
+LOCUSTFILE = Path(__file__).parent.parent / "loadgen" / "locustfile.py"
+LENGTHS = LogNormal.parse("lognormal:median=30,sigma=0.3"), LogNormal.parse("lognormal:median=5,sigma=0.3")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with embedded("constant", Fleet(1, 1)) as url:
+        yield url
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> str:
+    url = f"sqlite:///{tmp_path}/l.db"
+    with open_store(url) as store:
+        store_schedule(store, synthesize(60, *LENGTHS, rate_per_s=30.0, seed=1, name="t"), options={})
+    return url
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def locust(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments],
+        env=os.environ | {"LOCUST_SKIP_MONKEY_PATCH": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) -> None:
+    """Alone, and with a master and two workers: every request once, on time, judged, and in Locust's statistics."""
+    asked = ["--trace", "t", "--db", db, "--slo", "ttft<0.5s", "--fleet", "1:1"]
+    start = ["--headless", "--host", endpoint, "-u", str(max(1, workers)), *asked]
+    others: list[subprocess.Popen[str]] = []
+    if workers:
+        port = str(free_port())
+        start += [
+            "--master",
+            "--expect-workers",
+            str(workers),
+            "--master-bind-host",
+            "127.0.0.1",
+            "--master-bind-port",
+            port,
+        ]
+        others = [
+            locust("--worker", "--master-host", "127.0.0.1", "--master-port", port, *asked) for _ in range(workers)
+        ]
+    main = locust(*start)
+    try:
+        said, _ = main.communicate(timeout=60)
+    finally:
+        for process in (main, *others):
+            process.kill()
+            process.communicate()
+    assert "/v1/completions" in said
+    assert "steelyard: run 1 {'ok': 60}, valid" in said, said[-3000:]
+    with open_store(db) as store:
+        run, rows = store.run(1), store.observations(1)
+        assert (run.ended, run.complete, run.verdict, run.workers) == (True, True, "valid", max(1, workers))
+        assert rows.index.tolist() == list(range(60))
+        assert float(rows.ttft_sent_s.min()) == pytest.approx(0.05, abs=0.01)
+        assert len(set(rows.worker.tolist())) == max(1, workers)
+
+
+def test_locust_with_its_patches_on_is_told(db: str) -> None:
+    """One line instead of a replay that cannot be on time."""
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1"]
+    held = {k: v for k, v in os.environ.items() if k != "LOCUST_SKIP_MONKEY_PATCH"}
+    done = subprocess.run(command, env=held, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "Set LOCUST_SKIP_MONKEY_PATCH=1" in done.stdout + done.stderr
+
+
+def ask(port: int, path: str, method: str = "GET", host: str = "") -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", method=method, headers={"Host": host} if host else {}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> None:
+    """Our figures in Locust's own answer, its statistics beside them; another host's name and a new swarm are refused;
+    Stop drains and stores."""
+    port = free_port()
+    n = 400
+    asked = Schedule("t", np.arange(n), np.arange(n) / 40.0, np.full(n, 20), np.full(n, 5))
+    seen: dict[str, Any] = {}
+
+    def watch() -> None:
+        time.sleep(4.5)  # workers report to Locust every three seconds
+        seen["page"] = ask(port, "/?tab=steelyard")
+        seen["stats"] = ask(port, "/stats/requests")
+        seen["foreign"] = ask(port, "/stats/requests", host="evil.example")
+        seen["swarm"] = ask(port, "/swarm", "POST")
+        seen["stop"] = ask(port, "/stop")
+
+    with Swarm(1, web=f"127.0.0.1:{port}") as swarm, open_store(db) as store:
+        thread = threading.Thread(target=watch)
+        thread.start()
+        with pytest.raises(Interrupted):
+            replay(store, swarm, asked, endpoint, slo=Slo.parse("ttft<0.5s"))
+        thread.join()
+        run = store.run(1)
+    assert seen["page"][0] == 200
+    assert "extended_tabs" in seen["page"][1] or "extendedTabs" in seen["page"][1]
+    held = json.loads(seen["stats"][1])
+    (ours,) = held["extended_stats"]
+    rows = {row["name"]: row["value"] for row in ours["data"]}
+    assert rows["Requests ended"].endswith("of 400")
+    assert rows["TTFT, last 10 s"].startswith("p50 5")
+    assert rows["Goodput within ttft<0.5s"].endswith("/s")
+    assert any(name.startswith("decode ") for name in rows)
+    assert any(row["name"] == "/v1/completions" for row in held["stats"])
+    assert seen["foreign"][0] == 403
+    assert "start another run" in seen["swarm"][1]
+    assert json.loads(seen["stop"][1])["success"]
+    assert run.ended
+    assert not run.complete
+    assert 0 < run.counts["ok"] < n
+    assert run.counts["ok"] + run.counts["unsent"] == n
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8089", "8089", "127.0.0.1:x", "example.org:80"])
+def test_the_web_ui_stays_on_this_machine(address: str) -> None:
+    """Other addresses are refused with the way to reach it."""
+    with pytest.raises(InputError, match="ssh -L 8089"):
+        Swarm(1, web=address)
