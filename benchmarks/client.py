@@ -47,7 +47,7 @@ def free_port() -> int:
 class Truth:
     """The ground-truth server on core 0; ``log(n)`` are the last n requests, by their number."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, itl_ms: float = ITL_MS) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
             sys.exit("benchmarks.client needs a C compiler (cc or gcc) for its ground-truth server.")
@@ -57,7 +57,7 @@ class Truth:
         self.port = free_port()
         self.file = folder / "log.csv"
         self.process = subprocess.Popen(
-            [binary, str(self.port), str(TTFT_MS), str(ITL_MS), self.file],
+            [binary, str(self.port), str(TTFT_MS), str(itl_ms), self.file],
             preexec_fn=lambda: os.sched_setaffinity(0, {0}),
         )
         time.sleep(0.3)

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Controller, Endpoint, Steering
@@ -26,7 +24,7 @@ from loadgen.spool import Spool
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import EndpointError, InputError, StoreError
-from traces.measures import Slo, counts, verdict
+from traces.measures import Slo, Tally
 from traces.records import Fleet, Observations, Run, Sample, Schedule
 from traces.store import Store
 
@@ -199,8 +197,7 @@ def replay(
     )
     run = store.begin_run(began)
     writer = Writer(store, run.id)
-    parts: list[Observations] = []
-    done = 0
+    tally = Tally(warmup_s)
 
     live = Live(len(schedule), slo)
     swarm.watched = live.table
@@ -210,13 +207,11 @@ def replay(
         writer.put(readings)
 
     def on_rows(rows: Observations) -> None:
-        nonlocal done
-        parts.append(rows)
+        tally.add(rows)
         live.rows(rows)
         writer.put(rows)
-        done += len(rows)
         if on_progress is not None:
-            on_progress(done, run.scheduled)
+            on_progress(tally.rows, run.scheduled)
 
     outcome: Outcome | None = None
     reason = ""
@@ -244,16 +239,15 @@ def replay(
         except BaseException as error:
             # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            heard = np.concatenate([p.index for p in parts]) if parts else np.empty(0, dtype=np.int64)
-            silent = np.flatnonzero(~np.isin(schedule.index, heard))
+            silent = tally.silent(schedule)
             if len(silent):
                 on_rows(ended(schedule, silent, "unsent", -1, "the run was broken off"))
             stack.close()
-            writer.settle(_ended(run, parts, slo, None, reason), patience_s)
+            writer.settle(_ended(run, tally, slo, None, reason), patience_s)
             raise
     if on_outcome is not None:
         on_outcome(outcome)
-    done_run = _ended(run, parts, slo, outcome, reason)
+    done_run = _ended(run, tally, slo, outcome, reason)
     if steps >= 0:
         done_run = _on_time(done_run, server, steps)
     run = writer.settle(done_run, patience_s)
@@ -264,22 +258,20 @@ def replay(
     return run
 
 
-def _ended(run: Run, parts: Sequence[Observations], slo: Slo | None, outcome: Outcome | None, reason: str) -> Run:
+def _ended(run: Run, tally: Tally, slo: Slo | None, outcome: Outcome | None, reason: str) -> Run:
     """The run with what came of it."""
-    rows = Observations.concat(parts)
-    # What was never sent is not excused by a warm-up; how late the rest was counts from its end.
-    judged = verdict(rows if (rows.status == "unsent").any() else run.counted(rows), slo)
+    judged = tally.verdict(slo)
     why = "; ".join(filter(None, (reason, judged.reason)))
     return replace(
         run,
         started_unix_s=outcome.started_unix_s if outcome is not None else run.started_unix_s,
-        complete=outcome is not None and not reason and len(rows) == run.scheduled,
+        complete=outcome is not None and not reason and tally.rows == run.scheduled,
         verdict=judged.word,
         reason=why,
         lag_p50_ms=judged.lag_p50_ms,
         lag_p99_ms=judged.lag_p99_ms,
         lag_max_ms=judged.lag_max_ms,
-        counts=counts(rows),
+        counts=dict(sorted(tally.counts.items())),
     )
 
 
