@@ -532,6 +532,7 @@ class Client:
         self._ended: asyncio.Future[None] | None = None
         self._closing = False
         self._gate: Gate | None = None
+        self._more = False
         self._turns: Turns | None = None
         self._children: dict[int, list[int]] = {}
         self._released_turns: list[tuple[float, int]] = []  # heap of (when, row) whose answers have come
@@ -556,11 +557,14 @@ class Client:
         zero: float,
         gate: Gate | None = None,
         turns: Turns | None = None,
+        more: bool = False,
     ) -> None:
         """Send every request at ``zero + due`` and return when each has ended. Requests must be in order of due.
 
         gate: they leave in the order given, batch after batch, instead. turns: those with a parent wait for its answer.
+        more: further requests come by :meth:`extend`.
         """
+        self._more = more
         self._turns, self._children, self._released_turns = turns, {}, []
         if turns is not None:
             self._due_of = dict(zip(positions, due, strict=True))
@@ -581,9 +585,28 @@ class Client:
             watch.cancel()
             self._alarm.close()
 
+    def extend(
+        self,
+        positions: Sequence[int],
+        due: Sequence[float],
+        prompt_tokens: Sequence[int],
+        output_tokens: Sequence[int],
+        last: bool,
+    ) -> None:
+        """Requests due after those that are there; last: none come after them. What was sent is forgotten."""
+        if not self._more:
+            return  # stopped meanwhile
+        at = self._next
+        self._positions, self._due = [*self._positions[at:], *positions], [*self._due[at:], *due]
+        self._sizes = [*self._sizes[0][at:], *prompt_tokens], [*self._sizes[1][at:], *output_tokens]
+        self._next, self._more = 0, not last
+        self._tick()
+        self._check()
+
     def stop(self) -> None:
         """Send no more; what was not sent becomes ``unsent``. What is in flight goes on."""
         first, self._next = self._next, len(self._due)
+        self._more = False
         never = [i for i in range(first, len(self._due)) if self._is_root(i)]
         never += [i for held in self._children.values() for i in held]
         never += [i for _, i in self._released_turns]
@@ -894,7 +917,7 @@ class Client:
             flight.connection.close()
 
     def _check(self) -> None:
-        waiting = self._flights or self._children or self._released_turns
+        waiting = self._flights or self._children or self._released_turns or self._more
         if self._ended is not None and not self._ended.done() and self._next >= len(self._due) and not waiting:
             self._ended.set_result(None)
 
@@ -996,6 +1019,7 @@ class Engine:
         zero: float,
         gate: Gate | None = None,
         turns: Turns | None = None,
+        more: bool = False,
     ) -> dict[str, float]:
         """Send a shard; returns what it cost: CPU seconds of this process, the longest stall of the loop."""
         client = self._client
@@ -1005,11 +1029,16 @@ class Engine:
         gc.disable()
         before = time.process_time()
         try:
-            await client.run(positions, due, prompt_tokens, output_tokens, zero, gate, turns)
+            await client.run(positions, due, prompt_tokens, output_tokens, zero, gate, turns, more)
         finally:
             gc.enable()
             gc.unfreeze()
         return {"cpu_s": time.process_time() - before, "max_stall_s": client.max_stall_s}
+
+    async def extend(self, *columns: Any) -> None:
+        """See :meth:`Client.extend`."""
+        if self._client is not None:
+            self._client.extend(*columns)
 
     async def stop(self, drain_s: float) -> None:
         """Send no more, wait ``drain_s`` for answers, cancel the rest."""

@@ -25,7 +25,7 @@ from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, Tally
-from traces.records import Fleet, Observations, Run, Sample, Schedule
+from traces.records import Feed, Fleet, Observations, Run, Sample, Schedule
 from traces.store import Store
 
 API_KEY = "STEELYARD_API_KEY"
@@ -63,7 +63,7 @@ def read_api_key(file: Path | None) -> str | None:
 def replay(
     store: Store,
     swarm: Swarm,
-    schedule: Schedule,
+    schedule: Schedule | Feed,
     endpoint: str | Target | Sequence[Target],
     *,
     name: str = "",
@@ -111,18 +111,23 @@ def replay(
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
     """
-    if prefixes and schedule.blocks is None:
+    if isinstance(schedule, Feed) and (prefixes or sessions == "causal" or dispatch is not None):
+        raise InputError(
+            "a feed has no prefixes, sessions or order of its own: load the trace as a whole (Store.schedule)."
+        )
+    whole = schedule if isinstance(schedule, Schedule) else None
+    if prefixes and whole is not None and whole.blocks is None:
         raise InputError(f"the trace {schedule.name!r} holds no prefix blocks: replay it without --prefixes.")
     if sessions not in SESSIONS:
         raise InputError(f"--sessions must be {' or '.join(SESSIONS)} (got {sessions!r}).")
     if sessions == "causal":
-        if schedule.parent is None or not (schedule.parent >= 0).any():
+        if whole is None or whole.parent is None or not (whole.parent >= 0).any():
             raise InputError(f"no request of {schedule.name!r} continues another: replay it with --sessions recorded.")
         if dispatch is not None:
             raise InputError("--sessions causal sends turns when their answers have come: it excludes --order.")
         schedule = replace(schedule, changes=(*schedule.changes, "sessions causal"))
-    if len(schedule) and warmup_s > float(schedule.due_s[-1]):
-        raise InputError(f"--warmup {warmup_s:g} s leaves no request: the last is due at {schedule.due_s[-1]:.6g} s.")
+    if len(schedule) and warmup_s > schedule.last_due_s:
+        raise InputError(f"--warmup {warmup_s:g} s leaves no request: the last is due at {schedule.last_due_s:.6g} s.")
     if not len(schedule):
         raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
     if isinstance(endpoint, str):
@@ -138,7 +143,7 @@ def replay(
         one.try_one(dialect, model)
     measure = EXACT
     if dialect.name != "reference":
-        measure = server.measure(dialect, model, int(schedule.prompt_tokens.max()), words or ())
+        measure = server.measure(dialect, model, schedule.longest_prompt, words or ())
         if measure != EXACT:
             said = f"prompts calibrated: {measure.per_unit:.4g} tokens a unit and {measure.offset:.4g} more"
             schedule = replace(schedule, changes=(*schedule.changes, said))
@@ -239,9 +244,10 @@ def replay(
         except BaseException as error:
             # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            silent = tally.silent(schedule)
-            if len(silent):
-                on_rows(ended(schedule, silent, "unsent", -1, "the run was broken off"))
+            for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
+                silent = tally.silent(piece)
+                if len(silent):
+                    on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
             stack.close()
             writer.settle(_ended(run, tally, slo, None, reason), patience_s)
             raise

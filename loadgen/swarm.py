@@ -45,7 +45,7 @@ from loadgen.control import fleet_body
 from loadgen.engines import EXACT, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
 from traces.errors import EndpointError, InputError, SteelyardError
-from traces.records import ERRORS, STATUSES, Ints, Observations, Schedule
+from traces.records import ERRORS, STATUSES, Feed, Floats, Ints, Observations, Schedule
 
 logging.getLogger("locust").addHandler(logging.NullHandler())
 logging.getLogger("locust").propagate = False
@@ -62,6 +62,9 @@ SILENCE_S = 4.0
 
 BLOCK = 50_000
 """Requests a message when a shard is sent."""
+
+LOOKAHEAD_S = 30.0
+"""Of a feed, requests are with their workers at least this long before they are due."""
 
 _NUMBERS = (
     ("position", np.dtype(np.int64)),
@@ -128,8 +131,80 @@ def pack(rows: list[Row]) -> dict[str, Any]:
     return message
 
 
+class Pieces:
+    """What was sent to workers and is not all heard of: pieces of a schedule, by the positions that they hold."""
+
+    def __init__(self, source: Schedule | Feed) -> None:
+        whole = isinstance(source, Schedule)
+        self._source = iter([source]) if isinstance(source, Schedule) else source.pieces()
+        self._held: dict[int, Schedule] = {}
+        self._left: dict[int, int] = {}
+        self._starts: list[int] = []
+        self._next: Schedule | None = None
+        self._end = 0
+        self._keep = whole
+        self.more = True
+        self._fetch()
+
+    def _fetch(self) -> None:
+        self._next = next(self._source, None)
+        self.more = self._next is not None
+
+    @property
+    def next_due_s(self) -> float:
+        """When the next piece begins."""
+        return float(self._next.due_s[0]) if self._next is not None and len(self._next) else 0.0
+
+    def take(self) -> tuple[int, Schedule]:
+        """(position of its first request, the next piece), held from now on."""
+        piece, start = self._next, self._end
+        assert piece is not None  # noqa: S101 - asked only while there is more
+        self._held[start], self._left[start] = piece, len(piece)
+        self._starts.append(start)
+        self._end += len(piece)
+        self._fetch()
+        return start, piece
+
+    def at(self, positions: Ints) -> tuple[Ints, Floats, Ints, Ints]:
+        """index, due_s, prompt_tokens, output_tokens of positions; those are heard of now."""
+        where = np.searchsorted(self._starts, positions, side="right") - 1
+        n = len(positions)
+        found = np.empty(n, np.int64), np.empty(n), np.empty(n, np.int64), np.empty(n, np.int64)
+        for k in np.unique(where).tolist():
+            start = self._starts[k]
+            piece, mine = self._held.get(start), where == k
+            if piece is None:
+                continue  # rows that were heard of before: nobody looks at them
+            at = positions[mine] - start
+            for column, values in zip(
+                found, (piece.index, piece.due_s, piece.prompt_tokens, piece.output_tokens), strict=True
+            ):
+                column[mine] = values[at]
+        return found
+
+    def heard(self, positions: Ints) -> None:
+        """These have their rows: a piece of which nothing is missing is let go."""
+        if self._keep:
+            return
+        where = np.searchsorted(self._starts, positions, side="right") - 1
+        for k, n in zip(*np.unique(where, return_counts=True), strict=True):
+            start = self._starts[k]
+            self._left[start] -= int(n)
+            if not self._left[start]:
+                del self._held[start]
+
+    def ended(self, positions: Ints, status: str, worker: int, detail: str) -> Observations:
+        """Rows for requests of which nothing more will be heard."""
+        index, due, prompt, output = self.at(positions)
+        rows = Observations.empty(len(positions))
+        rows.index[:], rows.due_s[:], rows.dispatch_s[:] = index, due, due
+        rows.requested_prompt_tokens[:], rows.requested_tokens[:] = prompt, output
+        rows.status[:], rows.detail[:], rows.worker[:] = status, detail, worker
+        return rows
+
+
 def unpack(
-    message: dict[str, Any], schedule: Schedule, worker: int, zero: float, *, causal: bool = False
+    message: dict[str, Any], schedule: Schedule | Pieces, worker: int, zero: float, *, causal: bool = False
 ) -> Observations:
     """Columns of bytes as observations of the schedule; times from the worker's ``zero``.
 
@@ -138,23 +213,28 @@ def unpack(
     columns: dict[str, Any] = {name: np.frombuffer(message[name], dtype=kind) for name, kind in _NUMBERS}
     at = columns["position"]
     n = len(at)
+    if isinstance(schedule, Pieces):
+        index, due, prompt, output = schedule.at(at)
+    else:
+        index, due = schedule.index[at], schedule.due_s[at]
+        prompt, output = schedule.prompt_tokens[at], schedule.output_tokens[at]
     status = np.array([STATUSES[code] for code in message["status"]], dtype=object)
     error = np.array([ERRORS[code - 1] if code else "" for code in message["error"]], dtype=object)
     detail = np.full(n, "", dtype=object)
     for i, words in message["detail"].items():
         detail[int(i)] = words
-    dispatch = np.where(np.isnan(columns["dispatch"]), schedule.due_s[at], columns["dispatch"] - zero)
+    dispatch = np.where(np.isnan(columns["dispatch"]), due, columns["dispatch"] - zero)
     return Observations(
-        index=schedule.index[at],
+        index=index,
         worker=np.full(n, worker, dtype=np.int64),
-        due_s=dispatch if causal else schedule.due_s[at],
+        due_s=dispatch if causal else due,
         dispatch_s=dispatch,
         sent_s=columns["sent"] - zero,
         first_byte_s=columns["first_byte"] - zero,
         first_token_s=columns["first_token"] - zero,
         last_token_s=columns["last_token"] - zero,
-        requested_prompt_tokens=schedule.prompt_tokens[at],
-        requested_tokens=schedule.output_tokens[at],
+        requested_prompt_tokens=prompt,
+        requested_tokens=output,
         prompt_tokens=columns["prompt_tokens"].astype(np.int64),
         output_tokens=columns["output_tokens"].astype(np.int64),
         chunks=columns["chunks"].astype(np.int64),
@@ -517,7 +597,7 @@ class Swarm:
 
     def run(
         self,
-        schedule: Schedule,
+        schedule: Schedule | Feed,
         job: Job,
         *,
         on_start: Callable[[float, float], None] = lambda zero, unix: None,
@@ -526,7 +606,8 @@ class Swarm:
         start_ahead_s: float = START_AHEAD_S,
         deadline_s: float | None = None,
     ) -> Outcome:
-        """Replay a schedule; ``on_rows`` gets every row exactly once, in this thread, as batches arrive.
+        """Replay a schedule; ``on_rows`` gets every row exactly once, in this thread, as batches arrive. A feed is read and
+        sent to the workers LOOKAHEAD_S before its requests are due.
 
         on_start(zero, unix): schedule zero on the monotonic clock and on the wall, once agreed. Ctrl-C stops sending,
         waits ``drain_s`` for answers in flight, and returns with ``interrupted``. deadline_s: longest time that the
@@ -539,19 +620,32 @@ class Swarm:
             raise SteelyardError("no load worker is left. Start again.")
         n = len(schedule)
         token = random.getrandbits(48)
-        shards = dict(zip([w.client_id for w in crew], shares(schedule, len(crew)), strict=True))
+        pieces = Pieces(schedule)
+        mine: dict[str, list[Ints]] = {w.client_id: [] for w in crew}
         if job.dispatch is not None:
             rows = [i for batch, _ in job.dispatch.batches for i in batch]
             if sorted(rows) != list(range(n)):
                 raise ValueError("the batches must hold every request once")
-            shards = {w.client_id: np.array(rows if k == 0 else [], dtype=np.int64) for k, w in enumerate(crew)}
         waiting = {w.client_id for w in crew}
         missing = np.ones(n, dtype=np.bool_)
         costs: dict[int, dict[str, float]] = {}
         reasons: list[str] = []
         self._send("statistics", None)
         for worker in crew:
-            self._send_shard(worker, shards[worker.client_id], schedule, job, token)
+            self._send_job(worker, schedule, job, token)
+
+        def send(start: int, piece: Schedule) -> None:
+            living = [w for w in crew if not w.gone]
+            for k, (worker, share) in enumerate(zip(living, shares(piece, len(living)), strict=True)):
+                if job.dispatch is not None:
+                    share = np.array(rows if k == 0 else [], dtype=np.int64)
+                mine[worker.client_id].append(start + share)
+                self._send_shard(worker, start, share, piece, job, token, last=not pieces.more)
+
+        while pieces.more and pieces.next_due_s < LOOKAHEAD_S:
+            send(*pieces.take())
+        for worker in crew:
+            self._send("steelyard.prepare", {"run": token, "more": pieces.more}, worker.client_id)
         ready: set[str] = set()
         until = time.monotonic() + READY_TIMEOUT_S
         while ready < waiting:
@@ -567,9 +661,9 @@ class Swarm:
             at = zero if worker.same_clock else zero + worker.offset
             self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
         on_start(zero, unix)
-        last_due = float(schedule.due_s[-1]) if n else 0.0
+        last_due = schedule.last_due_s
         longest = job.timeout_s + 30.0
-        if job.causal and schedule.parent is not None:
+        if job.causal and isinstance(schedule, Schedule) and schedule.parent is not None:
             # A session may take as long as its answers do: the deepest one, each turn at its limit.
             longest += job.timeout_s * _depth(schedule.parent)
         if job.dispatch is not None:
@@ -580,25 +674,28 @@ class Swarm:
         while True:
             try:
                 found = self._next(0.1)
+                while pieces.more and not stopping and pieces.next_due_s < time.monotonic() - zero + LOOKAHEAD_S:
+                    send(*pieces.take())
                 for worker in crew:
                     if worker.gone and worker.client_id in waiting:
                         waiting.discard(worker.client_id)
                         # What it had sent before it died may still be in the inbox: rows come before the verdict.
                         while (late := self._next(0.3)) is not None:
-                            self._accept(late, token, schedule, zero, job.causal, missing, waiting, costs, on_rows)
-                        mine = shards[worker.client_id]
-                        left = mine[missing[mine]]
+                            self._accept(late, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
+                        its = np.concatenate([np.empty(0, np.int64), *mine[worker.client_id]])
+                        left = its[missing[its]]
                         why = f"worker {worker.index} {worker.gone}"
-                        reasons.append(f"{why}, {len(left)} of its {len(mine)} requests are lost")
+                        reasons.append(f"{why}, {len(left)} of its {len(its)} requests are lost")
                         if len(left):
                             missing[left] = False
-                            on_rows(ended(schedule, left, "lost", worker.index, why))
+                            on_rows(pieces.ended(left, "lost", worker.index, why))
+                            pieces.heard(left)
                 if found is not None:
-                    self._accept(found, token, schedule, zero, job.causal, missing, waiting, costs, on_rows)
+                    self._accept(found, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
                 if found is not None and found[0] == "stop":
                     raise KeyboardInterrupt
                 if not waiting:
-                    break
+                    break  # nobody is left to send what is still to be read
                 if time.monotonic() > until:
                     reasons.append("interrupted" if interrupted else "the deadline passed")
                     break
@@ -611,13 +708,21 @@ class Swarm:
                 until = time.monotonic() + drain_s + 5.0
         if interrupted and "interrupted" not in reasons:
             reasons.insert(0, "interrupted")
+        while pieces.more:  # stopped, or no worker left: what was never handed out is unsent
+            start, piece = pieces.take()
+            rest = np.arange(start, start + len(piece))
+            missing[rest] = False
+            on_rows(pieces.ended(rest, "unsent", -1, "stopped"))
+            pieces.heard(rest)
         left = np.flatnonzero(missing)
         if len(left):
-            on_rows(ended(schedule, left, "lost", -1, reasons[-1] if reasons else "no row came"))
+            on_rows(pieces.ended(left, "lost", -1, reasons[-1] if reasons else "no row came"))
             reasons.append(f"{len(left)} requests were not reported by their workers")
         return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs)
 
-    def _send_shard(self, worker: _Worker, shard: Any, schedule: Schedule, job: Job, token: int) -> None:
+    def _send_job(self, worker: _Worker, schedule: Schedule | Feed, job: Job, token: int) -> None:
+        held = schedule if isinstance(schedule, Schedule) else None
+        longest = schedule.longest_prompt
         self._send(
             "steelyard.job",
             {
@@ -629,15 +734,21 @@ class Swarm:
                 "measure": [job.measure.offset, job.measure.per_unit],
                 "words": list(job.words),
                 "timeout_s": job.timeout_s,
-                "requests": len(shard),
-                "block_tokens": schedule.block_tokens if job.prefixes and schedule.blocks is not None else 0,
-                "longest": int(schedule.prompt_tokens.max()) if len(schedule) else 1,
-                "causal": job.causal and schedule.parent is not None,
-                "gate": _gate(job.dispatch) if job.dispatch is not None and len(shard) else None,
+                "block_tokens": held.block_tokens
+                if job.prefixes and held is not None and held.blocks is not None
+                else 0,
+                "longest": longest,
+                "causal": job.causal and held is not None and held.parent is not None,
+                "gate": _gate(job.dispatch) if job.dispatch is not None else None,
             },
             worker.client_id,
         )
-        for first in range(0, len(shard), BLOCK):
+
+    def _send_shard(
+        self, worker: _Worker, start: int, shard: Ints, schedule: Schedule, job: Job, token: int, *, last: bool
+    ) -> None:
+        """A worker's share (places in a piece that begins at position ``start``); last: of the whole schedule."""
+        for first in range(0, max(1, len(shard)), BLOCK):
             part = shard[first : first + BLOCK]
             held = schedule.blocks[part] if job.prefixes and schedule.blocks is not None else ()
             parent, think = (schedule.parent, schedule.think_s) if job.causal else (None, None)
@@ -645,7 +756,8 @@ class Swarm:
                 "steelyard.shard",
                 {
                     "run": token,
-                    "position": part.astype(np.int64).tobytes(),
+                    "last": last and first + BLOCK >= len(shard),
+                    "position": (start + part).astype(np.int64).tobytes(),
                     "due": schedule.due_s[part].astype(np.float64).tobytes(),
                     "prompt": schedule.prompt_tokens[part].astype(np.int64).tobytes(),
                     "output": schedule.output_tokens[part].astype(np.int64).tobytes(),
@@ -656,13 +768,12 @@ class Swarm:
                 },
                 worker.client_id,
             )
-        self._send("steelyard.prepare", {"run": token}, worker.client_id)
 
     def _accept(
         self,
         found: tuple[str, str, Any],
         token: int,
-        schedule: Schedule,
+        pieces: Pieces,
         zero: float,
         causal: bool,
         missing: Any,
@@ -676,12 +787,14 @@ class Swarm:
             return
         if kind == "rows":
             its_zero = zero if worker.same_clock else zero + worker.offset
-            rows = unpack(data, schedule, worker.index, its_zero, causal=causal)
             at = np.frombuffer(data["position"], dtype=np.int64)
             fresh = missing[at]
+            if not fresh.any():
+                return
+            rows = unpack(data, pieces, worker.index, its_zero, causal=causal)
             missing[at] = False
-            if fresh.any():
-                on_rows(rows if fresh.all() else rows.take(fresh))
+            on_rows(rows if fresh.all() else rows.take(fresh))
+            pieces.heard(at[fresh])
         elif kind == "finished":
             costs[worker.index] = data["cost"]
             waiting.discard(client_id)
@@ -786,17 +899,25 @@ class _WorkerSide:
         self._blocks: list[dict[str, Any]] = []
         self._columns: tuple[list[int], list[float], list[int], list[int]] = ([], [], [], [])
         self._turns: Turns | None = None
+        self._more = False
         self._running: Future[dict[str, float]] | None = None
 
     def job(self, environment: Any, msg: Any) -> None:
         self._job, self._blocks, self.run_id = msg.data, [], msg.data["run"]
 
     def shard(self, environment: Any, msg: Any) -> None:
-        if msg.data["run"] == self.run_id:
+        if msg.data["run"] != self.run_id:
+            return
+        if self._running is None:
             self._blocks.append(msg.data)
+            return
+        kinds = {"position": np.int64, "due": np.float64, "prompt": np.int64, "output": np.int64}
+        columns = [np.frombuffer(msg.data[name], dtype=kind).tolist() for name, kind in kinds.items()]
+        self.engine.submit(self.engine.extend(*columns, msg.data["last"]))
 
     def prepare(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:
+            self._more = msg.data["more"]
             gevent.spawn(self._prepare)
 
     def _prepare(self) -> None:
@@ -843,8 +964,11 @@ class _WorkerSide:
 
     def go(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:
-            gate = Gate(**self._job["gate"]) if self._job.get("gate") else None
-            self._running = self.engine.submit(self.engine.run(*self._columns, msg.data["zero"], gate, self._turns))
+            gate = Gate(**self._job["gate"]) if self._job.get("gate") and self._columns[0] else None
+            self._running = self.engine.submit(
+                self.engine.run(*self._columns, msg.data["zero"], gate, self._turns, self._more)
+            )
+            self._columns = ([], [], [], [])
 
     def stop(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:

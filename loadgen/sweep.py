@@ -17,7 +17,7 @@ from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
 from traces.measures import Slo, quantile, summarise
-from traces.records import Fleet, Run, Schedule
+from traces.records import Feed, Fleet, Run, Schedule
 from traces.store import Store
 
 Note = Callable[[str, int], None]
@@ -61,7 +61,7 @@ def plan(
 def sweep(
     store: Store,
     swarm: Swarm,
-    schedule: Schedule | Sequence[Schedule],
+    schedule: Schedule | Feed | Sequence[Schedule | Feed],
     where: Target | Sequence[Target],
     fleets: Sequence[Fleet],
     *,
@@ -78,7 +78,7 @@ def sweep(
     they are, the rest is measured. The fleet that was in force is put back at the end, whatever the end is. ``how`` goes
     to :func:`loadgen.replay.replay`.
     """
-    schedules = [schedule] if isinstance(schedule, Schedule) else list(schedule)
+    schedules = [schedule] if isinstance(schedule, (Schedule, Feed)) else list(schedule)
     if not fleets or not schedules:
         raise InputError("a sweep needs at least one fleet and one rate.")
     group = group or time.strftime("sweep-%Y%m%d-%H%M%S", time.gmtime())

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import traces.store
 from traces.errors import InputError
 from traces.formats.blocks import pack, unpack
 from traces.ingest import ingest
@@ -389,3 +390,27 @@ def test_a_file_that_changes_while_it_is_read_is_refused(sqlite_url: str, tmp_pa
             ingest(store, [path], progress=grow)
         assert store.traces() == []
         assert ingest(store, [path]).rows_kept == 20_001
+
+
+def test_a_feed_holds_what_the_schedule_holds(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece the same rows at the same times, failed requests left out; a rate scales them."""
+    monkeypatch.setattr(traces.store, "FEED_ROWS", 700)
+    path = tmp_path / "t.csv"
+    lines = shipped("azure-2023-code").read_text().splitlines()[:3000]
+    lines[50] = lines[50].rpartition(",")[0] + ",0"
+    path.write_text("\n".join(lines) + "\n")
+    with open_store(sqlite_url) as store:
+        ingest(store, [path])
+        whole, feed = store.schedule("t"), store.feed("t")
+        parts = list(feed.pieces())
+        fast = store.feed("t", rate_per_s=50.0)
+        first = next(fast.pieces())
+    assert len(parts) == 5
+    assert len(feed) == len(whole) == 2998
+    for name in ("index", "due_s", "prompt_tokens", "output_tokens"):
+        assert np.array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(whole, name))
+    assert (feed.span_s, feed.longest_prompt) == (pytest.approx(whole.span_s), whole.longest_prompt)
+    assert fast.rate_per_s == pytest.approx(50.0)
+    assert fast.digest() != feed.digest()
+    assert fast.changes == (f"rate x{50.0 / whole.rate_per_s:.6g}",)
+    np.testing.assert_allclose(first.due_s, whole.due_s[:700] * whole.rate_per_s / 50.0, rtol=1e-9)

@@ -558,6 +558,31 @@ def test_replay_show_export_and_compare(
     assert "no run has id 99" in capsys.readouterr().err
 
 
+def test_a_long_trace_is_read_while_it_is_replayed(
+    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verb takes a feed where nothing needs the trace as a whole, and stores the same rows; --thin needs it."""
+    monkeypatch.setattr("advisor.cli.replay_verbs.FEED_FROM", 50)
+    monkeypatch.setattr("traces.store.FEED_ROWS", 30)
+    monkeypatch.setattr("loadgen.swarm.LOOKAHEAD_S", 0.5)
+    url = f"sqlite:///{tmp_path}/f.db"
+    made = ["synth", "--name", "f", "--requests", "120", "--rate", "40", "--db", url]
+    lengths = ["--prompt", "lognormal:median=30,sigma=0.2", "--output", "lognormal:median=4,sigma=0.2"]
+    assert main([*made, *lengths]) == 0
+    capsys.readouterr()
+    ask = ["replay", "f", "--endpoint", endpoint, "--workers", "2", "--db", url, "--json"]
+    main([*ask, "--rate", "60"])
+    found = said(capsys)
+    assert (found["ok"], found["complete"]) == (120, True)
+    main([*ask, "--rate", "60", "--thin", "0.5"])
+    assert 30 < said(capsys)["ok"] < 90
+    with open_store(url) as store:
+        run, rows = store.run(1), store.observations(1)
+        assert run.schedule_digest == store.feed("f", rate_per_s=60.0).digest()
+        assert rows.index.tolist() == list(range(120))
+        np.testing.assert_allclose(rows.due_s, to_rate(store.schedule("f"), 60.0).due_s, atol=1e-6)
+
+
 def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --endpoint the sweep brings the reference endpoint along."""
     command = [

@@ -18,12 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import loadgen.swarm
 from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
 from loadgen.engines import dialect
-from loadgen.swarm import Job, Outcome, Swarm, ended, pack, shares, unpack
+from loadgen.swarm import Job, Outcome, Pieces, Swarm, ended, pack, shares, unpack
 from traces.errors import InputError
-from traces.records import Fleet, Observations, Schedule
+from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
 
 
@@ -177,6 +178,87 @@ def test_every_request_has_one_worker(sessions: list[int], workers: int) -> None
         assert part.tolist() == sorted(part.tolist())
     homes = [{sessions[p] for p in part.tolist()} - {-1} for part in parts]
     assert sum(map(len, homes)) == len(set(sessions) - {-1})
+
+
+def feed(n: int, rate_per_s: float, piece: int, taken: list[int] | None = None) -> Feed:
+    """The schedule of the other tests in pieces; ``taken`` gets the time each was read."""
+    whole = schedule(n, rate_per_s)
+
+    def pieces() -> Iterator[Schedule]:
+        for start in range(0, n, piece):
+            if taken is not None:
+                taken.append(start)
+            yield whole.take(np.arange(start, min(n, start + piece)))
+
+    return Feed("t", n, whole.span_s, 20, "test", pieces)
+
+
+def run_feed(
+    swarm: Swarm, asked: Feed, what: Job, meanwhile: Callable[[], None] | None = None
+) -> tuple[Outcome, Observations]:
+    return run(swarm, asked, what, meanwhile)  # type: ignore[arg-type]
+
+
+def test_a_feed_is_read_while_it_is_replayed(swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece is read when its time comes, not before; every request ends in one row, on time, by either worker."""
+    monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.6)
+    taken: list[int] = []
+    early: list[int] = []
+    asked = feed(200, 50.0, 20, taken)
+    outcome, rows = run_feed(swarm, asked, job(endpoint), lambda: (time.sleep(0.2), early.extend(taken))[-1])
+    whole = schedule(200, 50.0)
+    assert outcome.reason == ""
+    assert rows.index.tolist() == whole.index.tolist()
+    assert rows.due_s.tolist() == whole.due_s.tolist()
+    assert set(rows.status.tolist()) == {"ok"}
+    assert set(rows.worker.tolist()) == {0, 1}
+    assert float(rows.lag_s.max()) < 0.1
+    assert len(early) < 6 < len(taken) == 10
+
+
+def test_ctrl_c_ends_a_feed_with_a_row_for_every_request(
+    swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was never read from the feed is unsent too."""
+    monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.5)
+    outcome, rows = run_feed(
+        swarm, feed(300, 30.0, 20), job(endpoint), lambda: (time.sleep(1.0), _thread.interrupt_main())[-1]
+    )
+    assert outcome.interrupted
+    assert rows.index.tolist() == schedule(300, 30.0).index.tolist()
+    assert set(rows.status.tolist()) <= {"ok", "unsent", "cancelled"}
+    assert (rows.status == "unsent").sum() > 200
+
+
+def test_a_feed_goes_on_without_a_dead_worker(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the dead one had is lost; pieces read later go to the living one alone."""
+    monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.5)
+    with Swarm(workers=2) as swarm:
+        outcome, rows = run_feed(
+            swarm, feed(200, 40.0, 20), job(endpoint), lambda: (time.sleep(1.5), os.kill(swarm.processes[0], 9))[-1]
+        )
+    assert "killed by signal 9" in outcome.reason
+    assert rows.index.tolist() == schedule(200, 40.0).index.tolist()
+    found = Counter(rows.status.tolist())
+    assert found["lost"] < 60
+    assert found["ok"] + found["lost"] == 200
+    assert set(rows.worker[-40:].tolist()) == {1}
+
+
+def test_pieces_let_go_what_was_heard() -> None:
+    """Columns of any positions over the pieces; a piece that was heard of whole is not held."""
+    whole = schedule(50, 10.0)
+    pieces = Pieces(feed(50, 10.0, 20))
+    while pieces.more:
+        pieces.take()
+    at = np.array([45, 3, 21, 19, 20])
+    index, due, _, output = pieces.at(at)
+    assert (index.tolist(), due.tolist()) == (whole.index[at].tolist(), whole.due_s[at].tolist())
+    assert set(output.tolist()) == {5}
+    pieces.heard(np.arange(20))
+    pieces.heard(np.arange(20, 39))
+    assert sorted(pieces._held) == [20, 40]
+    assert pieces.at(np.array([3, 21]))[0][1] == whole.index[21]
 
 
 def test_an_idle_worker_does_no_harm(swarm: Swarm, endpoint: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -163,6 +163,16 @@ class Schedule:
             return float("nan")
         return (len(self) - 1) / self.span_s if self.span_s > 0 else float("inf")
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, at least 1."""
+        return int(self.prompt_tokens.max()) if len(self) else 1
+
+    @property
+    def last_due_s(self) -> float:
+        """When the last request is due; 0 without any."""
+        return float(self.due_s[-1]) if len(self) else 0.0
+
     def digest(self) -> str:
         """sha256 over the columns: two runs are comparable only if they asked the same."""
         h = hashlib.sha256()
@@ -196,6 +206,44 @@ class Schedule:
             parent,
             None if self.think_s is None else self.think_s[which],
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """A schedule too long to hold: its pieces are read when their time comes.
+
+    pieces() gives them anew, in order of due time, each a Schedule that begins where the one before ended; together they hold
+    ``scheduled`` requests over ``span_s``. longest_prompt: in tokens. source: what it was made from, in words or a hash.
+    Prefix blocks, sessions, and every shape that needs all requests at once are not for feeds.
+    """
+
+    name: str
+    scheduled: int
+    span_s: float
+    longest_prompt: int
+    source: str
+    pieces: Callable[[], Iterator[Schedule]]
+    changes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.scheduled
+
+    @property
+    def rate_per_s(self) -> float:
+        """Mean arrivals per second, as :attr:`Schedule.rate_per_s`."""
+        if self.scheduled < 2:
+            return float("nan")
+        return (self.scheduled - 1) / self.span_s if self.span_s > 0 else float("inf")
+
+    @property
+    def last_due_s(self) -> float:
+        """When the last request is due; the first is at 0."""
+        return self.span_s
+
+    def digest(self) -> str:
+        """sha256 over what the requests are made from: the same for the same source and changes."""
+        words = "\0".join(["feed", self.name, self.source, str(self.scheduled), *self.changes])
+        return hashlib.sha256(words.encode()).hexdigest()
 
 
 # --- what happened --------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from traces import __version__
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
-from traces.records import Fleet, FleetChange, Ints, Observations, Run, Sample, Schedule
+from traces.records import Feed, Fleet, FleetChange, Ints, Observations, Run, Sample, Schedule
 
 metadata = sa.MetaData()
 
@@ -201,6 +201,9 @@ recommendation_runs = sa.Table(
 
 BATCH = 5000
 """Rows a statement; a compromise between round trips and the size of a failed batch."""
+
+FEED_ROWS = 20_000
+"""Rows of a piece of :meth:`Store.feed`."""
 
 ROWS_A_STATEMENT = 200
 """On SQLite; more gains nothing, and the parameters of a statement are limited (32,766)."""
@@ -584,6 +587,46 @@ class Store:
         if sessions:
             held |= self._sessions(info.id, table[:, 0])
         return Schedule(name, table[:, 0], due, table[:, 2], table[:, 3], **held)
+
+    def feed(self, name: str, *, rate_factor: float = 1.0, rate_per_s: float | None = None) -> Feed:
+        """The trace's successful requests, read piece by piece while they are replayed; nothing of them is held.
+
+        rate_factor: recorded gaps are divided by it; rate_per_s: chosen so that this is the mean rate.
+        """
+        info = self.trace(name)
+        t = trace_rows.c
+        wanted = (t.source_id == info.id, t.status == 0, t.output_tokens >= 1)
+        figures = sa.select(
+            sa.func.count(), sa.func.min(t.arrival_us), sa.func.max(t.arrival_us), sa.func.max(t.prompt_tokens)
+        ).where(*wanted)
+        with self._begin() as connection:
+            n, first, last, longest = connection.execute(figures).one()
+        span = ((last or 0) - (first or 0)) / 1e6
+        if rate_per_s is not None:
+            if n < 2 or span <= 0:
+                raise InputError(f"{name!r} has no rate to scale: its {n} requests are due at one instant.")
+            rate_factor = rate_per_s / ((n - 1) / span)
+
+        def pieces() -> Iterator[Schedule]:
+            after = -1
+            while True:
+                query = (
+                    sa.select(t.seq, t.arrival_us, t.prompt_tokens, t.output_tokens)
+                    .where(*wanted, t.seq > after)
+                    .order_by(t.seq)
+                    .limit(FEED_ROWS)
+                )
+                with self._begin() as connection:
+                    rows = connection.execute(query).all()
+                if not rows:
+                    return
+                table = np.array(rows, dtype=np.int64).reshape(len(rows), 4)
+                after = int(table[-1, 0])
+                due = (table[:, 1] - first) / 1e6 / rate_factor
+                yield Schedule(name, table[:, 0], due, table[:, 2], table[:, 3])
+
+        changes = () if rate_factor == 1 else (f"rate x{rate_factor:.6g}",)
+        return Feed(name, n, span / rate_factor, longest or 1, info.sha256, pieces, changes)
 
     def _sessions(self, source: int, kept: Ints) -> dict[str, Any]:
         """session, parent and think_s of the rows that are kept; none where no row has a session."""

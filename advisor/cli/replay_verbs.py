@@ -118,7 +118,11 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
 
     if options["rate"] and options["rate_factor"]:
         raise click.UsageError("give --rate or --rate-factor, not both.")
+    factor = float(options["rate_factor"] or 1.0)
     try:
+        if _long(store.trace(trace), options):
+            feed = store.feed(trace, rate_factor=factor, rate_per_s=options["rate"])
+            return feed, feed.rate_per_s / store.feed(trace).rate_per_s if options["rate"] else factor
         recorded = store.schedule(trace, blocks=options["prefixes"], sessions=True)
     except InputError as error:
         if trace in NAMES:
@@ -128,13 +132,25 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
         raise error
     recorded = shaped(recorded, options, options["seed"])
     schedule = head(recorded, options["requests"]) if options["requests"] else recorded
-    factor = float(options["rate_factor"] or 1.0)
     if options["rate"]:
         factor = options["rate"] / schedule.rate_per_s
         schedule = to_rate(schedule, options["rate"])
     else:
         schedule = scale_rate(schedule, factor)
     return ramp(schedule, options["ramp"]) if options["ramp"] else schedule, factor
+
+
+FEED_FROM = 500_000
+"""Requests of a trace that is read while it is replayed, if nothing is asked that needs it as a whole."""
+
+
+def _long(info: Any, options: dict[str, Any]) -> bool:
+    """Is the trace long, and does no option need all its requests at once?"""
+    from advisor.cli.shaping import SHAPES
+
+    whole = any(options.get(name) for name in (*SHAPES, "requests", "ramp", "order", "prefixes", "rates", "saturate"))
+    held = options.get("sessions") == "causal" or options.get("policy", "static") != "static"
+    return int(info.summary.get("rows_kept", 0)) > FEED_FROM and not whole and not held
 
 
 def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
@@ -484,7 +500,7 @@ def sweep(
     with open_store(db, create=False) as store:
         schedules, factors = [], []
         for rate in _rates(rates) if rates else [options["rate"]]:
-            schedule, factor = schedule_of(store, trace, options | {"rate": rate})
+            schedule, factor = schedule_of(store, trace, options | {"rate": rate, "saturate": saturate})
             schedules.append(schedule)
             factors.append(factor)
         cells = len(wanted) * len(schedules)

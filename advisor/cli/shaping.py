@@ -7,6 +7,20 @@ from typing import Any
 
 import click
 
+SHAPES = (
+    "slice",
+    "window",
+    "time_scale",
+    "thin",
+    "copies",
+    "spread",
+    "prompt_scale",
+    "output_scale",
+    "max_prompt",
+    "max_output",
+)
+"""Names of the options that change a trace; each needs it as a whole."""
+
 
 def shape_options(f: Any) -> Any:
     """--slice, --window, --time-scale, --thin, --copies, --spread, --prompt-scale, --output-scale, --max-prompt, --max-output."""
