@@ -278,6 +278,9 @@ def _ended(run: Run, tally: Tally, slo: Slo | None, outcome: Outcome | None, rea
         lag_p99_ms=judged.lag_p99_ms,
         lag_max_ms=judged.lag_max_ms,
         counts=dict(sorted(tally.counts.items())),
+        costs={str(worker): dict(cost) for worker, cost in sorted(outcome.costs.items())}
+        if outcome is not None
+        else {},
     )
 
 

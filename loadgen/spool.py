@@ -31,7 +31,17 @@ def folder() -> Path:
     return Path(home) / "steelyard" / "spool"
 
 
-_OUTCOME = ("started_unix_s", "complete", "verdict", "reason", "lag_p50_ms", "lag_p99_ms", "lag_max_ms", "counts")
+_OUTCOME = (
+    "started_unix_s",
+    "complete",
+    "verdict",
+    "reason",
+    "lag_p50_ms",
+    "lag_p99_ms",
+    "lag_max_ms",
+    "counts",
+    "costs",
+)
 """What is known of a run only when it has ended; the rest is in the database already."""
 
 

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from tests.test_records import one_answer
 from traces.errors import InputError
-from traces.measures import Slo, goodput_per_s, meets, met, span_s, summarise, verdict
+from traces.measures import (
+    Slo,
+    goodput_per_s,
+    lag_by_worker,
+    lag_over_time,
+    meets,
+    met,
+    span_s,
+    summarise,
+    verdict,
+)
 from traces.records import Observations
 
 
@@ -119,3 +129,27 @@ def test_the_summary_of_nothing_is_nan_not_an_error() -> None:
     summary = summarise(Observations.empty(3), Slo())
     assert summary.ok == 0
     assert np.isnan(summary.ttft_p99_s)
+
+
+def test_lag_is_told_by_worker_and_over_time() -> None:
+    """Worker 1 is 20 ms late in the second half, worker 0 never; each stretch has its own requests."""
+    n = 400
+    rows = Observations.empty(n)
+    rows.index[:], rows.due_s[:] = np.arange(n), np.arange(n) * 0.1
+    rows.dispatch_s[:] = rows.due_s
+    rows.worker[:] = np.arange(n) % 2
+    late = (rows.worker == 1) & (rows.due_s >= 20)
+    rows.sent_s[:] = rows.due_s + np.where(late, 0.020, 0.001)
+    rows.sent_s[7] = np.nan
+    rows.worker[7] = -1
+    by = lag_by_worker(rows)
+    assert sorted(by) == [0, 1]
+    assert (by[0].requests, by[1].requests) == (200, 199)
+    assert by[0].max_ms == pytest.approx(1.0)
+    assert by[1].p99_ms == pytest.approx(20.0)
+    stretches = lag_over_time(rows, 4)
+    assert [lag.requests for _, _, lag in stretches] == [99, 100, 100, 100]
+    assert [round(lag.p99_ms) for _, _, lag in stretches] == [1, 1, 20, 20]
+    assert stretches[0][0] == 0.0
+    assert stretches[-1][1] == pytest.approx(39.9)
+    assert lag_over_time(Observations.empty()) == []

@@ -530,6 +530,11 @@ def test_replay_show_export_and_compare(
     shown = said(capsys)
     assert shown["run"] == 1
     assert shown["samples"] > 0
+    assert sum(w["requests"] for w in shown["lag_by_worker"].values()) == 20
+    assert all(w["cpu_s"] > 0 and w["max_stall_s"] >= 0 for w in shown["lag_by_worker"].values())
+    assert sum(s["requests"] for s in shown["lag_over_time"]) == 20
+    assert main(["runs", "show", "1", "--db", db]) == 0
+    assert "worker 0:" in capsys.readouterr().out
     out = tmp_path / "rows.csv"
     assert main(["runs", "export", "1", "--out", str(out), "--db", db]) == 0
     capsys.readouterr()

@@ -146,6 +146,37 @@ def counts(rows: Observations) -> dict[str, int]:
     return dict(sorted(found.items())) | {f"failed.{kind}": n for kind, n in sorted(kinds.items())}
 
 
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How late requests left, in a stretch of time or from one worker; milliseconds, NaN where nothing was sent."""
+
+    requests: int
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+
+    @classmethod
+    def of(cls, rows: Observations) -> Lag:
+        """Of some rows."""
+        lag = rows.lag_s
+        lag = lag[np.isfinite(lag)]
+        return cls(len(lag), *(quantile(lag, q) * 1e3 for q in (0.5, 0.99, 1.0)))
+
+
+def lag_by_worker(rows: Observations) -> dict[int, Lag]:
+    """Load worker -> how late its requests left."""
+    return {int(w): Lag.of(rows.take(rows.worker == w)) for w in np.unique(rows.worker) if w >= 0}
+
+
+def lag_over_time(rows: Observations, stretches: int = 12) -> list[tuple[float, float, Lag]]:
+    """(from_s, to_s, how late requests due in between left), in equal stretches of the run."""
+    if not len(rows):
+        return []
+    edges = np.linspace(float(rows.due_s.min()), float(rows.due_s.max()), stretches + 1)
+    place = np.clip(np.searchsorted(edges, rows.due_s, side="right") - 1, 0, stretches - 1)
+    return [(float(edges[k]), float(edges[k + 1]), Lag.of(rows.take(place == k))) for k in range(stretches)]
+
+
 class Tally:
     """What a run's end needs of its rows, nine bytes a row: how they ended, how late they left, which were heard of."""
 

@@ -473,6 +473,9 @@ class Run:
     warmup_s: float = 0.0
     """Requests due before are sent, stored and counted, but stand in no figure of latency, goodput or lag."""
 
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Load worker -> cpu_s, CPU seconds of its process during the run, and max_stall_s, the longest its loop stood still."""
+
     def counted(self, rows: Observations) -> Observations:
         """The rows that figures are made of: those after the warm-up."""
         return rows.take(rows.due_s >= self.warmup_s) if self.warmup_s > 0 else rows

@@ -126,6 +126,7 @@ runs = sa.Table(
     sa.Column("lag_p99_ms", sa.Double),
     sa.Column("lag_max_ms", sa.Double),
     sa.Column("counts", sa.JSON, nullable=False),
+    sa.Column("costs", sa.JSON, nullable=False, server_default="{}"),
 )
 
 observations = sa.Table(

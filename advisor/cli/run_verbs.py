@@ -158,15 +158,20 @@ def _short(run: Any) -> dict[str, Any]:
 @click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
 @click.pass_context
 def show_run(context: click.Context, run_id: int, as_json: bool, db: str | None) -> None:
-    """Everything known of one run."""
+    """Everything known of one run: also how late the generator was, by worker and over time."""
+    from traces.measures import lag_by_worker, lag_over_time
     from traces.store import open_store
 
     with open_store(db or context.obj, create=False) as store:
         run = store.run(run_id)
-        found = {"run": run.id} | figures(run, store.observations(run.id))
+        rows = store.observations(run.id)
+        found = {"run": run.id} | figures(run, rows)
         readings = len(store.samples(run.id))
+    workers = {str(w): plain(lag) | run.costs.get(str(w), {}) for w, lag in lag_by_worker(rows).items()}
+    stretches = [{"from_s": a, "to_s": b} | plain(lag) for a, b, lag in lag_over_time(rows)]
     if as_json:
-        emit_json(found | {"samples": readings, "changes": list(run.changes), "digest": run.schedule_digest})
+        held = {"samples": readings, "changes": list(run.changes), "digest": run.schedule_digest}
+        emit_json(found | held | {"lag_by_worker": workers, "lag_over_time": stretches})
         return
     from advisor.cli.replay_verbs import show
 
@@ -182,6 +187,17 @@ def show_run(context: click.Context, run_id: int, as_json: bool, db: str | None)
         f"schedule {run.schedule_digest[:12]}" + (f" ({'; '.join(run.changes)})" if run.changes else ""),
         markup=False,
     )
+    for worker, lag in workers.items():
+        p50, p99, worst = (lag[q] or 0.0 for q in ("p50_ms", "p99_ms", "max_ms"))
+        cost = ""
+        if "cpu_s" in lag:
+            cost = f"; loop stood still {lag['max_stall_s'] * 1e3:.1f} ms at most, {lag['cpu_s']:.2f} CPU-s"
+        console.print(
+            f"  worker {worker}: {lag['requests']} requests, send lag p50 {p50:.2f}  p99 {p99:.2f}  max {worst:.2f} ms{cost}",
+            markup=False,
+        )
+    told = ", ".join(f"{s['p99_ms']:.1f}" if s["p99_ms"] is not None else "-" for s in stretches)
+    console.print(f"  send lag p99 over time, {len(stretches)} equal stretches: {told} ms", markup=False)
 
 
 @runs.command("export", **example("steelyard runs export 1 --out run-1.csv"))

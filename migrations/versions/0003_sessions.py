@@ -1,4 +1,4 @@
-"""Sessions: a request's turn, the request before it, the time in between; what the recorded system measured; warm-up.
+"""Sessions: turn, parent and think time of a request, what the recorded system measured. Warm-up and workers' costs of a run.
 
 Frozen once released: a revision describes the schema of its day and imports no live code.
 """
@@ -20,6 +20,7 @@ def upgrade() -> None:
     ):
         op.add_column("traces", sa.Column(name, kind))
     op.add_column("runs", sa.Column("warmup_s", sa.Double, nullable=False, server_default="0"))
+    op.add_column("runs", sa.Column("costs", sa.JSON, nullable=False, server_default="{}"))
 
 
 def downgrade() -> None:
