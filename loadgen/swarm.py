@@ -18,6 +18,7 @@ import logging
 import os
 import queue
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -166,7 +167,7 @@ class Pieces:
         return start, piece
 
     def at(self, positions: Ints) -> tuple[Ints, Floats, Ints, Ints]:
-        """index, due_s, prompt_tokens, output_tokens of positions; those are heard of now."""
+        """index, due_s, prompt_tokens, output_tokens of positions; undefined for those of a piece that was let go."""
         where = np.searchsorted(self._starts, positions, side="right") - 1
         n = len(positions)
         found = np.empty(n, np.int64), np.empty(n), np.empty(n, np.int64), np.empty(n, np.int64)
@@ -533,6 +534,8 @@ class Swarm:
             # Whoever opened another page in this browser must not steer the run through a rebound name.
             if request.host.partition(":")[0].strip("[]") not in ("127.0.0.1", "localhost", "::1", ""):
                 return "not here", 403
+            if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+                return "not from another page", 403
             if request.path == "/stop":
                 self._inbox.put(("stop", "", None, time.monotonic()))
                 return jsonify({"success": True, "message": "draining, then the run ends"})
@@ -670,11 +673,12 @@ class Swarm:
             last_due = max(last_due, job.dispatch.start_s)
             longest += job.timeout_s * len(job.dispatch.batches)
         until = zero + last_due + (deadline_s if deadline_s is not None else longest)
-        stopping = interrupted = False
-        while True:
-            try:
+        interrupted = False
+        with _noted() as stops:
+            while True:
                 found = self._next(0.1)
-                while pieces.more and not stopping and pieces.next_due_s < time.monotonic() - zero + LOOKAHEAD_S:
+                near = time.monotonic() - zero + LOOKAHEAD_S
+                while pieces.more and not interrupted and pieces.next_due_s < near and any(not w.gone for w in crew):
                     send(*pieces.take())
                 for worker in crew:
                     if worker.gone and worker.client_id in waiting:
@@ -692,20 +696,18 @@ class Swarm:
                             pieces.heard(left)
                 if found is not None:
                     self._accept(found, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
-                if found is not None and found[0] == "stop":
-                    raise KeyboardInterrupt
+                    if found[0] == "stop":
+                        stops.append(0)
                 if not waiting:
                     break  # nobody is left to send what is still to be read
                 if time.monotonic() > until:
                     reasons.append("interrupted" if interrupted else "the deadline passed")
                     break
-            except KeyboardInterrupt:
-                if stopping:
-                    raise
-                stopping = interrupted = True
-                for client_id in waiting:
-                    self._send("steelyard.stop", {"run": token, "drain_s": drain_s}, client_id)
-                until = time.monotonic() + drain_s + 5.0
+                if stops and not interrupted:
+                    interrupted = True
+                    for client_id in waiting:
+                        self._send("steelyard.stop", {"run": token, "drain_s": drain_s}, client_id)
+                    until = time.monotonic() + drain_s + 5.0
         if interrupted and "interrupted" not in reasons:
             reasons.insert(0, "interrupted")
         while pieces.more:  # stopped, or no worker left: what was never handed out is unsent
@@ -810,6 +812,27 @@ def _depth(parent: Ints) -> int:
 
 
 @contextlib.contextmanager
+def _noted() -> Iterator[list[int]]:
+    """A list that grows with the first Ctrl-C, instead of an exception in the middle of a message; the second one is raised."""
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield came
+        return
+
+    def note(number: int, _frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _no_arguments() -> Iterator[None]:
     """Locust's page reads the command line, for options that a locustfile added; ours is another program's."""
     held, sys.argv = sys.argv, sys.argv[:1]
@@ -853,7 +876,6 @@ def work(master: str, parent: int = 0) -> int:
     Returns the exit code.
     """
     import resource
-    import signal
 
     host, _, port = master.rpartition(":")
     if not host or not port.isdigit():

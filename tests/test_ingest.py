@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.store
-from traces.errors import InputError
+from traces.errors import InputError, StoreError
 from traces.formats.blocks import pack, unpack
 from traces.ingest import ingest
 from traces.shipped import NAMES, shipped
@@ -414,3 +417,30 @@ def test_a_feed_holds_what_the_schedule_holds(sqlite_url: str, tmp_path: Path, m
     assert fast.digest() != feed.digest()
     assert fast.changes == (f"rate x{50.0 / whole.rate_per_s:.6g}",)
     np.testing.assert_allclose(first.due_s, whole.due_s[:700] * whole.rate_per_s / 50.0, rtol=1e-9)
+
+
+def test_a_feed_waits_for_its_database(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is away for a moment between two pieces costs none of them; one that stays away is said."""
+    monkeypatch.setattr(traces.store, "FEED_ROWS", 1000)
+    file = sqlite_url.removeprefix("sqlite:///")
+
+    def rename(before: str, after: str) -> None:
+        with contextlib.closing(sqlite3.connect(file, timeout=10)) as connection:
+            connection.execute(f"alter table {before} rename to {after}")
+            connection.commit()
+
+    with open_store(sqlite_url) as store:
+        ingest(store, [shipped("azure-2023-code")], name="t")
+        pieces = store.feed("t").pieces()
+        next(pieces)
+        rename("traces", "away")
+        back = threading.Timer(1.0, rename, ("away", "traces"))
+        back.start()
+        assert sum(map(len, pieces)) == 4100
+        back.join()
+        monkeypatch.setattr(traces.store, "FEED_PATIENCE_S", 0.3)
+        pieces = store.feed("t").pieces()
+        next(pieces)
+        rename("traces", "away")
+        with pytest.raises(StoreError, match="Check that the database is there"):
+            next(pieces)

@@ -108,10 +108,9 @@ def test_locust_with_its_patches_on_is_told(db: str) -> None:
     assert "Set LOCUST_SKIP_MONKEY_PATCH=1" in done.stdout + done.stderr
 
 
-def ask(port: int, path: str, method: str = "GET", host: str = "") -> tuple[int, str]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", method=method, headers={"Host": host} if host else {}
-    )
+def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "") -> tuple[int, str]:
+    headers = {name: value for name, value in (("Host", host), ("Sec-Fetch-Site", site)) if value}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status, answer.read().decode()
@@ -132,6 +131,7 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
         seen["page"] = ask(port, "/?tab=steelyard")
         seen["stats"] = ask(port, "/stats/requests")
         seen["foreign"] = ask(port, "/stats/requests", host="evil.example")
+        seen["page of another site"] = ask(port, "/stop", site="cross-site")
         seen["swarm"] = ask(port, "/swarm", "POST")
         seen["stop"] = ask(port, "/stop")
 
@@ -153,6 +153,7 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
     assert any(name.startswith("decode ") for name in rows)
     assert any(row["name"] == "/v1/completions" for row in held["stats"])
     assert seen["foreign"][0] == 403
+    assert seen["page of another site"][0] == 403
     assert "start another run" in seen["swarm"][1]
     assert json.loads(seen["stop"][1])["success"]
     assert run.ended

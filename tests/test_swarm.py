@@ -22,7 +22,7 @@ import loadgen.swarm
 from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
 from loadgen.engines import dialect
-from loadgen.swarm import Job, Outcome, Pieces, Swarm, ended, pack, shares, unpack
+from loadgen.swarm import Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
 from traces.errors import InputError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
@@ -243,6 +243,18 @@ def test_a_feed_goes_on_without_a_dead_worker(endpoint: str, monkeypatch: pytest
     assert found["lost"] < 60
     assert found["ok"] + found["lost"] == 200
     assert set(rows.worker[-40:].tolist()) == {1}
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_raised() -> None:
+    """No message is cut in the middle by the first; a user who insists gets out."""
+    with pytest.raises(KeyboardInterrupt), _noted() as stops:  # noqa: PT012 - the point is what runs before it
+        _thread.interrupt_main()
+        time.sleep(0.05)
+        assert stops == [signal.SIGINT]
+        _thread.interrupt_main()
+        time.sleep(0.05)
+        raise AssertionError("the second was not raised")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_pieces_let_go_what_was_heard() -> None:

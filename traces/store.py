@@ -206,6 +206,9 @@ BATCH = 5000
 FEED_ROWS = 20_000
 """Rows of a piece of :meth:`Store.feed`."""
 
+FEED_PATIENCE_S = 20.0
+"""Shorter than the time that pieces are read ahead: a short absence of the database is not noticed by the load."""
+
 ROWS_A_STATEMENT = 200
 """On SQLite; more gains nothing, and the parameters of a statement are limited (32,766)."""
 
@@ -617,8 +620,7 @@ class Store:
                     .order_by(t.seq)
                     .limit(FEED_ROWS)
                 )
-                with self._begin() as connection:
-                    rows = connection.execute(query).all()
+                rows = self._patiently(query)
                 if not rows:
                     return
                 table = np.array(rows, dtype=np.int64).reshape(len(rows), 4)
@@ -628,6 +630,18 @@ class Store:
 
         changes = () if rate_factor == 1 else (f"rate x{rate_factor:.6g}",)
         return Feed(name, n, span / rate_factor, longest or 1, info.sha256, pieces, changes)
+
+    def _patiently(self, query: Any) -> Sequence[Any]:
+        """Rows of a query; a database that is away is asked again for FEED_PATIENCE_S."""
+        until = time.monotonic() + FEED_PATIENCE_S
+        while True:
+            try:
+                with self._begin() as connection:
+                    return connection.execute(query).all()
+            except StoreError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.25)
 
     def _sessions(self, source: int, kept: Ints) -> dict[str, Any]:
         """session, parent and think_s of the rows that are kept; none where no row has a session."""
