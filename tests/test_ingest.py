@@ -6,7 +6,10 @@ import contextlib
 import gzip
 import json
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -444,3 +447,37 @@ def test_a_feed_waits_for_its_database(sqlite_url: str, tmp_path: Path, monkeypa
         rename("traces", "away")
         with pytest.raises(StoreError, match="Check that the database is there"):
             next(pieces)
+
+
+@pytest.mark.parametrize("name", ["conversation_trace.first.jsonl", "AzureLLMInferenceTrace_code_1week.head5.csv"])
+def test_the_clock_is_told(name: str, sqlite_url: str) -> None:
+    """Mooncake's conversations come in lumps every 3 s on a clock of milliseconds; the gap is that of the sorted times."""
+    with open_store(sqlite_url) as store:
+        report = ingest(store, [DATA / name], name="t")
+        due = store.schedule("t").due_s
+    gaps = np.diff(np.unique(np.rint(due * 1e6)))
+    assert report.smallest_gap_s == pytest.approx(float(gaps.min()) / 1e6)
+    if name.startswith("conversation"):
+        assert report.clock == "millisecond"
+        assert report.smallest_gap_s == pytest.approx(3.0, abs=0.002)
+
+
+def test_a_killed_load_leaves_nothing(sqlite_url: str, tmp_path: Path) -> None:
+    """kill -9 in the middle of the rows, three times: no trace, no row, and the same load goes through afterwards."""
+    path, file = tmp_path / "big.csv", Path(sqlite_url.removeprefix("sqlite:///"))
+    path.write_text(HEADER + GOOD * 600_000)
+    command = [sys.executable, "-m", "advisor", "ingest", str(path), "--name", "big", "--db", sqlite_url]
+    for size in (1 << 20, 4 << 20, 8 << 20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wal = Path(f"{file}-wal")
+        while process.poll() is None and not (wal.exists() and wal.stat().st_size > size):
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        process.wait()
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            assert connection.execute("SELECT count(*) FROM trace_sources").fetchone() == (0,)
+            assert connection.execute("SELECT count(*) FROM traces").fetchone() == (0,)
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    with open_store(sqlite_url) as store:
+        assert store.trace("big").summary["rows_kept"] == 600_000

@@ -70,7 +70,8 @@ class Skipped:
 class IngestReport:
     """What a load did. Keys as ``ingest --json`` prints them. span_s, distinct_arrivals, sums: of the rows kept.
 
-    inversions: rows that came before their predecessor's time; equal_times: rows at the same time as it.
+    inversions: rows that came before their predecessor's time; equal_times: rows at the same time as it. clock: unit of the
+    source's times; smallest_gap_s: between two arrivals that are not at one instant, None where all are.
     prefix_hit_tokens: prompt tokens that an unlimited prefix cache would have held, None without block ids.
     """
 
@@ -91,6 +92,7 @@ class IngestReport:
     clock: str
     notes: list[str]
     already: bool = False
+    smallest_gap_s: float | None = None
 
     @classmethod
     def of(cls, info: TraceInfo, *, already: bool = False) -> IngestReport:
@@ -242,6 +244,7 @@ class _Loaded:
         self.first_us = self.last_us = self._at_us = self._at_line = 0
         self.hits = 0  # of the prefix cache, while rows come in order
         self.gap_us: int | None = None  # between all rows so far; -1 once two gaps differ
+        self.least_us: int | None = None
         self.in_order = True
         self._held: list[tuple[int, ...]] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
@@ -397,6 +400,9 @@ class _Loaded:
         self.in_order = self.in_order and not back.any() and not bool((same & (steps < 0)).any())
         for gap in (int(gaps.min()), int(gaps.max())) if len(gaps) else ():
             self.gap_us = gap if self.gap_us in (None, gap) else -1
+        ahead = gaps[gaps > 0]
+        if len(ahead):
+            self.least_us = min(int(ahead.min()), self.least_us or int(ahead.min()))
         self.first_us, self.last_us = min(self.first_us, int(arrival.min())), max(self.last_us, int(arrival.max()))
         self._at_us, self._at_line = int(arrival[-1]), int(line[-1])
         self.kept += len(rows)
@@ -489,10 +495,11 @@ class _Loaded:
         if {True, False} <= self.zones.keys():
             notes.append(f"{self.zones[True]} times carry a zone and {self.zones[False]} do not")
         notes += [f"{count} rows {what}" for what, count in self.odd.items()]
-        distinct, gap = kept - self.equal, self.gap_us
+        distinct, gap, least = kept - self.equal, self.gap_us, self.least_us
         if self._order is not None:
             gaps = np.diff(self._rows()["arrival_us"][self._order])
             distinct = 1 + int((gaps != 0).sum())
+            least = int(gaps[gaps != 0].min()) if distinct > 1 else None
             gap = int(gaps[0]) if len(gaps) and int(gaps.min()) == int(gaps.max()) else -1
         if kept > 2 and distinct > 2 and gap is not None and gap >= 0:
             notes.append("looks synthetic: every gap is the same")
@@ -518,6 +525,7 @@ class _Loaded:
             failed_rows=self.failed,
             clock=self.reader.meta.clock,
             notes=notes,
+            smallest_gap_s=None if least is None else least / 1e6,
         )
 
     def prefix_hits(self) -> int:

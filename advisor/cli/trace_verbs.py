@@ -32,6 +32,7 @@ REPORT_KEYS = (
     "equal_times",
     "failed_rows",
     "clock",
+    "smallest_gap_s",
     "notes",
     "already",
 )
@@ -54,6 +55,8 @@ def _say(report: Any) -> None:
         f"{report.sum_prompt_tokens} prompt and {report.sum_output_tokens} output tokens over {report.span_s:.6g} s",
         markup=False,
     )
+    gap = "" if report.smallest_gap_s is None else f", smallest gap {report.smallest_gap_s:.6g} s"
+    console.print(f"  clock: {report.clock}{gap}; {report.distinct_arrivals} distinct times", markup=False)
     for reason, skipped in report.skipped.items():
         lines = ", ".join(map(str, skipped.first_lines))
         console.print(f"  skipped {skipped.count}: {reason} (lines {lines}); {skipped.example}", markup=False)
