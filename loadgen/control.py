@@ -56,9 +56,10 @@ class Endpoint:
         self.where = where
         self.shown = where.shown
 
-    def fetch(self, method: str, path: str, body: bytes | None = None, timeout_s: float = PREFLIGHT_S) -> Reply:
-        """One request on a connection of its own; the whole answer must come within ``timeout_s``."""
+    def fetch(self, method: str, path: str, body: bytes | None = None, timeout_s: float | None = None) -> Reply:
+        """One request on a connection of its own; the whole answer must come within ``timeout_s`` [PREFLIGHT_S]."""
         where = self.where
+        timeout_s = PREFLIGHT_S if timeout_s is None else timeout_s
         until = time.monotonic() + timeout_s
         late = EndpointError(
             f"{self.shown}{path}: no answer within {timeout_s:g} s. Is the server loaded, and is this its port?"
@@ -239,7 +240,7 @@ class Endpoint:
     def set_fleet(self, fleet: Fleet, timeout_s: float = FLEET_S) -> float:
         """Put a fleet in force and wait until it is; returns the seconds that took."""
         asked = time.monotonic()
-        self.ask_fleet(fleet, PREFLIGHT_S)
+        self.ask_fleet(fleet)
         state = None
         while time.monotonic() < asked + timeout_s:
             state = self.fleet_state()
@@ -252,7 +253,7 @@ class Endpoint:
             "Look at the server: a worker may not drain."
         )
 
-    def ask_fleet(self, fleet: Fleet, timeout_s: float = PREFLIGHT_S) -> None:
+    def ask_fleet(self, fleet: Fleet, timeout_s: float | None = None) -> None:
         """Ask for a fleet and do not wait for it. EndpointError when the server refuses."""
         reply = self.fetch("PUT", "/fleet", fleet_body(fleet), timeout_s)
         if reply.status // 100 != 2:

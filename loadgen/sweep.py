@@ -20,6 +20,8 @@ from traces.measures import Slo, quantile, summarise
 from traces.records import Feed, Fleet, Run, Schedule
 from traces.store import Store
 
+SPOILED = 2
+
 Note = Callable[[str, int], None]
 """Called with what is measured now and the requests asked so far."""
 
@@ -175,11 +177,12 @@ def saturate(
     """The highest rate that a fleet sustains within an SLO: doubled until it fails (or halved until it holds), then bisected.
 
     at_rate: the schedule at a rate. Stops when the bracket is within ``tolerance`` or after ``most`` runs. A run that the
-    generator spoiled ends the search with an EndpointError: what lies above is not the server's limit.
+    generator spoiled is repeated, at most SPOILED times in a row; then an EndpointError ends the search: what lies above is
+    not the server's limit.
     """
     held, failed, best = math.nan, math.nan, math.nan
     runs: list[int] = []
-    rate, done = start_per_s, 0
+    rate, done, spoiled = start_per_s, 0, 0
     with _put_back(where, needed=False):
         while len(runs) < most:
             asked = at_rate(rate)
@@ -189,12 +192,16 @@ def saturate(
             done += len(asked)
             runs.append(run.id)
             if run.verdict == "invalid" or not run.complete:
+                spoiled += 1
+                if spoiled <= SPOILED:
+                    continue  # the same rate again
                 raise EndpointError(
                     f"run {run.id} at {rate:.4g}/s cannot be trusted ({run.reason}): the search ends here. "
                     f"Sustained so far: {held:.4g}/s."
                 )
             summary = summarise(run.counted(store.observations(run.id)), slo)
             good = summary.attainment >= attainment
+            spoiled = 0
             if good:
                 held, best = rate, summary.goodput_per_s
             else:

@@ -298,15 +298,15 @@ def test_the_rate_that_a_fleet_sustains_is_bracketed(store: Store, swarm: Swarm,
     profile.write_text(
         'name = "gate"\ndescription = "one request a step"\na_s = 0.025\nmax_batch_requests = 1\nc0_s = 0.001\n'
     )
-    asked = constant(150, 30.0)
+    asked = constant(80, 30.0)
     with embedded(str(profile), Fleet(1, 1)) as url:
         found = saturate(
             store, swarm, lambda rate: to_rate(asked, rate), target(url), Fleet(1, 1),
-            slo=Slo.parse("ttft<0.3s"), start_per_s=30.0, tolerance=0.1, group="limit",
+            slo=Slo.parse("ttft<0.3s"), start_per_s=30.0, tolerance=0.2, group="limit",
         )  # fmt: skip
-    assert 36 < found.held_per_s < found.failed_per_s < 50
-    assert found.failed_per_s / found.held_per_s <= 1.1
-    assert len(found.runs) == len(store.runs(group="limit")) <= 8
+    assert 36 < found.held_per_s < found.failed_per_s < 60
+    assert found.failed_per_s / found.held_per_s <= 1.2
+    assert len(found.runs) == len(store.runs(group="limit")) <= 12
     assert found.goodput_per_s > 0.8 * found.held_per_s
 
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,6 +272,28 @@ def test_pieces_let_go_what_was_heard() -> None:
     pieces.heard(np.arange(20, 39))
     assert sorted(pieces._held) == [20, 40]
     assert pieces.at(np.array([3, 21]))[0][1] == whole.index[21]
+
+
+def dispersion(times: Any, window_s: float) -> float:
+    """Variance over mean of the counts in windows: 1 for Poisson arrivals, 0 for constant ones."""
+    counts = np.bincount(np.floor(times / window_s).astype(int))[:-1]
+    return float(counts.var() / counts.mean())
+
+
+def test_poisson_from_two_workers_is_poisson_and_constant_is_constant(swarm: Swarm, endpoint: str) -> None:
+    """What left is as dispersed as what was due, and gaps of a constant rate stay gaps, though two workers made them."""
+    n, rate = 500, 200.0
+    asked = schedule(n, rate, 2)
+    _, rows = run(swarm, asked, job(endpoint))
+    due, sent = dispersion(asked.due_s, 0.05), dispersion(np.sort(rows.sent_s), 0.05)
+    assert 0.6 < due < 1.5
+    assert sent == pytest.approx(due, abs=0.25)
+    even = Schedule("c", np.arange(n), np.arange(n) / rate, np.full(n, 20), np.full(n, 2))
+    _, rows = run(swarm, even, job(endpoint))
+    assert set(rows.worker.tolist()) == {0, 1}
+    gaps = np.diff(np.sort(rows.sent_s))
+    assert float(np.median(np.abs(gaps - 1 / rate))) < 1e-3
+    assert dispersion(np.sort(rows.sent_s), 0.05) < 0.1
 
 
 def test_an_idle_worker_does_no_harm(swarm: Swarm, endpoint: str) -> None:
