@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench compiled lock build clean
+.PHONY: demo test check bench bench-advisor compiled lock build clean
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -20,6 +20,9 @@ check: $(VENV)/.dev
 bench: compiled
 	$(BIN)/python -m benchmarks.client
 	$(BIN)/python -m benchmarks.simulator
+
+bench-advisor: compiled
+	$(BIN)/python -m benchmarks.advisor
 
 # The simulator's kernel as machine code, beside its source: twice to three times as fast, the same rules. Needs a C
 # compiler and Python's headers. Remove with make clean; after a change of kernel.py run it again (the tests insist).

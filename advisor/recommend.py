@@ -68,7 +68,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Recommendation:
-    """The answer, what it rests on, and what it does not know."""
+    """The answer, what it rests on, and what it does not know. refused: why it must not be relied on yet, or ""."""
 
     strategy: str
     best: Candidate
@@ -85,6 +85,7 @@ class Recommendation:
     next_probe: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     data_hash: str = ""
+    refused: str = ""
 
     @property
     def sentence(self) -> str:
@@ -176,6 +177,47 @@ def recommend(
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
     the SLO, InputError when there is no split.
     """
+    answer = assess(
+        data,
+        schedule,
+        gpus=gpus,
+        slo=slo,
+        gpus_per_worker=gpus_per_worker,
+        attainment=attainment,
+        current=current,
+        seed=seed,
+        draws=draws,
+        note=note,
+    )
+    if answer.refused:
+        raise NotEnoughDataError(f"{answer.refused}. Measure next: {answer.next_probe['command']}")
+    if not any(c.feasible for c in answer.candidates):
+        wanted = str(slo) if slo.constraints else f"{attainment:.0%} of requests within {slo}"
+        best = answer.best
+        raise NoFleetError(
+            f"no split of {gpus} GPUs meets {wanted} at {schedule.rate_per_s:.3g} req/s: the best, {best.fleet}, "
+            f"reaches {best.attainment:.0%}. Lower --rate, loosen --slo or --attainment, or give more --gpus."
+        )
+    return answer
+
+
+def assess(
+    data: Sequence[RunData],
+    schedule: Schedule,
+    *,
+    gpus: int,
+    slo: Slo,
+    gpus_per_worker: tuple[int, int] = (1, 1),
+    attainment: float = 0.9,
+    current: Fleet | None = None,
+    seed: int = 0,
+    draws: int = DRAWS,
+    note: Note | None = None,
+) -> Recommendation:
+    """:func:`recommend` without its refusals: what it would say, with the reason why it must not in ``refused``.
+
+    NotEnoughDataError is left for rows that no law can be fitted to.
+    """
     used = next((g for g in range(gpus, 1, -1) if Fleet.splits(g, gpus_per_worker)), 0)
     fleets = Fleet.splits(used, gpus_per_worker)
     if not fleets:
@@ -244,13 +286,7 @@ def recommend(
     best = ranked[0]
     runner_up = ranked[1] if len(ranked) > 1 else None
     probe = next_probe(fit, schedule, best, runner_up, gpus)
-    _refuse_if_unseen(fit, schedule, candidates, best, probe)
-    if not any(c.feasible for c in candidates):
-        wanted = str(slo) if slo.constraints else f"{attainment:.0%} of requests within {slo}"
-        raise NoFleetError(
-            f"no split of {gpus} GPUs meets {wanted} at {schedule.rate_per_s:.3g} req/s: the best, {best.fleet}, "
-            f"reaches {best.attainment:.0%}. Lower --rate, loosen --slo or --attainment, or give more --gpus."
-        )
+    refused = _unseen(fit, candidates, best)
     if best.extrapolated:
         warnings.append(f"{best.fleet}: {best.extrapolated}")
     if draws and best.wins < 0.8 and runner_up and runner_up.wins > 0:
@@ -280,6 +316,7 @@ def recommend(
         next_probe=probe,
         warnings=warnings,
         data_hash=data_hash(usable),
+        refused=refused,
     )
 
 
@@ -416,10 +453,8 @@ def next_probe(fit: Fit, schedule: Schedule, best: Candidate, runner_up: Candida
     return {"prefill": fleet.prefill, "decode": fleet.decode, "rate_per_s": probe_rate, "why": why, "command": command}
 
 
-def _refuse_if_unseen(
-    fit: Fit, schedule: Schedule, candidates: Sequence[Candidate], best: Candidate, probe: dict[str, Any]
-) -> None:
-    """Exit 5 when a stage was never loaded and the answer depends on how it behaves when it is."""
+def _unseen(fit: Fit, candidates: Sequence[Candidate], best: Candidate) -> str:
+    """Which stage was never loaded although the answer depends on how it behaves when it is; "" if none."""
     seen = fit.seen
     reasons = []
     if seen.quiet_rows < 20:
@@ -430,5 +465,4 @@ def _refuse_if_unseen(
         reasons.append(
             f"decode was never loaded (at most {seen.batch:.1f} sequences a worker, the answer needs {best.decode_batch:.1f})"
         )
-    if reasons:
-        raise NotEnoughDataError(f"{'; '.join(reasons)}. Measure next: {probe['command']}")
+    return "; ".join(reasons)

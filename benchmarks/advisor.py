@@ -1,0 +1,220 @@
+"""How good is the advice? Random clusters whose truth is known, three runs that the advisor chooses itself, then its answer.
+
+    make bench-advisor        (python -m benchmarks.advisor [--scenarios N] [--out FILE] [--processes P])
+
+Truth is an exhaustive simulation of every split with the true laws (benchmarks/worlds.py); the advisor sees rows as a
+client has them, with noise, and in a third of the scenarios the servers' readings. Results are lines of JSON in --out,
+one a scenario, so that a run that was cut goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import scipy
+import sklearn
+
+from advisor.features import RunData
+from advisor.recommend import NEAR, Recommendation, assess
+from benchmarks.worlds import World, draw, sweep
+from loadgen.cluster import kernel
+from traces.errors import NotEnoughDataError
+from traces.measures import Summary
+from traces.records import Fleet
+
+PROBES = 3
+EASY = 0.05
+"""A scenario is easy if the median split loses no more than this share of the best one's goodput."""
+
+HELD = {"TPOT p50": "tpot_p50_s", "TTFT p99": "ttft_p99_s", "E2E p99": "e2e_p99_s", "throughput": "throughput_per_s"}
+"""Errors at splits that no run measured."""
+
+
+def probe(world: World, command: dict[str, Any], number: int) -> RunData:
+    """The run that the advisor asked for, on other requests of the same traffic."""
+    fleet = Fleet(int(command["prefill"]), int(command["decode"]))
+    n = int(command.get("requests", 300))
+    return world.measured(world.source(n, float(command["rate_per_s"]), world.seed * 7 + 3 + number), fleet, number)
+
+
+def first_probe(world: World) -> dict[str, Any]:
+    """Low load on the even split: what the advisor names when it has nothing."""
+    half = world.gpus // 2
+    return {"prefill": half, "decode": world.gpus - half, "rate_per_s": world.asked.rate_per_s * 0.2, "requests": 150}
+
+
+def solve(world: World, draws: int = 30) -> dict[str, Any]:
+    """One scenario: probes until the advisor is sure or has had three, its answer, and what the truth says of it."""
+    true = sweep(world)
+    data: list[RunData] = []
+    command = first_probe(world)
+    answer: Recommendation | None = None
+    asked = []
+    while len(data) < PROBES:
+        asked.append(f"{command['prefill']}:{command['decode']}@{command['rate_per_s'] / world.asked.rate_per_s:.2f}")
+        data.append(probe(world, command, len(data) + 1))
+        start = time.perf_counter()
+        try:
+            answer = assess(
+                data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed
+            )
+        except NotEnoughDataError:
+            command = {**command, "rate_per_s": command["rate_per_s"] / 3}
+            continue
+        took = time.perf_counter() - start
+        if getattr(answer, "sure", False):
+            break
+        command = answer.next_probe
+    goodput = {f: s.goodput_per_s for f, s in true.items()}
+    best = max(goodput.values())
+    losses = sorted(1 - g / best for g in goodput.values())
+    row: dict[str, Any] = {
+        "seed": world.seed,
+        "broken": world.broken,
+        "readings": world.readings,
+        "gpus": world.gpus,
+        "traffic": world.traffic,
+        "load": world.load,
+        "median_loss": float(np.median(losses)),
+        "probes": len(data),
+        "asked": asked,
+        "best": str(max(goodput, key=lambda f: goodput[f])),
+    }
+    if answer is None:
+        return row | {"refused": "no law could be fitted", "regret": None}
+    chosen = answer.best.fleet
+    row |= {
+        "chosen": str(chosen),
+        "refused": answer.refused,
+        "regret": 1 - goodput[chosen] / best,
+        "p99_regret": p99_regret(true, chosen),
+        "seconds": took,
+        "baselines": {b.name: 1 - goodput[b.fleet] / best for b in getattr(answer, "baselines", [])},
+        "errors": {name: [] for name in HELD},
+        "covered": {},
+        "width": {},
+    }
+    measured = {d.run.fleet for d in data}
+    for candidate in answer.candidates:
+        summary = true[candidate.fleet]
+        if candidate.fleet not in measured:
+            for name, key in HELD.items():
+                row["errors"][name].append(relative(candidate.figures[key].value, getattr(summary, key)))
+        for key, figure in candidate.figures.items():
+            value = getattr(summary, key, None)
+            if value is None or not (math.isfinite(value) and value > 0 and math.isfinite(figure.low)):
+                continue
+            row["covered"].setdefault(key, []).append(
+                bool(figure.low * (1 - 1e-9) <= value <= figure.high * (1 + 1e-9))
+            )
+    return row
+
+
+def p99_regret(true: dict[Fleet, Summary], chosen: Fleet) -> float:
+    """P99 end to end against the split that the decision rule takes when it knows the truth; at least 0."""
+    best = max(s.goodput_per_s for s in true.values())
+    least = min(s.e2e_p99_s for s in true.values() if s.goodput_per_s >= best * (1 - NEAR))
+    return max(0.0, true[chosen].e2e_p99_s / least - 1)
+
+
+def relative(ours: float, theirs: float) -> float:
+    """Absolute relative error."""
+    return abs(ours / theirs - 1) if theirs > 0 and math.isfinite(ours) else math.nan
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def percent(values: Iterable[float]) -> str:
+    """Mean and maximum."""
+    held = [v for v in values if v is not None and math.isfinite(v)]
+    return f"mean {np.mean(held):7.2%}  max {max(held):7.2%}  (n={len(held)})" if held else "none"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Everything that was found, in words and figures."""
+    lines = []
+    for title, part in (
+        ("well specified", [r for r in rows if not r["broken"]]),
+        ("misspecified", [r for r in rows if r["broken"]]),
+    ):
+        if not part:
+            continue
+        hard = [r for r in part if r["median_loss"] > EASY]
+        easy = [r for r in part if r["median_loss"] <= EASY]
+        said = [r for r in hard if not r["refused"]]
+        held_back = [r for r in hard if r["refused"]]
+        lines += [
+            f"{title}: {len(part)} scenarios, {len(easy)} of them easy (median split loses <= {EASY:.0%})",
+            f"  goodput regret, answered      {percent(r['regret'] for r in said)}",
+            f"  goodput regret, had it not refused {percent(r['regret'] for r in held_back)}",
+            f"  goodput regret, easy ones     {percent(r['regret'] for r in easy)}",
+            f"  P99 regret, answered          {percent(r['p99_regret'] for r in said)}",
+            f"  P99 regret, easy ones         {percent(r.get('p99_regret', math.nan) for r in easy)}",
+            f"  refused                       {sum(bool(r['refused']) for r in part)} of {len(part)} "
+            f"({sum(bool(r['refused']) for r in part) / len(part):.1%})",
+            f"  probes                        mean {np.mean([r['probes'] for r in part]):.2f}",
+        ]
+        names = sorted({name for r in hard for name in r.get("baselines", {})})
+        for name in names:
+            lines.append(f"  regret of {name:20}{percent(r['baselines'][name] for r in hard if 'baselines' in r)}")
+        for name in HELD:
+            values = [e for r in part for e in r.get("errors", {}).get(name, []) if math.isfinite(e)]
+            if values:
+                low, high = np.quantile(values, [0.5, 0.9])
+                lines.append(
+                    f"  error at unmeasured splits, {name:11} median {low:6.1%}  p90 {high:7.1%}  (n={len(values)})"
+                )
+        for key in sorted({k for r in part for k in r.get("covered", {})}):
+            hits = [h for r in part for h in r.get("covered", {}).get(key, [])]
+            lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+        took = [r["seconds"] for r in part if "seconds" in r]
+        if took:
+            lines.append(f"  seconds to recommend          median {np.median(took):.2f}  max {max(took):.2f}")
+    return "\n".join(lines)
+
+
+def one(seed: int) -> dict[str, Any]:
+    """A scenario by seed, timed."""
+    start = time.perf_counter()
+    row = solve(draw(seed))
+    return row | {"whole_s": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scenarios", type=int, default=210)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-advisor.jsonl"))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    known = {row["seed"] for row in done}
+    kind = "compiled" if str(kernel.__file__).endswith(".so") else "Python"
+    print(
+        f"{platform.platform()}, {joblib.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}, "
+        f"scipy {scipy.__version__}, scikit-learn {sklearn.__version__}, kernel: {kind}",
+        flush=True,
+    )
+    todo = [seed for seed in range(options.scenarios) if seed not in known]
+    work = joblib.Parallel(n_jobs=options.processes, return_as="generator_unordered")
+    with options.out.open("a") as file:
+        for row in work(joblib.delayed(one)(seed) for seed in todo):
+            done.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    print(table([row for row in done if row["seed"] < options.scenarios]))
+
+
+if __name__ == "__main__":
+    main()
