@@ -101,6 +101,7 @@ def test_ingest_and_show_print_the_keys_of_the_house(db: str, trace: str, capsys
         assert held["sum_prompt_tokens"] == sum(50 + i for i in range(40))
 
 
+@pytest.mark.timed
 def test_replay_prints_the_keys_of_the_house_and_stores_what_it_says(
     db: str, trace: str, endpoint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -314,6 +315,7 @@ def test_a_database_of_another_revision_is_refused_by_every_verb(
         assert "9999" in err
 
 
+@pytest.mark.timed
 def test_secrets_reach_neither_rows_nor_messages(
     db: str,
     trace: str,
@@ -349,6 +351,7 @@ def test_secrets_reach_neither_rows_nor_messages(
 # --- strategies at the client ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.timed
 def test_an_online_replay_stores_every_move_with_its_reason(
     db: str, trace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +369,7 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert (code, "give --laws" in err) == (1, True)
 
 
+@pytest.mark.timed
 def test_an_offline_replay_dispatches_in_its_own_order(db: str, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     """All due at 0, longest prompt first, two in flight: dispatch is another column than due, and lag counts from it."""
     from traces.store import open_store

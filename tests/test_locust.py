@@ -28,6 +28,8 @@ from traces.records import Fleet, Schedule
 from traces.shape import LogNormal, synthesize
 from traces.store import open_store
 
+pytestmark = pytest.mark.timed
+
 LOCUSTFILE = Path(__file__).parent.parent / "loadgen" / "locustfile.py"
 LENGTHS = LogNormal.parse("lognormal:median=30,sigma=0.3"), LogNormal.parse("lognormal:median=5,sigma=0.3")
 

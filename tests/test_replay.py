@@ -43,6 +43,8 @@ from traces.shape import ramp, to_rate
 from traces.shipped import shipped
 from traces.store import Store, open_store
 
+pytestmark = pytest.mark.timed
+
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
 
 

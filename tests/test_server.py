@@ -25,6 +25,8 @@ from loadgen.policy import next_phase
 from traces.errors import EndpointError
 from traces.records import Fleet, Schedule
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.fixture(scope="module")
 def demo_url() -> Iterator[str]:

@@ -116,6 +116,7 @@ def test_a_mix_that_turns_is_worth_moving_for() -> None:
     assert change["value"] < -0.03
 
 
+@pytest.mark.timed
 def test_over_http_the_strategies_are_what_the_simulator_says(sqlite_url: str) -> None:
     """Roles on demand, a controller, batches from the client: through Locust and SQL, at sixteen times speed."""
     question = small(4, requests=24, rate_per_s=3.0)

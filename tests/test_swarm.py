@@ -28,6 +28,8 @@ from traces.errors import InputError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
 
+pytestmark = pytest.mark.timed
+
 
 def schedule(n: int, rate_per_s: float, output_tokens: int = 5) -> Schedule:
     gaps = np.random.default_rng(0).exponential(1 / rate_per_s, n)
