@@ -706,7 +706,9 @@ class Store:
         """One run. InputError when there is none."""
         found = self.runs(ids=[id])
         if not found:
-            raise InputError(f"no run has id {id}. See: steelyard runs")
+            known = [run.id for run in self.runs()]
+            held = f"Stored: {known[0]} to {known[-1]}." if known else "None is stored."
+            raise InputError(f"no run has id {id}. {held} See: steelyard runs")
         return found[0]
 
     def delete_run(self, id: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 
+from advisor.cli.common import db_option, emit_json, json_option
 from traces import __version__
 from traces.errors import SteelyardError
 
@@ -30,7 +31,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("run_verbs", "Put two or more runs side by side."),
     "advise": ("advise_verbs", "Recommend a P:D ratio from stored runs."),
     "report": ("advise_verbs", "Write a self-contained HTML report."),
+    "doctor": ("doctor_verb", "Check this machine, the database and the endpoint, and say what to do."),
     "migrate": ("migrate_verb", "Bring a database to this version's revision."),
+    "completion": ("completion_verb", "Print the line that makes the shell complete verbs, options, traces and runs."),
 }
 
 
@@ -48,9 +51,20 @@ class Verbs(click.Group):
 
             close = difflib.get_close_matches(cmd_name, VERBS, n=1)
             ctx.fail(f"no verb {cmd_name!r}." + (f" Did you mean {close[0]!r}?" if close else " See steelyard --help."))
-        module = importlib.import_module(f"advisor.cli.{VERBS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command = load(cmd_name)
+        self._settle(ctx, cmd_name, command)
         return command
+
+    def _settle(self, ctx: click.Context, name: str, command: click.Command) -> None:
+        """Let the verb's options come from the environment and from the configuration file."""
+        from advisor.cli import config
+
+        for path, held, parent in config.tree(name, command):
+            for option in config.settable(held, parent):
+                option.envvar = option.envvar or config.variables(path, option)
+        file, said = config.read(ctx.params.get("config"))
+        if file is not None and not ctx.resilient_parsing:
+            ctx.default_map = config.checked(file, said, {verb: load(verb) for verb in VERBS})
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs without importing any."""
@@ -58,10 +72,37 @@ class Verbs(click.Group):
             formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def load(verb: str) -> click.Command:
+    """The command of a verb; its module is imported now."""
+    module = importlib.import_module(f"advisor.cli.{VERBS[verb][0]}")
+    command: click.Command = getattr(module, verb)
+    return command
+
+
+@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="steelyard")
-def steelyard() -> None:
-    """Learn from your own traffic how many GPUs should prefill and how many decode."""
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="TOML file of options [env STEELYARD_CONFIG; default steelyard.toml, if the working folder has one].",
+)
+@json_option
+@db_option
+@click.pass_context
+def steelyard(context: click.Context, config: str | None, as_json: bool, db: str) -> None:
+    """Learn from your own traffic how many GPUs should prefill and how many decode.
+
+    Without a verb: what is stored, and the next sensible command.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from advisor.cli.status import show, status
+
+    found = status(db, named=context.get_parameter_source("db") is not click.core.ParameterSource.DEFAULT)
+    if as_json:
+        emit_json(found)
+    else:
+        show(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,11 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = steelyard.main(args=arguments, standalone_mode=False)
+        code = steelyard.main(args=arguments, prog_name="steelyard", standalone_mode=False)
     except SteelyardError as error:
         if "--json" in arguments:
-            from advisor.cli.common import emit_json
-
             emit_json({"error": str(error), "exit_code": error.exit_code})
         click.echo(f"steelyard: {error}", err=True)
         code = error.exit_code

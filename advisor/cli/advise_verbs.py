@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.common import GROUP, RUN, TRACE, db_option, emit_json, example, json_option, messages, progress
 from advisor.cli.replay_verbs import pair
 
 
@@ -16,13 +16,13 @@ def question(f: Any) -> Any:
     options = [
         click.option("--gpus", type=click.IntRange(min=1), help="GPUs to split [default: those of the latest run]."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms", or constraints, e.g. ttft_p99<1s.'),
-        click.option("--trace", help="Trace to be served [default: the latest run's]."),
+        click.option("--trace", type=TRACE, help="Trace to be served [default: the latest run's]."),
         click.option(
             "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's]."
         ),
         click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
-        click.option("--run", "run_ids", type=int, multiple=True, help="Learn from this run (repeatable)."),
-        click.option("--group", help="Learn from the runs of this sweep or demo."),
+        click.option("--run", "run_ids", type=RUN, multiple=True, help="Learn from this run (repeatable)."),
+        click.option("--group", type=GROUP, help="Learn from the runs of this sweep or demo."),
         click.option("--endpoint-name", "endpoint", help="Learn from runs against this endpoint URL or model."),
         click.option(
             "--gpus-per-worker", metavar="P,D", help="GPUs a prefill and a decode worker use [default: the runs']."

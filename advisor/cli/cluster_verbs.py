@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages
+from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages
 from advisor.cli.replay_verbs import pair
 from advisor.cli.shaping import shape_options, shaped
 
@@ -100,7 +100,7 @@ def serve(
 
 
 @click.command(**example("steelyard simulate azure-2023-conv --profile demo --gpus 8 --requests 600 --rate 9"))
-@click.argument("trace")
+@click.argument("trace", type=TRACE)
 @click.option(
     "--profile", default="demo", show_default=True, help="A shipped profile, or a TOML file (advise --profile-out)."
 )

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from typing import Any, TypeVar
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import numpy as np
+from click.shell_completion import CompletionItem
 from rich.console import Console
 
 DEFAULT_DB = "sqlite:///steelyard.db"
@@ -21,19 +23,134 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def json_option(f: F) -> F:
-    """``--json``: one JSON object on stdout, nothing else there."""
+    """``--json``: one JSON object on stdout, nothing else there; and ``--quiet``."""
+    f = click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_hush,
+        help="The result alone: no progress, no notes on the way.",
+    )(f)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")(f)
 
 
+def _hush(context: click.Context, _option: click.Parameter, quiet: bool) -> None:
+    if quiet:
+        context.meta["steelyard.quiet"] = True
+
+
+def quiet() -> bool:
+    """Was ``--quiet`` given?"""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get("steelyard.quiet"))
+
+
 def db_option(f: F) -> F:
-    """``--db URL``, from STEELYARD_DB, or a SQLite file in the working folder."""
+    """``--db URL``, from STEELYARD_DB, or a SQLite file in the working folder. Eager: names of traces and runs are in it."""
     return click.option(
         "--db",
         metavar="URL",
-        default=lambda: os.environ.get("STEELYARD_DB") or DEFAULT_DB,
+        is_eager=True,
+        default=_default_db,
         help="Database URL: sqlite:///FILE or postgresql://... [env STEELYARD_DB; default sqlite:///steelyard.db]",
         callback=_recover,
     )(f)
+
+
+def _default_db() -> str:
+    """That of the group above (``runs --db URL show 1``), else STEELYARD_DB, else the file in the working folder."""
+    context = click.get_current_context(silent=True)
+    above = context.parent.params.get("db") if context is not None and context.parent is not None else None
+    return str(above or os.environ.get("STEELYARD_DB") or DEFAULT_DB)
+
+
+if TYPE_CHECKING:
+    _Named = click.ParamType[Any]  # no generic at run time before click 8.5
+else:
+    _Named = click.ParamType
+
+
+class TraceName(_Named):
+    """The name of a stored trace, completed by the shell from the database. Whether it is stored, the verb finds out."""
+
+    name = "trace"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The stored traces."""
+        return [
+            CompletionItem(t.name, help=f"{t.summary.get('rows_kept', '?')} requests")
+            for t in _look_up(ctx, lambda store: store.traces())
+            if t.name.startswith(incomplete)
+        ]
+
+
+class RunId(_Named):
+    """A run: its number, its name if it has that alone, or ``latest``."""
+
+    name = "run"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        text = str(value)
+        if text.isdigit():
+            return int(text)
+        if ctx is None:
+            self.fail(f"a run is named by its number (got {text!r}).", param, ctx)
+        from traces.store import open_store
+
+        with open_store(_db_of(ctx), create=False) as store:
+            known = store.runs()
+        if text == "latest" and known:
+            return known[-1].id
+        named = [run.id for run in known if run.name == text]
+        if len(named) == 1:
+            return named[0]
+        if named:
+            self.fail(f"{text!r} is the name of runs {', '.join(map(str, named))}: give the number.", param, ctx)
+        near = get_close_matches(text, {run.name for run in known}, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "See: steelyard runs"
+        self.fail(f"no run is named {text!r}. {hint}", param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The numbers of the stored runs, with what they are; the latest first."""
+        return [
+            CompletionItem(str(run.id), help=f"{run.name} {run.fleet or ''} {run.verdict}")
+            for run in reversed(_look_up(ctx, lambda store: store.runs()))
+            if str(run.id).startswith(incomplete)
+        ]
+
+
+class GroupName(_Named):
+    """The name of a group of runs, completed from the database."""
+
+    name = "group"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The stored groups, the latest first."""
+        groups = dict.fromkeys(run.group for run in reversed(_look_up(ctx, lambda store: store.runs())) if run.group)
+        return [CompletionItem(name) for name in groups if name.startswith(incomplete)]
+
+
+TRACE, RUN, GROUP = TraceName(), RunId(), GroupName()
+
+
+def _db_of(context: click.Context) -> str:
+    """The database that the command is about, its own --db or that of the group above."""
+    above = context.parent.params.get("db") if context.parent is not None else None
+    return str(context.params.get("db") or above or os.environ.get("STEELYARD_DB") or DEFAULT_DB)
+
+
+def _look_up(context: click.Context, ask: Callable[[Any], list[Any]]) -> list[Any]:
+    """What the database says; nothing where it cannot be asked: a shell's completion has nowhere to complain."""
+    from traces.errors import SteelyardError
+    from traces.store import open_store
+
+    try:
+        with open_store(_db_of(context), create=False) as store:
+            return ask(store)
+    except SteelyardError:
+        return []
 
 
 def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
@@ -92,18 +209,8 @@ def messages(as_json: bool = False) -> Console:
 
 @contextmanager
 def progress(as_json: bool = False) -> Iterator[Any]:
-    """Rich progress bars on stderr; plain silence where stderr is no terminal. Yields the Progress."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """What long work is doing, how long it will take and what it has found, on stderr (:mod:`advisor.cli.progress`)."""
+    from advisor.cli.progress import shown
 
-    console = Console(stderr=True, highlight=False)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=False,
-    ) as bars:
+    with shown(quiet()) as bars:
         yield bars

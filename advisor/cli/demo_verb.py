@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from advisor.cli.common import emit_json, example, json_option, messages, progress
+from advisor.cli.common import emit_json, example, json_option, messages, progress, quiet
 
 
 @click.command(**example("steelyard demo --out steelyard-demo"))
@@ -41,9 +41,7 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
             seed=seed,
             workers=workers,
             note=tasks(bars),
-            say=lambda line: (
-                bars.console.print(line, markup=False) if not bars.disable else console.print(line, markup=False)
-            ),
+            say=lambda line: None if quiet() else bars.say(line) if bars.watched else console.print(line, markup=False),
             command=f"steelyard demo --seed {seed}",
         )
     worst = max(done.runs, key=lambda run: run.lag_p99_ms)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.common import GROUP, TRACE, db_option, emit_json, example, json_option, messages, progress
 from advisor.cli.shaping import shape_options, shaped
 
 
@@ -205,7 +205,7 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 @click.command(
     **example("steelyard replay azure-2023-conv --endpoint http://127.0.0.1:8080 --fleet 3:5 --requests 100")
 )
-@click.argument("trace")
+@click.argument("trace", type=TRACE)
 @click.option(
     "--endpoint",
     "endpoints",
@@ -216,7 +216,7 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 )
 @click.option("--fleet", metavar="P:D", help="Put this fleet in force first, or say which it is.")
 @click.option("--name", default="", help="Name of the run [default: the trace's].")
-@click.option("--group", default="", help="Group that the run belongs to.")
+@click.option("--group", type=GROUP, default="", help="Group that the run belongs to.")
 @click.option(
     "--policy",
     type=click.Choice(["static", "online", "online-report"]),
@@ -419,7 +419,7 @@ def worker(master: str) -> int:
 
 
 @click.command(**example("steelyard sweep azure-2023-conv --profile demo --fleets 2:6,4:4 --requests 60 --rate 3"))
-@click.argument("trace")
+@click.argument("trace", type=TRACE)
 @click.option(
     "--endpoint", metavar="URL", help="Endpoint whose fleet can be set [default: an embedded one, see --profile]."
 )
@@ -453,6 +453,7 @@ def worker(master: str) -> int:
 )
 @click.option(
     "--group",
+    type=GROUP,
     default="",
     help="Group name; of one that is there, what is missing is measured [default: sweep-DATE-TIME].",
 )

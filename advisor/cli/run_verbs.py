@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, plain
+from advisor.cli.common import GROUP, RUN, db_option, emit_json, example, json_option, messages, plain
 
 
 def figures(run: Any, rows: Any) -> dict[str, Any]:
@@ -106,13 +106,12 @@ def table(rows: list[dict[str, Any]], title: str) -> None:
 
 
 @click.group(invoke_without_command=True, **example("steelyard runs"))
-@click.option("--group", help="Only runs of this group.")
+@click.option("--group", type=GROUP, help="Only runs of this group.")
 @json_option
 @db_option
 @click.pass_context
 def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> None:
     """List stored runs; show or export one."""
-    context.obj = db
     if context.invoked_subcommand is not None:
         return
     from rich.markup import escape
@@ -153,16 +152,15 @@ def _short(run: Any) -> dict[str, Any]:
 
 
 @runs.command("show", **example("steelyard runs show 1"))
-@click.argument("run_id", metavar="ID", type=int)
+@click.argument("run_id", metavar="RUN", type=RUN)
 @json_option
-@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
-@click.pass_context
-def show_run(context: click.Context, run_id: int, as_json: bool, db: str | None) -> None:
+@db_option
+def show_run(run_id: int, as_json: bool, db: str) -> None:
     """Everything known of one run: also how late the generator was, by worker and over time."""
     from traces.measures import lag_by_worker, lag_over_time
     from traces.store import open_store
 
-    with open_store(db or context.obj, create=False) as store:
+    with open_store(db, create=False) as store:
         run = store.run(run_id)
         rows = store.observations(run.id)
         found = {"run": run.id} | figures(run, rows)
@@ -201,17 +199,16 @@ def show_run(context: click.Context, run_id: int, as_json: bool, db: str | None)
 
 
 @runs.command("export", **example("steelyard runs export 1 --out run-1.csv"))
-@click.argument("run_id", metavar="ID", type=int)
+@click.argument("run_id", metavar="RUN", type=RUN)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="CSV file to write.")
 @json_option
-@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
-@click.pass_context
-def export_run(context: click.Context, run_id: int, out: Path, as_json: bool, db: str | None) -> None:
+@db_option
+def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
     """Write one line a request, with the names of traces/records.py; what did not come is empty."""
     from traces.errors import InputError
     from traces.store import open_store
 
-    with open_store(db or context.obj, create=False) as store:
+    with open_store(db, create=False) as store:
         run = store.run(run_id)
         rows = store.observations(run.id)
     names = type(rows).columns()
@@ -252,10 +249,8 @@ def export_run(context: click.Context, run_id: int, out: Path, as_json: bool, db
     "--time-unit", type=click.Choice(["s", "ms", "us", "ns"]), default="s", show_default=True, help="Of a CSV or JSONL."
 )
 @json_option
-@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
-@click.pass_context
+@db_option
 def import_runs(
-    context: click.Context,
     files: tuple[Path, ...],
     fleet: str,
     name: str | None,
@@ -268,7 +263,7 @@ def import_runs(
     names: str | None,
     time_unit: str,
     as_json: bool,
-    db: str | None,
+    db: str,
 ) -> None:
     """Store what another client measured as runs: aiperf's profile_export.jsonl, guidellm's JSON, vllm bench serve's detailed
     JSON, or any CSV or JSONL of requests.
@@ -287,7 +282,7 @@ def import_runs(
     # All files are read before the first is stored: a bad one leaves nothing behind.
     measured = [(path, imports.read(path, renamed, time_unit)) for path in files]
     found = []
-    with open_store(db or context.obj) as store:
+    with open_store(db) as store:
         for path, parts in measured:
             for k, one in enumerate(parts, start=1):
                 title = (name or path.stem) + (f" {k}" if len(parts) > 1 else "")
@@ -322,9 +317,8 @@ def import_runs(
 
 @runs.command("recover", **example("steelyard runs recover"))
 @json_option
-@click.option("--db", metavar="URL", help="Database URL, as for steelyard runs.")
-@click.pass_context
-def recover(context: click.Context, as_json: bool, db: str | None) -> None:
+@db_option
+def recover(as_json: bool, db: str) -> None:
     """Store rows that wait on disk because the database was away when they were measured.
 
     Every other command on that database does so unasked, and says it.
@@ -332,7 +326,7 @@ def recover(context: click.Context, as_json: bool, db: str | None) -> None:
     from loadgen.spool import waiting
     from traces.store import open_store
 
-    with open_store(db or context.obj, create=False) as store:
+    with open_store(db, create=False) as store:
         found = {str(spool.path): spool.load(store) for spool in waiting(store)}
     if as_json:
         emit_json({"rows": sum(found.values()), "files": found})
@@ -348,8 +342,8 @@ def _guarded(value: Any) -> Any:
 
 
 @click.command(**example("steelyard compare 1 2"))
-@click.argument("ids", metavar="RUN..", type=int, nargs=-1)
-@click.option("--group", help="All runs of this sweep or demo.")
+@click.argument("ids", metavar="RUN..", type=RUN, nargs=-1)
+@click.option("--group", type=GROUP, help="All runs of this sweep or demo.")
 @json_option
 @db_option
 def compare(ids: tuple[int, ...], group: str | None, db: str, as_json: bool) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, plain, progress
+from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, plain, progress
 
 
 @click.command(**example("steelyard strategies --preset origin --scale small --seeds 4"))
-@click.option("--trace", help="A stored trace: windows of it are scored, what came before each is history.")
+@click.option("--trace", type=TRACE, help="A stored trace: windows of it are scored, what came before each is history.")
 @click.option(
     "--preset",
     type=click.Choice(["origin", "shift"]),

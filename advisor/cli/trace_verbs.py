@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, progress
 from advisor.cli.shaping import shape_options
 
 REPORT_KEYS = (
@@ -155,7 +155,7 @@ def ingest(
         raise InputError("the URL of a database is LiteLLM's, and a trace of its own: steelyard ingest URL --name NAME")
     with open_store(db) as store, progress(as_json) as bars, _files(files) as paths:
         size = sum(f.stat().st_size for f in paths if f.is_file())
-        task = bars.add_task("read", total=size, note="bytes")
+        task = bars.add_task("read", total=size, unit="bytes")
         report = load(
             store,
             list(paths),
@@ -371,7 +371,7 @@ def _marks(values: list[float | None]) -> str:
 
 
 @traces.command(**example("steelyard traces show azure-2023-conv --json"))
-@click.argument("name")
+@click.argument("name", type=TRACE)
 @json_option
 @db_option
 def show(name: str, as_json: bool, db: str) -> None:
@@ -433,7 +433,7 @@ def show(name: str, as_json: bool, db: str) -> None:
 
 
 @traces.command("fit", **example("steelyard traces fit azure-2023-conv"))
-@click.argument("name")
+@click.argument("name", type=TRACE)
 @json_option
 @db_option
 def fit_(name: str, as_json: bool, db: str) -> None:
@@ -482,7 +482,7 @@ def formats_(as_json: bool) -> None:
 
 
 @traces.command(**example("steelyard traces export azure-2023-conv --format mooncake --out conv.jsonl"))
-@click.argument("name")
+@click.argument("name", type=TRACE)
 @click.option(
     "--format", "format_", type=click.Choice(["mooncake", "azure", "csv"]), default="mooncake", show_default=True,
     help="mooncake is what aiperf, guidellm, vLLM bench, SGLang bench and Dynamo replay.",
@@ -506,7 +506,7 @@ def export(name: str, format_: str, out: Path, as_json: bool, db: str) -> None:
 
 
 @traces.command(**example("steelyard traces delete azure-2023-conv"))
-@click.argument("name")
+@click.argument("name", type=TRACE)
 @json_option
 @db_option
 def delete(name: str, as_json: bool, db: str) -> None:

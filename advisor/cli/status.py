@@ -1,0 +1,132 @@
+"""``steelyard`` without a verb: what is stored, what it says, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from advisor.cli.common import messages
+
+
+def status(db: str, *, named: bool = False) -> dict[str, Any]:
+    """{database, problem, traces, runs, unfinished, waiting, recommendation, next {command, why}}; never raises for a database
+    that cannot be used: that is what is said then. named: the database was asked for, so that the next command names it."""
+    from loadgen.spool import folder
+    from traces.errors import StoreError
+    from traces.store import open_store, redact
+
+    found: dict[str, Any] = {
+        "database": redact(db),
+        "problem": None,
+        "traces": [],
+        "runs": {"count": 0, "latest": None, "unfinished": []},
+        "recommendation": None,
+        "waiting_files": len(list(folder().glob("*.jsonl"))),
+    }
+    option = f" --db {shlex.quote(redact(db))}" if named else ""
+    try:
+        with open_store(db, create=False) as store:
+            traces, runs = store.traces(), store.runs()
+            recommended = _latest(store)
+    except StoreError as error:
+        found["problem"] = str(error)
+        found["next"] = _without(str(error), option)
+        return found
+    found["traces"] = [{"name": t.name, "requests": t.summary.get("rows_kept")} for t in traces]
+    ended = [run for run in runs if run.ended]
+    if ended:
+        run = ended[-1]
+        found["runs"]["latest"] = {
+            "run": run.id,
+            "name": run.name,
+            "trace": run.trace,
+            "fleet": str(run.fleet) if run.fleet else None,
+            "ok": run.counts.get("ok", 0),
+            "scheduled": run.scheduled,
+            "verdict": run.verdict,
+            "complete": run.complete,
+        }
+    found["runs"]["count"] = len(runs)
+    found["runs"]["unfinished"] = [run.id for run in runs if not run.ended]
+    if recommended:
+        found["recommendation"] = {
+            "id": recommended["id"],
+            "created_at": recommended["created_at"],
+            "sentence": recommended.get("sentence"),
+            "runs": recommended["run_ids"],
+        }
+    found["next"] = _next(traces, ended, recommended, option)
+    return found
+
+
+def _latest(store: Any) -> dict[str, Any] | None:
+    from traces.errors import InputError
+
+    try:
+        held: dict[str, Any] = store.recommendation(kind="static")
+    except InputError:
+        return None
+    return held
+
+
+def _without(problem: str, option: str) -> dict[str, str]:
+    """What to do when the database cannot be used."""
+    if "steelyard migrate" in problem:
+        return {"command": f"steelyard migrate{option}", "why": "the database is older than this version"}
+    if "no such database" in problem or "is empty" in problem:
+        return {"command": "steelyard demo", "why": "nothing is stored yet; the demo shows the main job in two minutes"}
+    return {"command": f"steelyard doctor{option}", "why": "the database cannot be used"}
+
+
+def _next(traces: Any, ended: Any, recommended: dict[str, Any] | None, option: str) -> dict[str, str]:
+    """The next sensible command."""
+    if not traces and not ended:
+        return {"command": f"steelyard ingest FILE{option}", "why": "no trace is stored"}
+    trusted = [run for run in ended if run.complete and run.verdict != "invalid"]
+    if not trusted:
+        name = shlex.quote(traces[-1].name if traces else ended[-1].trace)
+        why = "nothing was measured yet" if not ended else "no run can be trusted so far"
+        return {"command": f"steelyard replay {name} --endpoint URL --fleet P:D{option}", "why": why}
+    if recommended is None or trusted[-1].id > max(recommended["run_ids"], default=0):
+        why = (
+            "no recommendation yet" if recommended is None else f"run {trusted[-1].id} is newer than the recommendation"
+        )
+        return {"command": f"steelyard advise{option}", "why": why}
+    probe = recommended.get("next_probe") or {}
+    if probe.get("command"):
+        return {"command": f"{probe['command']}{option}", "why": str(probe.get("why", ""))}
+    return {"command": f"steelyard report --out report.html{option}", "why": "to show the answer and its evidence"}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print it for people."""
+    console = messages()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    if found["problem"]:
+        say(f"Database: {found['problem']}")
+    else:
+        say(f"Database: {found['database']}")
+        names = [f"{t['name']} ({t['requests']} requests)" for t in found["traces"]]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        say(f"Traces:   {', '.join(names[:5]) or 'none'}{more}")
+        runs = found["runs"]
+        latest = runs["latest"]
+        text = f"{runs['count']}" if runs["count"] else "none"
+        if latest:
+            fleet = f" on {latest['fleet']}" if latest["fleet"] else ""
+            state = latest["verdict"] + ("" if latest["complete"] else ", incomplete")
+            text += f"; the latest, {latest['run']}: {latest['trace']}{fleet}, {latest['ok']}/{latest['scheduled']} ok, {state}"
+        if runs["unfinished"]:
+            text += f"; running or broken off: {', '.join(map(str, runs['unfinished'][-5:]))}"
+        say(f"Runs:     {text}")
+        answer = found["recommendation"]
+        say(f"Advice:   {answer['sentence'] if answer else 'none yet'}")
+    if found["waiting_files"]:
+        say(
+            f"Waiting:  {found['waiting_files']} file(s) of rows on disk; the next command on their database stores them"
+        )
+    say(f"Next:     {found['next']['command']}\n          ({found['next']['why']})")
+    say("All verbs: steelyard --help")

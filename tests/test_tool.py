@@ -1,0 +1,315 @@
+"""The command as people meet it: where they stand, what is wrong with their machine, names completed, options from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+from rich.console import Console
+
+from advisor.cli import VERBS, load, main, steelyard
+from advisor.cli.config import settable, tree, variables
+from advisor.cli.progress import Bars, Lines
+from loadgen.cluster.embedded import embedded
+from traces.records import Fleet, Run
+from traces.store import open_store
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, no settings in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in os.environ if n.startswith("STEELYARD_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """stdout of a command that must end with the code."""
+    got = main(list(arguments))
+    out, err = capsys.readouterr()
+    assert got == code, out + err
+    return out if code == 0 else err
+
+
+def status(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    return json.loads(said(capsys, "--json", *arguments))
+
+
+def a_run(**changes: Any) -> Run:
+    held: dict[str, Any] = {
+        "name": "night", "trace": "conv", "schedule_digest": "d", "scheduled": 2, "endpoint": "http://x", "engine": "openai",
+        "model": "m", "fleet": Fleet(1, 3), "started_unix_s": 1.0, "workers": 1, "group": "g1",
+    }  # fmt: skip
+    return Run(**held | changes)
+
+
+# --- where the user stands ------------------------------------------------------------------------------------------
+
+
+def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing, a trace, a run, advice, a newer run: each time the command that comes next, and one that parses."""
+    found = status(capsys)
+    assert found["next"]["command"] == "steelyard demo"
+    assert "no such database" in found["problem"]
+    said(capsys, "ingest", "azure-2023-conv")
+    found = status(capsys)
+    assert found["next"]["command"].startswith("steelyard replay azure-2023-conv ")
+    assert found["traces"] == [{"name": "azure-2023-conv", "requests": 9754}]
+    with open_store("sqlite:///steelyard.db") as store:
+        broken = store.begin_run(a_run())
+        assert status(capsys)["runs"] == {"count": 1, "latest": None, "unfinished": [broken.id]}
+        store.end_run(Run(**{f: getattr(broken, f) for f in broken.__dataclass_fields__} | {"verdict": "invalid"}))
+        assert status(capsys)["next"]["why"] == "no run can be trusted so far"
+        good = store.end_run(store.begin_run(a_run(complete=True, verdict="valid", counts={"ok": 2})))
+        assert status(capsys)["next"] == {"command": "steelyard advise", "why": "no recommendation yet"}
+        probe = {"command": "steelyard replay conv --endpoint URL --fleet 2:2", "why": "nearest rival"}
+        store.add_recommendation("static", {"sentence": "Run 1:3.", "next_probe": probe}, [good.id], "h", 0)
+        assert status(capsys)["next"] == probe
+        store.end_run(store.begin_run(a_run(complete=True, verdict="valid")))
+    found = status(capsys)
+    assert found["next"] == {"command": "steelyard advise", "why": "run 3 is newer than the recommendation"}
+    assert found["recommendation"]["sentence"] == "Run 1:3."
+    text = said(capsys)
+    for part in ("azure-2023-conv (9754 requests)", "Run 1:3.", "the latest, 3", "Next:     steelyard advise"):
+        assert part in text
+    assert " --db sqlite:///steelyard.db" in status(capsys, "--db", "sqlite:///steelyard.db")["next"]["command"]
+
+
+def test_the_module_of_the_distributions_name_is_the_command(here: Path) -> None:
+    """``python -m steelyard`` is ``steelyard``."""
+    done = subprocess.run([sys.executable, "-m", "steelyard", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["next"]["command"] == "steelyard demo"
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_looks_at_everything_and_says_what_to_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part is named with what was found; a real endpoint is asked; one that is away is a problem and exit 1."""
+    with embedded("constant", Fleet(2, 1)) as url:
+        held = json.loads(said(capsys, "doctor", "--endpoint", url, "--json"))
+    checks = {c["name"]: c for c in held["checks"]}
+    assert {"Python", "libraries", "configuration", "database", "open files", "ports", "cores", "clock"} <= set(checks)
+    assert "constant" in checks["endpoint"]["found"]
+    assert checks["metrics"]["found"].startswith("3 workers: decode, prefill")
+    assert checks["fleet"]["found"].startswith("2:1")
+    assert held["ok"]
+    err_code = main(["doctor", "--endpoint", url, "--json"])
+    held = json.loads(capsys.readouterr().out)
+    assert (err_code, held["problems"]) == (1, 1)
+    assert "connection refused. Start the server" in held["checks"][-1]["found"]
+
+
+def test_doctor_names_an_old_database_and_its_cure(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A revision that is too old is a problem, and the cure stands beside it."""
+    import sqlite3
+
+    said(capsys, "ingest", "azure-2023-conv")
+    with sqlite3.connect("steelyard.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "steelyard migrate" in out
+    assert "1 problems" in out
+    assert status(capsys)["next"]["command"] == "steelyard migrate"
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def completed(*words: str) -> list[str]:
+    """What the shell would offer for the last word."""
+    complete = ShellComplete(steelyard, {}, "steelyard", "_STEELYARD_COMPLETE")
+    return [item.value for item in complete.get_completions(list(words[:-1]), words[-1])]
+
+
+def test_the_shell_completes_verbs_options_traces_runs_and_groups(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the database at hand or that of --db; a database that is not there completes nothing and says nothing."""
+    assert completed("re") == ["replay", "report"]
+    assert "--fleet" in completed("replay", "t", "--fl")
+    assert completed("replay", "") == []
+    said(capsys, "ingest", "azure-2023-conv", "--db", "sqlite:///other.db")
+    with open_store("sqlite:///other.db") as store:
+        store.begin_run(a_run())
+    assert completed("--db", "sqlite:///other.db", "replay", "az") == ["azure-2023-conv"]
+    assert completed("traces", "show", "--db", "sqlite:///other.db", "") == ["azure-2023-conv"]
+    assert completed("runs", "--db", "sqlite:///other.db", "show", "") == ["1"]
+    assert completed("advise", "--db", "sqlite:///other.db", "--group", "g") == ["g1"]
+    assert capsys.readouterr() == ("", "")
+    for shell in ("bash", "zsh", "fish"):
+        assert "_STEELYARD_COMPLETE" in said(capsys, "completion", shell)
+
+
+def test_bash_itself_completes(here: Path) -> None:
+    """The printed script, sourced by a real bash, offers the verbs that begin alike."""
+    script = (
+        'eval "$(steelyard completion bash)"; COMP_WORDS=(steelyard re); COMP_CWORD=1; _steelyard_completion steelyard;'
+        ' echo "${COMPREPLY[@]}"'
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}
+    )
+    assert done.stdout.split() == ["replay", "report"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["replya", "x"], "Did you mean 'replay'?"),
+        (["traces", "show", "azure-2023-cov"], "Did you mean 'azure-2023-conv'?"),
+        (["traces", "shw", "x"], "Did you mean 'show'?"),
+        (["runs", "show", "nigth"], "Did you mean 'night'?"),
+        (["runs", "show", "9"], "Stored: 1 to 1."),
+        (["runs", "--grup", "x"], "--group"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_name_nearly_right_gets_its_neighbour(
+    arguments: list[str], hint: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verbs, verbs of verbs, options, traces, runs."""
+    said(capsys, "ingest", "azure-2023-conv")
+    with open_store("sqlite:///steelyard.db") as store:
+        store.begin_run(a_run())
+    assert main(arguments) in (1, 2)
+    assert hint in capsys.readouterr().err
+
+
+def test_a_run_is_named_by_number_name_or_latest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that two runs have is refused with their numbers."""
+    with open_store("sqlite:///steelyard.db") as store:
+        for name in ("night", "day", "day"):
+            store.end_run(store.begin_run(a_run(name=name)))
+    for word, run in (("night", 1), ("2", 2), ("latest", 3)):
+        assert json.loads(said(capsys, "runs", "show", word, "--json"))["run"] == run
+    assert "the name of runs 2, 3" in said(capsys, "runs", "show", "day", code=2)
+
+
+# --- options from elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_the_command_line_beats_the_environment_beats_the_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one option: the verb's table over the file's top, the environment over both, the command line over all."""
+    said(capsys, "ingest", "azure-2023-conv")
+
+    def rate(*arguments: str) -> float:
+        held = json.loads(said(capsys, "simulate", "azure-2023-conv", "--requests", "50", "--json", *arguments))
+        return round(float(held["rate_per_s"]), 6)
+
+    config = here / "steelyard.toml"
+    config.write_text('fleet = "2:2"\nrate = 2\n')
+    assert rate() == 2
+    config.write_text('fleet = "2:2"\nrate = 2\n[simulate]\nrate = 3\n[traces.show]\njson = true\n')
+    assert rate() == 3
+    monkeypatch.setenv("STEELYARD_RATE", "4")
+    assert rate() == 4
+    monkeypatch.setenv("STEELYARD_SIMULATE_RATE", "5")
+    assert rate() == 5
+    assert rate("--rate", "6") == 6
+    assert json.loads(said(capsys, "traces", "show", "azure-2023-conv"))["name"] == "azure-2023-conv"
+    other = here / "other.toml"
+    other.write_text("[simulate]\nspeed = 1\n")
+    assert "other.toml: [simulate] speed is no option of [simulate]." in said(
+        capsys, "--config", "other.toml", "simulate", "azure-2023-conv", code=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[replay]\nrat = 3\n", "[replay] rat is no option of [replay]. Did you mean rate?"),
+        ("[replai]\nrate = 3\n", "no verb is called 'replai'. Did you mean [replay]?"),
+        ("sloo = 3\n", "sloo is no option of any verb. Did you mean slo?"),
+        ("replay = 3\n", "replay is a verb: write its options under [replay]"),
+        ("rate = [1, 2]\n", "rate must be one value"),
+        ('rate = "fast"\n', "rate: 'fast' is not a valid float"),
+        ('json = "yes"\n', "json must be true or false"),
+        ("[replay]\nheader = ['X-Key: 1']\n", "header may hold a secret"),
+        ('api_key = "sk-1"\n', "api_key may hold a secret"),
+        ('db = "postgresql://me:hidden@h/d"\n', "db holds a password"),
+        ("rate = \n", "is not TOML"),
+    ],
+    ids=lambda v: v.splitlines()[-1][:30] if v.endswith("\n") else "",
+)
+def test_a_wrong_file_of_options_is_one_clear_line(
+    text: str, words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the verb, before anything is done; what was secret is not repeated."""
+    (here / "steelyard.toml").write_text(text)
+    err = said(capsys, "runs", code=1)
+    assert words in err
+    assert err.count("\n") == 1
+    assert "hidden" not in err
+    assert "sk-1" not in err
+
+
+def test_every_option_has_its_variable_and_no_two_share_one() -> None:
+    """The more particular variable of each option is its own; none is that of an endpoint's token."""
+    seen: dict[str, str] = {}
+    for verb in VERBS:
+        for path, command, parent in tree(verb, load(verb)):
+            for option in settable(command, parent):
+                name = variables(path, option)[0]
+                assert seen.setdefault(name, " ".join(path)) == " ".join(path)
+                assert re.fullmatch(r"STEELYARD_[A-Z0-9_]+", name)
+                assert not {"STEELYARD_API_KEY", "STEELYARD_SERVE_TOKEN"} & set(variables(path, option))
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def test_lines_say_what_is_done_how_long_it_takes_and_what_was_found() -> None:
+    """One a task every so often, one at its end if it was shown; short work says nothing."""
+    lines: list[str] = []
+    with Lines(lines.append, every_s=0.2) as shown:
+        short = shown.add_task("short", total=2)
+        shown.update(short, completed=2)
+        task = shown.add_task("replay t", total=40, note=lambda: "TTFT p50 3 ms", left=lambda: 75.0)
+        shown.update(task, completed=10)
+        until = time.monotonic() + 5
+        while not lines and time.monotonic() < until:
+            time.sleep(0.02)
+        shown.update(task, completed=40, note="all well")
+    assert lines[0] == "replay t: 10 of 40, 0:00, about 1:15 left; TTFT p50 3 ms"
+    assert lines[-1] == "replay t: 40 of 40, 0:00; all well"
+    assert not any(line.startswith("short") for line in lines)
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_bars_show_the_same_on_a_terminal(environment: dict[str, str], coloured: bool) -> None:
+    """Amount, time left, note; colour unless NO_COLOR."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100, _environ=environment | {"TERM": "xterm-256color"})
+    with Bars(console) as bars:
+        task = bars.add_task("replay t", total=40, note="TTFT p50 3 ms", left=lambda: 75.0)
+        bars.add_task("read", total=2_000_000, completed=1_000_000, unit="bytes")
+        bars.update(task, completed=10)
+    assert "10 of 40" in text.getvalue()
+    assert "1:15 left" in text.getvalue()
+    assert "1.0 MB of 2.0 MB" in text.getvalue()
+    assert "TTFT p50 3 ms" in text.getvalue()
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text.getvalue())) is coloured
+
+
+def test_every_verb_with_a_result_can_be_quiet() -> None:
+    """``--quiet`` stands wherever ``--json`` does."""
+    for verb in VERBS:
+        for _, command, _ in tree(verb, load(verb)):
+            names = {name for p in command.params if isinstance(p, click.Option) for name in p.opts}
+            assert ("--quiet" in names) == ("--json" in names)
