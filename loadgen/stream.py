@@ -11,7 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import accumulate
+from operator import sub
 from typing import Any
+
+import orjson
 
 FOLD_BYTES = 16 * 1024
 """Bytes kept unread at most (plus one unfinished event)."""
@@ -38,6 +42,12 @@ def printable(text: str) -> str:
 _NOTHING = object()
 """An event that says nothing."""
 
+_ALIKE = 8
+"""Pieces from which on it pays to look for events that differ in their text alone."""
+
+_TEXT_KEYS = (b'"text":', b'"content":', b'"reasoning_content":', b'"reasoning":')
+_NOT_PLAIN = re.compile(rb'["\\\x00-\x1f]')
+
 
 class Answer:
     """What a streamed answer has told so far. Times are on the clock of the stamps, NaN where nothing came.
@@ -49,6 +59,7 @@ class Answer:
     """
 
     __slots__ = (
+        "_like",
         "_rest",
         "_rest_at",
         "_size",
@@ -80,6 +91,7 @@ class Answer:
         self._rest = b""
         self._rest_at = math.nan
         self._size = 0
+        self._like: tuple[bytes, bytes] | None = None
 
     def push(self, at: float, data: bytes) -> None:
         """A piece of the body that arrived at ``at``. Never raises: what is wrong ends up in ``error``."""
@@ -111,11 +123,25 @@ class Answer:
             parts.insert(0, self._rest)
             stamps.insert(0, self._rest_at)
         data = b"".join(parts)
+        end = self._alike(data) if len(parts) > _ALIKE and b"\r" not in data else 0
+        if not self.error:
+            end = self._events(data, end)
+        rest = data[end:]
+        if len(rest) > MAX_EVENT_BYTES:
+            self._fail("malformed", f"an event of more than {MAX_EVENT_BYTES} bytes")
+            rest = b""
+        self._rest, self._rest_at = rest, stamps[-1]
+        parts.clear()
+        stamps.clear()
+        # A large rest counts as read for the limit, or every further piece of a large event would be joined anew.
+        self._size = 0 if len(rest) < FOLD_BYTES else -len(rest)
+
+    def _events(self, data: bytes, end: int) -> int:
+        """Read every finished event from byte ``end`` on; returns where the last one ends."""
         payloads: list[bytes] = []
         ends: list[int] = []
-        end = 0
         if b"\r" not in data:
-            blocks = data.split(b"\n\n")
+            blocks = data[end:].split(b"\n\n")
             blocks.pop()
             for block in blocks:
                 end += len(block) + 2
@@ -126,22 +152,57 @@ class Answer:
                     payloads.append(payload)
                     ends.append(end)
         else:
-            for match in _BLANK.finditer(data):
+            for match in _BLANK.finditer(data, end):
                 if (payload := _data(data[end : match.start()])) is not None:
                     payloads.append(payload)
                     ends.append(match.end())
                 end = match.end()
         if payloads:
             self._read(payloads, self._ends(ends))
-        rest = data[end:]
-        if len(rest) > MAX_EVENT_BYTES:
-            self._fail("malformed", f"an event of more than {MAX_EVENT_BYTES} bytes")
-            rest = b""
-        self._rest, self._rest_at = rest, stamps[-1]
-        parts.clear()
-        stamps.clear()
-        # A large rest counts as read for the limit, or every further piece of a large event would be joined anew.
-        self._size = 0 if len(rest) < FOLD_BYTES else -len(rest)
+        return end
+
+    def _alike(self, data: bytes) -> int:
+        """Read a run of events that are the same but for one string, the text; returns where the run ends (0: none).
+
+        Engines write such runs, and parsing each event as JSON would be most of what this reader costs. It is exact: the
+        first event is parsed and known to hold text and neither usage, error nor end; the others are the same bytes around
+        another string, which is checked to be one and not empty. Whatever is different is left to :meth:`_events`.
+        """
+        like = self._like or _template(data)
+        self._like = None
+        if like is None:
+            return 0
+        head, tail = like
+        begin = data.find(head)
+        if begin < 0 or (begin and data[begin - 2 : begin] != b"\n\n"):
+            return 0
+        texts = data[begin + len(head) :].split(tail + head)
+        last, found, _ = texts[-1].partition(tail)
+        if found:
+            texts[-1] = last
+        else:
+            texts.pop()  # not finished, or another kind of event
+        if len(texts) < _ALIKE or not all(texts) or not _are_strings(texts):
+            return 0
+        if begin and self._events(data[:begin], 0) != begin:
+            return begin
+        if self.error:
+            return begin
+        self._like = like
+        around = len(head) + len(tail)
+        ends = list(accumulate((len(text) + around for text in texts), initial=begin))[1:]
+        stamps = self.stamps
+        if begin or list(accumulate(map(len, self.parts[: len(ends)]))) != ends:
+            stamps = self._ends(ends)
+        n = len(ends)
+        if self.chunks:
+            self.max_gap = max(self.max_gap, stamps[0] - self.last_token)
+        else:
+            self.first_token = stamps[0]
+        self.max_gap = max(self.max_gap, max(map(sub, stamps[1:n], stamps)))
+        self.last_token = stamps[n - 1]
+        self.chunks += n
+        return ends[-1]
 
     def _ends(self, ends: list[int]) -> list[float]:
         """The stamp of the piece that holds the last byte of each event."""
@@ -164,7 +225,7 @@ class Answer:
         events: list[Any]
         try:
             # One call for all events: half the cost of a call for each.
-            events = json.loads(b"[" + b",".join(payloads) + b"]")
+            events = orjson.loads(b"[" + b",".join(payloads) + b"]")
             if len(events) != len(payloads):
                 raise ValueError("an event holds more than one value")
         except (ValueError, RecursionError):
@@ -242,6 +303,50 @@ class Answer:
     def _fail(self, kind: str, detail: str) -> None:
         self.error = kind
         self.detail = printable(detail)
+
+
+def _template(data: bytes) -> tuple[bytes, bytes] | None:
+    """What stands before and after the text of an event, with its line ends, from the first one that has plain text."""
+    at = 0
+    for _ in range(4):
+        end = data.find(b"\n\n", at)
+        if end < 0:
+            return None
+        block, at = data[at:end], end + 2
+        keys = [key for key in _TEXT_KEYS if block.count(key) == 1]
+        if not keys or not block.startswith(b"data: {") or b"\n" in block:
+            continue
+        try:
+            event = orjson.loads(block[6:])
+        except ValueError:
+            return None
+        choices = event.get("choices")
+        if event.get("usage") or event.get("error") or type(choices) is not list or len(choices) != 1:
+            continue
+        if type(choices[0]) is not dict or choices[0].get("finish_reason") or not _content(choices[0]):
+            continue
+        for key in keys:
+            opening = block.index(key) + len(key)
+            opening += block[opening : opening + 1] == b" "
+            closing = block.find(b'"', opening + 1)
+            if block[opening : opening + 1] == b'"' and closing > opening + 1 and b"\\" not in block[opening:closing]:
+                return block[: opening + 1], block[closing:] + b"\n\n"
+    return None
+
+
+def _are_strings(texts: list[bytes]) -> bool:
+    """Is each the inside of a JSON string, and not empty?"""
+    joined = b"\x7f".join(texts)
+    if _NOT_PLAIN.search(joined) is None:
+        if joined.isascii():
+            return True
+        odd = texts
+    else:
+        odd = [text for text in texts if not text.isascii() or _NOT_PLAIN.search(text)]
+    try:
+        return all(orjson.loads(b'"' + text + b'"') for text in odd)
+    except ValueError:
+        return False
 
 
 def _content(choice: dict[str, Any]) -> bool:

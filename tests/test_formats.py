@@ -6,6 +6,7 @@ Files of formats of which no real one was at hand are written here from the writ
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import sqlite3
@@ -25,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from advisor.cli import main
+from advisor.cli.trace_verbs import _spool
 from traces.errors import InputError
 from traces.formats import formats
 from traces.ingest import IngestReport, ingest
@@ -547,6 +549,19 @@ def test_standard_input_is_a_file_with_a_name(tmp_path: Path) -> None:
     assert (refused.returncode, b"needs a name" in refused.stderr) == (1, True)
 
 
+def test_standard_input_without_end_is_refused(tmp_path: Path) -> None:
+    """By its first 64 KiB where it is no trace, without waiting for the rest; before the disk is full where it is one."""
+    command = [sys.executable, "-m", "advisor", "ingest", "-", "--name", "x", "--db", f"sqlite:///{tmp_path}/x.db"]
+    with subprocess.Popen(["yes", "not,a,trace"], stdout=subprocess.PIPE) as endless:
+        done = subprocess.run(command, stdin=endless.stdout, capture_output=True, check=False, timeout=60)
+        endless.kill()
+    assert (done.returncode, b"no known format" in done.stderr) == (1, True)
+    rows, held = io.BytesIO(b"TIMESTAMP,ContextTokens,GeneratedTokens\n" * 10_000), tmp_path / "stdin"
+    with pytest.raises(InputError, match=r"nearly full after 65536 bytes\. Set TMPDIR"):
+        _spool(rows, held, lambda path: None, least_free=2**62)
+    assert held.stat().st_size == 65536
+
+
 def test_a_shipped_trace_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From any folder, as other verbs tell the user to; a file of that name is the file."""
     monkeypatch.chdir(tmp_path)
@@ -555,6 +570,45 @@ def test_a_shipped_trace_is_known_by_its_name(tmp_path: Path, monkeypatch: pytes
         assert [t.name for t in held.traces()] == ["azure-2023-code"]
     (tmp_path / "azure-2023-code").write_text("x")
     assert main(["ingest", "azure-2023-code", "--db", "sqlite:///b.db"]) == 1
+
+
+SECRET = "the patient in room 12"
+CHAT = {"messages": [{"role": "user", "content": SECRET}], "prompt": SECRET, "text": SECRET, "response": SECRET}
+SPAN_TEXT = {"key": "gen_ai.input.messages", "value": {"stringValue": SECRET}}
+WITH_TEXT = {
+    "azure": ("TIMESTAMP,ContextTokens,GeneratedTokens,prompt\n2024-05-10 00:00:00,5,6,{0}\n", "{0},5,6,7\n"),
+    "burstgpt": ("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type,x\n5,m,10,20,30,API,{0}\n",
+                 "5,m,{0},1,2,3,4\n"),
+    "mooncake": ({"timestamp": 1, "input_length": 4, "output_length": 1, "text_input": SECRET} | CHAT,
+                 '{{"messages": "{0}", "timestamp": 1'),
+    "bailian": ({"chat_id": 1, "parent_chat_id": -1, "timestamp": 1.0, "input_length": 4, "output_length": 1, "type": "text",
+                 "turn": 1, "hash_ids": [1]} | CHAT, '{{"messages": "{0}", '),
+    "envoy": ({"start_time": "2025-03-01T10:00:00Z", "gen_ai.usage.input_tokens": 5, "gen_ai.usage.output_tokens": 7} | CHAT,
+              '{{"start_time": "{0}", "gen_ai.usage.input_tokens": 5, "gen_ai.usage.output_tokens": 7}}'),
+    "otlp": ({"resourceSpans": [{"scopeSpans": [{"spans": [
+                {"name": SECRET, "startTimeUnixNano": "1700000000000000000", "attributes": [SPAN_TEXT,
+                 {"key": "gen_ai.usage.input_tokens", "value": {"intValue": "5"}},
+                 {"key": "gen_ai.usage.output_tokens", "value": {"intValue": "7"}}]}]}]}]}, '{{"spans": [{{"start_time": "{0}", '
+             '"attributes": {{"gen_ai.usage.input_tokens": 1, "gen_ai.usage.output_tokens": 1}}}}]}}'),
+    "litellm": ("request_id,call_type,prompt_tokens,completion_tokens,startTime,messages,response\n"
+                'r,completion,5,6,2025-03-01T10:00:00,"[{{""content"": ""{0}""}}]",{0}\n',
+                "q,completion,{0},6,2025-03-01T10:00:00,,\n"),
+}  # fmt: skip
+"""A good record, and a bad one, that hold what somebody said."""
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_what_somebody_said_is_never_stored(name: str, tmp_path: Path) -> None:
+    """Not a word of prompts and answers is in the database, be it in a column that is passed over or in a row that is bad."""
+    good, bad = WITH_TEXT[name]
+    text = lines(good) if isinstance(good, dict) else good.format(SECRET)
+    with open_store(f"sqlite:///{tmp_path}/x.db") as held:
+        report = load(held, tmp_path, text + bad.format(SECRET).rstrip() + "\n", format=name, max_bad=1.0)
+        assert (report.rows_kept, sum(s.count for s in report.skipped.values())) == (1, 1)
+        assert any(s.example for s in report.skipped.values())
+        assert not any(s.example for s in IngestReport.of(held.trace("t")).skipped.values())
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("x.db*"))
+    assert SECRET[:12].encode() not in stored
 
 
 def test_formats_say_whether_a_real_file_was_seen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -667,3 +721,10 @@ def test_a_third_party_adds_a_format_by_entry_point(tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, check=True)
     held = json.loads(done.stdout)
     assert (held["format"], held["rows_kept"], held["span_s"]) == ("pipes", 2, 1.0)
+    both = _write(tmp_path / "t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n#pipes")
+    (tmp_path / "theirs.py").write_text(
+        (tmp_path / "theirs.py").read_text().replace("head.startswith", "head.endswith")
+    )
+    command[4] = str(both)
+    tie = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, check=False)
+    assert (tie.returncode, b"could be azure or pipes: say which with --format" in tie.stderr) == (1, True)

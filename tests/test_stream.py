@@ -159,6 +159,69 @@ def test_where_a_stream_is_cut_changes_nothing(
         assert cut.max_gap <= cut.last_token - cut.first_token
 
 
+TOKENS = st.one_of(
+    st.sampled_from(
+        [" the", "a", '"', "\\", "\n", "é", "", " ", 'x","finish_reason":"stop"}]}', '"}\n\ndata: {', "\ud83d\ude00"]
+    ),
+    st.text(max_size=6),
+)
+KINDS = [text, lambda t: delta(content=t), lambda t: delta(reasoning_content=t), lambda t: delta(content=t, text="")]
+INTRUDERS = st.sampled_from(
+    [b": ping\n\n", event({"error": "gone"}), event({"object": "ping"}), event(text("x", "stop")), event(USAGE), b"data: {\n\n",
+     event(text("y") | {"usage": usage(1, 1)}), event(delta(role="assistant")), b'data: {"choices":[{"text":"a" }]}\n\n',
+     b'data: {"text":"z","choices":[{"index": 0, "text": "w", "finish_reason": null}]}\n\n', b"\xff\n\n"]
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(TOKENS, TOKENS, TOKENS, INTRUDERS), max_size=60),
+    st.sampled_from(KINDS),
+    st.booleans(),
+    st.sampled_from([PLAIN[-40:], DONE, b"", event(USAGE) + DONE]),
+    st.data(),
+)  # fmt: skip
+def test_events_read_in_one_go_are_the_events_read_one_by_one(
+    items: list[str | bytes], kind: Any, ascii_only: bool, ending: bytes, data: st.DataObject
+) -> None:
+    """A run of events that differ in their text alone is read at once, and gives what reading each gives: counts, stamps,
+    gaps, errors; whatever stands between the events, and wherever they are cut."""
+
+    def written(token: str) -> bytes:
+        return b"data: " + json.dumps(kind(token), ensure_ascii=ascii_only).encode("utf-8", "surrogatepass") + b"\n\n"
+
+    stream = [*(item if isinstance(item, bytes) else written(item) for item in items), ending]
+    if data.draw(st.booleans()):
+        joined = b"".join(stream)
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(joined)), max_size=60)))
+        stream = [joined[a:b] for a, b in itertools.pairwise([0, *cuts, len(joined)])]
+    slow = Answer()
+    for at, piece in enumerate(stream):
+        slow.push(float(at), piece)
+        slow.fold()  # at most one event and a rest at a time: no run
+    slow.finish(whole=True)
+    fast = read(stream)
+    if slow.error:  # whether a stream that went wrong said that it had ended makes no difference
+        fast.said_end = slow.said_end
+    assert facts(fast) == facts(slow)
+    if slow.chunks:
+        assert (fast.first_token, fast.last_token, fast.max_gap) == (slow.first_token, slow.last_token, slow.max_gap)
+
+
+def test_a_run_of_alike_events_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way is taken for what engines write, or it would be no use: the slow one sees the first and last events only."""
+    stream = [event(text(f" tok{k}")) for k in range(50)] + [event(text('"', "length")), event(USAGE), DONE]
+    seen: list[bytes] = []
+    slow = Answer._read
+    monkeypatch.setattr(
+        Answer, "_read", lambda self, payloads, stamps: (seen.extend(payloads), slow(self, payloads, stamps))
+    )
+    answer = read(stream)
+    assert facts(answer) == (51, 7, 3, True, "", "")
+    assert answer.last_token == 50.0
+    assert len(seen) == 3
+
+
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
 def test_no_bytes_make_the_reader_raise(pieces: list[bytes], whole: bool) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TextIO, cast
@@ -59,7 +59,7 @@ _OK, _FAILED = 0, 1
 
 @dataclass(slots=True)
 class Skipped:
-    """Rows left out for one reason."""
+    """Rows left out for one reason. example: what one of them was, of a load just done; it is not stored."""
 
     count: int = 0
     first_lines: list[int] = field(default_factory=list)
@@ -131,7 +131,7 @@ def ingest(
     sha256 = digest if len(files) > 1 else files[0]["sha256"]
     wanted = name or Path(files[0]["name"]).name.split(".")[0]
     zone = _zone(tz)
-    reader = _recognise(paths[0], format, columns, time_unit)
+    reader = recognise(paths[0], format, columns, time_unit)
     if block_size is not None:
         if reader.name != "mooncake" or block_size < 1:
             raise InputError(
@@ -185,6 +185,8 @@ def _load(
         report = asdict(loaded.report(wanted))
         for gone in ("name", "format", "already"):
             report.pop(gone)
+        for skipped in report["skipped"].values():
+            skipped["example"] = ""  # it quotes the file, and so perhaps a prompt: said once, never stored
         return report, loaded.origin, loaded.block_tokens, reader.meta.hash_scope if loaded.hashes else None
 
     info = store.add_trace(
@@ -196,7 +198,7 @@ def _load(
         batches=loaded.batches(),
         summary=summary,
     )
-    return IngestReport.of(info)
+    return replace(IngestReport.of(info), skipped=loaded.skipped)
 
 
 _RECORD = np.dtype(
@@ -721,8 +723,8 @@ def _zone(tz: str | None) -> ZoneInfo | None:
         raise InputError(f"--tz must be a time zone like Europe/Berlin or UTC (got {tz!r}).") from None
 
 
-def _recognise(path: Path, wanted: str | None, columns: str | None = None, time_unit: str = "s") -> TraceFormat:
-    """The one format that the file is of, or the one that the user's map describes."""
+def recognise(path: Path, wanted: str | None, columns: str | None = None, time_unit: str = "s") -> TraceFormat:
+    """The one format that the file is of by its first HEAD bytes, or the one that the user's map describes. InputError: none."""
     known = formats()
     if wanted is not None and wanted not in known:
         raise InputError(f"--format must be one of {', '.join(known)} (got {wanted!r}).")

@@ -6,10 +6,10 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -70,8 +70,31 @@ def _say(report: Any) -> None:
         console.print(f"  note: {note}", markup=False)
 
 
+LEAST_FREE = 256 << 20
+"""Bytes of disk that standard input leaves free: it may have no end."""
+
+
+def _spool(stream: IO[bytes], held: Path, check: Callable[[Path], object], least_free: int = LEAST_FREE) -> None:
+    """Standard input into a file. ``check`` sees its beginning and may refuse it before the rest is waited for."""
+    from traces.errors import InputError
+    from traces.ingest import HEAD
+
+    with held.open("wb") as out:
+        piece = stream.read(HEAD)
+        out.write(piece)
+        out.flush()
+        check(held)
+        while piece := stream.read(1 << 20):
+            if shutil.disk_usage(held.parent).free - len(piece) < least_free:
+                raise InputError(
+                    f"standard input: the disk of {held.parent} is nearly full after {out.tell()} bytes. Set TMPDIR to a larger "
+                    "one, or give a file that ends."
+                )
+            out.write(piece)
+
+
 @contextmanager
-def _files(sources: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
+def _files(sources: tuple[str, ...], check: Callable[[Path], object]) -> Iterator[tuple[Path, ...]]:
     """The files, also shipped ones by name; standard input and a table as temporary ones, since a trace is read twice."""
     from traces.shipped import NAMES, shipped
     from traces.store import spend_logs
@@ -82,8 +105,7 @@ def _files(sources: tuple[str, ...]) -> Iterator[tuple[Path, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         if sources == ("-",):
             held = Path(folder) / "stdin"
-            with held.open("wb") as out:
-                shutil.copyfileobj(sys.stdin.buffer, out, 1 << 20)
+            _spool(sys.stdin.buffer, held, check)
         else:
             held = Path(folder) / "LiteLLM_SpendLogs.csv"
             with held.open("w", encoding="utf-8", newline="") as text:
@@ -144,16 +166,20 @@ def ingest(
     LiteLLM's database its spend log. The same file again changes nothing.
     """
     from traces.errors import InputError
-    from traces.ingest import clean_rate
+    from traces.ingest import clean_rate, recognise
     from traces.ingest import ingest as load
     from traces.store import open_store
 
     share = clean_rate(max_bad)
+
+    def check(path: Path) -> None:
+        recognise(path, format_, columns, time_unit)
+
     if "-" in files and (len(files) > 1 or not name):
         raise InputError("standard input is a trace of its own and needs a name: steelyard ingest - --name NAME")
     if any(map(_is_url, files)) and (len(files) > 1 or format_ not in (None, "litellm") or columns):
         raise InputError("the URL of a database is LiteLLM's, and a trace of its own: steelyard ingest URL --name NAME")
-    with open_store(db) as store, progress(as_json) as bars, _files(files) as paths:
+    with open_store(db) as store, progress(as_json) as bars, _files(files, check) as paths:
         size = sum(f.stat().st_size for f in paths if f.is_file())
         task = bars.add_task("read", total=size, unit="bytes")
         report = load(
