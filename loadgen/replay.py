@@ -91,6 +91,7 @@ def replay(
     warmup_s: float = 0.0,
     words: Sequence[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_live: Callable[[Live], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
     """Ask ``schedule`` of ``endpoint``, store what happened, return the run with verdict, completeness and counts.
@@ -99,6 +100,7 @@ def replay(
     the requests in turn; the first is asked for models, metrics and fleets. fleet: put in
     force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
     engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
+    on_live(live) is called before the start with what is found on the way (:mod:`loadgen.live`);
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
     steering: an online rule, asked every tick_s of the endpoint's time during the run; each role change is stored with its
     reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
@@ -204,8 +206,10 @@ def replay(
     writer = Writer(store, run.id)
     tally = Tally(warmup_s)
 
-    live = Live(len(schedule), slo)
+    live = Live(run, schedule, slo)
     swarm.watched = live.table
+    if on_live is not None:
+        on_live(live)
 
     def on_samples(readings: Sequence[Sample]) -> None:
         live.samples(readings)
@@ -224,6 +228,7 @@ def replay(
         stack.enter_context(writer)
 
         def on_start(zero: float, unix: float) -> None:
+            live.begin(zero)
             scraper = stack.enter_context(Scraper(server, dialect, zero, on_samples, scrape_s))
             if steering is not None:
                 stack.enter_context(

@@ -47,6 +47,7 @@ def question(f: Any) -> Any:
 def ask(db: str, as_json: bool, **options: Any) -> Any:
     """Open the database and advise, with a progress bar for each step."""
     from advisor.advise import advise as answer_for
+    from advisor.cli.progress import Steps
     from traces.records import Fleet
     from traces.store import open_store
 
@@ -55,19 +56,7 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     options["rate_per_s"] = options.pop("rate")
     options["current"] = Fleet.parse(options["current"]) if options["current"] else None
     with open_store(db, create=False) as store, progress(as_json) as bars:
-        return answer_for(store, note=tasks(bars), **options)
-
-
-def tasks(bars: Any) -> Any:
-    """A note function that keeps one progress bar a step."""
-    known: dict[str, Any] = {}
-
-    def note(what: str, done: int, of: int) -> None:
-        if what not in known:
-            known[what] = bars.add_task(what, total=of, note="")
-        bars.update(known[what], completed=done, total=of)
-
-    return note
+        return answer_for(store, note=Steps(bars), **options)
 
 
 @click.command(**example('steelyard advise --gpus 8 --slo "ttft<0.5s tpot<50ms" --trace azure-2023-conv --rate 12'))

@@ -47,6 +47,12 @@ def asked(f: Any) -> Any:
             metavar="HOST:PORT",
             help="Locust's web UI with live figures [without a value: 127.0.0.1:8089].",
         ),
+        click.option(
+            "--metrics-port",
+            type=click.IntRange(0, 65535),
+            metavar="PORT",
+            help="Serve live figures for Prometheus at http://127.0.0.1:PORT/metrics (0 takes a free port).",
+        ),
         click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
         click.option("--engine", default="auto", show_default=True, help="auto, reference, openai, vllm or sglang."),
@@ -275,8 +281,13 @@ def replay(
     with open_store(db, create=False) as store:
         schedule, factor = schedule_of(store, trace, options)
         schedule, strategy = _strategy(schedule, options, slo)
-        with swarm_of(options, as_json) as swarm, progress(as_json) as bars:
-            task = bars.add_task(f"replay {trace}", total=len(schedule), note="")
+        with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
+            task = bars.add_task(f"replay {trace}", total=len(schedule))
+
+            def on_live(live: Any) -> None:
+                bars.update(task, note=live.line, left=live.left_s)
+                show_to(live)
+
             try:
                 run = run_replay(
                     store,
@@ -288,6 +299,7 @@ def replay(
                     group=group,
                     rate_factor=factor,
                     on_progress=lambda done, _: bars.update(task, completed=done),
+                    on_live=on_live,
                     **arguments,
                     **strategy,
                 )
@@ -372,6 +384,19 @@ def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
         )
     with swarm:
         yield swarm
+
+
+@contextmanager
+def watched(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
+    """What gets the live figures besides the progress bar: the Prometheus endpoint that --metrics-port asks for."""
+    if options["metrics_port"] is None:
+        yield lambda live: None
+        return
+    from loadgen.exposition import exposed
+
+    with exposed(options["metrics_port"]) as (url, watch):
+        messages(as_json).print(f"Metrics at {url}", markup=False)
+        yield watch
 
 
 def show(found: dict[str, Any], run: Any) -> None:
@@ -514,13 +539,26 @@ def sweep(
         if not saturate:
             messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
         with progress(as_json) as bars:
-            task = bars.add_task("sweep", total=None if saturate else runs_planned * n, note="")
+            task = bars.add_task("sweep", total=None if saturate else runs_planned * n)
+            cell = ""
 
             def note(line: str, done: int) -> None:
-                bars.update(task, completed=done, note=line)
+                nonlocal cell
+                cell = line
+                bars.update(task, completed=done)
 
-            with swarm_of(options, as_json) as swarm, endpoint_of(endpoint, profile, wanted[0]) as url:
+            with (
+                swarm_of(options, as_json) as swarm,
+                watched(options, as_json) as show_to,
+                endpoint_of(endpoint, profile, wanted[0]) as url,
+            ):
                 where, arguments = how([url], options, slo)
+
+                def on_live(live: Any) -> None:
+                    bars.update(task, note=lambda: f"{cell}: {live.line()}")
+                    show_to(live)
+
+                arguments["on_live"] = on_live
                 if saturate:
                     found = [
                         sweeps.saturate(
