@@ -53,29 +53,34 @@ def first_probe(world: World) -> dict[str, Any]:
 
 
 def solve(world: World, draws: int = 30) -> dict[str, Any]:
-    """One scenario: probes until the advisor is sure or has had three, its answer, and what the truth says of it."""
+    """One scenario: three probes of the advisor's choice, its answer, and what the truth says of it.
+
+    Noted beside it: when the stop rule would have ended the probing, and what the answer would have lost then.
+    """
     true = sweep(world)
     data: list[RunData] = []
     command = first_probe(world)
     answer: Recommendation | None = None
+    goodput = {f: s.goodput_per_s for f, s in true.items()}
+    best = max(goodput.values())
+    stopped: dict[str, Any] = {}
     asked = []
     while len(data) < PROBES:
         asked.append(f"{command['prefill']}:{command['decode']}@{command['rate_per_s'] / world.asked.rate_per_s:.2f}")
         data.append(probe(world, command, len(data) + 1))
         start = time.perf_counter()
         try:
+            few = draws if len(data) == PROBES else draws // 2
             answer = assess(
-                data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed
+                data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=few, seed=world.seed
             )
         except NotEnoughDataError:
             command = {**command, "rate_per_s": command["rate_per_s"] / 3}
             continue
         took = time.perf_counter() - start
-        if getattr(answer, "sure", False):
-            break
+        if answer.sure and not stopped:
+            stopped = {"stopped_after": len(data), "stopped_regret": 1 - goodput[answer.best.fleet] / best}
         command = answer.next_probe
-    goodput = {f: s.goodput_per_s for f, s in true.items()}
-    best = max(goodput.values())
     losses = sorted(1 - g / best for g in goodput.values())
     row: dict[str, Any] = {
         "seed": world.seed,
@@ -92,13 +97,16 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
     if answer is None:
         return row | {"refused": "no law could be fitted", "regret": None}
     chosen = answer.best.fleet
-    row |= {
+    row |= stopped | {
+        "expected_regret": answer.regret.value,
+        "upper_regret": answer.regret.high,
+        "sure": answer.sure,
         "chosen": str(chosen),
         "refused": answer.refused,
         "regret": 1 - goodput[chosen] / best,
         "p99_regret": p99_regret(true, chosen),
         "seconds": took,
-        "baselines": {b.name: 1 - goodput[b.fleet] / best for b in getattr(answer, "baselines", [])},
+        "baselines": {b.name: 1 - goodput[b.fleet] / best for b in answer.baselines},
         "errors": {name: [] for name in HELD},
         "covered": {},
         "width": {},
@@ -162,7 +170,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"  P99 regret, easy ones         {percent(r.get('p99_regret', math.nan) for r in easy)}",
             f"  refused                       {sum(bool(r['refused']) for r in part)} of {len(part)} "
             f"({sum(bool(r['refused']) for r in part) / len(part):.1%})",
-            f"  probes                        mean {np.mean([r['probes'] for r in part]):.2f}",
+            f"  stop rule                     in {sum('stopped_after' in r for r in part)} of {len(part)} after "
+            f"{np.mean([r['stopped_after'] for r in part if 'stopped_after' in r] or [math.nan]):.2f} runs, regret then "
+            f"{percent(r['stopped_regret'] for r in part if 'stopped_regret' in r)}",
         ]
         names = sorted({name for r in hard for name in r.get("baselines", {})})
         for name in names:
