@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import ctypes
+import errno
 import gc
 import heapq
 import math
@@ -45,6 +46,9 @@ request written into a closing connection would look like a failure of the serve
 
 BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
+
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+"""Errors of connecting that are this machine's: out of file handles, memory or ports."""
 
 MAX_HEADER_BYTES = 256 * 1024
 
@@ -759,6 +763,11 @@ class Client:
         try:
             connection = await self._connect(route)
         except OSError as error:
+            if error.errno in _OURS:
+                # This machine could not send it: no failure of the server, and a run that must not be trusted.
+                flight.sent = math.nan
+                self._end(flight, "unsent", "", f"this worker could not connect: {error.strerror}")
+                return
             kind, detail = _connect_error(error)
             self._end(flight, "failed", kind, detail)
             return

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import math
+import socket
 import ssl
 import threading
 import time
@@ -102,6 +103,10 @@ class Endpoint:
             ) from None
         except TimeoutError:
             raise late from None
+        except socket.gaierror as error:
+            raise EndpointError(
+                f"{self.shown}: the host name cannot be resolved ({error.strerror}). Check the URL and the name server."
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             words = printable(str(error) or type(error).__name__)
             raise EndpointError(f"{self.shown}{path}: no HTTP answer ({words}). Check the URL.") from None

@@ -38,6 +38,7 @@ os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
 
 import gevent
 import gevent.event
+import locust.runners
 from locust.env import Environment
 from locust.event import Events
 
@@ -60,6 +61,9 @@ START_AHEAD_S = 0.5
 READY_TIMEOUT_S = 60.0
 SILENCE_S = 4.0
 """A worker that is not ours to watch is given up after this long without a heartbeat."""
+
+MASTER_SILENCE_S = 60.0
+"""A worker that hears nothing of its master for this long ends."""
 
 BLOCK = 50_000
 """Requests a message when a shard is sent."""
@@ -813,10 +817,14 @@ def _depth(parent: Ints) -> int:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[int]]:
-    """A list that grows with the first Ctrl-C, instead of an exception in the middle of a message; the second one is raised."""
+    """A list that grows with the first Ctrl-C, instead of an exception in the middle of a message; the second one is raised.
+
+    SIGTERM is the same: a pod that is taken away, or a batch system's end of time, drains and stores.
+    """
     came: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    if threading.current_thread() is not threading.main_thread() or None in before:
         yield came
         return
 
@@ -825,11 +833,13 @@ def _noted() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    signal.signal(signal.SIGINT, note)
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -886,6 +896,8 @@ def work(master: str, parent: int = 0) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sys.setswitchinterval(0.0005)  # the hub's statistics must not hold the client up for 5 ms
+    # Locust measures its master's silence by the wall clock, which a time server may set forward by more than that.
+    locust.runners.MASTER_HEARTBEAT_TIMEOUT = float("inf")  # type: ignore[assignment]
     environment = _environment()
     try:
         runner = environment.create_worker_runner(host, int(port))
@@ -897,9 +909,14 @@ def work(master: str, parent: int = 0) -> int:
     for kind in ("job", "shard", "prepare", "go", "stop", "ping", "quit"):
         runner.register_message(f"steelyard.{kind}", getattr(worker, kind))
     runner.send_message("steelyard.hello", {"pid": os.getpid(), "boot": _boot()})
+    heard, since = None, time.monotonic()
     while not worker.quitting:
         worker.flush()
         gevent.sleep(FLUSH_S)
+        if runner.last_heartbeat_timestamp != heard:
+            heard, since = runner.last_heartbeat_timestamp, time.monotonic()
+        if time.monotonic() - since > MASTER_SILENCE_S:
+            break
         if parent and os.getppid() != parent:
             break  # the master was killed
         if not runner.greenlet:

@@ -744,6 +744,7 @@ def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str) -> Non
         (["azure-2023-code", "--endpoint", "http://127.0.0.1:1"], 1, "ships with steelyard .* steelyard ingest azure-2023-code"),
         (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1"], 1, "connection refused"),
         (["azure-2023-conv", "--endpoint", "nonsense"], 1, "base URL"),
+        (["azure-2023-conv", "--endpoint", "http://no-such-host.invalid:1"], 1, "host name cannot be resolved"),
         (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--fleet", "0:8"], 1, "at least one worker"),
         (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--slo", "fast"], 1, "SLO term 'fast'"),
         (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--rate", "1", "--rate-factor", "2"], 2, "not both"),
