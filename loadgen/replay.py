@@ -230,7 +230,7 @@ def replay(
 
         def on_start(zero: float, unix: float) -> None:
             live.begin(zero)
-            scraper = stack.enter_context(Scraper(server, dialect, zero, on_samples, scrape_s))
+            scraper = stack.enter_context(Scraper(server, zero, on_samples, scrape_s, engine=dialect.name))
             if steering is not None:
                 stack.enter_context(
                     Controller(

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,10 +42,12 @@ import locust.runners
 from locust.env import Environment
 from locust.event import Events
 
+from loadgen import engines
 from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
-from loadgen.engines import EXACT, Dialect, Measure, Prompts
+from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
+from loadgen.stream import printable
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.records import ERRORS, STATUSES, Feed, Floats, Ints, Observations, Schedule
 
@@ -67,6 +69,9 @@ MASTER_SILENCE_S = 60.0
 
 BLOCK = 50_000
 """Requests a message when a shard is sent."""
+
+MOST_FACTS = 4000
+"""Characters of a request's facts."""
 
 LOOKAHEAD_S = 30.0
 """Of a feed, requests are with their workers at least this long before they are due."""
@@ -133,7 +138,34 @@ def pack(rows: list[Row]) -> dict[str, Any]:
     message["status"] = bytes(STATUSES.index(r.status) for r in rows)
     message["error"] = bytes(ERRORS.index(r.error) + 1 if r.error else 0 for r in rows)
     message["detail"] = {str(i): r.detail for i, r in enumerate(rows) if r.detail}
+    message["facts"] = {str(i): facts for i, r in enumerate(rows) if r.facts and (facts := _plain(r.facts))}
     return message
+
+
+def _plain(facts: Mapping[str, Any]) -> str:
+    """Facts as JSON; "" for what JSON cannot hold, or what is too long to be a fact."""
+    try:
+        text = json.dumps(facts, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+    return text if len(text) <= MOST_FACTS else ""
+
+
+def _facts(told: Mapping[str, str], n: int) -> dict[str, Any]:
+    """Columns of observations from facts by position: those that have a name of ours, the rest as JSON."""
+    held: dict[str, Any] = {
+        name: np.full(n, np.nan) if name.endswith("_s") else np.full(n, "", dtype=object) for name in (*FACTS, "facts")
+    } | {"cached_tokens": np.full(n, -1, dtype=np.int64)}
+    for i, text in told.items():
+        facts = json.loads(text)
+        for name in FACTS:
+            value = facts.pop(name, None)
+            if name.endswith("_worker"):
+                held[name][int(i)] = printable(str(value)) if value is not None else ""
+            elif isinstance(value, (int, float)):
+                held[name][int(i)] = value
+        held["facts"][int(i)] = json.dumps(facts, separators=(",", ":")) if facts else ""
+    return held
 
 
 class Pieces:
@@ -229,8 +261,8 @@ def unpack(
     for i, words in message["detail"].items():
         detail[int(i)] = words
     dispatch = np.where(np.isnan(columns["dispatch"]), due, columns["dispatch"] - zero)
-    return Observations(
-        index=index,
+    return Observations.of(
+        index,
         worker=np.full(n, worker, dtype=np.int64),
         due_s=dispatch if causal else due,
         dispatch_s=dispatch,
@@ -248,6 +280,7 @@ def unpack(
         status=status,
         error=error,
         detail=detail,
+        **_facts(message.get("facts", {}), n),
     )
 
 
@@ -734,7 +767,7 @@ class Swarm:
             {
                 "run": token,
                 "where": [asdict(one) | {"headers": dict(one.headers)} for one in (job.where, *job.others)],
-                "dialect": {"name": job.dialect.name, "chat": job.dialect.chat, "token_ids": job.dialect.token_ids},
+                "dialect": asdict(job.dialect),
                 "model": job.model,
                 "salt": job.salt,
                 "measure": [job.measure.offset, job.measure.per_unit],
@@ -994,6 +1027,8 @@ class _WorkerSide:
                 prompts,
                 timeout_s=job["timeout_s"],
                 connections=connections,
+                # An engine of another package that this machine lacks: its requests are made all the same, without facts.
+                engine=engines.engines().get(dialect.name),
             )
         )
         while not wait.done():
