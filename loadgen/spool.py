@@ -187,6 +187,8 @@ def _observations(columns: dict[str, list[Any]]) -> Observations:
     rows = Observations.empty(len(columns["index"]))
     columns.setdefault("dispatch_s", columns["due_s"])  # written before that column was
     for f in fields(Observations):
+        if f.name not in columns:
+            continue  # written before there was such a column
         column = getattr(rows, f.name)
         if column.dtype == np.float64:
             column[:] = [math.nan if v is None else v for v in columns[f.name]]
