@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from advisor.advise import Answer, advise
-from advisor.report import render, write_report
+from advisor.report import gather, render, write_report
 from loadgen.cluster.embedded import embedded
 from loadgen.live import Live
 from loadgen.replay import replay
@@ -136,7 +136,9 @@ def demo(
         f'--slo "{SLO}"'
     )
     path = out / "report.html"
-    page = render(answer.recommendation, answer.data, commands=[command, sweep], version=__version__, seed=seed)
-    write_report(path, page)
+    told = answer.recommendation.as_json() | {"version": __version__, "seed": seed}
+    schedule = answer.recommendation.schedule
+    page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep])
+    write_report(path, render(page))
     note("report", 1, 1)
     return Demo(runs, answer, path)

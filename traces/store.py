@@ -898,6 +898,25 @@ class Store:
             ).scalars()
             return dict(row.answer) | {"id": row.id, "created_at": row.created_at, "run_ids": list(used)}
 
+    def recommendations(self, *, kind: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """The latest answers (of a kind), newest first: id, created_at, kind, version, seed, run_ids and the answer's JSON."""
+        query = sa.select(recommendations).order_by(recommendations.c.id.desc()).limit(limit)
+        if kind is not None:
+            query = query.where(recommendations.c.kind == kind)
+        used: dict[int, list[int]] = {}
+        with self._begin() as connection:
+            rows = connection.execute(query).all()
+            links = sa.select(recommendation_runs).where(
+                recommendation_runs.c.recommendation_id.in_([row.id for row in rows])
+            )
+            for link in connection.execute(links.order_by(recommendation_runs.c.run_id)):
+                used.setdefault(link.recommendation_id, []).append(link.run_id)
+        names = ("id", "created_at", "kind", "version", "seed")
+        return [
+            {name: getattr(row, name) for name in names} | {"run_ids": used.get(row.id, []), "answer": dict(row.answer)}
+            for row in rows
+        ]
+
     def compare_schema(self) -> list[Any]:
         """What ``alembic check`` would report: differences between the database and this version's tables."""
         from alembic.autogenerate import compare_metadata
