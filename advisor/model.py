@@ -152,8 +152,11 @@ class Fit:
         return ""
 
 
-def fit_laws(data: Sequence[RunData], *, seed: int = 0) -> Fit:
-    """Fit all stages. NotEnoughDataError when a stage has no rows at all."""
+def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) -> Fit:
+    """Fit all stages. NotEnoughDataError when a stage has no rows at all.
+
+    residuals False: only the laws and what was seen, for who leaves runs out one after the other.
+    """
     decode, knee, decode_law = _decode_step(data)
     quiet = Rows.concat([quiet_rows(one, i) for i, one in enumerate(data)])
     if len(quiet) < 8:
@@ -166,12 +169,12 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0) -> Fit:
     profile = _tidy(found.best.profile, space)
     seen = _seen(data, profile)
     warnings: list[str] = []
-    residuals = []
-    for one in data:
+    found_residuals: list[dict[str, float]] = []
+    for one in data if residuals else ():
         predicted = simulate(asked(one.observations), Fleet(one.prefill, one.decode), profile).observations
         slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
-        residuals.append(log_ratios(summarise(predicted, slo), summarise(_from_sent(one.observations), slo)))
-        worst = max(residuals[-1].items(), key=lambda item: abs(item[1]), default=("", 0.0))
+        found_residuals.append(log_ratios(summarise(predicted, slo), summarise(_from_sent(one.observations), slo)))
+        worst = max(found_residuals[-1].items(), key=lambda item: abs(item[1]), default=("", 0.0))
         if abs(worst[1]) > math.log(1.25):
             warnings.append(
                 f"the laws miss run {one.run.id} ({one.run.fleet}): {worst[0]} predicted "
@@ -179,7 +182,7 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0) -> Fit:
             )
     spread = {}
     for name in METRICS:
-        values = [r[name] for r in residuals if name in r]
+        values = [r[name] for r in found_residuals if name in r]
         spread[name] = float(np.sqrt(np.mean(np.square(values)))) if values else 0.0
     laws = [
         replace(decode_law, coefficients={"c0_s": profile.c0_s, "c1_s": profile.c1_s, "c2_s": profile.c2_s}),
@@ -217,8 +220,8 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0) -> Fit:
     ]
     if knee:
         laws[0].coefficients.update(knee_batch=float(profile.knee_batch), knee_s=profile.knee_s)
-    fit = Fit(profile, laws, seen, residuals, spread, warnings, data, found)
-    return replace(fit, scores=_left_out(fit, seed)) if len(data) >= CALIBRATED_RUNS else fit
+    fit = Fit(profile, laws, seen, found_residuals, spread, warnings, data, found)
+    return replace(fit, scores=_left_out(fit, seed)) if residuals and len(data) >= CALIBRATED_RUNS else fit
 
 
 def log_ratios(ours: object, theirs: object) -> dict[str, float]:
