@@ -14,12 +14,16 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from traces.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -350,6 +354,18 @@ class Observations:
     def take(self, which: npt.NDArray[Any]) -> Observations:
         """The rows picked by a mask or by positions."""
         return Observations(**{name: getattr(self, name)[which] for name in self.columns()})
+
+    def to_arrow(self) -> pyarrow.Table:
+        """All columns and the derived latencies as an Arrow table (:mod:`traces.frames`)."""
+        from traces.frames import to_arrow
+
+        return to_arrow(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All columns and the derived latencies as a pandas frame (:mod:`traces.frames`)."""
+        from traces.frames import to_pandas
+
+        return to_pandas(self)
 
     def asked(self, name: str) -> Schedule:
         """What the rows asked for, with the lengths that the server counted, as a schedule."""

@@ -510,7 +510,8 @@ def sweep(
     Ctrl-C too.
     """
     from advisor.cli.run_verbs import table
-    from loadgen import sweep as sweeps
+    from loadgen.sweep import saturate as search
+    from loadgen.sweep import sweep as measure
     from traces.measures import Slo
     from traces.records import Fleet
     from traces.shape import to_rate
@@ -561,7 +562,7 @@ def sweep(
                 arguments["on_live"] = on_live
                 if saturate:
                     found = [
-                        sweeps.saturate(
+                        search(
                             store,
                             swarm,
                             lambda rate: to_rate(schedules[0], rate),
@@ -578,7 +579,7 @@ def sweep(
                     ]
                     return _saturated(found, group, slo, attainment, as_json)
                 seed = arguments.pop("seed")
-                group, runs, drift = sweeps.sweep(
+                group, runs, drift = measure(
                     store,
                     swarm,
                     schedules,
