@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from advisor import cost as costs
+from advisor.choose import Choice, choose
 from advisor.features import RunData
 from advisor.recommend import Note, Recommendation, recommend
+from advisor.windows import Question
 from traces import __version__
 from traces.errors import InputError, NotEnoughDataError
 from traces.measures import Slo
@@ -20,11 +24,24 @@ DEFAULT_SLO = "ttft<0.5s tpot<50ms"
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A recommendation, its row's id, and the runs it rests on."""
+    """A recommendation, its row's id, and the runs it rests on. choice: which strategy, where one was asked for; extra: keys of
+    the JSON that other questions added (cost)."""
 
     id: int
     recommendation: Recommendation
     data: list[RunData]
+    choice: Choice | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of ``advise --json``; what is stored is the same without ``recommendation``, the row's id."""
+        return _merged(self.recommendation, self.choice, self.extra) | {"recommendation": self.id}
+
+
+def _merged(answer: Recommendation, choice: Choice | None, extra: dict[str, Any]) -> dict[str, Any]:
+    said = answer.as_json() | (choice.as_json() if choice else {}) | extra
+    said["warnings"] = answer.warnings + (choice.warnings if choice else [])
+    return said
 
 
 def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
@@ -85,10 +102,16 @@ def advise(
     seed: int = 0,
     schedule: Schedule | None = None,
     note: Note | None = None,
+    strategy: str | None = None,
+    deadline_s: float | None = None,
+    gpu_hour_usd: float | None = None,
+    target_rate_per_s: float | None = None,
 ) -> Answer:
     """Recommend a split from stored runs and store the answer.
 
-    Defaults: the GPUs of the latest run's fleet, its SLO, its trace at the recorded rate.
+    Defaults: the GPUs of the latest run's fleet, its SLO, its trace at the recorded rate. strategy: one of
+    :data:`advisor.choose.STRATEGIES`, whether it should ever move; None does not ask. deadline_s: how long after its arrival
+    an answer may come, if requests can wait. gpu_hour_usd, target_rate_per_s: see :mod:`advisor.cost`.
     """
     runs = choose_runs(store, ids=run_ids, group=group, endpoint=endpoint)
     latest = runs[-1]
@@ -122,8 +145,39 @@ def advise(
     )
     if not (slo or latest.slo):
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
+    choice = None
+    if strategy is not None:
+        workers = answer.best.fleet.workers
+        splits = tuple(c.fleet for c in answer.candidates if c.fleet.workers == workers)
+        choice = choose(
+            answer.schedule,
+            Question(answer.fit.profile, wanted, splits),
+            answer.best.fleet,
+            gpus_per_worker=per_worker,
+            asked=strategy,
+            deadline_s=deadline_s,
+            seed=seed,
+            note=note or (lambda what, done, of: None),
+        )
+    extra: dict[str, Any] = {}
+    if gpu_hour_usd is not None:
+        extra["cost"] = costs.as_json(costs.cost(answer, gpu_hour_usd, per_worker))
+    if target_rate_per_s is not None:
+        extra["needed"] = costs.as_json(
+            costs.needed(
+                answer,
+                target_rate_per_s,
+                attainment=attainment,
+                gpus_per_worker=per_worker,
+                gpu_hour_usd=gpu_hour_usd,
+            )
+        )
     number = store.add_recommendation(
-        "static", answer.as_json() | {"version": __version__}, answer.runs, answer.data_hash, seed
+        "static",  # the kind of answer: a split (the study of strategies is another kind); its strategy is in it
+        _merged(answer, choice, extra) | {"version": __version__},
+        answer.runs,
+        answer.data_hash,
+        seed,
     )
     kept = set(answer.runs)
-    return Answer(number, answer, [one for one in data if one.run.id in kept])
+    return Answer(number, answer, [one for one in data if one.run.id in kept], choice, extra)

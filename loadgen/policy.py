@@ -1,19 +1,22 @@
 """Who does what, and when roles change: pure functions, the same in the simulator and against a live endpoint.
 
-baseline: :func:`next_phase`. online: :class:`CountRule` (the report's) and :class:`BacklogRule` (ours). offline:
+baseline: :func:`next_phase`. online: :class:`CountRule` (the report's), :class:`EasyRule` (Dynamo's), :class:`BacklogRule`
+and :class:`DemandRule` (ours), each by :func:`rule_of` from the ``thresholds{}`` of an answer. offline:
 :func:`groups` (the report's) and :func:`order`. static: :func:`report_split` (the report's formula), :func:`balanced`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from loadgen.cluster.laws import Profile
+from traces.errors import InputError
 from traces.measures import Slo
 from traces.records import Fleet, Ints, Sample
 
@@ -41,19 +44,21 @@ def _step_s(laws: Profile, batch: float, context: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Queues:
-    """What a policy sees of the servers at one instant: sums over the workers of a role."""
+    """What a policy sees of the servers at one instant: sums over the workers of a role; prompt tokens processed, of all."""
 
     prefill_waiting: int = 0
     prefill_waiting_tokens: int = 0
     decode_waiting: int = 0
     decode_running: int = 0
     decode_context_tokens: int = 0
+    prompt_tokens_total: int = 0
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Queues:
         """Sums of one reading of every worker; what a server does not report counts as 0."""
-        total = dict.fromkeys(("pw", "pt", "dw", "dr", "dc"), 0.0)
+        total = dict.fromkeys(("pw", "pt", "dw", "dr", "dc", "all"), 0.0)
         for s in samples:
+            total["all"] += s.prompt_tokens_total or 0
             if s.role == "prefill":
                 total["pw"] += s.waiting_requests or 0
                 total["pt"] += s.waiting_tokens or 0
@@ -67,12 +72,13 @@ class Queues:
 @dataclass(frozen=True, slots=True)
 class State:
     """What a rule remembers from tick to tick. wish: "prefill" or "decode", where a worker is wanted, since when; moved:
-    where the last one was sent, when."""
+    where the last one was sent, when; seen: what a rule of demand knows of the traffic so far."""
 
     wish: str = ""
     since_s: float = math.nan
     moved: str = ""
     moved_s: float = -math.inf
+    seen: Demand | None = None
 
 
 class OnlineRule(Protocol):
@@ -85,10 +91,10 @@ class OnlineRule(Protocol):
         ...
 
 
-def _towards(fleet: Fleet, role: str) -> Fleet | None:
-    """One worker moved; None where that would leave a role without any."""
+def _towards(fleet: Fleet, role: str, floor: tuple[int, int] = (1, 1)) -> Fleet | None:
+    """One worker moved; None where that would leave the donors fewer than their floor (prefill, decode)."""
     step = 1 if role == "prefill" else -1
-    if fleet.prefill + step < 1 or fleet.decode - step < 1:
+    if (role == "decode" and fleet.prefill + step < floor[0]) or (role == "prefill" and fleet.decode - step < floor[1]):
         return None
     return replace(fleet, prefill=fleet.prefill + step, decode=fleet.decode - step)
 
@@ -118,10 +124,11 @@ class BacklogRule:
 
     Seconds of backlog: prefill (b + c E[n]) tokens / P; decode E[m] tau(B) / (B D) for each answer that waits or for
     which D workers have no place, with B the batch a worker runs. A worker moves to the stage whose backlog exceeds
-    ``more_s`` and ``ratio`` times the other's for ``dwell_s``, if the donors are left with less backlog than the
-    receivers have, and, where the SLO limits TPOT, if the decode step after the move keeps it. A decode step over that
-    limit counts as a backlog of its own. Workers already on their way count as arrived; for ``cool_s`` after a move
-    nothing moves the other way, nor while a worker drains or flips (2 -> 1 -> 2 costs two flips and gains nothing).
+    ``more_s`` and ``ratio`` times the other's for ``dwell_s``, if the donors are left with at most ``less_s`` and with less
+    backlog than the receivers have, and, where the SLO limits TPOT, if the decode step after the move keeps it. A decode
+    step over ``tpot_share`` of that limit counts as a backlog of its own. No role goes below its ``floor`` (prefill, decode).
+    Workers already on their way count as arrived; for ``cool_s`` after a move nothing moves the other way, nor while a worker
+    drains or flips (2 -> 1 -> 2 costs two flips and gains nothing).
     """
 
     laws: Profile
@@ -132,6 +139,9 @@ class BacklogRule:
     ratio: float = 2.0
     dwell_s: float = 0.0
     cool_s: float = 5.0
+    less_s: float = math.inf
+    tpot_share: float = 1.0
+    floor: tuple[int, int] = (1, 1)
 
     def prefill_s(self, queues: Queues, workers: int) -> float:
         """Seconds that ``workers`` need for the prompts that wait."""
@@ -156,13 +166,13 @@ class BacklogRule:
         """Would the decode step of this many workers break the TPOT limit?"""
         limit = self.slo.limit("tpot")
         batch = min((queues.decode_running + queues.decode_waiting) / workers, self.laws.max_batch)
-        return limit is not None and self.step_s(batch) > limit
+        return limit is not None and self.step_s(batch) > limit * self.tpot_share
 
     def _move(self, queues: Queues, fleet: Fleet, wish: str) -> Fleet | None:
         """As many workers as leave the donors with less backlog than the receivers would have without them; None for none."""
         found: Fleet | None = None
         here = fleet
-        while (there := _towards(here, wish)) is not None:
+        while (there := _towards(here, wish, self.floor)) is not None:
             if wish == "prefill":
                 has, leaves = self.prefill_s(queues, here.prefill), self.decode_s(queues, there.decode)
                 fine = has > self.more_s and leaves * self.ratio < has and not self._slow(queues, there.decode)
@@ -171,7 +181,7 @@ class BacklogRule:
                 fine = (has > self.more_s and leaves * self.ratio < has) or (
                     self._slow(queues, here.decode) and leaves < self.more_s
                 )
-            if not fine:
+            if not fine or leaves > self.less_s:
                 break
             found = here = there
         return found
@@ -197,6 +207,226 @@ class BacklogRule:
             return state, None, ""
         why = f"{p:.2f} s of prompts and {d:.2f} s of answers wait" + (", decode steps over the limit" if slow else "")
         return State(moved=wish, moved_s=now_s), target, why
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What has been seen of the traffic at an instant. arrived: prompt tokens so far, done or waiting. active: sequences in
+    decode, running or waiting. rate, slow_rate: prompt tokens a second, smoothed over a short and a long memory; growth:
+    sequences a second by which ``active`` changes, smoothed; slow_active: ``active`` over the long memory.
+    """
+
+    at_s: float
+    arrived: float
+    active: float
+    rate: float = math.nan
+    slow_rate: float = math.nan
+    growth: float = 0.0
+    slow_active: float = math.nan
+
+    def next(self, at_s: float, arrived: float, active: float, memory_s: float) -> Demand:
+        """With another reading."""
+        dt = at_s - self.at_s
+        if dt <= 0:
+            return self
+        # A counter that fell is a worker that went away, with what it had counted.
+        rate, growth = max(0.0, arrived - self.arrived) / dt, (active - self.active) / dt
+        short, long = 1 - math.exp(-dt / memory_s), 1 - math.exp(-dt / (LONG_MEMORY * memory_s))
+        if math.isnan(self.rate):
+            return Demand(at_s, arrived, active, rate, rate, 0.0, active)
+        return Demand(
+            at_s,
+            arrived,
+            active,
+            self.rate + short * (rate - self.rate),
+            self.slow_rate + long * (rate - self.slow_rate),
+            self.growth + short * (growth - self.growth),
+            self.slow_active + long * (active - self.slow_active),
+        )
+
+
+HARMONICS = 3
+"""Sines and cosines of the clock in a :class:`Forecast` with a period."""
+
+LONG_MEMORY = 8.0
+"""The long memory of a :class:`Demand` is that many times the short one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A linear regression, by its numbers: what comes ``ahead_s`` later from what is seen now and when it is.
+
+    rate, active: coefficients of :func:`forecast_features` for prompt tokens a second, and for sequences in decode. period_s: of
+    the clock features, seconds from schedule zero; 0 has none.
+    """
+
+    rate: tuple[float, ...]
+    active: tuple[float, ...]
+    period_s: float = 0.0
+
+    def of(self, seen: Demand) -> tuple[float, float]:
+        """(prompt tokens a second, sequences in decode), not below 0."""
+        x = forecast_features(seen, self.period_s)
+        return (
+            max(0.0, sum(a * b for a, b in zip(self.rate, x, strict=True))),
+            max(0.0, sum(a * b for a, b in zip(self.active, x, strict=True))),
+        )
+
+
+def forecast_features(seen: Demand, period_s: float) -> list[float]:
+    """What a :class:`Forecast` looks at: 1, both rates, sequences, their growth and slow mean, sines and cosines of the clock."""
+    x = [1.0, seen.rate, seen.slow_rate, seen.active, seen.growth, seen.slow_active]
+    if period_s:
+        for k in range(1, HARMONICS + 1):
+            turn = 2 * math.pi * k * seen.at_s / period_s
+            x += [math.sin(turn), math.cos(turn)]
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class DemandRule:
+    """Our online rule by load: how busy each role will be when a worker that is asked now is there, for every split.
+
+    Load of P prefill workers: (seconds of prefill work that arrive a second + backlog in seconds / ``clear_s``) / (P
+    ``target``): a backlog is to be gone within ``clear_s``. Load of D decode workers: the largest of decode step /
+    (``tpot_share`` of the TPOT limit), batch / most sequences, and context / KV capacity, with the sequences expected
+    ``ahead_s`` from now (those there and their growth, or by ``forecast``). Where a load reaches ``up``, and another split has
+    a largest load that is ``gain`` lower (the check of what the move would leave), for ``dwell_s``, that split is asked for
+    at once, however many workers it takes. No role goes below its ``floor``; for ``cool_s`` after a move, and while a worker
+    drains or flips, nothing moves the other way. memory_s: over how long arrivals are averaged.
+    """
+
+    laws: Profile
+    mean_prompt: float
+    mean_output: float
+    slo: Slo = field(default_factory=Slo)
+    up: float = 1.0
+    gain: float = 0.1
+    target: float = 0.85
+    clear_s: float = 2.0
+    ahead_s: float = 2.0
+    memory_s: float = 5.0
+    tpot_share: float = 0.9
+    dwell_s: float = 0.0
+    cool_s: float = 5.0
+    floor: tuple[int, int] = (1, 1)
+    forecast: Forecast | None = None
+
+    @property
+    def token_s(self) -> float:
+        """Seconds of a prefill worker a prompt token of mean length takes, in a full step."""
+        p = self.laws
+        together = max(1.0, min(p.max_batch_requests, p.max_batch_tokens / max(self.mean_prompt, 1.0)))
+        step = p.a_s / (together * max(self.mean_prompt, 1.0))
+        return p.b_s_per_token + p.c_s_per_token2 * self.mean_prompt + step
+
+    @property
+    def step_limit_s(self) -> float:
+        """How long a decode step may take: of the TPOT limit, else of the E2E limit, else twice a lone step."""
+        limit, whole = self.slo.limit("tpot"), self.slo.limit("e2e")
+        if limit is None:
+            alone = _step_s(self.laws, 1.0, self.mean_prompt + self.mean_output / 2)
+            limit = max(alone, whole / self.mean_output) if whole is not None else 2 * alone
+        return limit * self.tpot_share
+
+    def loads(self, rate: float, active: float, queues: Queues, fleet: Fleet) -> tuple[float, float]:
+        """(prefill, decode); 1 is a role that is just big enough. rate: prompt tokens a second."""
+        p = self.laws
+        backlog = waiting_tokens(queues, self.mean_prompt) * self.token_s
+        prefill = (rate * self.token_s + backlog / self.clear_s) / (fleet.prefill * self.target)
+        running = queues.decode_running
+        context = queues.decode_context_tokens / running if running else self.mean_prompt + self.mean_output / 2
+        batch = max(1.0, active / fleet.decode)
+        decode = max(
+            _step_s(p, min(batch, p.max_batch), context) / self.step_limit_s,
+            active / (fleet.decode * p.max_batch),
+            active * context / (fleet.decode * p.kv_tokens) if p.kv_tokens else 0.0,
+        )
+        return prefill, decode
+
+    def decide(
+        self, state: State, queues: Queues, fleet: Fleet, changing: int, now_s: float
+    ) -> tuple[State, Fleet | None, str]:
+        """See :class:`OnlineRule`."""
+        active = float(queues.decode_running + queues.decode_waiting)
+        arrived = queues.prompt_tokens_total + waiting_tokens(queues, self.mean_prompt)
+        seen = state.seen.next(now_s, arrived, active, self.memory_s) if state.seen else Demand(now_s, arrived, active)
+        state = replace(state, seen=seen)
+        if math.isnan(seen.rate):
+            return state, None, ""
+        rate, later = self.forecast.of(seen) if self.forecast else (seen.rate, active + seen.growth * self.ahead_s)
+        later = max(later, active)  # what is there now does not wait for a forecast
+
+        def worst(one: Fleet) -> float:
+            return max(self.loads(rate, later, queues, one))
+
+        here = worst(fleet)
+        if here < self.up:
+            return replace(state, wish="", since_s=math.nan), None, ""
+        workers = fleet.prefill + fleet.decode
+        splits = [
+            replace(fleet, prefill=k, decode=workers - k) for k in range(self.floor[0], workers - self.floor[1] + 1)
+        ]
+        best = min(splits, key=lambda one: (worst(one), abs(one.prefill - fleet.prefill)), default=fleet)
+        wish = "prefill" if best.prefill > fleet.prefill else "decode"
+        back = state.moved and wish != state.moved and (changing or now_s < state.moved_s + self.cool_s)
+        if best == fleet or worst(best) > here - self.gain or back:
+            return replace(state, wish="", since_s=math.nan), None, ""
+        if state.wish != wish:
+            state = replace(state, wish=wish, since_s=now_s)
+        if now_s - state.since_s < self.dwell_s:
+            return state, None, ""
+        prefill, decode = self.loads(rate, later, queues, fleet)
+        why = f"load of prefill {prefill:.2f} and decode {decode:.2f}, {worst(best):.2f} at most with {best}"
+        return State(moved=wish, moved_s=now_s, seen=seen), best, why
+
+
+def waiting_tokens(queues: Queues, mean_prompt: float) -> float:
+    """Prompt tokens that wait; a server that counts requests only gets prompts of mean length."""
+    return queues.prefill_waiting_tokens or queues.prefill_waiting * mean_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class EasyRule:
+    """NVIDIA Dynamo's planner in easy mode (ai-dynamo 1.6.1), read for a fixed number of workers.
+
+    Prefill wants a worker at ``prefill_up`` x context of queued tokens a worker and can spare one below ``prefill_down``;
+    decode at a KV use of ``decode_up`` and below ``decode_down``. Its two pools scale on their own; where the workers are
+    given, one moves when a role wants it and the other can spare it without then wanting it back. context: tokens of the
+    longest request. Thresholds: throughput mode; latency mode is 0.1, 0, 0.4, 0.1. Where the KV cache has no limit, the
+    share of the batch stands for its use.
+    """
+
+    laws: Profile
+    context: float
+    prefill_up: float = 1.0
+    prefill_down: float = 0.1
+    decode_up: float = 1.0
+    decode_down: float = 0.6
+
+    def decide(
+        self, state: State, queues: Queues, fleet: Fleet, changing: int, now_s: float
+    ) -> tuple[State, Fleet | None, str]:
+        """See :class:`OnlineRule`."""
+
+        def queued(workers: int) -> float:
+            return queues.prefill_waiting_tokens / (workers * self.context)
+
+        def used(workers: int) -> float:
+            if self.laws.kv_tokens:
+                waits = queues.decode_waiting * self.context / 2
+                return (queues.decode_context_tokens + waits) / (workers * self.laws.kv_tokens)
+            return (queues.decode_running + queues.decode_waiting) / (workers * self.laws.max_batch)
+
+        p, d = queued(fleet.prefill), used(fleet.decode)
+        target = None
+        if p >= self.prefill_up and d < self.decode_down and fleet.decode > 1:
+            target = _towards(fleet, "prefill") if used(fleet.decode - 1) < self.decode_up else None
+        elif d > self.decode_up and p <= self.prefill_down and fleet.prefill > 1:
+            target = _towards(fleet, "decode") if queued(fleet.prefill - 1) < self.prefill_up else None
+        if changing:
+            target = None
+        return state, target, f"{p:.2f} contexts queued, {d:.0%} of the KV cache used" if target else ""
 
 
 class Steering:
@@ -291,3 +521,56 @@ def balanced(prompt: Ints, output: Ints, laws: Profile, gpus: int) -> Fleet:
     first += laws.a_s * max(len(prompt) / laws.max_batch_requests, float(np.sum(prompt)) / laws.max_batch_tokens)
     second = float(np.sum(output)) * step / batch
     return _split(round(first / (first + second) * gpus), gpus)
+
+
+# --- a rule as a table ----------------------------------------------------------------------------------------------
+
+RULES: dict[str, type[DemandRule] | type[BacklogRule]] = {"demand": DemandRule, "backlog": BacklogRule}
+"""Rules that an answer's ``thresholds{}`` can name."""
+
+
+def table_of(rule: DemandRule | BacklogRule) -> dict[str, Any]:
+    """The numbers of a rule: all that :func:`rule_of` needs, as JSON can hold it."""
+    values = asdict(rule)
+    values["laws"], values["slo"] = rule.laws.to_toml(), str(rule.slo)
+    values["floor"] = {"prefill": rule.floor[0], "decode": rule.floor[1]}
+    if math.isinf(values.get("less_s", 0.0)):
+        values["less_s"] = None
+    return {"rule": "demand" if isinstance(rule, DemandRule) else "backlog"} | values
+
+
+def rule_of(table: Mapping[str, Any], where: str) -> DemandRule | BacklogRule:
+    """A rule from the table of an answer or a file. InputError names the key that is wrong; other keys are passed over."""
+    kind = RULES.get(str(table.get("rule")))
+    if kind is None:
+        raise InputError(f"{where}: rule must be one of {', '.join(RULES)} (got {table.get('rule')!r}).")
+    values: dict[str, Any] = {}
+    for f in fields(kind):
+        value = table.get(f.name)
+        if value is None:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise InputError(f"{where}: {f.name} is missing from the thresholds.")
+            continue
+        try:
+            if f.name == "laws":
+                values[f.name] = Profile.from_table(tomllib.loads(str(value)), where)
+            elif f.name == "slo":
+                values[f.name] = Slo.parse(value) if value else Slo()
+            elif f.name == "floor":
+                values[f.name] = int(value["prefill"]), int(value["decode"])
+            elif f.name == "forecast":
+                rate, active = (tuple(float(x) for x in value[key]) for key in ("rate", "active"))
+                period = float(value.get("period_s", 0.0))
+                length = len(forecast_features(Demand(0.0, 0.0, 0.0), period))
+                if len(rate) != length or len(active) != length:
+                    raise ValueError
+                values[f.name] = Forecast(rate, active, period)
+            else:
+                values[f.name] = float(value)
+                if not math.isfinite(values[f.name]):
+                    raise ValueError
+        except (TypeError, ValueError, KeyError, tomllib.TOMLDecodeError):
+            raise InputError(f"{where}: {f.name} of the thresholds cannot be read (got {value!r:.80}).") from None
+    if min(values.get("floor", (1, 1))) < 1:
+        raise InputError(f"{where}: each role needs a floor of at least one worker.")
+    return kind(**values)

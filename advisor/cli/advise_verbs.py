@@ -47,7 +47,6 @@ def question(f: Any) -> Any:
 def ask(db: str, as_json: bool, **options: Any) -> Any:
     """Open the database and advise, with a progress bar for each step."""
     from advisor.advise import advise as answer_for
-    from advisor.cli.progress import Steps
     from traces.records import Fleet
     from traces.store import open_store
 
@@ -56,25 +55,65 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     options["rate_per_s"] = options.pop("rate")
     options["current"] = Fleet.parse(options["current"]) if options["current"] else None
     with open_store(db, create=False) as store, progress(as_json) as bars:
-        return answer_for(store, note=Steps(bars), **options)
+        return answer_for(store, note=tasks(bars), **options)
+
+
+def tasks(bars: Any) -> Any:
+    """A note function that keeps one progress bar a step."""
+    known: dict[str, Any] = {}
+
+    def note(what: str, done: int, of: int) -> None:
+        if what not in known:
+            known[what] = bars.add_task(what, total=of, note="")
+        bars.update(known[what], completed=done, total=of)
+
+    return note
 
 
 @click.command(**example('steelyard advise --gpus 8 --slo "ttft<0.5s tpot<50ms" --trace azure-2023-conv --rate 12'))
 @question
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "static", "online", "offline"]),
+    default="auto",
+    show_default=True,
+    help="Whether the split should stand still, move by thresholds, or work be collected and ordered; auto chooses.",
+)
+@click.option(
+    "--deadline",
+    "deadline_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="How long after its arrival an answer may come, if requests can wait: offline is considered.",
+)
+@click.option(
+    "--gpu-hour-usd", type=click.FloatRange(min=0, min_open=True), help="Price of a GPU hour: cost a million tokens."
+)
+@click.option(
+    "--target-rate",
+    "target_rate_per_s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Requests per second: how many GPUs keep the SLO then?",
+)
 @click.option("--profile-out", type=click.Path(dir_okay=False, path_type=Path), help="Write the fitted laws as TOML.")
 @json_option
 @db_option
 def advise(db: str, as_json: bool, profile_out: Path | None, **options: Any) -> None:
-    """Recommend a P:D ratio from stored runs: fitted laws, every split simulated on the trace, with intervals."""
+    """Recommend a P:D ratio from stored runs: fitted laws, every split simulated on the trace, with intervals.
+
+    And whether it should ever move: the thresholds of the answer run as they are with replay --policy online
+    --recommendation ID.
+    """
     answer = ask(db, as_json, **options)
     if profile_out:
         from advisor.report import write_report
 
         write_report(profile_out, answer.recommendation.fit.profile.to_toml())
     if as_json:
-        emit_json(answer.recommendation.as_json() | {"recommendation": answer.id})
+        emit_json(answer.as_json())
     else:
         show(answer.recommendation)
+        show_choice(answer)
 
 
 def show(recommendation: Any, as_json: bool = False) -> None:
@@ -112,6 +151,62 @@ def show(recommendation: Any, as_json: bool = False) -> None:
     console.print(f"Next: {r.next_probe['command']}  ({r.next_probe['why']})", markup=False)
 
 
+def show_choice(answer: Any) -> None:
+    """Print which strategy, the thresholds and the cost for people."""
+    from rich.table import Table
+
+    console = messages()
+    choice = answer.choice
+    console.print(f"Strategy: {choice.strategy}. {choice.why}.", markup=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("strategy", "fleet", "per s", "regret", "switches/h", ""):
+        table.add_column(name, justify="left" if name in ("strategy", "fleet", "") else "right")
+    for arm in choice.arms:
+        regret = f"{arm.regret:.1%}" if arm.regret == arm.regret else "-"
+        table.add_row(
+            arm.strategy, arm.fleet, f"{arm.goodput_per_s:.4g}", regret, f"{arm.switches_per_h:.3g}", arm.note
+        )
+    console.print(table, markup=False)
+    said = choice.online.as_json() if choice.online else {}
+    if said.get("rule"):
+        up, decode = said["prefill"], said["decode"]
+        console.print(
+            f"Thresholds, from {choice.online.start}: prefill asks for a worker at {up['up_backlog_s']:.3g} s of backlog "
+            f"({up['up_waiting_tokens']:.0f} waiting tokens a worker), gives below {up['down_backlog_s']:.3g} s; decode asks at "
+            f"{decode['up_running_requests']:.0f} sequences a worker, gives below {decode['down_running_requests']:.0f}; dwell "
+            f"{said['dwell_s']:g} s, cool-down {said['cool_s']:.3g} s, floor {said['floor']['prefill']}:"
+            f"{said['floor']['decode']}. {said['forecast_note']}.",
+            markup=False,
+        )
+        console.print(
+            f"Run them: steelyard replay TRACE --endpoint URL --policy online --recommendation {answer.id}",
+            markup=False,
+        )
+    if said.get("break_even_s") is not None:
+        console.print(
+            f"A change of mix pays for a move and back when it lasts {said['break_even_s']:.3g} s.", markup=False
+        )
+    if answer.extra.get("cost"):
+        dollars = answer.extra["cost"]
+        a, b = (dollars[f"usd_per_m_{k}output_tokens"] for k in ("", "good_"))
+        console.print(
+            f"Cost: ${a['value']:.4g} [{a['low']:.4g}, {a['high']:.4g}] a million output tokens, ${b['value']:.4g} "
+            f"[{b['low']:.4g}, {b['high']:.4g}] within the SLO, on {dollars['gpus']} GPUs at "
+            f"${dollars['gpu_hour_usd']:g} an hour.",
+            markup=False,
+        )
+    if answer.extra.get("needed"):
+        n = answer.extra["needed"]
+        price = f", ${n['usd_per_hour']:.4g} an hour" if n["usd_per_hour"] is not None else ""
+        console.print(
+            f"For {n['target_rate_per_s']:g} req/s: {n['gpus']} GPUs as {n['prefill']}:{n['decode']}{price}; {n['high']} at "
+            "the low end of the goodput interval.",
+            markup=False,
+        )
+    for warning in choice.warnings:
+        console.print(f"note: {warning}", markup=False)
+
+
 def interval(candidate: Any, name: str, unit: float = 1.0) -> str:
     """``12.3 [11.9, 12.6]``."""
     import math
@@ -128,106 +223,28 @@ def interval(candidate: Any, name: str, unit: float = 1.0) -> str:
 @click.command(**example("steelyard report --gpus 8 --out report.html"))
 @question
 @click.option(
-    "--recommendation",
-    "number",
-    metavar="ID",
-    help="Report a stored answer: its number, or 'latest'; with --run, of these runs [default: advise now].",
-)
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["html", "md", "json", "pdf"]),
-    default="html",
-    show_default=True,
-    help="One HTML file, Markdown, JSON, or a PDF that Chromium prints.",
-)
-@click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File to write [default: report.FORMAT].",
+    default="report.html",
+    show_default=True,
+    help="File to write.",
 )
 @json_option
 @db_option
-def report(db: str, as_json: bool, out: Path | None, number: str | None, form: str, **options: Any) -> None:
-    """Write the answer with its evidence: one self-contained page, or the same as Markdown, JSON or PDF.
-
-    Without --recommendation the runs are asked now, as steelyard advise does. Where they cannot answer, the report says why and
-    shows what they measured, and the exit code is that of steelyard advise.
-    """
+def report(db: str, as_json: bool, out: Path, **options: Any) -> None:
+    """Advise, and write the answer with its evidence as one self-contained HTML page."""
     import shlex
     import sys
 
-    from advisor import report as made
-    from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError
-    from traces.store import open_store, redact
+    from advisor.report import render, write_report
+    from traces import __version__
 
-    context = click.get_current_context()
-    out = out or Path(f"report.{form}")
-    commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:])])]
-    refusal: SteelyardError | None = None
-    with open_store(db, create=False) as store:
-        if number is not None:
-            given = [p for p in options if p != "run_ids" and _given(context, p)]
-            if given:
-                raise click.UsageError(f"--{given[0].replace('_', '-')} asks anew: leave out --recommendation.")
-            answer = _stored(store, number)
-            page = made.gather(store, answer, run_ids=options["run_ids"], commands=commands)
-        else:
-            try:
-                found = ask(db, as_json, **options)
-            except (NotEnoughDataError, NoFleetError) as error:
-                refusal = error
-                page = _refused(store, error, options, commands)
-                answer = page.answer
-            else:
-                from traces import __version__
-
-                answer = found.recommendation.as_json() | {"version": __version__, "seed": options["seed"]}
-                schedule = found.recommendation.schedule
-                page = made.gather(store, answer, data=found.data, schedule=schedule, commands=commands)
-    made.write_report(out, made.pdf(made.render(page)) if form == "pdf" else made.text_of(page, form))
-    if refusal is not None:
-        messages(as_json).print(f"Written: {out} (what was measured, and why that is no answer)", markup=False)
-        raise refusal
+    seed = options["seed"]
+    answer = ask(db, as_json, **options)
+    command = shlex.join(["steelyard", *(a for a in sys.argv[1:] if "://" not in a)])
+    page = render(answer.recommendation, answer.data, commands=[command], version=__version__, seed=seed)
+    write_report(out, page)
     if as_json:
-        emit_json({"report": str(out), "recommendation": answer})
+        emit_json({"report": str(out), "recommendation": answer.recommendation.as_json()})
     else:
-        messages().print(f"{answer['sentence']}\nWritten: {out}", markup=False)
-
-
-def _given(context: click.Context, name: str) -> bool:
-    from click.core import ParameterSource
-
-    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
-
-
-def _stored(store: Any, number: str) -> dict[str, Any]:
-    """A stored answer about a split, by number or the latest. InputError when there is none."""
-    from traces.errors import InputError
-
-    known = [row for row in store.recommendations() if row["answer"].get("candidates")]
-    wanted = [row for row in known if number in ("latest", str(row["id"]))]
-    if not wanted:
-        ids = ", ".join(str(row["id"]) for row in known[:10]) or "none"
-        raise InputError(f"no recommendation {number!r} is stored. Known: {ids}. Make one: steelyard advise")
-    row = wanted[0]
-    return dict(row["answer"]) | {name: row[name] for name in ("id", "created_at", "version", "seed", "run_ids")}
-
-
-def _refused(store: Any, error: Exception, options: dict[str, Any], commands: list[str]) -> Any:
-    """The report of runs that cannot answer: the sentence says why. The error again when there is not even a run."""
-    from advisor.advise import choose_runs
-    from advisor.report import gather
-    from traces.errors import SteelyardError
-
-    try:
-        runs = choose_runs(store, ids=options["run_ids"], group=options["group"], endpoint=options["endpoint"])
-    except SteelyardError:
-        raise error from None
-    slo = options["slo"] or runs[-1].slo
-    asked = {
-        "sentence": f"No split can be recommended: {error}",
-        "slo": slo,
-        "trace": options["trace"] or runs[-1].trace,
-    }
-    return gather(store, asked, run_ids=[run.id for run in runs], commands=commands)
+        messages().print(f"{answer.recommendation.sentence}\nWritten: {out}", markup=False)

@@ -47,12 +47,6 @@ def asked(f: Any) -> Any:
             metavar="HOST:PORT",
             help="Locust's web UI with live figures [without a value: 127.0.0.1:8089].",
         ),
-        click.option(
-            "--metrics-port",
-            type=click.IntRange(0, 65535),
-            metavar="PORT",
-            help="Serve live figures for Prometheus at http://127.0.0.1:PORT/metrics (0 takes a free port).",
-        ),
         click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
         click.option("--engine", default="auto", show_default=True, help="auto, reference, openai, vllm or sglang."),
@@ -228,11 +222,19 @@ def result(store: Any, run: Any) -> dict[str, Any]:
     type=click.Choice(["static", "online", "online-report"]),
     default="static",
     show_default=True,
-    help="online: move workers during the run, by backlog in seconds (needs --laws); online-report: by 1.5x counts.",
+    help="online: move workers during the run, by the thresholds of an answer (--recommendation, --thresholds) or by backlog "
+    "in seconds (--laws); online-report: by 1.5x counts.",
 )
 @click.option(
     "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
 )
+@click.option(
+    "--thresholds",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="online: thresholds as JSON, of advise --json or its thresholds{} alone; instead of --laws and what follows.",
+)
+@click.option("--recommendation", type=int, metavar="ID", help="online: the thresholds of a stored answer of advise.")
 @click.option(
     "--more", type=float, default=1.0, show_default=True, help="online: seconds of backlog that move a worker."
 )
@@ -280,14 +282,11 @@ def replay(
     interrupted = False
     with open_store(db, create=False) as store:
         schedule, factor = schedule_of(store, trace, options)
-        schedule, strategy = _strategy(schedule, options, slo)
-        with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
-            task = bars.add_task(f"replay {trace}", total=len(schedule))
-
-            def on_live(live: Any) -> None:
-                bars.update(task, note=live.line, left=live.left_s)
-                show_to(live)
-
+        known = _thresholds(store, options)
+        schedule, strategy = _strategy(schedule, options, slo, known)
+        wanted = wanted or _start(known)
+        with swarm_of(options, as_json) as swarm, progress(as_json) as bars:
+            task = bars.add_task(f"replay {trace}", total=len(schedule), note="")
             try:
                 run = run_replay(
                     store,
@@ -299,7 +298,6 @@ def replay(
                     group=group,
                     rate_factor=factor,
                     on_progress=lambda done, _: bars.update(task, completed=done),
-                    on_live=on_live,
                     **arguments,
                     **strategy,
                 )
@@ -325,8 +323,48 @@ def replay(
     return 0 if run.complete and run.verdict != "invalid" else 4
 
 
-def _strategy(schedule: Any, options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
-    """(schedule, keyword arguments of replay) for --policy and --order."""
+def _thresholds(store: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The thresholds{} that --thresholds or --recommendation name, with where they came from."""
+    import json
+
+    from traces.errors import InputError
+
+    path, number = options["thresholds"], options["recommendation"]
+    if path is None and number is None:
+        return None
+    if path is not None and number is not None:
+        raise click.UsageError("give --thresholds or --recommendation, not both.")
+    if options["policy"] != "online":
+        raise click.UsageError("--thresholds and --recommendation belong to --policy online.")
+    if path is None:
+        where = f"recommendation {number}"
+        held = store.recommendation(number)
+    else:
+        where = str(path)
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{where}: is no readable JSON ({error}).") from None
+    found = held.get("thresholds", held) if isinstance(held, dict) else None
+    if not isinstance(found, dict) or not found.get("rule"):
+        raise InputError(
+            f"{where} holds no thresholds: its answer is to stand still. Ask for some: steelyard advise --strategy online"
+        )
+    return found | {"where": where}
+
+
+def _start(known: dict[str, Any] | None) -> Any:
+    """The fleet that thresholds start from, where they name one."""
+    from traces.records import Fleet
+
+    start = known.get("start") if known else None
+    return Fleet(int(start["prefill"]), int(start["decode"])) if isinstance(start, dict) else None
+
+
+def _strategy(
+    schedule: Any, options: dict[str, Any], slo: Any, known: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(schedule, keyword arguments of replay) for --policy and --order. known: thresholds of an answer."""
     from dataclasses import replace
 
     import numpy as np
@@ -343,11 +381,19 @@ def _strategy(schedule: Any, options: dict[str, Any], slo: Any) -> tuple[Any, di
             raise click.UsageError("--in-flight belongs to --order: an open loop waits for nobody.")
         if kind == "static":
             return schedule, {}
+        if known is not None:
+            rule: policy.OnlineRule = policy.rule_of(known, str(known["where"]))
+            return schedule, {
+                "steering": policy.Steering(rule),
+                "policy": kind,
+                "tick_s": float(known.get("tick_s") or options["tick"]),
+            }
         if kind == "online-report":
-            rule: policy.OnlineRule = policy.CountRule()
+            rule = policy.CountRule()
         elif laws is None:
             raise InputError(
-                "--policy online counts backlog in seconds: give --laws (steelyard advise --profile-out FILE)."
+                "--policy online needs thresholds: give --recommendation ID or --thresholds FILE (steelyard advise), "
+                "or --laws (steelyard advise --profile-out FILE)."
             )
         else:
             prompt, output = float(np.mean(schedule.prompt_tokens)), float(np.mean(schedule.output_tokens))
@@ -362,8 +408,8 @@ def _strategy(schedule: Any, options: dict[str, Any], slo: Any) -> tuple[Any, di
     if order == "groups":
         batches = policy.groups(schedule.prompt_tokens)
     else:
-        known = laws or Profile(name="none", c0_s=1.0)
-        batches = [policy.order(order, schedule.prompt_tokens, schedule.output_tokens, known)]
+        timed = laws or Profile(name="none", c0_s=1.0)
+        batches = [policy.order(order, schedule.prompt_tokens, schedule.output_tokens, timed)]
     changed = replace(schedule, due_s=np.zeros(len(schedule)), changes=(*schedule.changes, "all due at 0"))
     dispatch = policy.Dispatch(tuple((tuple(b), None) for b in batches), 0.0, options["in_flight"] or 0)
     return changed, {"dispatch": dispatch, "policy": f"offline-{order}"}
@@ -384,19 +430,6 @@ def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
         )
     with swarm:
         yield swarm
-
-
-@contextmanager
-def watched(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
-    """What gets the live figures besides the progress bar: the Prometheus endpoint that --metrics-port asks for."""
-    if options["metrics_port"] is None:
-        yield lambda live: None
-        return
-    from loadgen.exposition import exposed
-
-    with exposed(options["metrics_port"]) as (url, watch):
-        messages(as_json).print(f"Metrics at {url}", markup=False)
-        yield watch
 
 
 def show(found: dict[str, Any], run: Any) -> None:
@@ -510,8 +543,7 @@ def sweep(
     Ctrl-C too.
     """
     from advisor.cli.run_verbs import table
-    from loadgen.sweep import saturate as search
-    from loadgen.sweep import sweep as measure
+    from loadgen import sweep as sweeps
     from traces.measures import Slo
     from traces.records import Fleet
     from traces.shape import to_rate
@@ -540,29 +572,16 @@ def sweep(
         if not saturate:
             messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
         with progress(as_json) as bars:
-            task = bars.add_task("sweep", total=None if saturate else runs_planned * n)
-            cell = ""
+            task = bars.add_task("sweep", total=None if saturate else runs_planned * n, note="")
 
             def note(line: str, done: int) -> None:
-                nonlocal cell
-                cell = line
-                bars.update(task, completed=done)
+                bars.update(task, completed=done, note=line)
 
-            with (
-                swarm_of(options, as_json) as swarm,
-                watched(options, as_json) as show_to,
-                endpoint_of(endpoint, profile, wanted[0]) as url,
-            ):
+            with swarm_of(options, as_json) as swarm, endpoint_of(endpoint, profile, wanted[0]) as url:
                 where, arguments = how([url], options, slo)
-
-                def on_live(live: Any) -> None:
-                    bars.update(task, note=lambda: f"{cell}: {live.line()}")
-                    show_to(live)
-
-                arguments["on_live"] = on_live
                 if saturate:
                     found = [
-                        search(
+                        sweeps.saturate(
                             store,
                             swarm,
                             lambda rate: to_rate(schedules[0], rate),
@@ -579,7 +598,7 @@ def sweep(
                     ]
                     return _saturated(found, group, slo, attainment, as_json)
                 seed = arguments.pop("seed")
-                group, runs, drift = measure(
+                group, runs, drift = sweeps.sweep(
                     store,
                     swarm,
                     schedules,
