@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor compiled lock build clean
+.PHONY: demo test check bench bench-advisor compiled lock build clean test-faults
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -12,6 +12,11 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not timed"
 	$(BIN)/python -m pytest -m timed
+
+# Kill, stop, cut, starve and fill what a replay stands on, some 300 times, and count the rows: a quarter of an hour or more.
+# Needs Linux; as root (for a small disk) and with Debian's libfaketime it tries everything, else it says what it did not try.
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m tests.faults
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

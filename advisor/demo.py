@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from advisor.advise import Answer, advise
-from advisor.report import render, write_report
+from advisor.report import gather, render, write_report
 from loadgen.cluster.embedded import embedded
+from loadgen.live import Live
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces import __version__
@@ -76,10 +77,12 @@ def demo(
     seed: int = 0,
     workers: int = 2,
     note: Callable[[str, int, int], None],
+    watch: Callable[[str, Live], None] = lambda step, live: None,
     say: Callable[[str], Any],
     command: str = "steelyard demo",
 ) -> Demo:
-    """Run the main job. note(step, done, of) drives progress bars; say(line) prints what was found."""
+    """Run the main job. note(step, done, of) drives progress bars, watch(step, live) is told what a replay finds;
+    say(line) prints what was found."""
     note("ingest", 0, 1)
     report = ingest(store, [shipped(TRACE)], name=TRACE)
     note("ingest", 1, 1)
@@ -106,6 +109,7 @@ def demo(
                     slo=slo,
                     seed=seed,
                     group=group,
+                    on_live=lambda live, label=label: watch(f"replay {label}", live),  # type: ignore[misc]
                     on_progress=lambda done, of, label=label: note(f"replay {label}", done, of),  # type: ignore[misc]
                 )
                 say(
@@ -132,7 +136,9 @@ def demo(
         f'--slo "{SLO}"'
     )
     path = out / "report.html"
-    page = render(answer.recommendation, answer.data, commands=[command, sweep], version=__version__, seed=seed)
-    write_report(path, page)
+    told = answer.recommendation.as_json() | {"version": __version__, "seed": seed}
+    schedule = answer.recommendation.schedule
+    page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep])
+    write_report(path, render(page))
     note("report", 1, 1)
     return Demo(runs, answer, path)

@@ -216,7 +216,7 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
     """Does it answer, whose is it, does it stream, can its metrics and its fleet be read? Sends one request of two tokens."""
     from loadgen.client import target
     from loadgen.control import Endpoint
-    from loadgen.engines import dialect as dialect_of
+    from loadgen.engines import Glance, Worker, recognise
     from loadgen.scrape import samples
 
     try:
@@ -228,12 +228,13 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
         yield Check(
             "endpoint", "ok", f"{server.shown} serves {name} ({owner or 'owner unknown'}), asked in {took:.1f} ms"
         )
-        dialect = dialect_of({"steelyard": "reference", "vllm": "vllm", "sglang": "sglang"}.get(owner, "openai"))
+        known, _why = recognise(Glance(server))
+        dialect = known.dialect()
         began = time.monotonic()
         server.try_one(dialect, name)
         yield Check("stream", "ok", f"two tokens in {(time.monotonic() - began) * 1e3:.0f} ms, {dialect.name} dialect")
         reply = server.fetch("GET", "/metrics")
-        read = samples(reply.text, dialect, 0.0) if reply.status == 200 else []
+        read = samples(reply.text, Worker(""), 0.0, known.name) if reply.status == 200 else []
         if read:
             yield Check("metrics", "ok", f"{len(read)} workers: " + ", ".join(sorted({s.role for s in read})))
         else:

@@ -228,3 +228,32 @@ def admission_cap(data: RunData) -> int:
 def reading_max(data: RunData, role: str, name: str) -> float:
     """The largest value of a gauge that any worker of a role showed; 0 where no reading has it."""
     return max((float(getattr(s, name) or 0.0) for s in data.samples if s.role == role), default=0.0)
+
+
+def kv_capacity(data: RunData) -> float:
+    """Tokens of KV cache of a decode worker, from readings that show both tokens and share used; 0 without any."""
+    found = [
+        s.kv_used_tokens / s.kv_used_ratio
+        for s in data.samples
+        if s.role == "decode" and s.kv_used_tokens and s.kv_used_ratio and s.kv_used_ratio > 0.05
+    ]
+    return float(np.median(found)) if found else 0.0
+
+
+def preempted(data: RunData) -> bool:
+    """Did any reading show sequences being put back?"""
+    return any((s.preemptions_total or 0) > 0 for s in data.samples)
+
+
+def load_quantiles(data: RunData, q: float) -> tuple[float, float]:
+    """(sequences, tokens of context) per decode worker that were exceeded for 1 - q of the time."""
+    load = decode_load(data.observations, data.decode)
+    gaps = np.diff(load.at_s)
+    if not gaps.sum() > 0:
+        return 0.0, 0.0
+    found = []
+    for values in (load.batch, load.base + load.slope * (load.at_s[:-1] + load.at_s[1:]) / 2):
+        order = np.argsort(values)
+        share = np.cumsum(gaps[order]) / gaps.sum()
+        found.append(float(values[order][min(int(np.searchsorted(share, q)), len(order) - 1)]))
+    return found[0], found[1]

@@ -15,24 +15,44 @@ from typing import Any
 
 import numpy as np
 
+from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
-from advisor.model import METRICS, Fit, fit_laws, predicted_load
-from loadgen.cluster import simulate
+from advisor.model import CALIBRATED_RUNS, FLOORS, METRICS, Fit, fit_laws, predicted_load
+from advisor.screen import survivors
+from advisor.study import Probe, proposals, values
+from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
-from traces.measures import Slo, Summary, meets, summarise
-from traces.records import Fleet, Schedule
+from traces.measures import Slo, Summary, goodput_per_s, meets, summarise
+from traces.records import Fleet, Floats, Schedule
+from traces.shape import scale_rate, scale_tokens
 
 DRAWS = 30
 """Bootstrap draws behind an interval."""
 
 DRAW_REQUESTS = 2000
-"""Requests of the trace that a draw simulates; the point estimate always simulates all of them."""
+"""Requests of the trace that a draw simulates; the point estimate simulates up to POINT_REQUESTS."""
 
 NEAR = 0.01
 """Fleets whose goodput differs by less than this share are as good as each other."""
 
-CALIBRATED_RUNS = 10
-"""Fewer runs than this cannot show whether a 90 % interval covers 90 %."""
+POINT_REQUESTS = 20_000
+"""Requests of the trace that the point estimate simulates at most."""
+
+SCREENED_REQUESTS = 600
+"""Requests that a draw simulates of fleets that theory and the point estimate rule out."""
+
+SCREEN_DRAWS = 6
+LIKELY = 8
+"""Fleets that all draws simulate at most."""
+
+STUDY_DRAWS = 20
+BREAK_EVEN_REQUESTS = 600
+
+STOP = 0.03
+"""Enough is known when the answer loses less than this share of goodput in 95 % of the draws."""
+
+REFUSE = 0.05
+"""No answer that loses more than this share on average over what the runs leave open."""
 
 Note = Callable[[str, int, int], None]
 
@@ -68,7 +88,11 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Recommendation:
-    """The answer, what it rests on, and what it does not know. refused: why it must not be relied on yet, or ""."""
+    """The answer, what it rests on, and what it does not know. refused: why it must not be relied on yet, or "".
+
+    regret: share of goodput that the answer loses against the best split, over the draws (mean, 95 % quantile). sure: no
+    further run is worth it. break_even: see :func:`break_even`. simulated: fleets that the screen left.
+    """
 
     strategy: str
     best: Candidate
@@ -86,6 +110,11 @@ class Recommendation:
     warnings: list[str] = field(default_factory=list)
     data_hash: str = ""
     refused: str = ""
+    regret: Interval = field(default_factory=lambda: Interval(float("nan"), 0.0, float("nan")))
+    sure: bool = False
+    baselines: list[Baseline] = field(default_factory=list)
+    break_even: dict[str, float | None] = field(default_factory=dict)
+    simulated: list[Fleet] = field(default_factory=list)
 
     @property
     def sentence(self) -> str:
@@ -143,6 +172,13 @@ class Recommendation:
             "next_probe": self.next_probe,
             "runs": self.runs,
             "observations": self.n,
+            "regret": asdict(self.regret),
+            "sure": self.sure,
+            "baselines": [
+                {"name": b.name, "prefill": b.fleet.prefill, "decode": b.fleet.decode, "regret": b.regret}
+                for b in self.baselines
+            ],
+            "break_even": self.break_even,
             "warnings": self.warnings,
             "slo": str(self.slo),
             "gpus": self.gpus,
@@ -244,49 +280,74 @@ def assess(
     warnings += fit.warnings
     tell("fit", 1, 1)
 
+    rng = np.random.default_rng(seed)
+    laws = fit.draws(rng, draws)
+    whole = _window(schedule, POINT_REQUESTS)
+    window = _window(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
+    likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
     for done, fleet in enumerate(fleets):
         tell("splits", done, len(fleets))
-        result = simulate(schedule, fleet, fit.profile)
+        result = simulate(whole, fleet, fit.profile)
         summary = summarise(result.observations, slo)
         points[fleet] = summary, result.utilisation, meets(summary, result.observations, slo, attainment)
     tell("splits", len(fleets), len(fleets))
-
-    rng = np.random.default_rng(seed)
-    window = _window(schedule, DRAW_REQUESTS)
-    drawn: dict[Fleet, list[Summary]] = {fleet: [] for fleet in fleets}
-    for i in range(draws):
+    # Theory may be wrong where a simulation of the laws themselves is not.
+    top = max(s.goodput_per_s for s, _, _ in points.values())
+    likely = [f for f in fleets if f in likely or points[f][0].goodput_per_s >= 0.9 * top]
+    # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay.
+    by_point = sorted(
+        likely, key=lambda f: (-round(points[f][0].goodput_per_s / max(top, 1e-12), 2), _p99(points[f][0]))
+    )
+    likely = [f for f in fleets if f in by_point[:LIKELY]]
+    short = _window(window, SCREENED_REQUESTS)
+    drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]] = {fleet: [] for fleet in fleets}
+    for i, profile in enumerate(laws):
         tell("bootstrap", i, draws)
-        profile = fit.redraw(rng)
         for fleet in fleets:
-            result = simulate(window, fleet, profile)
-            drawn[fleet].append(summarise(result.observations, slo))
+            if fleet in likely or i < SCREEN_DRAWS:
+                result = simulate(window if fleet in likely else short, fleet, profile)
+                drawn[fleet].append((summarise(result.observations, slo), result.utilisation))
     tell("bootstrap", draws, draws)
 
-    goodputs = np.array([[s.goodput_per_s for s in drawn[fleet]] for fleet in fleets])
-    best_of_draw = np.argmax(goodputs, axis=0) if draws else np.zeros(0, dtype=int)
+    goodputs = np.array([[s.goodput_per_s for s, _ in drawn[fleet]] for fleet in likely]).T
+    best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
     candidates = []
-    for i, fleet in enumerate(fleets):
+    for fleet in fleets:
         summary, utilisation, feasible = points[fleet]
         load = predicted_load(fit, schedule, fleet)
+        wins = float((best_of_draw == likely.index(fleet)).mean()) if draws and fleet in likely else 0.0
         candidates.append(
             Candidate(
                 fleet=fleet,
-                figures=_figures(summary, drawn[fleet], fit.spread, schedule),
+                figures=_figures(summary, utilisation, drawn[fleet], fit, schedule),
                 attainment=summary.attainment,
                 utilisation=utilisation,
-                wins=float((best_of_draw == i).mean()) if draws else float("nan"),
+                wins=wins if draws else float("nan"),
                 feasible=feasible,
                 prefill_load=load.prefill,
                 decode_batch=load.batch,
                 extrapolated=fit.outside(load),
             )
         )
-    ranked = rank(candidates, current, gpus_per_worker)
+    ranked = rank([c for c in candidates if c.fleet in likely], current, gpus_per_worker)
     best = ranked[0]
     runner_up = ranked[1] if len(ranked) > 1 else None
-    probe = next_probe(fit, schedule, best, runner_up, gpus)
-    refused = _unseen(fit, candidates, best)
+    regret = _regret(goodputs, likely.index(best.fleet))
+    unseen = _unseen(fit, candidates, best)
+    sure = not unseen and len(usable) > 1 and regret.high <= STOP
+    probe = next_probe(
+        fit, window, best, runner_up, used, laws[:STUDY_DRAWS], goodputs[:STUDY_DRAWS], slo, sure, gpus_per_worker
+    )
+    probe["trace"] = schedule.name
+    refused = ""
+    if unseen and (regret.high > STOP or len(usable) < 2):
+        refused = unseen
+    elif regret.value > REFUSE:
+        refused = (
+            f"the best split changes with what the runs leave open: {best.fleet} would lose {regret.value:.0%} of the "
+            f"goodput on average, {regret.high:.0%} at worst in 20"
+        )
     if best.extrapolated:
         warnings.append(f"{best.fleet}: {best.extrapolated}")
     if draws and best.wins < 0.8 and runner_up and runner_up.wins > 0:
@@ -297,9 +358,14 @@ def assess(
     calibrated = len(usable) >= CALIBRATED_RUNS
     if not calibrated:
         warnings.append(
-            f"intervals rest on {len(usable)} runs: bootstrap over time blocks, coverage not yet calibrated "
+            f"intervals rest on {len(usable)} runs: laws drawn from what the runs allow, coverage not yet calibrated "
             f"(that takes {CALIBRATED_RUNS} runs)"
         )
+    goodput = {f: points[f][0].goodput_per_s for f in fleets}
+    rules = [
+        replace(one, regret=1 - goodput[one.fleet] / top if top > 0 else math.nan)
+        for one in baselines(usable, schedule, fleets, fit.profile, slo)
+    ]
     return Recommendation(
         strategy="static",
         best=best,
@@ -317,7 +383,58 @@ def assess(
         warnings=warnings,
         data_hash=data_hash(usable),
         refused=refused,
+        regret=regret,
+        sure=sure,
+        baselines=rules,
+        break_even=break_even(window, best.fleet, runner_up.fleet, fit.profile, slo) if runner_up else {},
+        simulated=likely,
     )
+
+
+def _p99(summary: Summary) -> float:
+    return summary.e2e_p99_s if math.isfinite(summary.e2e_p99_s) else math.inf
+
+
+def _regret(goodputs: Floats, chosen: int) -> Interval:
+    """What the choice loses in the draws, as a share of each draw's best: mean, and the 95 % quantile as high."""
+    if not goodputs.size:
+        return Interval(float("nan"), 0.0, float("nan"))
+    best = goodputs.max(axis=1)
+    lost = np.where(best > 0, 1 - goodputs[:, chosen] / np.maximum(best, 1e-12), 0.0)
+    return Interval(float(lost.mean()), 0.0, float(np.quantile(lost, 0.95)))
+
+
+def break_even(schedule: Schedule, best: Fleet, other: Fleet, laws: Profile, slo: Slo) -> dict[str, float | None]:
+    """The smallest change of the mix, and of the rate, with which the other fleet has more goodput.
+
+    prompt_factor: all prompts that many times as long (answers as they are), so a change of the prompt:output mix.
+    rate_factor: the same requests at that many times the rate. None where a factor of 4 either way does not suffice.
+    """
+    window = _window(schedule, BREAK_EVEN_REQUESTS)
+
+    def mix(factor: float) -> Schedule:
+        return scale_tokens(window, prompt=factor)
+
+    def rate(factor: float) -> Schedule:
+        return scale_rate(window, factor)
+
+    def ahead(shaped: Schedule) -> bool:
+        mine, theirs = (goodput_per_s(simulate(shaped, f, laws).observations, slo) for f in (best, other))
+        return theirs > 1.002 * mine
+
+    found: dict[str, float | None] = {}
+    for name, shape in (("prompt_factor", mix), ("rate_factor", rate)):
+        found[name] = None
+        for step in (1.1, 1.25, 1.5, 2.0, 3.0, 4.0):
+            hits = [f for f in (step, 1 / step) if ahead(shape(f))]
+            if hits:
+                inner, outer = 1.0, hits[0]
+                for _ in range(4):
+                    middle = math.sqrt(inner * outer)
+                    inner, outer = (inner, middle) if ahead(shape(middle)) else (middle, outer)
+                found[name] = outer
+                break
+    return found
 
 
 def rank(candidates: Sequence[Candidate], current: Fleet | None, gpus_per_worker: tuple[int, int]) -> list[Candidate]:
@@ -395,62 +512,125 @@ def _window(schedule: Schedule, most: int) -> Schedule:
 
 
 def _figures(
-    point: Summary, draws: Sequence[Summary], spread: dict[str, float], schedule: Schedule
+    point: Summary,
+    utilisation: dict[str, float],
+    draws: Sequence[tuple[Summary, dict[str, float]]],
+    fit: Fit,
+    schedule: Schedule,
 ) -> dict[str, Interval]:
-    """Point values with 90 % intervals: the draws' own width and the laws' misfit on the runs, added in quadrature.
+    """Point values with 90 % intervals, as log ratios around the point.
 
-    Both are log ratios. The draws' width is taken around the draws' median, so that a window shorter than the trace
-    widens nothing by being another window.
+    The draws' width is taken around the draws' median, so that a window shorter than the trace widens nothing by being
+    another window. With enough runs it is multiplied by the conformal quantile of how many widths left-out runs of the
+    same regime were off; with fewer, the laws' misfit on the runs is added in quadrature.
     """
     offered = len(schedule) / max(schedule.span_s, 1e-9)
+    busiest = max(utilisation["prefill"], utilisation["decode"])
     figures = {}
     for name in METRICS:
         value = float(getattr(point, name))
-        drawn = np.array([getattr(d, name) for d in draws], dtype=float)
+        drawn = np.array([getattr(d, name) for d, _ in draws], dtype=float)
         drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+        rate = name.endswith("per_s")
         if not math.isfinite(value) or value <= 0 or len(drawn) < 3:
-            figures[name] = Interval(
-                value, 0.0 if name.endswith("per_s") else float("nan"), value if value == 0 else float("nan")
-            )
-            if name.endswith("per_s") and not math.isfinite(figures[name].high):
-                figures[name] = Interval(value, 0.0, offered)
+            high = value if value == 0 else float("nan")
+            figures[name] = Interval(value, 0.0, offered) if rate else Interval(value, float("nan"), high)
             continue
+        floor = FLOORS[name]
         low, middle, high = np.quantile(np.log(drawn), [0.05, 0.5, 0.95])
-        misfit = 1.645 * spread.get(name, 0.0)
-        low = value * math.exp(-math.hypot(middle - low, misfit))
-        high = value * math.exp(math.hypot(high - middle, misfit))
-        if name.endswith("per_s"):
+        factor = conformal(fit.scores.get(name, []), busiest)
+        if factor is None:
+            misfit = 1.645 * fit.spread.get(name, 0.0)
+            down, up = (math.hypot(w, misfit, floor) for w in (middle - low, high - middle))
+        else:
+            half = factor * max(float(high - low) / 2, floor)
+            down = up = half
+        low, high = value * math.exp(-down), value * math.exp(min(up, 50.0))
+        if rate:
             high = max(value, min(high, offered))
         figures[name] = Interval(value, low, high)
+    for role, value in utilisation.items():
+        shares = np.array([u[role] for _, u in draws if math.isfinite(u[role])])
+        if len(shares) < 3 or not math.isfinite(value):
+            figures[f"utilisation_{role}"] = Interval(value, 0.0, 1.0)
+            continue
+        low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95])
+        figures[f"utilisation_{role}"] = Interval(
+            value, max(0.0, value - (middle - low) - 0.02), min(1.0, max(value, value + high - middle + 0.02))
+        )
     return figures
 
 
-def next_probe(fit: Fit, schedule: Schedule, best: Candidate, runner_up: Candidate | None, gpus: int) -> dict[str, Any]:
-    """The most valuable next run: saturate the stage seen least; when both were, run the answer itself at its rate."""
-    rate = schedule.rate_per_s
+REGIMES = (0.7, 0.95)
+"""Bounds between regimes of the busier stage: quiet, busy, saturated. A run says little of another regime's error."""
+
+
+def conformal(scores: Sequence[tuple[float, float]], busiest: float, level: float = 0.9) -> float | None:
+    """The factor on expected half-widths that covers ``level`` of left-out runs, of the same regime where five were.
+
+    Split conformal: of n scores the ceil((n + 1) level)-th smallest. None without scores.
+    """
+    if len(scores) < CALIBRATED_RUNS - 1:
+        return None
+    regime = sum(busiest > bound for bound in REGIMES)
+    same = [score for at, score in scores if sum(at > bound for bound in REGIMES) == regime]
+    held = sorted(same if len(same) >= CALIBRATED_RUNS - 1 else [score for _, score in scores])
+    return held[min(len(held), math.ceil((len(held) + 1) * level)) - 1]
+
+
+def next_probe(
+    fit: Fit,
+    schedule: Schedule,
+    best: Candidate,
+    runner_up: Candidate | None,
+    gpus: int,
+    laws: Sequence[Profile],
+    goodputs: Floats,
+    slo: Slo,
+    sure: bool,
+    per_worker: tuple[int, int] = (1, 1),
+) -> dict[str, Any]:
+    """The most valuable next run: what it is expected to spare; where nothing is to be spared, the stage seen least."""
     seen = fit.seen
+    rate = schedule.rate_per_s
     if seen.quiet_rows < 20:
-        fleet, probe_rate = Fleet(gpus // 2, gpus - gpus // 2), rate * 0.2
+        half = Fleet(max(1, gpus // 2), max(1, gpus - gpus // 2))
+        chosen = Probe(half, rate * 0.2, 150, "quiet")
         why = "no run was quiet enough to show TTFT without a queue"
-    elif seen.prefill < 0.7:
-        fleet, probe_rate = (
-            Fleet(1, gpus - 1),
-            rate / max(predicted_load(fit, schedule, Fleet(1, gpus - 1)).prefill, 0.1) * 1.1,
-        )
-        why = f"prefill was never more than {seen.prefill:.0%} busy"
-    elif seen.batch < 0.7 * best.decode_batch or not seen.decode_loaded:
-        fleet, probe_rate = Fleet(gpus - 1, 1), rate / (gpus - 1) * 1.5
-        why = f"decode batches above {seen.batch:.0f} sequences a worker were never seen"
     else:
-        fleet, probe_rate = best.fleet, rate
-        why = "it confirms the answer where it will be used"
-        if runner_up and runner_up.wins > best.wins:
-            fleet, why = runner_up.fleet, "it is the closest rival"
+        likely = [best.fleet] + ([runner_up.fleet] if runner_up else [])
+        found = values(proposals(schedule, fit.profile, gpus, likely, per_worker), schedule, laws, goodputs, slo)
+        by_aim = {p.aim: p for p in reversed(found)}
+        chosen = max(found, key=lambda p: p.gain)
+        if not sure and seen.prefill < 0.7:
+            chosen = by_aim["prefill"]
+        elif not sure and not seen.decode_loaded:
+            chosen = by_aim["decode"]
+        elif chosen.gain <= 0:
+            chosen = by_aim["answer"]
+        why = {
+            "prefill": f"prefill was never more than {min(seen.prefill, 1.0):.0%} busy"
+            if seen.prefill < 0.7
+            else "how prefill behaves beyond its capacity decides",
+            "decode": f"decode batches above {seen.batch:.0f} sequences a worker were never seen",
+            "answer": "it confirms the answer where it will be used"
+            if chosen.fleet == best.fleet
+            else "it is the closest rival",
+        }[chosen.aim]
     command = (
-        f"steelyard replay {schedule.name} --endpoint URL --fleet {fleet} --rate {probe_rate:.3g} "
-        f"--requests {len(schedule)}"
+        f"steelyard replay {schedule.name} --endpoint URL --fleet {chosen.fleet} --rate {chosen.rate_per_s:.3g} "
+        f"--requests {chosen.requests}"
     )
-    return {"prefill": fleet.prefill, "decode": fleet.decode, "rate_per_s": probe_rate, "why": why, "command": command}
+    return {
+        "prefill": chosen.fleet.prefill,
+        "decode": chosen.fleet.decode,
+        "rate_per_s": chosen.rate_per_s,
+        "requests": chosen.requests,
+        "why": why,
+        "gain_per_s": chosen.gain,
+        "stop": sure,
+        "command": command,
+    }
 
 
 def _unseen(fit: Fit, candidates: Sequence[Candidate], best: Candidate) -> str:

@@ -25,6 +25,7 @@ from loadgen.client import target
 from loadgen.cluster import Profile, SimResult, simulate, simulate_batches
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
+from loadgen.live import Live
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import InputError
@@ -497,6 +498,7 @@ def over_http(
     group: str,
     arms: Sequence[str] = (),
     note: Callable[[str], None] = lambda line: None,
+    on_live: Callable[[Live], None] | None = None,
 ) -> dict[str, Any]:
     """The same plans on the same requests through Locust against the served endpoint, beside the simulator's figures.
 
@@ -524,7 +526,7 @@ def over_http(
                 note(f"seed {seed}: {name}")
                 for _ in range(2):
                     run_, rows, health = _served(
-                        store, swarm, question, plan, asked, laws, speed, f"{group} {name} {seed}"
+                        store, swarm, question, plan, asked, laws, speed, f"{group} {name} {seed}", on_live
                     )
                     ids.append(run_.id)
                     if run_.verdict != "invalid" and run_.complete:
@@ -549,7 +551,15 @@ def over_http(
 
 
 def _served(
-    store: Store, swarm: Swarm, question: Question, plan: Plan, asked: Schedule, laws: Path, speed: float, name: str
+    store: Store,
+    swarm: Swarm,
+    question: Question,
+    plan: Plan,
+    asked: Schedule,
+    laws: Path,
+    speed: float,
+    name: str,
+    on_live: Callable[[Live], None] | None,
 ) -> tuple[Run, Observations, dict[str, Any]]:
     """One run of a plan against an endpoint of its own: (run, observations in model seconds, what the endpoint says)."""
     fleet = plan.fleet or even(question.gpus)
@@ -566,6 +576,7 @@ def _served(
             tick_s=TICK_S,
             dispatch=policy.Dispatch(plan.batches, plan.start_s / speed) if plan.batches else None,
             timeout_s=120.0,
+            on_live=on_live,
         )
         health = Endpoint(target(url)).fetch("GET", "/health").json()
     return done, scaled(store.observations(done.id), speed), health

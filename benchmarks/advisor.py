@@ -24,11 +24,12 @@ import scipy
 import sklearn
 
 from advisor.features import RunData
+from advisor.model import asked, fit_laws
 from advisor.recommend import NEAR, Recommendation, assess
 from benchmarks.worlds import World, draw, sweep
-from loadgen.cluster import kernel
+from loadgen.cluster import kernel, simulate
 from traces.errors import NotEnoughDataError
-from traces.measures import Summary
+from traces.measures import Summary, summarise
 from traces.records import Fleet
 
 PROBES = 3
@@ -53,29 +54,34 @@ def first_probe(world: World) -> dict[str, Any]:
 
 
 def solve(world: World, draws: int = 30) -> dict[str, Any]:
-    """One scenario: probes until the advisor is sure or has had three, its answer, and what the truth says of it."""
+    """One scenario: three probes of the advisor's choice, its answer, and what the truth says of it.
+
+    Noted beside it: when the stop rule would have ended the probing, and what the answer would have lost then.
+    """
     true = sweep(world)
     data: list[RunData] = []
     command = first_probe(world)
     answer: Recommendation | None = None
-    asked = []
+    goodput = {f: s.goodput_per_s for f, s in true.items()}
+    best = max(goodput.values())
+    stopped: dict[str, Any] = {}
+    made = []
     while len(data) < PROBES:
-        asked.append(f"{command['prefill']}:{command['decode']}@{command['rate_per_s'] / world.asked.rate_per_s:.2f}")
+        made.append(f"{command['prefill']}:{command['decode']}@{command['rate_per_s'] / world.asked.rate_per_s:.2f}")
         data.append(probe(world, command, len(data) + 1))
         start = time.perf_counter()
         try:
+            few = draws if len(data) == PROBES else draws // 2
             answer = assess(
-                data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed
+                data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=few, seed=world.seed
             )
         except NotEnoughDataError:
             command = {**command, "rate_per_s": command["rate_per_s"] / 3}
             continue
         took = time.perf_counter() - start
-        if getattr(answer, "sure", False):
-            break
+        if answer.sure and not stopped:
+            stopped = {"stopped_after": len(data), "stopped_regret": 1 - goodput[answer.best.fleet] / best}
         command = answer.next_probe
-    goodput = {f: s.goodput_per_s for f, s in true.items()}
-    best = max(goodput.values())
     losses = sorted(1 - g / best for g in goodput.values())
     row: dict[str, Any] = {
         "seed": world.seed,
@@ -86,22 +92,23 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
         "load": world.load,
         "median_loss": float(np.median(losses)),
         "probes": len(data),
-        "asked": asked,
+        "asked": made,
         "best": str(max(goodput, key=lambda f: goodput[f])),
     }
     if answer is None:
         return row | {"refused": "no law could be fitted", "regret": None}
     chosen = answer.best.fleet
-    row |= {
+    row |= stopped | {
+        "expected_regret": answer.regret.value,
+        "upper_regret": answer.regret.high,
+        "sure": answer.sure,
         "chosen": str(chosen),
         "refused": answer.refused,
         "regret": 1 - goodput[chosen] / best,
         "p99_regret": p99_regret(true, chosen),
         "seconds": took,
-        "baselines": {b.name: 1 - goodput[b.fleet] / best for b in getattr(answer, "baselines", [])},
+        "baselines": {b.name: 1 - goodput[b.fleet] / best for b in answer.baselines},
         "errors": {name: [] for name in HELD},
-        "covered": {},
-        "width": {},
     }
     measured = {d.run.fleet for d in data}
     for candidate in answer.candidates:
@@ -109,14 +116,57 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
         if candidate.fleet not in measured:
             for name, key in HELD.items():
                 row["errors"][name].append(relative(candidate.figures[key].value, getattr(summary, key)))
+    row["covered"] = covered(answer, true)
+    row["excess"] = answer.fit.calibration.excess
+    return row
+
+
+def ten_runs(world: World, runs: int = 12, draws: int = 24) -> dict[str, Any]:
+    """A database that has grown: runs at random splits and rates. Leave one ratio out, and intervals at new splits.
+
+    errors: of every run, predicted by laws fitted to the runs of other splits. covered: intervals of the answer at splits
+    that none of the runs had, against the truth.
+    """
+    rng = np.random.default_rng([world.seed, 9])
+    fleets = Fleet.splits(world.gpus)
+    data = [probe(world, first_probe(world), 1)]
+    while len(data) < runs:
+        fleet = fleets[int(rng.integers(len(fleets)))]
+        rate = world.asked.rate_per_s * float(rng.uniform(0.2, 1.2))
+        command = {"prefill": fleet.prefill, "decode": fleet.decode, "rate_per_s": rate, "requests": 250}
+        data.append(probe(world, command, len(data) + 1))
+    row: dict[str, Any] = {"seed": world.seed, "broken": world.broken, "gpus": world.gpus, "ten": True}
+    errors: dict[str, list[float]] = {name: [] for name in HELD}
+    for fleet in sorted({d.run.fleet for d in data if d.run.fleet}):
+        others, mine = [d for d in data if d.run.fleet != fleet], [d for d in data if d.run.fleet == fleet]
+        try:
+            laws = fit_laws(others, seed=world.seed, residuals=False).profile
+        except NotEnoughDataError:
+            continue
+        for one in mine:
+            ours = summarise(simulate(asked(one.observations), fleet, laws).observations, world.slo)
+            theirs = summarise(one.observations, world.slo)
+            for name, key in HELD.items():
+                errors[name].append(relative(getattr(ours, key), getattr(theirs, key)))
+    answer = assess(data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed)
+    true = sweep(world)
+    best = max(s.goodput_per_s for s in true.values())
+    row |= {"errors": errors, "regret": 1 - true[answer.best.fleet].goodput_per_s / best, "refused": answer.refused}
+    measured = {d.run.fleet for d in data}
+    row["covered"] = covered(answer, {f: s for f, s in true.items() if f not in measured})
+    return row
+
+
+def covered(answer: Recommendation, true: dict[Fleet, Summary]) -> dict[str, list[bool]]:
+    """Metric -> does the interval of each split hold the truth?"""
+    found: dict[str, list[bool]] = {}
+    for candidate in answer.candidates:
         for key, figure in candidate.figures.items():
-            value = getattr(summary, key, None)
+            value = getattr(true.get(candidate.fleet), key, None)
             if value is None or not (math.isfinite(value) and value > 0 and math.isfinite(figure.low)):
                 continue
-            row["covered"].setdefault(key, []).append(
-                bool(figure.low * (1 - 1e-9) <= value <= figure.high * (1 + 1e-9))
-            )
-    return row
+            found.setdefault(key, []).append(bool(figure.low * (1 - 1e-9) <= value <= figure.high * (1 + 1e-9)))
+    return found
 
 
 def p99_regret(true: dict[Fleet, Summary], chosen: Fleet) -> float:
@@ -162,7 +212,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"  P99 regret, easy ones         {percent(r.get('p99_regret', math.nan) for r in easy)}",
             f"  refused                       {sum(bool(r['refused']) for r in part)} of {len(part)} "
             f"({sum(bool(r['refused']) for r in part) / len(part):.1%})",
-            f"  probes                        mean {np.mean([r['probes'] for r in part]):.2f}",
+            f"  stop rule                     in {sum('stopped_after' in r for r in part)} of {len(part)} after "
+            f"{np.mean([r['stopped_after'] for r in part if 'stopped_after' in r] or [math.nan]):.2f} runs, regret then "
+            f"{percent(r['stopped_regret'] for r in part if 'stopped_regret' in r)}",
         ]
         names = sorted({name for r in hard for name in r.get("baselines", {})})
         for name in names:
@@ -183,10 +235,31 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def one(seed: int) -> dict[str, Any]:
+def ten_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The part with twelve runs a scenario."""
+    lines = []
+    for title, part in (
+        ("well specified", [r for r in rows if not r["broken"]]),
+        ("misspecified", [r for r in rows if r["broken"]]),
+    ):
+        if not part:
+            continue
+        lines.append(f"{title}, twelve runs each: {len(part)} scenarios")
+        lines.append(f"  goodput regret                {percent(r['regret'] for r in part)}")
+        for name in HELD:
+            values = [e for r in part for e in r["errors"][name] if math.isfinite(e)]
+            low, high = np.quantile(values, [0.5, 0.9])
+            lines.append(f"  leave one ratio out, {name:11} median {low:6.1%}  p90 {high:7.1%}  (n={len(values)})")
+        for key in sorted({k for r in part for k in r["covered"]}):
+            hits = [h for r in part for h in r["covered"].get(key, [])]
+            lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+    return "\n".join(lines)
+
+
+def one(seed: int, ten: bool = False) -> dict[str, Any]:
     """A scenario by seed, timed."""
     start = time.perf_counter()
-    row = solve(draw(seed))
+    row = ten_runs(draw(seed)) if ten else solve(draw(seed))
     return row | {"whole_s": time.perf_counter() - start}
 
 
@@ -194,26 +267,31 @@ def main() -> None:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--scenarios", type=int, default=210)
+    parser.add_argument(
+        "--ten", type=int, default=30, help="scenarios with twelve runs, for intervals and left-out ratios"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/bench-advisor.jsonl"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    known = {row["seed"] for row in done}
+    known = {(row["seed"], "ten" in row) for row in done}
     kind = "compiled" if str(kernel.__file__).endswith(".so") else "Python"
     print(
         f"{platform.platform()}, {joblib.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}, "
         f"scipy {scipy.__version__}, scikit-learn {sklearn.__version__}, kernel: {kind}",
         flush=True,
     )
-    todo = [seed for seed in range(options.scenarios) if seed not in known]
+    wanted = [(seed, False) for seed in range(options.scenarios)] + [(seed, True) for seed in range(options.ten)]
+    todo = [pair for pair in wanted if pair not in known]
     work = joblib.Parallel(n_jobs=options.processes, return_as="generator_unordered")
     with options.out.open("a") as file:
-        for row in work(joblib.delayed(one)(seed) for seed in todo):
+        for row in work(joblib.delayed(one)(*pair) for pair in todo):
             done.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-    print(table([row for row in done if row["seed"] < options.scenarios]))
+    print(table([row for row in done if "ten" not in row and row["seed"] < options.scenarios]))
+    print(ten_table([row for row in done if "ten" in row and row["seed"] < options.ten]))
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def _draw(seed: int, attempt: int, broken: str, gpus: int | None) -> World:
         source = lognormal(prompt, output, arrivals, between(1.3, 2.5))
     else:
         source = windows(kind)
-    n = int(max(600, 80 * n_gpus))
+    n = int(max(600, 50 * n_gpus))
     sample = source(n, 1.0, seed * 7 + attempt)
     lengths, answers = sample.prompt_tokens.astype(float), sample.output_tokens.astype(float)
     mean_n, mean_m = float(lengths.mean()), float(answers.mean())

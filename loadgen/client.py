@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import ctypes
+import errno
 import gc
 import heapq
 import math
@@ -32,6 +33,7 @@ from urllib.parse import unquote, urlsplit
 
 import httptools
 
+from loadgen import engines
 from loadgen.engines import Prompts
 from loadgen.stream import FOLD_BYTES, MAX_EVENT_BYTES, Answer, printable
 from traces.errors import InputError
@@ -45,6 +47,9 @@ request written into a closing connection would look like a failure of the serve
 
 BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
+
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+"""Errors of connecting that are this machine's: out of file handles, memory or ports."""
 
 MAX_HEADER_BYTES = 256 * 1024
 
@@ -207,6 +212,8 @@ class Row(NamedTuple):
     body_bytes: int
     dispatch: float = math.nan
     """When a gate or the answer before it let it go; NaN in an open loop, where due is the time to send."""
+    facts: Mapping[str, Any] | None = None
+    """What the server said of how it served the request (:meth:`loadgen.engines.Engine.facts`)."""
 
 
 class _Flight:
@@ -219,20 +226,22 @@ class _Flight:
         "connection",
         "dispatch",
         "first_byte",
+        "headers",
         "http_status",
         "position",
         "sent",
         "task",
     )
 
-    def __init__(self, position: int, sent: float, body: bytes | None) -> None:
+    def __init__(self, position: int, sent: float, body: bytes | None, keep: tuple[str, ...] = ()) -> None:
         self.position = position
         self.sent = sent
         self.body = body
         self.first_byte = math.nan
         self.dispatch = math.nan
         self.http_status = 0
-        self.answer = Answer()
+        self.answer = Answer(keep)
+        self.headers: dict[str, str] = {}
         self.body_bytes = 0
         self.connection: _Connection | None = None
         self.task: asyncio.Task[None] | None = None
@@ -353,6 +362,8 @@ class _Connection(asyncio.Protocol):
             self.encoding = value.strip().lower()
         elif name in (b"content-length", b"transfer-encoding"):
             self.framed = True
+        elif name in self.client.fact_headers and self.flight is not None:
+            self.flight.headers[name.decode("latin-1")] = printable(value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         flight = self.flight
@@ -513,8 +524,14 @@ class Client:
         timeout_s: float = TIMEOUT_S,
         idle_s: float = IDLE_S,
         clock: Callable[[], float] = time.monotonic,
+        engine: engines.Engine | None = None,
     ) -> None:
         self.clock = clock
+        self._engine = engine
+        self._keep = engine.keep if engine is not None else ()
+        self.fact_headers = (
+            frozenset(h.encode("latin-1") for h in engine.headers) if engine is not None else frozenset()
+        )
         self.max_stall_s = 0.0
         targets = [where] if isinstance(where, Target) else list(where)
         self._routes = [_Route(one, path, prompts.key) for one in targets]
@@ -745,12 +762,12 @@ class Client:
         while idle:
             connection = idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
-                flight = _Flight(position, self.clock(), None)
+                flight = _Flight(position, self.clock(), None, self._keep)
                 flight.dispatch = dispatch
                 self._flights[position] = flight
                 connection.start(flight, route.head, body)
                 return
-        flight = _Flight(position, self.clock(), body)
+        flight = _Flight(position, self.clock(), body, self._keep)
         flight.dispatch = dispatch
         self._flights[position] = flight
         flight.task = self._loop.create_task(self._send_fresh(flight, route))
@@ -759,6 +776,11 @@ class Client:
         try:
             connection = await self._connect(route)
         except OSError as error:
+            if error.errno in _OURS:
+                # This machine could not send it: no failure of the server, and a run that must not be trusted.
+                flight.sent = math.nan
+                self._end(flight, "unsent", "", f"this worker could not connect: {error.strerror}")
+                return
             kind, detail = _connect_error(error)
             self._end(flight, "failed", kind, detail)
             return
@@ -899,6 +921,7 @@ class Client:
                 printable(detail) if detail else "",
                 flight.body_bytes,
                 flight.dispatch,
+                self._facts(flight),
             )
         )
         if self._turns is not None and not self._closing:
@@ -908,6 +931,15 @@ class Client:
             if self._gate.in_flight:
                 self._released = self.clock()
             self._loop.call_soon(self._tick)
+
+    def _facts(self, flight: _Flight) -> Mapping[str, Any] | None:
+        """What the server said of this request; an engine that fails at it costs the facts and nothing else."""
+        if self._engine is None or not (flight.answer.kept or flight.headers):
+            return None
+        try:
+            return self._engine.facts(flight.answer.kept, flight.headers) or None
+        except Exception:
+            return None
 
     def _drop(self, flight: _Flight) -> None:
         if flight.task is not None:
@@ -1001,12 +1033,19 @@ class Engine:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     async def prepare(
-        self, where: Sequence[Target], path: str, prompts: Prompts, *, timeout_s: float, connections: int
+        self,
+        where: Sequence[Target],
+        path: str,
+        prompts: Prompts,
+        *,
+        timeout_s: float,
+        connections: int,
+        engine: engines.Engine | None = None,
     ) -> None:
         """Make the client of the next run and warm its connections."""
         await self.close()
         self.rows.clear()
-        self._client = Client(where, path, prompts, self.rows.append, timeout_s=timeout_s)
+        self._client = Client(where, path, prompts, self.rows.append, timeout_s=timeout_s, engine=engine)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._client.warm(connections), 5.0)
 

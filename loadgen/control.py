@@ -6,11 +6,12 @@ import contextlib
 import http.client
 import json
 import math
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from loadgen.client import Target
@@ -30,11 +31,12 @@ MAX_BODY = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer as a whole."""
+    """An answer as a whole. headers: names in lower case."""
 
     status: int
     content_type: str
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -56,7 +58,14 @@ class Endpoint:
         self.where = where
         self.shown = where.shown
 
-    def fetch(self, method: str, path: str, body: bytes | None = None, timeout_s: float | None = None) -> Reply:
+    def fetch(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeout_s: float | None = None,
+        most_bytes: int = MAX_BODY,
+    ) -> Reply:
         """One request on a connection of its own; the whole answer must come within ``timeout_s`` [PREFLIGHT_S]."""
         where = self.where
         timeout_s = PREFLIGHT_S if timeout_s is None else timeout_s
@@ -89,9 +98,10 @@ class Endpoint:
                 held += piece
                 if time.monotonic() > until:
                     raise late
-                if len(held) > MAX_BODY:
-                    raise EndpointError(f"{self.shown}{path}: the answer is larger than {MAX_BODY} bytes.")
-            return Reply(answer.status, (answer.getheader("Content-Type") or "").lower(), bytes(held))
+                if len(held) > most_bytes:
+                    raise EndpointError(f"{self.shown}{path}: the answer is larger than {most_bytes} bytes.")
+            told = {name.lower(): value for name, value in answer.getheaders()}
+            return Reply(answer.status, told.get("content-type", "").lower(), bytes(held), told)
         except ConnectionRefusedError:
             raise EndpointError(
                 f"{self.shown}: connection refused. Start the server, or give another --endpoint."
@@ -102,6 +112,10 @@ class Endpoint:
             ) from None
         except TimeoutError:
             raise late from None
+        except socket.gaierror as error:
+            raise EndpointError(
+                f"{self.shown}: the host name cannot be resolved ({error.strerror}). Check the URL and the name server."
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             words = printable(str(error) or type(error).__name__)
             raise EndpointError(f"{self.shown}{path}: no HTTP answer ({words}). Check the URL.") from None

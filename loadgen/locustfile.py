@@ -92,7 +92,12 @@ class Replay(User):
             prompts = Prompts(dialect, shared["model"], int(schedule.prompt_tokens.max()), int(shared["salt"]))
             engine = Engine()
             where = target(self.environment.host, api_key=read_api_key(None))
-            _wait(engine.submit(engine.prepare([where], dialect.path, prompts, timeout_s=600.0, connections=32)))
+            told = engines.engine(held.engine)
+            _wait(
+                engine.submit(
+                    engine.prepare([where], dialect.path, prompts, timeout_s=600.0, connections=32, engine=told)
+                )
+            )
             zero = time.monotonic() + float(shared["zero_unix"]) - time.time()
             due, prompt, output = (
                 column[positions].tolist()

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from loadgen.engines import EXACT
 from loadgen.live import Live
 from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
-from loadgen.spool import Spool
+from loadgen.spool import Spool, add
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, Tally
-from traces.records import Feed, Fleet, Observations, Run, Sample, Schedule
+from traces.records import Feed, Fleet, FleetChange, Observations, Run, Sample, Schedule
 from traces.store import Store
 
 API_KEY = "STEELYARD_API_KEY"
@@ -91,6 +92,7 @@ def replay(
     warmup_s: float = 0.0,
     words: Sequence[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_live: Callable[[Live], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Run:
     """Ask ``schedule`` of ``endpoint``, store what happened, return the run with verdict, completeness and counts.
@@ -99,6 +101,7 @@ def replay(
     the requests in turn; the first is asked for models, metrics and fleets. fleet: put in
     force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
     engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
+    on_live(live) is called before the start with what is found on the way (:mod:`loadgen.live`);
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
     steering: an online rule, asked every tick_s of the endpoint's time during the run; each role change is stored with its
     reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
@@ -204,8 +207,10 @@ def replay(
     writer = Writer(store, run.id)
     tally = Tally(warmup_s)
 
-    live = Live(len(schedule), slo)
+    live = Live(run, schedule, slo)
     swarm.watched = live.table
+    if on_live is not None:
+        on_live(live)
 
     def on_samples(readings: Sequence[Sample]) -> None:
         live.samples(readings)
@@ -224,7 +229,8 @@ def replay(
         stack.enter_context(writer)
 
         def on_start(zero: float, unix: float) -> None:
-            scraper = stack.enter_context(Scraper(server, dialect, zero, on_samples, scrape_s))
+            live.begin(zero)
+            scraper = stack.enter_context(Scraper(server, zero, on_samples, scrape_s, engine=dialect.name))
             if steering is not None:
                 stack.enter_context(
                     Controller(
@@ -232,7 +238,7 @@ def replay(
                         scraper.read,
                         steering,
                         zero,
-                        lambda change: store.add_fleet_change(run.id, change),
+                        writer.put,
                         tick_s=tick_s,
                         speed=speed,
                     )
@@ -307,27 +313,40 @@ def _health(server: Endpoint, query: str = "") -> Mapping[str, Any]:
     return held if isinstance(held, Mapping) else {}
 
 
-class Writer:
-    """Stores rows and readings from one thread while the run goes on; a context manager.
+GRACE_S = 0.6
+"""A database that has not taken a batch after this long is one that went away: the batch goes to disk as well."""
 
-    Batches of about half a second become one transaction. What cannot be stored (a busy database, one that went away)
-    waits in a :class:`loadgen.spool.Spool` on disk, and is loaded as soon as the database takes it; ``settle`` says
-    what is to be done if it is still away at the end.
+Batch = Observations | Sequence[Sample] | FleetChange
+
+
+class Writer:
+    """Stores rows, readings and role changes while the run goes on; a context manager.
+
+    Two threads. One gathers what came within about half a second; the other talks to the database, one transaction a
+    batch, and may wait there: on a lock, or on a server that was stopped and says nothing. What is not stored after GRACE_S
+    waits in a :class:`loadgen.spool.Spool` on disk, so that a master that is killed then loses nothing either; it may be
+    stored as well, since rows have keys. What waits is loaded as soon as the database answers; ``settle`` says what is to be done
+    if it is still away at the end. Batches that neither database nor disk takes stay in memory and are tried again.
     """
 
     def __init__(self, store: Store, run_id: int, *, every_s: float = 0.5) -> None:
         self.spool = Spool(store, run_id)
         self.error: Exception | None = None
         self._store, self._run_id, self._every_s = store, run_id, every_s
-        self._queue: queue.SimpleQueue[Observations | Sequence[Sample]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        self._unkept: list[Batch] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="steelyard-writer", daemon=True)
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._asked: Future[Any] | None = None
 
-    def put(self, batch: Observations | Sequence[Sample]) -> None:
-        """Hand over rows or readings; never blocks."""
+    def put(self, batch: Batch) -> None:
+        """Hand over rows, readings or a change; never blocks."""
         self._queue.put(batch)
 
     def __enter__(self) -> Writer:
+        # A daemon that nobody joins: a database that never answers must not keep the process from ending.
+        threading.Thread(target=self._talk, name="steelyard-database", daemon=True).start()
         self._thread.start()
         return self
 
@@ -338,18 +357,59 @@ class Writer:
     def settle(self, run: Run, patience_s: float) -> Run:
         """Store what came of the run, and what waits. StoreError after ``patience_s`` says where the rows are."""
         until = time.monotonic() + patience_s
+
+        def work() -> Run:
+            self.spool.load(self._store)
+            return self._store.end_run(run)
+
         while True:
             try:
-                self.spool.load(self._store)
-                return self._store.end_run(run)
+                if self._unkept:
+                    self._keep()
+                    if self._unkept:
+                        raise self.error or StoreError("rows could not be kept.")
+                found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()))
+                self._work.put(None)
+                return found
             except StoreError as error:
-                if time.monotonic() > until:
-                    self.spool.end_run(run)
-                    raise StoreError(
-                        f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
-                        "When the database is back, run: steelyard runs recover"
-                    ) from None
-                time.sleep(0.5)
+                if time.monotonic() < until:
+                    time.sleep(0.5)
+                    continue
+                self._work.put(None)
+                left = sum(len(b) for b in self._unkept if isinstance(b, Observations))
+                if left:
+                    raise StoreError(f"{left} rows of run {run.id} are lost: {error}") from None
+                self.spool.end_run(run)
+                raise StoreError(
+                    f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
+                    "When the database is back, run: steelyard runs recover"
+                ) from None
+
+    def _talk(self) -> None:
+        """The thread that waits for the database."""
+        while (item := self._work.get()) is not None:
+            work, done = item
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+    def _ask(self, work: Callable[[], Any], seconds: float) -> Any:
+        """Do something with the database. StoreError if it is not done in time, or if what was asked before is not done yet."""
+        until = time.monotonic() + seconds
+        silent = StoreError(f"{self._store.url}: the database does not answer.")
+        if self._asked is not None:
+            try:
+                self._asked.exception(seconds)
+            except TimeoutError:
+                raise silent from None
+        done: Future[Any] = Future()
+        self._asked = done
+        self._work.put((work, done))
+        try:
+            return done.result(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            raise silent from None
 
     def _main(self) -> None:
         while True:
@@ -360,30 +420,40 @@ class Writer:
                 batch = self._queue.get()
                 if isinstance(batch, Observations):
                     rows.append(batch)
+                elif isinstance(batch, FleetChange):
+                    self._unkept.append(batch)
                 else:
                     readings.extend(batch)
-            try:
-                if rows:
-                    self._keep(Observations.concat(rows))
-                if readings:
-                    self._keep(readings)
-            except StoreError as error:  # the disk is full as well
-                self.error = error
+            if rows:
+                self._unkept.append(Observations.concat(rows))
+            if readings:
+                self._unkept.append(readings)
+            self._keep()
             if last and self._queue.empty():
                 return
 
-    def _keep(self, batch: Observations | list[Sample]) -> None:
-        """Into the database, or onto the disk."""
-        try:
+    def _keep(self) -> None:
+        """What is in hand into the database, or onto the disk; what neither takes stays in hand."""
+        batches, kept = self._unkept, self.spool.keep
+        if not batches:
+            return
+
+        def work() -> None:
             self.spool.load(self._store)
-            if isinstance(batch, Observations):
-                self._store.add_observations(self._run_id, batch)
-            else:
-                self._store.add_samples(self._run_id, batch)
+            for batch in batches:
+                add(self._store, self._run_id, batch)
+
+        try:
+            self._ask(work, GRACE_S if self._asked is None or self._asked.done() else 0.0)
         except Exception as error:
             if not isinstance(error, StoreError):
                 self.error = error  # a mistake of ours: said at the end, when the rows are safe
-            if isinstance(batch, Observations):
-                self.spool.add_observations(batch)
-            else:
-                self.spool.add_samples(batch)
+            try:
+                for batch in batches:
+                    kept(batch)
+            except StoreError as full:  # no room on the disk either
+                self.error = full
+                return
+        if isinstance(self.error, StoreError):
+            self.error = None
+        self._unkept = []

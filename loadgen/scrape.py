@@ -1,69 +1,310 @@
-"""Prometheus text -> :class:`traces.records.Sample`, and a thread that reads a server's metrics during a run."""
+"""Metrics pages -> :class:`traces.records.Sample`, and a thread that reads every server's page during a run.
+
+A page is read by the names of all engines at once: one engine passes another's through, and a name says whose it is. What a
+line means is told by :class:`loadgen.engines.Metric`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
+from loadgen.client import target
 from loadgen.control import Endpoint
-from loadgen.engines import Dialect
-from traces.errors import EndpointError
-from traces.records import ROLES, Sample
+from loadgen.engines import Metric, Worker, engines
+from loadgen.engines.base import netloc
+from traces.errors import EndpointError, SteelyardError
+from traces.records import ROLES, Histogram, Sample
+from traces.store import redact
 
 PERIOD_S = 0.5
+PAGE_S = 5.0
+"""How long a page may take."""
 
-_SUMMED = "_total"
-"""Counters of several label sets (finish reasons) add up; gauges of one worker are taken once."""
+MOST_BYTES = 8 * 1024 * 1024
+"""Of a page."""
+
+PARALLEL = 16
+"""Pages read at once."""
+
+FIND_S = 5.0
+"""How often it is asked which workers there are."""
+
+GIVE_UP = 5
+"""A page that failed so often in a row, and never came, is asked for no more."""
+
+SILENT_S = 5.0
+"""A worker of which nothing was read for so long (and at least three periods) has stopped telling."""
+
+ROLE_LABELS = ("role", "worker_type", "engine_type", "dynamo_component")
+WORDS = dict(zip(ROLES, ROLES, strict=True)) | {"backend": "decode", "unified": "mixed"}
+"""An engine's word for a role -> ours."""
+
+WORKER_LABELS = ("worker", "worker_id", "engine", "tp_rank")
+"""What tells workers apart on a page whose own worker nobody has named."""
+
+COPIES = frozenset({"tp_rank", "pp_rank", "moe_ep_rank"})
+"""Labels of processes that show the same thing: of those one counts. Other label sets are added up."""
+
+_LINE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{.*\})?\s+\S+(?:\s+-?\d+)?\s*")
+_OF_LABEL = re.compile(r"(.+)\[(.+)\]")
+
+Lines = dict[str, list[tuple[dict[str, str], float]]]
 
 
-def samples(text: str, dialect: Dialect, at_s: float, roles: Mapping[str, str] | None = None) -> list[Sample]:
-    """One Sample for each worker that the text speaks of, by name.
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A histogram as a page shows it: since the server started. buckets: upper bound -> observations up to it."""
 
-    Names of ``dialect.metrics`` only; what is absent stays None. roles: worker -> role, where labels do not say it.
-    ValueError when the text is no Prometheus exposition.
+    source: str
+    count: float
+    total: float
+    buckets: Mapping[float, float]
+
+
+@dataclass(slots=True)
+class Reading:
+    """What one page says. Keys are (worker, role), the role "" where the page does not tell it; a worker that the page's
+    server speaks of, and is not, stands in others. fields: of the server itself, name of ours -> the engine's. id: by which the
+    server knows itself.
     """
+
+    samples: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    others: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    histograms: dict[tuple[str, str], dict[str, Counted]] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
+    id: str = ""
+
+
+@cache
+def _table(first: str) -> tuple[Metric, ...]:
+    """The metrics of all engines, those of one before the others'; each once."""
+    ordered = sorted(engines().values(), key=lambda e: e.name != first)
+    return tuple(
+        {(m.name, m.to, m.part, m.histogram): m for e in reversed(ordered) for m in reversed(e.metrics)}.values()
+    )[::-1]
+
+
+@cache
+def _wanted() -> frozenset[str]:
+    """Every name that some engine's table speaks of."""
+    names: set[str] = set()
+    for metric in _table(""):
+        names |= {metric.name + end for end in (("_sum", "_count", "_bucket") if metric.histogram else ("",))}
+        for other in filter(None, (*metric.times, metric.per)):
+            label = _OF_LABEL.fullmatch(other)
+            names.add(label[1] if label else other)
+    return frozenset(names)
+
+
+def lines(text: str) -> Lines:
+    """Name -> (labels, value) of each line whose name an engine knows. ValueError when the text is no exposition."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    names = dialect.metrics or {}
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for family in text_string_to_metric_families(text):
-        for line in family.samples:
-            field = names.get(line.name)
-            if field is None or line.value != line.value:
-                continue
-            worker = line.labels.get(dialect.worker_label) or "server"
-            role = line.labels.get(dialect.role_label) or (roles or {}).get(worker, "mixed")
-            values = found.setdefault((worker, role if role in ROLES else "mixed"), {})
-            if field.endswith(_SUMMED) and field in values:
-                values[field] += line.value
-            else:
-                values[field] = line.value
-    return [Sample(at_s, worker, role, **values) for (worker, role), values in sorted(found.items())]
+    wanted, kept = _wanted(), []
+    for line in text.splitlines():
+        if not line or line[0] == "#":
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            if line.strip():
+                raise ValueError(f"not a line of Prometheus text: {line[:60]!r}")
+            continue
+        if match[1] in wanted:
+            kept.append(line)
+    found: Lines = {}
+    for family in text_string_to_metric_families("\n".join(kept) + "\n"):
+        for one in family.samples:
+            if one.value == one.value:
+                found.setdefault(one.name, []).append((one.labels, one.value))
+    return found
+
+
+def read(text: str, page: Worker, engine: str = "") -> Reading:
+    """What a page says. page: whose it is; without a name, labels tell its workers apart. engine: whose names come first.
+
+    ValueError when the text is no exposition.
+    """
+    found = lines(text)
+    reading = Reading()
+    taken: dict[tuple[bool, str, str, str], dict[str, str]] = {}  # (another's, worker, role, field) -> part -> name
+    for metric in _table(engine):
+        if metric.histogram:
+            _histogram(reading, found, metric, page)
+            continue
+        factor = _factor(found, metric)
+        if factor is None:
+            continue
+        groups: dict[tuple[str, str], dict[tuple[tuple[str, str], ...], float]] = {}
+        for labels, value in _matching(found, metric, metric.name):
+            if math.isfinite(value):
+                if metric.own and metric.own[0] in labels:
+                    reading.id = metric.own[1](labels[metric.own[0]])
+                apart = tuple(sorted((k, v) for k, v in labels.items() if k not in COPIES))
+                held = groups.setdefault(_whose(labels, metric, page), {})
+                held[apart] = max(held.get(apart, -math.inf), value)
+        for (worker, role), values in groups.items():
+            names = taken.setdefault((bool(metric.of), worker, role, metric.to), {})
+            if metric.part in names:
+                continue  # by another name, that comes before
+            names[metric.part] = metric.name
+            total = sum(values.values()) * factor
+            if metric.to.endswith("_ratio") or metric.to == "transfer_s":
+                total /= len(values)  # a share, not an amount
+            into = (reading.others if metric.of else reading.samples).setdefault((worker, role), {})
+            into[metric.to] = into.get(metric.to, 0.0) + total
+            if not metric.of:
+                reading.fields[metric.to] = " + ".join(names.values())
+    return reading
+
+
+def _matching(found: Lines, metric: Metric, name: str) -> list[tuple[dict[str, str], float]]:
+    """Lines of a name that the metric counts."""
+    return [
+        (labels, value)
+        for labels, value in found.get(name, ())
+        if all(labels.get(label) in values for label, values in metric.where.items())
+    ]
+
+
+def _whose(labels: Mapping[str, str], metric: Metric, page: Worker) -> tuple[str, str]:
+    """(worker, role) of which a line speaks; the role "" where nothing tells it."""
+    said = WORDS.get(next((labels[k] for k in ROLE_LABELS if k in labels), ""), "")
+    if metric.of:
+        return netloc(labels.get(metric.of, "")) or page.name or "server", said or metric.role
+    if page.name:
+        return page.name, metric.role or page.role or said
+    if metric.role == "router":
+        return "router", "router"
+    label = metric.own[0] if metric.own else next((k for k in WORKER_LABELS if labels.get(k)), "")
+    name = labels.get(label, "")
+    return (metric.own[1](name) if metric.own and name else name) or "server", metric.role or page.role or said
+
+
+def _factor(found: Lines, metric: Metric) -> float | None:
+    """What a value is multiplied with; None where the page lacks a part of it."""
+    factor = metric.scale
+    for name, up in (*((n, True) for n in metric.times), *([(metric.per, False)] if metric.per else [])):
+        label = _OF_LABEL.fullmatch(name)
+        held = found.get(label[1] if label else name)
+        if not held:
+            return None
+        labels, value = held[0]
+        if label:
+            try:
+                value = float(labels[label[2]])
+            except (KeyError, ValueError):
+                return None
+        if not up and value == 0:
+            return None
+        factor = factor * value if up else factor / value
+    return factor
+
+
+def _histogram(reading: Reading, found: Lines, metric: Metric, page: Worker) -> None:
+    """Add one histogram, summed over the label sets of a worker."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    buckets: dict[tuple[str, str], dict[float, float]] = {}
+    for end, at in (("_count", 0), ("_sum", 1)):
+        for labels, value in _matching(found, metric, metric.name + end):
+            sums.setdefault(_whose(labels, metric, page), [math.nan, math.nan])
+            held = sums[_whose(labels, metric, page)]
+            held[at] = value if held[at] != held[at] else held[at] + value
+    for labels, value in _matching(found, metric, metric.name + "_bucket"):
+        try:
+            bound = float(labels["le"])
+        except (KeyError, ValueError):
+            continue
+        bounds = buckets.setdefault(_whose(labels, metric, page), {})
+        bounds[bound * metric.scale] = bounds.get(bound * metric.scale, 0.0) + value
+    for whose, (count, total) in sums.items():
+        if math.isfinite(count) and math.isfinite(total):
+            held_by = reading.histograms.setdefault(whose, {})
+            counted = Counted(metric.name, count, total * metric.scale, dict(sorted(buckets.get(whose, {}).items())))
+            held_by.setdefault(metric.to, counted)
+
+
+def samples(text: str, page: Worker, at_s: float, engine: str = "") -> list[Sample]:
+    """The page as Samples, without comparison to others: of a role that nothing tells, "mixed"."""
+    reading = read(text, page, engine)
+    held: dict[tuple[str, str], dict[str, float]] = {}
+    for part in (reading.samples, reading.others):
+        for key, values in part.items():
+            held[key] = values | held.get(key, {})
+    return [Sample(at_s, worker, role or "mixed", **values) for (worker, role), values in sorted(held.items())]
+
+
+@dataclass(slots=True)
+class _Source:
+    """A page that is read again and again."""
+
+    worker: Worker
+    endpoint: Endpoint
+    path: str
+    failures: int = 0
+    readings: int = 0
+    busy: Future[tuple[Reading, float]] | None = None
+    before: dict[tuple[str, str], dict[str, Counted]] = field(default_factory=dict)
+
+
+def page_of(server: Endpoint, worker: Worker) -> tuple[Endpoint, str]:
+    """(server, path) of a worker's metrics page. Credentials go to the endpoint itself and to nobody else."""
+    url = urlsplit(worker.metrics)
+    path = url.path + (f"?{url.query}" if url.query else "")
+    own = server.where
+    base = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
+    same = base in (f"{own.scheme}://{own.netloc}", f"{own.scheme}://{own.host}")
+    return (Endpoint(own) if same and not own.prefix else Endpoint(target(base))), path
 
 
 class Scraper:
-    """Reads ``/metrics`` every ``period_s`` in a thread of its own, off the request path; a context manager.
+    """Reads every worker's page each ``period_s`` in threads of its own, off the request path; a context manager.
 
-    on_samples gets each reading; ``at_s`` counts from ``zero`` (monotonic clock). failures: readings that did not
-    come; a server without metrics costs nothing but this count.
+    workers: whose pages are read; the endpoint's own /metrics is read beside them, under the names in its labels if there are
+    no others. find: asked every FIND_S which workers there are now. on_samples gets each round's readings, one a worker: what a
+    router says of a worker fills in what its own page does not say. ``at_s`` counts from ``zero`` (monotonic clock). failures:
+    pages that did not come; a server without metrics costs nothing but this count.
     """
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        dialect: Dialect,
+        server: Endpoint,
         zero: float,
         on_samples: Callable[[Sequence[Sample]], None],
         period_s: float = PERIOD_S,
+        *,
+        workers: Sequence[Worker] = (),
+        engine: str = "",
+        find: Callable[[], Sequence[Worker]] | None = None,
     ) -> None:
         self.failures = 0
         self.readings = 0
-        self._endpoint, self._dialect, self._zero = endpoint, dialect, zero
+        self.names: dict[str, str] = {}
+        """Every name of a worker that was heard -> the one that rows say."""
+        self.last: dict[str, Sample] = {}
+        """Worker -> its last reading."""
+        self._server, self._zero, self._engine, self._find = server, zero, engine, find
         self._on_samples, self._period_s = on_samples, period_s
+        self._sources: dict[str, _Source] = {}
+        self._workers: dict[str, Worker] = {}
+        self._fields: dict[str, dict[str, str]] = {}
+        self._counted: dict[tuple[str, str, str], Counted] = {}
+        self._round_s = 0.0
+        self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="steelyard-page")
+        self._finding: Future[Sequence[Worker]] | None = None
+        self._found_at = time.monotonic()
         self._thread = threading.Thread(target=self._main, name="steelyard-scraper", daemon=True)
+        self._take(workers)
 
     def __enter__(self) -> Scraper:
         self._thread.start()
@@ -72,29 +313,206 @@ class Scraper:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join(10)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, workers: Sequence[Worker]) -> None:
+        """These are the workers now; pages of those that went away are read on, for what they say of their end."""
+        for worker in workers:
+            self._workers[worker.name] = worker
+            self.names |= dict.fromkeys(worker.names, worker.name)
+            if not worker.metrics or (worker.name in self._sources and self._sources[worker.name].worker == worker):
+                continue
+            try:
+                endpoint, path = page_of(self._server, worker)
+            except SteelyardError:
+                self.failures += 1
+                continue
+            known = self._sources.get(worker.name)
+            if known is not None and known.worker.metrics == worker.metrics:
+                known.worker = worker
+            else:
+                self._sources[worker.name] = _Source(worker, endpoint, path)
+        pages = {s.worker.metrics for s in self._sources.values()}
+        if "" not in self._sources and f"{self._server.shown}/metrics" not in pages:
+            own = Worker("router", "router") if self._workers else Worker("")
+            self._sources[""] = _Source(own, self._server, "/metrics")
 
     def read(self) -> list[Sample]:
-        """One reading, now. EndpointError when there is none."""
-        answer = self._endpoint.fetch("GET", "/metrics", timeout_s=5.0)
-        at_s = time.monotonic() - self._zero
-        if answer.status != 200:
-            raise EndpointError(f"{self._endpoint.shown}/metrics: HTTP {answer.status}")
-        try:
-            return samples(answer.text, self._dialect, at_s)
-        except (ValueError, KeyError, IndexError):
-            raise EndpointError(f"{self._endpoint.shown}/metrics: not Prometheus text") from None
+        """One reading of every worker, now. EndpointError when there is none."""
+        found = self._round(PAGE_S)
+        if not found:
+            raise EndpointError(f"{self._server.shown}: no metrics page of it or its workers answers.")
+        return found
+
+    def histograms(self) -> list[Histogram]:
+        """What the servers' histograms counted between the first reading and the last."""
+        with self._lock:
+            return [
+                Histogram(worker, role, name, c.source, c.count, c.total, tuple(c.buckets.items()))
+                for (worker, role, name), c in sorted(self._counted.items())
+            ]
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Where readings came from, for the run: worker -> role, weight, URLs, other names, fields."""
+        with self._lock:
+            found: dict[str, dict[str, Any]] = {}
+            for name in sorted({*self._workers, *self.last}):
+                worker = self._workers.get(name, Worker(name))
+                last = self.last.get(name)
+                told: dict[str, Any] = {
+                    "role": last.role if last else worker.role,
+                    "weight": worker.weight,
+                    "url": redact(worker.url),
+                    "metrics": redact(worker.metrics),
+                    "id": next((n for n, w in self.names.items() if w == name and n == worker.id), ""),
+                    "fields": self._fields.get(name, {}),
+                    "last_s": last.at_s if last else None,
+                }
+                found[name] = {k: v for k, v in told.items() if v not in ("", {}, None)}
+            return found
+
+    def silent(self) -> list[Sample]:
+        """The last reading of each worker that stopped telling, while others went on or the run did."""
+        late = self._round_s - max(SILENT_S, 3 * self._period_s)
+        with self._lock:
+            return sorted((s for s in self.last.values() if s.at_s < late), key=lambda s: s.at_s)
 
     def _main(self) -> None:
         when = time.monotonic()
         while not self._stop.is_set():
-            try:
-                found = self.read()
-                self.readings += 1
-                if found:
-                    self._on_samples(found)
-            except EndpointError:
-                self.failures += 1
-                if self.failures >= 5 and not self.readings:
-                    return  # this server has no metrics
+            self._tell(self._round(self._period_s))
+            self._look()
             when = max(when + self._period_s, time.monotonic())
             self._stop.wait(max(0.0, when - time.monotonic()))
+        self._tell(self._round(PAGE_S))  # the difference over the run ends here
+
+    def _tell(self, found: list[Sample]) -> None:
+        if found:
+            self._on_samples(found)
+
+    def _look(self) -> None:
+        """Ask now and then which workers there are."""
+        if self._find is None:
+            return
+        if self._finding is None and time.monotonic() - self._found_at > FIND_S:
+            self._finding = self._pool.submit(self._find)
+        elif self._finding is not None and self._finding.done():
+            error = self._finding.exception()
+            if error is None:
+                with self._lock:
+                    self._take(self._finding.result())
+            self._finding, self._found_at = None, time.monotonic()
+
+    def _page(self, source: _Source) -> tuple[Reading, float]:
+        """One page, and when it came."""
+        answer = source.endpoint.fetch("GET", source.path, timeout_s=PAGE_S, most_bytes=MOST_BYTES)
+        at_s = time.monotonic() - self._zero
+        if answer.status != 200:
+            raise EndpointError(f"{source.endpoint.shown}{source.path}: HTTP {answer.status}")
+        try:
+            return read(answer.text, source.worker, self._engine), at_s
+        except (ValueError, KeyError, IndexError):
+            raise EndpointError(f"{source.endpoint.shown}{source.path}: not Prometheus text") from None
+
+    def _round(self, patience_s: float) -> list[Sample]:
+        """Ask every page that is not asked already, wait a while, take what came; a slow page comes in a later round."""
+        with self._lock:
+            for source in self._sources.values():
+                if source.busy is None and (source.readings or source.failures < GIVE_UP):
+                    source.busy = self._pool.submit(self._page, source)
+            asked = [s.busy for s in self._sources.values() if s.busy is not None]
+        wait(asked, timeout=patience_s)
+        came: list[tuple[_Source, Reading, float]] = []
+        with self._lock:
+            for source in self._sources.values():
+                if source.busy is None or not source.busy.done():
+                    continue
+                done, source.busy = source.busy, None
+                if done.exception() is not None:
+                    source.failures += 1
+                    self.failures += 1
+                    continue
+                source.readings += 1
+                source.failures = 0
+                self.readings += 1
+                came.append((source, *done.result()))
+            self._round_s = time.monotonic() - self._zero
+            return self._merged(came)
+
+    def _merged(self, came: Sequence[tuple[_Source, Reading, float]]) -> list[Sample]:
+        """One sample a worker and role."""
+        for source, reading, _ in came:
+            if reading.id and source.worker.name:
+                self.names[reading.id] = source.worker.name
+        found: dict[str, Sample] = {}
+        rest: list[Sample] = []
+        for source, reading, at_s in came:
+            for (worker, said), values in reading.samples.items():
+                name = self.names.get(worker, worker)
+                sample = Sample(at_s, name, "mixed", **values)
+                role = said or self._role(name, sample)
+                found[name] = Sample(at_s, name, role, **(values | _said(found.get(name))))
+                self._fields[name] = reading.fields
+            self._count(source, reading, found)
+        for _, reading, at_s in came:
+            for (worker, said), values in reading.others.items():
+                name = self.names.get(worker, worker)
+                known = found.get(name)
+                role = said or (known.role if known else self._role(name, None))
+                if known is None:
+                    rest.append(Sample(at_s, name, role, **values))
+                elif role == known.role:
+                    found[name] = Sample(known.at_s, name, role, **(values | _said(known)))
+        told = [*found.values(), *rest]
+        self.last |= {s.worker: s for s in told}
+        return sorted(told, key=lambda s: (s.role, s.worker))
+
+    def _role(self, name: str, sample: Sample | None) -> str:
+        """Of a worker whose page does not say it: as listed, as its readings betray it, as before."""
+        worker = self._workers.get(name)
+        if worker is not None and worker.role:
+            return worker.role
+        before = self.last.get(name)
+        if sample is not None:
+            for engine in engines().values():
+                role = engine.role(before, sample)
+                if role:
+                    return role
+        return before.role if before is not None else "mixed"
+
+    def _count(self, source: _Source, reading: Reading, found: Mapping[str, Sample]) -> None:
+        """Add what a page's histograms counted since its reading before."""
+        for key, held in reading.histograms.items():
+            name = self.names.get(key[0], key[0])
+            role = key[1] or (found[name].role if name in found else self._role(name, None))
+            for field_name, now in held.items():
+                before = source.before.get(key, {}).get(field_name)
+                total = self._counted.setdefault((name, role, field_name), Counted(now.source, 0.0, 0.0, {}))
+                if before is None:
+                    more = Counted(now.source, 0.0, 0.0, dict.fromkeys(now.buckets, 0.0))
+                elif now.count < before.count:
+                    more = now  # the server began anew
+                else:
+                    more = Counted(
+                        now.source,
+                        now.count - before.count,
+                        now.total - before.total,
+                        {bound: n - before.buckets.get(bound, 0.0) for bound, n in now.buckets.items()},
+                    )
+                self._counted[name, role, field_name] = Counted(
+                    now.source,
+                    total.count + more.count,
+                    total.total + more.total,
+                    {bound: total.buckets.get(bound, 0.0) + n for bound, n in more.buckets.items()},
+                )
+        source.before = reading.histograms
+
+
+def _said(sample: Sample | None) -> dict[str, float]:
+    """The values of a sample that are there."""
+    if sample is None:
+        return {}
+    return {f: v for f in _VALUES if (v := getattr(sample, f)) is not None}
+
+
+_VALUES = tuple(f.name for f in fields(Sample)[3:])

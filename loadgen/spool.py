@@ -1,15 +1,18 @@
 """Rows that wait on disk while the database is away, one file a run, loaded when it is back.
 
-A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"samples": [..]}``, and at the end
-``{"run": {..}}``, what came of the run. A line that was cut by a crash is left out; nothing is stored twice, because
+A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"samples": [..]}``, ``{"change": {..}}``, and at
+the end ``{"run": {..}}``, what came of the run. A line that was cut by a crash is left out; nothing is stored twice, because
 observations are keyed by (run, index) and lines are dropped from the file once they are in the database. A file is locked
-while it is written or loaded, so any command may load what another process is still adding to.
+while it is written or loaded, so any command may load what another process is still adding to. Nobody waits for a lock: who
+loads may be waiting for a database that never answers, so who adds then takes another file (``-run-7.1.jsonl``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from traces.errors import InputError, StoreError
-from traces.records import Observations, Run, Sample
+from traces.records import Fleet, FleetChange, Observations, Run, Sample
 from traces.store import Store
 
 
@@ -46,10 +49,23 @@ _OUTCOME = (
 
 
 class Spool:
-    """The file of one run. Made when the first line is written."""
+    """The file of one run, or several. Made when the first line is written."""
 
     def __init__(self, store: Store, run_id: int, where: Path | None = None) -> None:
         self.path = (where or folder()) / f"{_mark(store)}-run-{run_id}.jsonl"
+        self._run_id = run_id
+
+    def keep(self, batch: Observations | Sequence[Sample] | FleetChange) -> None:
+        """Keep rows, readings or a role change."""
+        if isinstance(batch, Observations):
+            self.add_observations(batch)
+        elif isinstance(batch, FleetChange):
+            times = {"asked_s": batch.asked_s, "ready_s": None if math.isnan(batch.ready_s) else batch.ready_s}
+            self._write(
+                {"change": times | {"before": str(batch.before), "after": str(batch.after), "reason": batch.reason}}
+            )
+        else:
+            self.add_samples(batch)
 
     def add_observations(self, rows: Observations) -> None:
         """Keep rows."""
@@ -67,31 +83,47 @@ class Spool:
         held = {name: getattr(run, name) for name in _OUTCOME}
         self._write({"run": {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in held.items()}})
 
+    def _file(self, k: int) -> Path:
+        return self.path if k == 0 else self.path.with_suffix(f".{k}.jsonl")
+
     def _write(self, value: dict[str, Any]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps(value, allow_nan=False) + "\n"
-            while True:
-                with self.path.open("a", encoding="utf-8") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                    if os.fstat(file.fileno()).st_nlink:  # else it was loaded and removed while we waited
-                        file.write(line)
+            for k in itertools.count():
+                with self._file(k).open("a", encoding="utf-8") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        continue  # somebody loads this one
+                    if os.fstat(file.fileno()).st_nlink:  # else it was loaded and removed meanwhile
+                        begun = os.fstat(file.fileno()).st_size
+                        try:
+                            file.write(line)
+                            file.flush()
+                        except OSError:
+                            with contextlib.suppress(OSError):
+                                os.ftruncate(file.fileno(), begun)  # no half line on a full disk
+                            raise
                         return
         except OSError as error:
             raise StoreError(f"{self.path}: rows cannot be kept on disk either ({error.strerror}).") from None
 
     def load(self, store: Store) -> int:
-        """Put what waits into the database; returns the rows. StoreError leaves what is not stored yet in the file."""
-        try:
-            with self.path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                return self._load(store, file.read().splitlines()) if os.fstat(file.fileno()).st_nlink else 0
-        except FileNotFoundError:
-            return 0
+        """Put what waits into the database; returns the rows. StoreError leaves what is not stored yet in the file.
 
-    def _load(self, store: Store, lines: list[bytes]) -> int:
-        run_id = int(self.path.stem.rpartition("-")[2])
+        What another process loads at this moment is left to it.
+        """
         stored = 0
+        for path in sorted(self.path.parent.glob(f"{self.path.stem}.*jsonl")):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_nlink:
+                    stored += self._load(store, path, file.read().splitlines())
+        return stored
+
+    def _load(self, store: Store, path: Path, lines: list[bytes]) -> int:
+        run_id, stored = self._run_id, 0
         try:
             while lines:
                 try:
@@ -104,6 +136,8 @@ class Spool:
                     stored += len(rows)
                 elif "samples" in held:
                     store.add_samples(run_id, [Sample(**s) for s in held["samples"]])
+                elif "change" in held:
+                    add(store, run_id, _change(held["change"]))
                 elif "run" in held:
                     known: dict[str, Any] = {
                         k: math.nan if v is None else v for k, v in held["run"].items() if k in _OUTCOME
@@ -111,22 +145,35 @@ class Spool:
                     store.end_run(replace(store.run(run_id), **known))
                 lines.pop(0)
         except (StoreError, InputError):
-            with self.path.open("r+b") as again:  # in place: the lock is on this file
+            with path.open("r+b") as again:  # in place: the lock is on this file
                 again.write(b"".join(line + b"\n" for line in lines))
                 again.truncate()
             raise
-        self.path.unlink()
+        path.unlink()
         return stored
 
 
 def waiting(store: Store, where: Path | None = None) -> list[Spool]:
     """The files that wait for this database."""
-    found = []
-    for path in sorted((where or folder()).glob(f"{_mark(store)}-run-*.jsonl")):
-        number = path.stem.rpartition("-")[2]
-        if number.isdigit():
-            found.append(Spool(store, int(number), where))
-    return found
+    start = f"{_mark(store)}-run-"
+    numbers = {path.name.removeprefix(start).split(".")[0] for path in (where or folder()).glob(f"{start}*.jsonl")}
+    return [Spool(store, number, where) for number in sorted(int(n) for n in numbers if n.isdigit())]
+
+
+def add(store: Store, run_id: int, batch: Observations | Sequence[Sample] | FleetChange) -> None:
+    """Store rows, readings or a role change."""
+    if isinstance(batch, Observations):
+        store.add_observations(run_id, batch)
+    elif isinstance(batch, FleetChange):
+        store.add_fleet_change(run_id, batch)
+    else:
+        store.add_samples(run_id, batch)
+
+
+def _change(held: dict[str, Any]) -> FleetChange:
+    ready = held["ready_s"]
+    before, after = Fleet.parse(held["before"]), Fleet.parse(held["after"])
+    return FleetChange(held["asked_s"], math.nan if ready is None else ready, before, after, held["reason"])
 
 
 def _mark(store: Store) -> str:
@@ -140,6 +187,8 @@ def _observations(columns: dict[str, list[Any]]) -> Observations:
     rows = Observations.empty(len(columns["index"]))
     columns.setdefault("dispatch_s", columns["due_s"])  # written before that column was
     for f in fields(Observations):
+        if f.name not in columns:
+            continue  # written before there was such a column
         column = getattr(rows, f.name)
         if column.dtype == np.float64:
             column[:] = [math.nan if v is None else v for v in columns[f.name]]

@@ -55,7 +55,8 @@ class Answer:
     first_token, last_token: stamps of the first and last event with non-empty content or reasoning. chunks: such
     events. max_gap: largest time between two of them. prompt_tokens, output_tokens: from ``usage``, -1 without.
     said_end: the stream said that it had ended (``[DONE]``, a finish reason, or usage after content).
-    error: "", "malformed" or "stream_error"; detail: what was seen.
+    error: "", "malformed" or "stream_error"; detail: what was seen. kept: the members named in ``keep``, as last seen in the
+    first event with content, one that finishes, or one without content.
     """
 
     __slots__ = (
@@ -67,6 +68,8 @@ class Answer:
         "detail",
         "error",
         "first_token",
+        "keep",
+        "kept",
         "last_token",
         "max_gap",
         "output_tokens",
@@ -76,7 +79,9 @@ class Answer:
         "stamps",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, keep: tuple[str, ...] = ()) -> None:
+        self.keep = keep
+        self.kept: dict[str, Any] = {}
         self.first_token = math.nan
         self.last_token = math.nan
         self.chunks = 0
@@ -238,12 +243,14 @@ class Answer:
                 if type(choices) is list and len(choices) == 1 and type(choices[0]) is dict and _content(choices[0]):
                     if chunks == 0:
                         self.first_token = at
+                        self._note(event)
                     elif at - last > gap:
                         gap = at - last
                     last = at
                     chunks += 1
                     if choices[0].get("finish_reason"):
                         self.said_end = True
+                        self._note(event)
                     continue
             if event is _NOTHING:
                 continue
@@ -272,6 +279,7 @@ class Answer:
 
     def _take(self, event: dict[str, Any], at: float) -> None:
         """One event of the stream."""
+        self._note(event)
         if event.get("error"):
             error = event["error"]
             words = error.get("message") if isinstance(error, dict) else error
@@ -299,6 +307,13 @@ class Answer:
                 self.last_token = at
                 self.chunks += 1
                 return
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Keep what facts are made of. Called a few times an answer, not once a token."""
+        for name in self.keep:
+            value = event.get(name)
+            if value is not None:
+                self.kept[name] = value
 
     def _fail(self, kind: str, detail: str) -> None:
         self.error = kind

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,13 +38,16 @@ os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
 
 import gevent
 import gevent.event
+import locust.runners
 from locust.env import Environment
 from locust.event import Events
 
+from loadgen import engines
 from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
-from loadgen.engines import EXACT, Dialect, Measure, Prompts
+from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
+from loadgen.stream import printable
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.records import ERRORS, STATUSES, Feed, Floats, Ints, Observations, Schedule
 
@@ -61,8 +64,14 @@ READY_TIMEOUT_S = 60.0
 SILENCE_S = 4.0
 """A worker that is not ours to watch is given up after this long without a heartbeat."""
 
+MASTER_SILENCE_S = 60.0
+"""A worker that hears nothing of its master for this long ends."""
+
 BLOCK = 50_000
 """Requests a message when a shard is sent."""
+
+MOST_FACTS = 4000
+"""Characters of a request's facts."""
 
 LOOKAHEAD_S = 30.0
 """Of a feed, requests are with their workers at least this long before they are due."""
@@ -129,7 +138,34 @@ def pack(rows: list[Row]) -> dict[str, Any]:
     message["status"] = bytes(STATUSES.index(r.status) for r in rows)
     message["error"] = bytes(ERRORS.index(r.error) + 1 if r.error else 0 for r in rows)
     message["detail"] = {str(i): r.detail for i, r in enumerate(rows) if r.detail}
+    message["facts"] = {str(i): facts for i, r in enumerate(rows) if r.facts and (facts := _plain(r.facts))}
     return message
+
+
+def _plain(facts: Mapping[str, Any]) -> str:
+    """Facts as JSON; "" for what JSON cannot hold, or what is too long to be a fact."""
+    try:
+        text = json.dumps(facts, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return ""
+    return text if len(text) <= MOST_FACTS else ""
+
+
+def _facts(told: Mapping[str, str], n: int) -> dict[str, Any]:
+    """Columns of observations from facts by position: those that have a name of ours, the rest as JSON."""
+    held: dict[str, Any] = {
+        name: np.full(n, np.nan) if name.endswith("_s") else np.full(n, "", dtype=object) for name in (*FACTS, "facts")
+    } | {"cached_tokens": np.full(n, -1, dtype=np.int64)}
+    for i, text in told.items():
+        facts = json.loads(text)
+        for name in FACTS:
+            value = facts.pop(name, None)
+            if name.endswith("_worker"):
+                held[name][int(i)] = printable(str(value)) if value is not None else ""
+            elif isinstance(value, (int, float)):
+                held[name][int(i)] = value
+        held["facts"][int(i)] = json.dumps(facts, separators=(",", ":")) if facts else ""
+    return held
 
 
 class Pieces:
@@ -225,8 +261,8 @@ def unpack(
     for i, words in message["detail"].items():
         detail[int(i)] = words
     dispatch = np.where(np.isnan(columns["dispatch"]), due, columns["dispatch"] - zero)
-    return Observations(
-        index=index,
+    return Observations.of(
+        index,
         worker=np.full(n, worker, dtype=np.int64),
         due_s=dispatch if causal else due,
         dispatch_s=dispatch,
@@ -244,6 +280,7 @@ def unpack(
         status=status,
         error=error,
         detail=detail,
+        **_facts(message.get("facts", {}), n),
     )
 
 
@@ -730,7 +767,7 @@ class Swarm:
             {
                 "run": token,
                 "where": [asdict(one) | {"headers": dict(one.headers)} for one in (job.where, *job.others)],
-                "dialect": {"name": job.dialect.name, "chat": job.dialect.chat, "token_ids": job.dialect.token_ids},
+                "dialect": asdict(job.dialect),
                 "model": job.model,
                 "salt": job.salt,
                 "measure": [job.measure.offset, job.measure.per_unit],
@@ -813,10 +850,14 @@ def _depth(parent: Ints) -> int:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[int]]:
-    """A list that grows with the first Ctrl-C, instead of an exception in the middle of a message; the second one is raised."""
+    """A list that grows with the first Ctrl-C, instead of an exception in the middle of a message; the second one is raised.
+
+    SIGTERM is the same: a pod that is taken away, or a batch system's end of time, drains and stores.
+    """
     came: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    if threading.current_thread() is not threading.main_thread() or None in before:
         yield came
         return
 
@@ -825,11 +866,13 @@ def _noted() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    signal.signal(signal.SIGINT, note)
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -886,6 +929,8 @@ def work(master: str, parent: int = 0) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sys.setswitchinterval(0.0005)  # the hub's statistics must not hold the client up for 5 ms
+    # Locust measures its master's silence by the wall clock, which a time server may set forward by more than that.
+    locust.runners.MASTER_HEARTBEAT_TIMEOUT = float("inf")  # type: ignore[assignment]
     environment = _environment()
     try:
         runner = environment.create_worker_runner(host, int(port))
@@ -897,9 +942,14 @@ def work(master: str, parent: int = 0) -> int:
     for kind in ("job", "shard", "prepare", "go", "stop", "ping", "quit"):
         runner.register_message(f"steelyard.{kind}", getattr(worker, kind))
     runner.send_message("steelyard.hello", {"pid": os.getpid(), "boot": _boot()})
+    heard, since = None, time.monotonic()
     while not worker.quitting:
         worker.flush()
         gevent.sleep(FLUSH_S)
+        if runner.last_heartbeat_timestamp != heard:
+            heard, since = runner.last_heartbeat_timestamp, time.monotonic()
+        if time.monotonic() - since > MASTER_SILENCE_S:
+            break
         if parent and os.getppid() != parent:
             break  # the master was killed
         if not runner.greenlet:
@@ -977,6 +1027,8 @@ class _WorkerSide:
                 prompts,
                 timeout_s=job["timeout_s"],
                 connections=connections,
+                # An engine of another package that this machine lacks: its requests are made all the same, without facts.
+                engine=engines.engines().get(dialect.name),
             )
         )
         while not wait.done():

@@ -213,6 +213,42 @@ def test_nobody_listening_is_refused() -> None:
     assert [(r.status, r.error) for r in rows] == [("failed", "refused")] * 2
 
 
+def test_a_worker_without_file_handles_has_not_sent_the_request() -> None:
+    """It is the generator's fault: ``unsent``, which spoils the run, and no failure of the server."""
+    import resource
+
+    async def run() -> list[Row]:
+        rows: list[Row] = []
+        kind = dialect("openai")
+        listener = socket.create_server(("127.0.0.1", 0))
+        where = Target("http", "127.0.0.1", listener.getsockname()[1])
+        client = Client(where, kind.path, Prompts(kind, "m", 9, 1), rows.append)
+        await client.warm(0)
+        work = asyncio.ensure_future(client.run([0, 1], [0.1, 0.1], [5, 5], [1, 1], time.monotonic()))
+        await asyncio.sleep(0.05)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        held = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        try:
+            while True:
+                held.append(socket.socket())
+        except OSError:
+            pass
+        try:
+            await asyncio.wait_for(work, 10)
+        finally:
+            for one in [*held, listener]:
+                one.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        await client.close()
+        return rows
+
+    rows = asyncio.run(run())
+    assert [(r.status, r.error) for r in rows] == [("unsent", "")] * 2
+    assert "Too many open files" in rows[0].detail
+    assert math.isnan(rows[0].sent)
+
+
 def test_a_request_that_takes_too_long_times_out_and_keeps_what_it_measured() -> None:
     """A stall is a timeout; the tokens that came stay in the row."""
     answer = replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(EVENTS[0], end=False), then="stall")

@@ -1,77 +1,221 @@
-"""The report: one file, true to its JSON, safe to open, drawn in a real browser."""
+"""The report: one file, true to its JSON, safe to open, drawn in a real browser, readable by ear and on a phone."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from advisor.advise import load
+from advisor.cli import main
 from advisor.features import RunData
-from advisor.recommend import Recommendation, recommend
-from advisor.report import render, write_report
-from loadgen.cluster import Profile
+from advisor.recommend import recommend
+from advisor.report import assemble, text_of, write_report
+from advisor.report import pdf as print_pdf
+from advisor.report.digest import BINS, POINTS, QUANTILES, digest, traffic
+from advisor.report.draw import NARROW, WIDE, Axis, svg
+from advisor.report.markdown import escape
+from advisor.report.page import asset, policy
+from advisor.report.parts import Mark, Plot, Report, Rule
+from advisor.report.pdf import BROWSERS, browser
+from advisor.report.reproduce import replay_command
+from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
+from tests.test_features import run_of
 from traces.errors import InputError
-from traces.records import Sample
+from traces.measures import Slo
+from traces.records import Fleet, FleetChange, Observations, Sample, Schedule
+from traces.store import Store, open_store
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
 
 
+def readings(prefill: int, decode: int, until: int = 40) -> list[Sample]:
+    """One a second and worker; half-way a prefill worker becomes a decode worker."""
+    found = []
+    for t in range(until):
+        for w in range(prefill + decode):
+            role = "prefill" if w < prefill - (t >= until // 2) else "decode"
+            waiting = float(t % 7) * (role == "prefill")
+            found.append(Sample(float(t), f"w{w}", role, waiting, running_requests=2.0, busy_s_total=0.25 * t))
+    return found
+
+
+def stored(store: Store, data: list[RunData], trace: str) -> list[int]:
+    """The runs, with readings and a role change whose reason is hostile, as rows of a database."""
+    ids = []
+    for one in data:
+        run = replace(one.run, trace=trace, slo=str(SLO), lag_p50_ms=0.5, lag_p99_ms=2.0, lag_max_ms=3.0)
+        run = replace(run, counts={"ok": len(one.observations)}, ended=False, id=0)
+        begun = store.begin_run(run)
+        store.add_observations(begun.id, one.observations)
+        store.add_samples(begun.id, readings(one.prefill, one.decode))
+        store.end_run(replace(run, id=begun.id))
+        ids.append(begun.id)
+    store.add_fleet_change(ids[-1], FleetChange(20.0, 21.5, Fleet(7, 1), Fleet(6, 2), HOSTILE))
+    return ids
+
+
+def add_trace(store: Store, schedule: Schedule, name: str) -> None:
+    """A schedule as a stored trace."""
+    n = len(schedule)
+    batch = {
+        "seq": list(range(n)),
+        "source_line": list(range(1, n + 1)),
+        "arrival_us": np.rint(schedule.due_s * 1e6).astype(int).tolist(),
+        "prompt_tokens": schedule.prompt_tokens.tolist(),
+        "output_tokens": schedule.output_tokens.tolist(),
+        "status": [0] * n,
+    }
+    summary = lambda: ({"rows_kept": n}, None, None, None)  # noqa: E731
+    store.add_trace(name=name, format="csv", sha256="0" * 64, files=[], options={}, batches=[batch], summary=summary)
+
+
 @pytest.fixture(scope="module")
-def answer() -> tuple[Recommendation, list[RunData]]:
+def db(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with three runs of a hostile trace, the trace itself, and one answer about it."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('db') / 'steelyard.db'}"
     profile = Profile.load("demo")
     rate = busy_rate(profile)
-    data = three_runs(profile, rate)
-    data = [
-        replace(
-            one,
-            run=replace(one.run, trace=HOSTILE, lag_p50_ms=0.5, lag_p99_ms=2.0, lag_max_ms=3.0),
-            samples=[
-                Sample(
-                    at_s=t / 2,
-                    worker=str(w),
-                    role=role,
-                    waiting_requests=float(t % 7) * (role == "prefill"),
-                    running_requests=2.0,
-                )
-                for t in range(40)
-                for w, role in enumerate(["prefill", "decode"])
-            ],
+    with open_store(url) as store:
+        add_trace(store, lognormal(200, rate, 5), HOSTILE)
+        ids = stored(store, three_runs(profile, rate), HOSTILE)
+        answer = recommend(
+            load(store, store.runs(ids=ids)), store.schedule(HOSTILE), gpus=8, slo=SLO, draws=4, attainment=0.3
         )
-        for one in data
-    ]
-    schedule = replace(lognormal(200, rate, 5), name=HOSTILE)
-    return recommend(data, schedule, gpus=8, slo=SLO, draws=4, attainment=0.3), data
+        store.add_recommendation("static", answer.as_json() | {"version": "0.1.0"}, ids, answer.data_hash, 0)
+    return url
 
 
 @pytest.fixture(scope="module")
-def page(answer: tuple[Recommendation, list[RunData]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recommendation, data = answer
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, render(recommendation, data, commands=["steelyard advise"], version="0.1.0", seed=0))
-    return path
+def folder(db: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stored answer's report in every text format."""
+    out = tmp_path_factory.mktemp("report")
+    for form in ("html", "md", "json"):
+        where = str(out / f"report.{form}")
+        code = main(["report", "--recommendation", "latest", "--format", form, "--out", where, "--db", db])
+        assert code == 0
+    return out
 
 
-def test_the_page_is_one_file_below_six_megabytes(page: Path) -> None:
-    """The page needs nothing beside it, and is below 6 MB."""
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Path:
+    return folder / "report.html"
+
+
+# --- what stands in it ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_small_file(page: Path) -> None:
+    """The page needs nothing beside it, is below 6 MB, and the figures of ten runs would be too."""
     text = page.read_text(encoding="utf-8")
-    assert len(text.encode()) < 6_000_000
-    assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=(?![\"']?data:)", text.split("<script>")[0])
+    assert len(text.encode()) < 1_000_000
+    assert not re.search(r"<(?:script|link|img|iframe|object|embed)[^>]+(?:src|href)=(?![\"']?data:)", text)
     assert "Content-Security-Policy" in text
 
 
-def test_the_first_sentence_is_the_jsons(page: Path, answer: tuple[Recommendation, list[RunData]]) -> None:
-    """What the page says first is what advise --json says, and the JSON stands in the page."""
+def test_the_first_sentence_is_the_jsons(page: Path, db: str) -> None:
+    """What the page says first is what was advised and stored, and the JSON stands in the page."""
     text = page.read_text(encoding="utf-8")
     held = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
-    assert held["sentence"] == answer[0].sentence
-    assert held["prefill"] == answer[0].best.fleet.prefill
+    with open_store(db) as store:
+        answer = store.recommendation(kind="static")
+    assert held["sentence"] == answer["sentence"]
+    assert (held["prefill"], held["decode"]) == (answer["prefill"], answer["decode"])
+    assert answer["sentence"].split(";")[0] in text
+
+
+def test_every_question_of_the_first_screen_and_every_section_is_answered(folder: Path) -> None:
+    """The four cards and all kinds of evidence stand in the report, each with words; every plot has data."""
+    held = json.loads((folder / "report.json").read_text())
+    assert [c["title"] for c in held["cards"]] == [
+        "How sure",
+        "What it rests on",
+        "What to do next",
+        "What was not measured",
+    ]
+    assert all(c["lines"] for c in held["cards"])
+    wanted = (
+        "goodput p99 ttft tpot e2e queues busy roles rate lengths capacity law-tpot residual-tpot law-ttft residual-ttft laws "
+        "held lag strategies whatif reproduce"
+    )
+    assert list(held["sections"]) == wanted.split()
+    for key, section in held["sections"].items():
+        assert section["text"], key
+        for mark in section.get("plot", {}).get("marks", ()):
+            assert any(v is not None for v in mark["y"]), (key, mark["name"])
+    assert [c["reason"] for c in held["sections"]["roles"]["table"]] == [HOSTILE]
+    assert held["sections"]["strategies"]["code"][0]["text"].startswith("steelyard strategies --trace")
+
+
+def test_markdown_says_the_same_and_nothing_in_it_is_markup(folder: Path) -> None:
+    """The Markdown begins with the sentence; hostile names are text there too."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    held = json.loads((folder / "report.json").read_text())
+    assert text.startswith(f"# {escape(held['sentence'])}\n")
+    assert "## How to get this again" in text
+    outside_code = re.sub(r"^```+\n.*?\n```+$", "", text, flags=re.S | re.M)
+    assert "<script" not in outside_code.replace("\\<", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a|b", "a\\|b"),  # would end a cell
+        ("# x\n# y", "\\# x \\# y"),  # would be headings
+        ("[a](http://b)", "\\[a\\]\\(http://b\\)"),  # would be a link
+        ("<b>", "\\<b\\>"),
+    ],
+)
+def test_markdown_is_escaped(text: str, shown: str) -> None:
+    """Nothing from outside makes structure."""
+    assert escape(text) == shown
+
+
+def test_runs_that_cannot_answer_are_reported_with_the_reason(db: str, tmp_path: Path, capsys: Any) -> None:
+    """One run at low load: exit 5, and a report that says why, shows the run and names what to measure next."""
+    out = tmp_path / "one.json"
+    code = main(["report", "--run", "1", "--gpus", "8", "--format", "json", "--out", str(out), "--db", db])
+    assert code == 5
+    held = json.loads(out.read_text())
+    assert held["sentence"].startswith("No split can be recommended: ")
+    assert "Measure next: steelyard replay" in held["sentence"]
+    assert {"ttft", "queues", "lag", "reproduce"} <= set(held["sections"])
+    assert "goodput" not in held["sections"]
+    assert "Written: " in capsys.readouterr().out
+
+
+def test_a_stored_answer_is_named_or_the_known_ones_are(db: str, capsys: Any) -> None:
+    """A number that is not there is one line with those that are; options that ask anew do not mix with a stored answer."""
+    assert main(["report", "--recommendation", "77", "--db", db]) == 1
+    assert "Known: 1." in capsys.readouterr().err
+    assert main(["report", "--recommendation", "1", "--gpus", "4", "--db", db]) == 2
+
+
+def test_an_answer_of_an_older_version_still_makes_a_report(db: str) -> None:
+    """What an older answer does not hold is left out; nothing breaks."""
+    profile = Profile.load("demo")
+    data = three_runs(profile, busy_rate(profile))
+    old = {"goodput_per_s": {"value": 5.0, "low": None, "high": None}}
+    answer = {
+        "sentence": "Run 2:6.",
+        "prefill": 2,
+        "decode": 6,
+        "gpus": 8,
+        "candidates": [{"prefill": 2, "decode": 6} | old],
+    }
+    report = assemble(answer, [digest(one, Slo()) for one in data])
+    assert "Run 2:6." in text_of(report, "html")
+    assert text_of(report, "md")
+    assert json.loads(text_of(report, "json"))["recommendation"]["decode"] == 6
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -83,43 +227,252 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [blocked]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        if os.environ.get("STEELYARD_REQUIRE_BROWSER"):
-            pytest.fail("Chromium is required here and was not found")
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
+def test_the_command_of_a_run_asks_the_same_again() -> None:
+    """Fleet, requests, rate, SLO and seed stand in it; what no option says stands behind a #."""
+    run = replace(
+        run_of(Fleet(3, 5)),
+        trace="my trace",
+        changes=("first 40 of 100 requests", "rate x0.333333", "ramp over 5 s"),
+        rate_factor=1 / 3,
+        slo="ttft<0.5s",
+        seed=7,
+    )
+    assert replay_command(run) == (
+        "steelyard replay 'my trace' --endpoint URL --fleet 3:5 --requests 40 --rate-factor 0.3333333333333333 "
+        "--slo 'ttft<0.5s' --workers 1 --seed 7  # ramp over 5 s"
+    )
 
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
-        )
-        yield opened
-        opened.close()
+
+# --- digests and drawings -------------------------------------------------------------------------------------------
+
+
+def test_a_digest_does_not_grow_with_the_run() -> None:
+    """A hundred times the requests: no more quantiles, bins or points, and the same quantiles to a percent."""
+    rng = np.random.default_rng(1)
+
+    def rows(n: int) -> Observations:
+        held = Observations.empty(n)
+        held.index[:] = np.arange(n)
+        held.due_s[:] = held.sent_s[:] = held.dispatch_s[:] = np.arange(n) * 0.01
+        held.first_token_s[:] = held.due_s + rng.lognormal(-2, 0.3, n)
+        held.last_token_s[:] = held.first_token_s + 0.03 * 9
+        for column, value in ((held.prompt_tokens, 500), (held.output_tokens, 10), (held.status, "ok")):
+            column[:] = value
+        return held
+
+    small, large = (
+        digest(RunData(run_of(Fleet(2, 2)), rows(n)), SLO, (), Profile.load("demo")) for n in (3000, 300_000)
+    )
+    assert len(large.cdf["ttft"]) == len(small.cdf["ttft"]) == len(QUANTILES)
+    assert len(large.requests.at_s) <= BINS
+    assert large.tpot is not None
+    assert len(large.tpot.measured) <= POINTS
+    middle = slice(20, -20)
+    assert np.allclose(large.cdf["ttft"][middle], small.cdf["ttft"][middle], rtol=0.05)
+    assert large.requests.values["rate_per_s"].mean() == pytest.approx(100, rel=0.01)
+
+
+def test_readings_over_time_count_workers_by_role_and_their_work() -> None:
+    """Seven prefill workers, one of which changes its role half-way: 7 then 6; busy a quarter of the time."""
+    one = digest(RunData(run_of(Fleet(7, 1)), three_runs(Profile.load("demo"), 5)[2].observations, readings(7, 1)), SLO)
+    assert one.readings is not None
+    workers = one.readings.values["prefill workers"]
+    assert (workers[0], workers[-1]) == (7, 6)
+    assert one.readings.values["decode workers"][-1] == 2
+    assert np.nanmean(one.readings.values["decode busy"]) == pytest.approx(0.25)
+    assert np.nanmax(one.readings.values["prefill waiting_requests"]) == 6 * 7
+
+
+def test_demand_is_what_a_cluster_at_that_rate_is_busy_with() -> None:
+    """Prefill demand of a schedule is the simulator's busy prefill workers within 5 %."""
+    profile = Profile.load("demo")
+    schedule = lognormal(2000, busy_rate(profile) * 0.5, 3)
+    demand = traffic(schedule, profile, SLO).over.values
+    result = simulate(schedule, Fleet(4, 4), profile)
+    span = float(np.nanmax(result.observations.last_token_s))
+    busy = result.utilisation["prefill"] * 4 * span / schedule.span_s
+    assert float(np.mean(demand["prefill_workers"])) == pytest.approx(busy, rel=0.25)
+    assert (demand["decode_workers"] > 0).all()
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_keeps_values_inside_and_ticks_are_round(log: bool) -> None:
+    """Places run from start to end in order; ticks lie inside and are few."""
+    axis = Axis(0.02, 730.0, 50, 700, log=log)
+    places = [axis(v) for v in (0.001, 0.02, 1, 30, 730, 9999)]
+    assert places == sorted(places)
+    assert (places[0], places[-1]) == (50, 700)
+    ticks = axis.ticks(6)
+    assert 3 <= len(ticks) <= 9
+    assert all(0.02 <= t <= 730 or t == 0 for t in ticks)
+
+
+def test_a_drawing_escapes_names_and_leaves_out_what_is_not_there() -> None:
+    """Names are text; NaN breaks a line; nothing is drawn at places that are no numbers."""
+    mark = Mark(HOSTILE, np.array([1.0, 2, 3, 4]), np.array([1.0, np.nan, 3, 4]))
+    empty = Mark("nothing", np.array([1.0]), np.array([np.nan]), "bars")
+    plot = Plot(HOSTILE, HOSTILE, [mark, empty], [Rule("x", 2.0, HOSTILE)], log_y=True)
+    for size in (WIDE, NARROW):
+        drawn = svg(plot, size, HOSTILE)
+        assert "<script" not in drawn
+        assert "nan" not in drawn
+        assert drawn.count("M") >= 2
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_every_plot_and_asks_nobody(browser: Any, page: Path, scheme: str) -> None:
+def test_colours_have_contrast(scheme: str) -> None:
+    """Text at 4.5:1 or more, every series at 3:1 or more (WCAG 2.2 AA), on the page and on cards."""
+    css = asset("page.css")
+    blocks = re.findall(r":root\{[^}]*\}", css)
+    block = blocks[scheme == "dark"]
+    held = dict(re.findall(r"--(\w+):(#[0-9a-f]{3,6})", block))
+    held = {k: "#" + "".join(c * 2 for c in v[1:]) if len(v) == 4 else v for k, v in held.items()}
+    for ground in ("bg", "card"):
+        for name, least in [
+            ("ink", 4.5),
+            ("dim", 4.5),
+            ("accent", 4.5),
+            ("warn", 4.5),
+            *((f"s{k}", 3) for k in range(7)),
+        ]:
+            a, b = sorted((_luminance(held[name]), _luminance(held[ground])), reverse=True)
+            assert (a + 0.05) / (b + 0.05) >= least, (scheme, name, ground)
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+def chromium() -> str:
+    found = browser()
+    if found is None:
+        if os.environ.get("STEELYARD_REQUIRE_BROWSER"):
+            pytest.fail("Chromium is required here and was not found")
+        pytest.skip("no Chromium on this machine")
+    return found
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Any]:
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+        )
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_every_plot_and_asks_nobody(opened: Any, page: Path, scheme: str) -> None:
     """In a browser: no console error, no outside request, every plot drawn, hostile names inert, wide and narrow."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    context = opened.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
     tab = context.new_page()
     errors: list[str] = []
     asked: list[str] = []
-    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    tab.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
     tab.on("pageerror", lambda e: errors.append(str(e)))
     tab.on("request", lambda r: asked.append(r.url))
     tab.goto(page.as_uri())
-    tab.wait_for_function(
-        "document.querySelectorAll('.plot .main-svg').length >= document.querySelectorAll('.plot').length"
-    )
-    assert tab.locator(".plot").count() >= 7
+    plots = tab.locator(".plot")
+    assert plots.count() >= 15
+    for k in range(plots.count()):
+        box = plots.nth(k).locator("svg.wide").bounding_box()
+        assert box["width"] > 500
+        assert box["height"] > 200
+        assert plots.nth(k).locator("svg.wide g[data-s] :is(path, circle, rect)").count() > 0
     assert errors == []
     assert [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
     assert tab.evaluate("window.pwned") is None
-    assert tab.locator("#answer").inner_text().startswith("Run ")
+    assert tab.locator("h1").inner_text().startswith("Run ")
     tab.set_viewport_size({"width": 380, "height": 800})
-    tab.wait_for_function("document.documentElement.scrollWidth <= 400")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 380
+    assert not tab.locator("svg.wide").first.is_visible()
+    assert tab.locator("svg.narrow").first.bounding_box()["width"] > 300
     context.close()
+
+
+def test_keyboard_and_screen_reader_find_everything(opened: Any, page: Path) -> None:
+    """Arrow keys read values, Enter hides a series, every figure and table has a name, headings do not skip a level."""
+    tab = opened.new_page()
+    tab.goto(page.as_uri())
+    plot = tab.locator('.plot[data-plot="ttft"]')
+    plot.focus()
+    tab.keyboard.press("End")
+    tab.keyboard.press("ArrowLeft")
+    said = plot.locator("output").inner_text()
+    assert said.startswith("TTFT, ms ")
+    assert said.count("run ") == 3
+    button = tab.locator('figure:has([data-plot="ttft"]) .legend button').first
+    button.focus()
+    tab.keyboard.press("Enter")
+    assert button.get_attribute("aria-pressed") == "false"
+    assert not plot.locator('svg.wide g[data-s="0"]').is_visible()
+    plot.focus()
+    tab.keyboard.press("ArrowLeft")
+    assert plot.locator("output").inner_text().count("run ") == 2
+    tab.locator('.plot[data-plot="goodput"]').hover()
+    assert re.match(r"\d:\d: ", tab.locator('.plot[data-plot="goodput"] output').inner_text())
+    unnamed = tab.evaluate(
+        """[...document.querySelectorAll('svg[role=img], [role=region], [role=group], nav')]
+           .filter(x => !x.getAttribute('aria-label')).length"""
+    )
+    assert unnamed == 0
+    levels = tab.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(x => x.id)")
+    assert len(ids) == len(set(ids))
+    tab.close()
+
+
+def test_the_policy_of_the_page_lets_nothing_foreign_run(opened: Any, page: Path, tmp_path: Path) -> None:
+    """A script, style, handler or picture smuggled into the page does not run or load: the policy names ours by hash."""
+    evil = tmp_path / "evil.html"
+    added = (
+        "<script>window.pwned=1</script><img src='data:,x' onerror='window.pwned=2'>"
+        "<img src='http://127.0.0.1:9/x'><style>h1{color:rgb(1,2,3)}</style></main>"
+    )
+    evil.write_text(page.read_text(encoding="utf-8").replace("</main>", added), encoding="utf-8")
+    tab = opened.new_page()
+    failed: list[str] = []
+    tab.on("requestfailed", lambda r: failed.append(r.failure))
+    tab.goto(evil.as_uri())
+    assert tab.evaluate("window.pwned") is None
+    assert tab.evaluate("getComputedStyle(document.querySelector('h1')).color") != "rgb(1, 2, 3)"
+    assert all("csp" in f.lower() or "BLOCKED" in f for f in failed)
+    assert "unsafe" not in policy()
+    tab.close()
+
+
+def test_it_prints_as_pdf(page: Path) -> None:
+    """Chromium prints the page; the PDF has several pages and no tables cut off at the side."""
+    chromium()
+    printed = print_pdf(page.read_text(encoding="utf-8"))
+    assert printed.startswith(b"%PDF-")
+    assert printed.count(b"/Type /Page\n") + printed.count(b"/Type /Page ") >= 4
+
+
+def test_without_a_browser_the_line_says_what_to_do(db: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """No Chromium on the path: exit 1, one line that names it and the way around, and no file."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = tmp_path / "x.pdf"
+    assert main(["report", "--recommendation", "1", "--format", "pdf", "--out", str(out), "--db", db]) == 1
+    said = capsys.readouterr().err
+    assert BROWSERS[0] in said
+    assert "open the HTML report and print it" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_data_first() -> None:
+    """A report without any run is still a page that says so."""
+    empty = Report("none", "Nothing was measured.", [], [])
+    assert "Nothing was measured." in text_of(empty, "html")

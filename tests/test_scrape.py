@@ -1,17 +1,26 @@
-"""loadgen.scrape: metrics text becomes samples; what is absent stays absent."""
+"""loadgen.scrape: metrics pages become samples and histograms; what is absent stays absent."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
-from loadgen.engines import dialect
-from loadgen.scrape import Scraper, samples
-from traces.records import Fleet, Sample
+from loadgen.engines import Worker, engine
+from loadgen.scrape import Scraper, page_of, read, samples
+from tests.pages import Pages
+from traces.records import Fleet, Histogram, Sample
 
 VLLM = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -31,25 +40,137 @@ other_thing 1.0
 
 def test_only_known_names_count_and_counters_add_up() -> None:
     """Reasons of a counter are summed, unknown names and NaN are left out, absent is None and not 0."""
-    assert samples(VLLM, dialect("vllm"), 1.5) == [
+    assert samples(VLLM, Worker(""), 1.5) == [
         Sample(1.5, "0", "mixed", waiting_requests=2.0, running_requests=3.0, finished_total=9.0)
     ]
-    assert samples(VLLM, dialect("vllm"), 1.5, roles={"0": "decode"})[0].role == "decode"
-    assert samples(VLLM, dialect("openai"), 1.5) == []
-    assert samples("", dialect("vllm"), 0.0) == []
+    assert samples(VLLM, Worker("d0", "decode"), 1.5)[0] == Sample(
+        1.5, "d0", "decode", waiting_requests=2.0, running_requests=3.0, finished_total=9.0
+    )
+    assert samples("", Worker(""), 0.0) == []
+    assert samples("other_thing 1.0\n", Worker(""), 0.0) == []
 
 
-def test_a_role_label_gives_the_role() -> None:
-    """SGLang says engine_type; a role we do not know is mixed."""
+def test_a_role_label_gives_the_role_where_nobody_else_did() -> None:
+    """SGLang says engine_type; a role we do not know is mixed; what the list of workers says stands."""
     text = 'sglang:num_queue_reqs{engine_type="%s",tp_rank="0"} 1.0\n'
-    assert samples(text % "prefill", dialect("sglang"), 0.0) == [Sample(0.0, "0", "prefill", waiting_requests=1.0)]
-    assert samples(text % "unified", dialect("sglang"), 0.0)[0].role == "mixed"
+    assert samples(text % "prefill", Worker(""), 0.0) == [Sample(0.0, "0", "prefill", waiting_requests=1.0)]
+    assert samples(text % "unified", Worker(""), 0.0)[0].role == "mixed"
+    assert samples(text % "something", Worker(""), 0.0)[0].role == "mixed"
+    assert samples(text % "prefill", Worker("w", "decode"), 0.0)[0].role == "decode"
 
 
-def test_what_is_no_exposition_is_a_value_error() -> None:
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        # The older spelling counts alone, and does not count twice beside the newer.
+        ("vllm:gpu_cache_usage_perc 0.4\n", {"kv_used_ratio": 0.4}),
+        ("vllm:gpu_cache_usage_perc 0.4\nvllm:kv_cache_usage_perc 0.5\n", {"kv_used_ratio": 0.5}),
+        ("vllm:gpu_prefix_cache_hits_total 7\n", {"cached_tokens_total": 7.0}),
+        # Three queues of SGLang are one; the hand-shake queue has two names.
+        (
+            "sglang:num_queue_reqs 1\nsglang:num_prefill_prealloc_queue_reqs 2\nsglang:num_decode_prealloc_queue_reqs 4\n",
+            {"waiting_requests": 7.0},
+        ),
+        (
+            "sglang:num_prefill_bootstrap_queue_reqs 2\nsglang:num_prefill_prealloc_queue_reqs 2\n",
+            {"waiting_requests": 2.0},
+        ),
+        # Copies of one process count once, data-parallel ranks add up, shares are averaged.
+        ('sglang:num_running_reqs{tp_rank="0"} 3\nsglang:num_running_reqs{tp_rank="1"} 3\n', {"running_requests": 3.0}),
+        ('sglang:num_running_reqs{dp_rank="0"} 3\nsglang:num_running_reqs{dp_rank="1"} 4\n', {"running_requests": 7.0}),
+        (
+            'vllm:kv_cache_usage_perc{engine="0"} 0.25\nvllm:kv_cache_usage_perc{engine="1"} 0.75\n',
+            {"kv_used_ratio": 0.5},
+        ),
+        # Milliseconds and megabytes become seconds and bytes; a latency that was a gauge is one.
+        ("sglang:kv_transfer_latency_ms 12.5\n", {"transfer_s": 0.0125}),
+        ("sglang:kv_transfer_latency_ms_sum 60\n", {"transfer_s_total": 0.06}),
+        ("sglang:kv_transfer_total_mb_sum 3\n", {"transfer_bytes_total": 3e6}),
+        # GPUs of a worker: the counter that works under MIG comes first.
+        ('DCGM_FI_DEV_GPU_UTIL{gpu="0"} 100\nDCGM_FI_DEV_GPU_UTIL{gpu="1"} 50\n', {"gpu_busy_ratio": 0.75}),
+        ("DCGM_FI_DEV_GPU_UTIL 90\nDCGM_FI_PROF_GR_ENGINE_ACTIVE 0.5\n", {"gpu_busy_ratio": 0.5}),
+        # Blocks times what a block holds, where the page says it; else nothing.
+        (
+            'vllm:kv_cache_usage_perc 0.25\nvllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1\n',
+            {"kv_used_ratio": 0.25, "kv_used_tokens": 400.0},
+        ),
+        (
+            'vllm:kv_cache_usage_perc 0.25\nvllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1\n',
+            {"kv_used_ratio": 0.25},
+        ),
+        ("vllm:num_requests_running +Inf\n", {}),
+    ],
+)
+def test_names_are_read_by_the_tables(page: str, expected: dict[str, float]) -> None:
+    """One row a rule of the tables."""
+    found = samples(page, Worker("w", "mixed"), 0.0)
+    assert found == ([Sample(0.0, "w", "mixed", **expected)] if expected else [])
+
+
+SAMPLES = Path(__file__).parent / "data" / "samples"
+EXPECTED: dict[str, Any] = json.loads((SAMPLES / "expected.json").read_text())
+
+
+def test_no_recorded_page_is_left_out() -> None:
+    """Each metrics page has its expected rows."""
+    assert sorted(EXPECTED) == sorted(str(p.relative_to(SAMPLES)) for p in SAMPLES.glob("*/metrics_*.txt"))
+
+
+@pytest.mark.parametrize("file", sorted(EXPECTED))
+def test_a_recorded_page_gives_exactly_its_rows(file: str) -> None:
+    """Every value, whose it is and by which name it was read; every histogram with its buckets; and nothing else."""
+    told = EXPECTED[file]
+    found = read((SAMPLES / file).read_text(), Worker(*told["page"]))
+    assert found.id == told["id"]
+    assert found.fields == told["fields"]
+    assert [[*key, values] for key, values in sorted(found.samples.items())] == told["rows"]
+    assert [[*key, values] for key, values in sorted(found.others.items())] == told["rows_of_others"]
+    histograms = [
+        [*key, name, c.source, c.count, c.total, [[None if b == math.inf else b, n] for b, n in c.buckets.items()]]
+        for key, held in sorted(found.histograms.items())
+        for name, c in sorted(held.items())
+    ]
+    assert histograms == told["histograms"]
+
+
+def test_the_role_is_seen_in_recorded_pages_of_vllm() -> None:
+    """By the source of the prompts' KV: NIXL on both sides, and the file connector, which recomputes a tail."""
+    for file, role in (
+        ("vllm/metrics_prefill.txt", "prefill"),
+        ("vllm/metrics_decode.txt", "decode"),
+        ("vllm/metrics_decode_file_connector_excerpt.txt", "decode"),
+    ):
+        (sample,) = samples((SAMPLES / file).read_text(), Worker("w"), 0.0)
+        assert engine("vllm").role(None, sample) == role
+
+
+def test_every_metric_goes_where_there_is_a_place() -> None:
+    """A table's field is one of Sample, or a histogram whose name ends with its unit."""
+    from loadgen.engines import engines
+
+    places = {f.name for f in fields(Sample)[3:]}
+    for known in engines().values():
+        for metric in known.metrics:
+            if metric.histogram:
+                assert metric.to.endswith(("_s", "_bytes")), metric
+            else:
+                assert metric.to in places, metric
+
+
+@pytest.mark.parametrize(
+    "text", ["<html>not { metrics", "just words here and there\n", '{"error": "no"}', "vllm:num_requests_running{ 3\n"]
+)
+def test_what_is_no_exposition_is_a_value_error(text: str) -> None:
     """A web page is not metrics."""
     with pytest.raises(ValueError, match=r".*"):
-        samples("<html>not { metrics", dialect("vllm"), 0.0)
+        samples(text, Worker(""), 0.0)
+
+
+@given(st.text(max_size=300))
+def test_no_text_breaks_the_reader(text: str) -> None:
+    """Any text is read or refused with a ValueError."""
+    with contextlib.suppress(ValueError):
+        read(text, Worker("w"))
 
 
 def test_the_reference_endpoint_is_read_by_worker_and_role() -> None:
@@ -57,7 +178,7 @@ def test_the_reference_endpoint_is_read_by_worker_and_role() -> None:
     found: list[Sample] = []
     with embedded("constant", Fleet(2, 3)) as url:
         endpoint = Endpoint(target(url))
-        with Scraper(endpoint, dialect("reference"), time.monotonic(), found.extend, period_s=0.05) as scraper:
+        with Scraper(endpoint, time.monotonic(), found.extend, period_s=0.05, engine="reference") as scraper:
             until = time.monotonic() + 10
             while scraper.readings < 3 and time.monotonic() < until:
                 time.sleep(0.02)
@@ -66,15 +187,157 @@ def test_the_reference_endpoint_is_read_by_worker_and_role() -> None:
     assert sorted(s.role for s in first) == ["decode"] * 3 + ["prefill"] * 2
     assert len({s.worker for s in first}) == 5
     assert all(s.waiting_requests == 0 and s.busy_s_total is not None and s.finished_total == 0 for s in first)
-    assert all(s.kv_used_ratio is None for s in first)
+    assert all(s.gpu_busy_ratio is None for s in first)
     assert found[-1].at_s > found[0].at_s >= 0
 
 
 def test_a_server_without_metrics_costs_nothing() -> None:
     """After five readings that did not come the scraper gives up."""
     endpoint = Endpoint(target("http://127.0.0.1:1"))
-    with Scraper(endpoint, dialect("reference"), time.monotonic(), lambda _: None, period_s=0.01) as scraper:
+    with Scraper(endpoint, time.monotonic(), lambda _: None, period_s=0.01) as scraper:
         until = time.monotonic() + 10
         while scraper.failures < 5 and time.monotonic() < until:
             time.sleep(0.02)
+        time.sleep(0.1)
     assert (scraper.failures, scraper.readings) == (5, 0)
+
+
+def scraper_of(pages: Pages, workers: list[Worker], found: list[Sample], **more: Any) -> Scraper:
+    """A scraper on test pages, every 20 ms."""
+    return Scraper(Endpoint(target(pages.url)), time.monotonic(), found.extend, 0.02, workers=workers, **more)
+
+
+def until(condition: Any, limit_s: float = 10.0) -> None:
+    """Wait until it holds."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_workers_own_page_comes_before_what_the_router_says_of_it() -> None:
+    """One row a worker: the router fills in only what the worker's page lacks; a stale line of another role is passed over."""
+    found: list[Sample] = []
+    with Pages() as pages:
+        pages["/p"] = "vllm:num_requests_waiting 2\n"
+        router = pages["/metrics"] = (
+            f'vllm_router_pd_active_prefill_tokens{{worker="{pages.url}"}} 900\n'
+            f'vllm_router_pd_pending_decode_requests{{worker="{pages.url}"}} 5\n'
+        )
+        workers = [Worker("p0", "prefill", url=pages.url, metrics=f"{pages.url}/p")]
+        with scraper_of(pages, workers, found):
+            until(lambda: any(s.waiting_tokens for s in found))
+    assert router
+    both = [s for s in found if s.waiting_tokens is not None]
+    assert {(s.worker, s.role, s.waiting_requests, s.waiting_tokens) for s in both} == {("p0", "prefill", 2.0, 900.0)}
+
+
+def test_dynamo_workers_are_known_by_the_id_on_their_page() -> None:
+    """The frontend's decimal id and the page's hexadecimal one are the same worker, under the name in the targets file."""
+    found: list[Sample] = []
+    with Pages() as pages:
+        pages["/metrics"] = (SAMPLES / "dynamo" / "metrics_frontend.txt").read_text()
+        pages["/d"] = (SAMPLES / "dynamo" / "metrics_decode.txt").read_text()
+        with scraper_of(pages, [Worker("d0", "decode", metrics=f"{pages.url}/d")], found) as scraper:
+            until(lambda: any(s.worker == "d0" and s.kv_used_tokens for s in found))
+    row = next(s for s in found if s.worker == "d0" and s.kv_used_tokens)
+    assert (row.role, row.running_requests, row.waiting_requests, row.kv_used_tokens) == ("decode", 33, 6, 97152)
+    assert row.kv_used_ratio == pytest.approx(0.09735, abs=1e-5)  # the engine's own, not the router's estimate
+    assert scraper.names["9056671568221448396"] == "d0"
+    assert "9056671568221448396" not in {s.worker for s in found}
+    assert {s.worker for s in found if s.role == "prefill"} == {"729612501040516471", "8371612583015157541"}
+    assert {s.worker for s in found if s.role == "router"} == {"router"}
+
+
+def test_histograms_are_kept_as_the_difference_over_the_run() -> None:
+    """What was counted before the first reading is not the run's; a server that began anew adds what it has counted since."""
+
+    def page(count: int, total: float, fast: int) -> str:
+        return (
+            f'vllm:request_queue_time_seconds_bucket{{le="0.1"}} {fast}\n'
+            f'vllm:request_queue_time_seconds_bucket{{le="+Inf"}} {count}\n'
+            f"vllm:request_queue_time_seconds_count {count}\nvllm:request_queue_time_seconds_sum {total}\n"
+        )
+
+    with Pages() as pages:
+        pages["/p"] = page(100, 50.0, 90)
+        scraper = scraper_of(pages, [Worker("p0", "prefill", metrics=f"{pages.url}/p")], [])
+        with scraper:
+            until(lambda: scraper.readings >= 1)
+            pages["/p"] = page(110, 53.0, 95)
+            until(lambda: scraper.histograms()[0].count == 10)
+            pages["/p"] = page(4, 1.0, 1)  # restarted
+            until(lambda: scraper.histograms()[0].count == 14)
+            pages["/p"] = page(5, 1.5, 2)  # read when the run has ended
+        assert scraper.histograms() == [
+            Histogram(
+                "p0", "prefill", "queue_s", "vllm:request_queue_time_seconds", 15, 4.5, ((0.1, 7), (math.inf, 15))
+            )
+        ]
+
+
+def test_a_slow_page_holds_up_no_other() -> None:
+    """The others are read at their pace while one page hangs; it counts when it comes."""
+    found: list[Sample] = []
+    with Pages() as pages:
+        pages["/fast"] = "vllm:num_requests_waiting 1\n"
+        pages["/slow"] = (1.0, "vllm:num_requests_waiting 2\n")
+        workers = [Worker(n, "decode", metrics=f"{pages.url}/{n}") for n in ("fast", "slow")]
+        with scraper_of(pages, workers, found):
+            until(lambda: any(s.worker == "slow" for s in found))
+    assert sum(s.worker == "fast" for s in found) >= 10
+
+
+def test_a_page_without_end_is_bounded() -> None:
+    """A page larger than the bound is a failure, not a full memory."""
+    from loadgen.scrape import MOST_BYTES
+
+    with Pages() as pages:
+        pages["/metrics"] = "x" * (MOST_BYTES + 100_000)
+        with scraper_of(pages, [], []) as scraper:
+            until(lambda: scraper.failures >= 1)
+    assert scraper.readings == 0
+
+
+def test_a_worker_that_stops_telling_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the time of its last reading; one that is new is read from when it is listed."""
+    monkeypatch.setattr("loadgen.scrape.SILENT_S", 0.5)
+    found: list[Sample] = []
+    listed = []
+    with Pages() as pages:
+        pages["/a"] = pages["/b"] = "vllm:num_requests_waiting 1\n"
+        listed = [Worker("a", "prefill", metrics=f"{pages.url}/a")]
+        later = [*listed, Worker("b", "decode", metrics=f"{pages.url}/b")]
+        scraper = scraper_of(pages, listed, found, find=lambda: later)
+        scraper._found_at -= 60  # asked at once, not after FIND_S
+        with scraper:
+            until(lambda: any(s.worker == "b" for s in found))
+            del pages["/a"]
+            until(lambda: [s.worker for s in scraper.silent()] == ["a"], 12)
+    assert scraper.silent()[0].at_s < found[-1].at_s - 0.5
+
+
+def test_the_role_of_a_vllm_worker_follows_where_its_kv_comes_from() -> None:
+    """Prompt tokens that another worker computed make a decode worker; a flip is seen at the next reading with traffic."""
+    vllm = engine("vllm")
+
+    def sample(**values: float) -> Sample:
+        return Sample(0.0, "w", "mixed", **values)
+
+    prefill = sample(prompt_tokens_total=1000, received_tokens_total=0, finished_total=10, output_tokens_total=10)
+    decode = sample(prompt_tokens_total=3000, received_tokens_total=1900, finished_total=30, output_tokens_total=900)
+    assert vllm.role(None, prefill) == "prefill"
+    assert vllm.role(prefill, decode) == "decode"
+    alone = sample(prompt_tokens_total=1000, received_tokens_total=0, finished_total=10, output_tokens_total=500)
+    assert vllm.role(None, alone) == "mixed"
+    assert vllm.role(prefill, prefill) == ""  # nothing moved
+    assert vllm.role(None, sample(prompt_tokens_total=1000)) == ""  # an older release does not say
+
+
+def test_credentials_go_to_the_endpoint_alone() -> None:
+    """A worker's page elsewhere gets no token of the endpoint's."""
+    server = Endpoint(target("http://127.0.0.1:8000", api_key="secret-token"))
+    own, _ = page_of(server, Worker("r", metrics="http://127.0.0.1:8000/metrics"))
+    other, path = page_of(server, Worker("w", metrics="http://127.0.0.1:8001/metrics?x=1"))
+    assert own.where.headers["Authorization"] == "Bearer secret-token"
+    assert (dict(other.where.headers), path) == ({}, "/metrics?x=1")

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,16 +249,41 @@ def test_a_feed_goes_on_without_a_dead_worker(endpoint: str, monkeypatch: pytest
     assert set(rows.worker[-40:].tolist()) == {1}
 
 
-def test_the_first_ctrl_c_is_noted_and_the_second_raised() -> None:
-    """No message is cut in the middle by the first; a user who insists gets out."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_is_noted_and_the_second_raised(number: int) -> None:
+    """No message is cut in the middle by the first; a user who insists gets out. SIGTERM is the same."""
     with pytest.raises(KeyboardInterrupt), _noted() as stops:  # noqa: PT012 - the point is what runs before it
-        _thread.interrupt_main()
+        _thread.interrupt_main(number)
         time.sleep(0.05)
-        assert stops == [signal.SIGINT]
-        _thread.interrupt_main()
+        assert stops == [number]
+        _thread.interrupt_main(number)
         time.sleep(0.05)
         raise AssertionError("the second was not raised")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+CLOCK = """import os, time
+real = time.time
+time.time = lambda: real() + float(open(os.environ["STEPPED_CLOCK"]).read())
+"""
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600])
+def test_a_wall_clock_that_is_set_costs_nothing(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: int
+) -> None:
+    """Found by tests.faults: Locust measures its master's silence by the wall clock, and a step of an hour ended the workers."""
+    clock = tmp_path / "clock"
+    clock.write_text("0")
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    monkeypatch.setenv("STEPPED_CLOCK", str(clock))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Swarm(workers=2) as swarm:
+        outcome, rows = run(
+            swarm, schedule(120, 40.0), job(endpoint), lambda: (time.sleep(0.8), clock.write_text(str(step_s)))[0]
+        )
+    assert outcome.reason == ""
+    assert set(rows.status) == {"ok"}
 
 
 def test_pieces_let_go_what_was_heard() -> None:

@@ -225,10 +225,13 @@ class Summary:
     output_tokens_per_s: float
     span_s: float
     ttft_p50_s: float
+    ttft_p90_s: float
     ttft_p99_s: float
     tpot_p50_s: float
+    tpot_p90_s: float
     tpot_p99_s: float
     e2e_p50_s: float
+    e2e_p90_s: float
     e2e_p99_s: float
     e2e_mean_s: float
     ttft_sent_p50_s: float
@@ -237,14 +240,21 @@ class Summary:
     e2e_sent_p99_s: float
 
 
+_QUANTILES = (0.5, 0.9, 0.99)
+
+
 def summarise(observations: Observations, slo: Slo) -> Summary:
     """All measures of one run. NaN where nothing finished."""
     ok = observations.take(np.flatnonzero(observations.ok))
     span = span_s(observations)
     good = int(met(observations, slo).sum())
 
-    def q(name: str, p: float) -> float:
-        return quantile(getattr(ok, name), p)
+    q: dict[tuple[str, float], float] = {}
+    for name in ("ttft_s", "tpot_s", "e2e_s", "ttft_sent_s", "e2e_sent_s"):
+        values: Floats = getattr(ok, name)
+        values = values[np.isfinite(values)]
+        found = np.quantile(values, _QUANTILES).tolist() if len(values) else [math.nan] * len(_QUANTILES)
+        q.update({(name, p): v for p, v in zip(_QUANTILES, found, strict=True)})
 
     return Summary(
         n=len(observations),
@@ -254,17 +264,20 @@ def summarise(observations: Observations, slo: Slo) -> Summary:
         throughput_per_s=len(ok) / span if span > 0 else float("nan"),
         output_tokens_per_s=float(ok.tokens.sum()) / span if span > 0 else float("nan"),
         span_s=span,
-        ttft_p50_s=q("ttft_s", 0.5),
-        ttft_p99_s=q("ttft_s", 0.99),
-        tpot_p50_s=q("tpot_s", 0.5),
-        tpot_p99_s=q("tpot_s", 0.99),
-        e2e_p50_s=q("e2e_s", 0.5),
-        e2e_p99_s=q("e2e_s", 0.99),
+        ttft_p50_s=q["ttft_s", 0.5],
+        ttft_p90_s=q["ttft_s", 0.9],
+        ttft_p99_s=q["ttft_s", 0.99],
+        tpot_p50_s=q["tpot_s", 0.5],
+        tpot_p90_s=q["tpot_s", 0.9],
+        tpot_p99_s=q["tpot_s", 0.99],
+        e2e_p50_s=q["e2e_s", 0.5],
+        e2e_p90_s=q["e2e_s", 0.9],
+        e2e_p99_s=q["e2e_s", 0.99],
         e2e_mean_s=float(ok.e2e_s.mean()) if len(ok) else float("nan"),
-        ttft_sent_p50_s=q("ttft_sent_s", 0.5),
-        ttft_sent_p99_s=q("ttft_sent_s", 0.99),
-        e2e_sent_p50_s=q("e2e_sent_s", 0.5),
-        e2e_sent_p99_s=q("e2e_sent_s", 0.99),
+        ttft_sent_p50_s=q["ttft_sent_s", 0.5],
+        ttft_sent_p99_s=q["ttft_sent_s", 0.99],
+        e2e_sent_p50_s=q["e2e_sent_s", 0.5],
+        e2e_sent_p99_s=q["e2e_sent_s", 0.99],
     )
 
 

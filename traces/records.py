@@ -14,12 +14,16 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from traces.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -260,6 +264,11 @@ class Observations:
     prompt_tokens, output_tokens: what the server's ``usage`` said, -1 where it said nothing. chunks: stream events
     with content. max_gap_s: largest time between two of them. http_status: 0 without an answer.
     status: one of STATUSES. error: one of ERRORS, or "". detail: what was seen, at most 200 printable characters.
+
+    What the server said of how it served the request, durations in seconds (NaN, -1 or "" where it said nothing):
+    prefill_worker, decode_worker: who served it. queue_s, prefill_s, transfer_s, first_step_s: the parts of TTFT, see
+    :data:`loadgen.engines.base.STAGES`. cached_tokens: prompt tokens found in a prefix cache. facts: all else, as JSON under
+    the engine's own names.
     """
 
     index: Ints
@@ -280,6 +289,14 @@ class Observations:
     status: Texts
     error: Texts
     detail: Texts
+    prefill_worker: Texts
+    decode_worker: Texts
+    queue_s: Floats
+    prefill_s: Floats
+    transfer_s: Floats
+    first_step_s: Floats
+    cached_tokens: Ints
+    facts: Texts
 
     def __post_init__(self) -> None:
         if len({len(getattr(self, f.name)) for f in fields(self)}) > 1:
@@ -302,25 +319,27 @@ class Observations:
                 columns[f.name] = np.full(n, np.nan)
             elif f.name == "status":
                 columns[f.name] = np.full(n, "unsent", dtype=object)
-            elif f.name in ("error", "detail"):
+            elif f.type == "Texts":
                 columns[f.name] = np.full(n, "", dtype=object)
             else:
                 columns[f.name] = np.full(n, 0 if f.name in ("chunks", "http_status") else -1, dtype=np.int64)
         return cls(**columns)
 
     @classmethod
+    def of(cls, index: Ints, **columns: Any) -> Observations:
+        """Rows of these columns; in the others nothing happened."""
+        rows = cls.empty(len(index))
+        return cls(**{name: getattr(rows, name) for name in cls.columns()} | {"index": index} | columns)
+
+    @classmethod
     def unsent(cls, schedule: Schedule) -> Observations:
         """Every request of the schedule, none sent."""
-        rows = cls.empty(len(schedule))
-        return cls(
-            **{name: getattr(rows, name) for name in cls.columns()}
-            | {
-                "index": schedule.index,
-                "due_s": schedule.due_s,
-                "dispatch_s": schedule.due_s,
-                "requested_prompt_tokens": schedule.prompt_tokens,
-                "requested_tokens": schedule.output_tokens,
-            }
+        return cls.of(
+            schedule.index,
+            due_s=schedule.due_s,
+            dispatch_s=schedule.due_s,
+            requested_prompt_tokens=schedule.prompt_tokens,
+            requested_tokens=schedule.output_tokens,
         )
 
     @classmethod
@@ -335,6 +354,18 @@ class Observations:
     def take(self, which: npt.NDArray[Any]) -> Observations:
         """The rows picked by a mask or by positions."""
         return Observations(**{name: getattr(self, name)[which] for name in self.columns()})
+
+    def to_arrow(self) -> pyarrow.Table:
+        """All columns and the derived latencies as an Arrow table (:mod:`traces.frames`)."""
+        from traces.frames import to_arrow
+
+        return to_arrow(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """All columns and the derived latencies as a pandas frame (:mod:`traces.frames`)."""
+        from traces.frames import to_pandas
+
+        return to_pandas(self)
 
     def asked(self, name: str) -> Schedule:
         """What the rows asked for, with the lengths that the server counted, as a schedule."""
@@ -396,10 +427,13 @@ class Observations:
 class Sample:
     """One reading of one server worker, ``at_s`` seconds from schedule zero. Absent is None, never 0.
 
-    worker: its name on the endpoint. role: one of ROLES. Gauges: ``*_requests``, ``waiting_tokens``,
-    ``kv_used_tokens``, ``kv_used_ratio`` (0..1). Counters since the server started: ``*_total``; ``busy_s_total`` are
-    seconds with work in hand, ``steps_total`` forward passes, ``prompt_tokens_total`` and ``output_tokens_total``
-    tokens processed, ``finished_total`` requests that left this worker.
+    worker: its name on the endpoint. role: one of ROLES. Gauges: ``*_requests``, ``waiting_tokens``, ``kv_used_tokens``,
+    ``*_ratio`` (0..1), ``transfer_s`` (the last transfer's or a recent mean); ``inflight_requests`` are waiting and running
+    where the server does not tell them apart, ``transferring_requests`` those whose KV is on its way, ``gpu_busy_ratio`` the
+    mean over the worker's GPUs. Counters since the server started: ``*_total``; ``busy_s_total`` are seconds with work in
+    hand, ``steps_total`` forward passes, ``prompt_tokens_total`` and ``output_tokens_total`` tokens processed,
+    ``finished_total`` requests that left this worker, ``lookup_tokens_total`` prompt tokens looked up in the prefix cache and
+    ``cached_tokens_total`` those found there, ``received_tokens_total`` those whose KV another worker sent.
     """
 
     at_s: float
@@ -417,6 +451,55 @@ class Sample:
     finished_total: float | None = None
     preemptions_total: float | None = None
     transfer_s_total: float | None = None
+    inflight_requests: float | None = None
+    paused_requests: float | None = None
+    transferring_requests: float | None = None
+    transfer_s: float | None = None
+    transfers_total: float | None = None
+    transfer_bytes_total: float | None = None
+    failed_transfers_total: float | None = None
+    received_tokens_total: float | None = None
+    lookup_tokens_total: float | None = None
+    cached_tokens_total: float | None = None
+    cache_hit_ratio: float | None = None
+    gpu_busy_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """What a server's own histogram counted between a run's first reading and its last, by worker and role.
+
+    name: what was measured, with its unit (``ttft_s``, ``itl_s``, ``queue_s``, ``prefill_s``, ``decode_s``, ``e2e_s``,
+    ``transfer_s``, ``transfer_bytes``, ``handover_s``, ``transfer_estimate_s``). source: the metric's own name. count: of
+    observations; total: their sum. buckets: (upper bound, observations up to it), ascending, empty for a summary.
+    """
+
+    worker: str
+    role: str
+    name: str
+    source: str
+    count: float
+    total: float
+    buckets: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """total / count; NaN without observations."""
+        return self.total / self.count if self.count > 0 else float("nan")
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile (0..1), linear within its bucket as Prometheus does it; NaN where nothing is known."""
+        if not self.buckets or self.buckets[-1][1] <= 0:
+            return float("nan")
+        wanted = q * self.buckets[-1][1]
+        below, before = 0.0, 0.0
+        for bound, n in self.buckets:
+            if n >= wanted:
+                if bound == float("inf"):
+                    return below  # beyond the last finite bound nothing more is known
+                return below + (bound - below) * ((wanted - before) / (n - before) if n > before else 1.0)
+            below, before = bound, n
+        return below
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +558,9 @@ class Run:
 
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     """Load worker -> cpu_s, CPU seconds of its process during the run, and max_stall_s, the longest its loop stood still."""
+
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Server worker -> its role, weight, URLs, id, and fields: what was read -> the engine's own name for it."""
 
     def counted(self, rows: Observations) -> Observations:
         """The rows that figures are made of: those after the warm-up."""

@@ -43,7 +43,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from traces import __version__
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
-from traces.records import Feed, Fleet, FleetChange, Ints, Observations, Run, Sample, Schedule
+from traces.records import Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
 
 metadata = sa.MetaData()
 
@@ -127,6 +127,7 @@ runs = sa.Table(
     sa.Column("lag_max_ms", sa.Double),
     sa.Column("counts", sa.JSON, nullable=False),
     sa.Column("costs", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("sources", sa.JSON, nullable=False, server_default="{}"),
 )
 
 observations = sa.Table(
@@ -151,8 +152,18 @@ observations = sa.Table(
     sa.Column("status", sa.String(9), nullable=False),
     sa.Column("error", sa.String(16), nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("prefill_worker", sa.Text),
+    sa.Column("decode_worker", sa.Text),
+    sa.Column("queue_s", sa.Double),
+    sa.Column("prefill_s", sa.Double),
+    sa.Column("transfer_s", sa.Double),
+    sa.Column("first_step_s", sa.Double),
+    sa.Column("cached_tokens", sa.Integer),
+    sa.Column("facts", sa.Text),
     sqlite_with_rowid=False,
 )
+"""From prefill_worker on: what the server said of the request; facts is JSON under the engine's own names. Ids are text: those
+of some engines have 64 bits."""
 
 samples = sa.Table(
     "samples",
@@ -164,6 +175,21 @@ samples = sa.Table(
     sa.Column("role", sa.String(10), nullable=False),
     *(sa.Column(f.name, sa.Double) for f in fields(Sample)[3:]),
 )
+
+histograms = sa.Table(
+    "histograms",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("worker", sa.Text, nullable=False),
+    sa.Column("role", sa.String(10), nullable=False),
+    sa.Column("name", sa.String(40), nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("count", sa.Double, nullable=False),
+    sa.Column("total", sa.Double, nullable=False),
+    sa.Column("buckets", sa.JSON, nullable=False),
+)
+"""Of the servers, as differences over the run. buckets: [[upper bound, null for infinity; observations up to it], ..]."""
 
 fleet_changes = sa.Table(
     "fleet_changes",
@@ -715,7 +741,7 @@ class Store:
         """Remove a run and its rows."""
         self.run(id)
         with self._begin() as connection:
-            for table in (observations, samples, fleet_changes):
+            for table in (observations, samples, histograms, fleet_changes):
                 connection.execute(table.delete().where(table.c.run_id == id))
             connection.execute(recommendation_runs.delete().where(recommendation_runs.c.run_id == id))
             connection.execute(runs.delete().where(runs.c.id == id))
@@ -740,7 +766,7 @@ class Store:
         for name, values in zip(names, zip(*rows, strict=True), strict=True) if rows else ():
             column = getattr(empty, name)
             if column.dtype == object:
-                column[:] = values
+                column[:] = ["" if v is None else v for v in values]
             else:
                 missing = np.nan if column.dtype == np.float64 else -1
                 column[:] = [missing if v is None else v for v in values]
@@ -765,6 +791,36 @@ class Store:
         )
         with self._begin() as connection:
             return [Sample(*row) for row in connection.execute(query)]
+
+    def add_histograms(self, run_id: int, found: Sequence[Histogram]) -> None:
+        """Store what the servers' histograms counted during the run."""
+        if not found:
+            return
+        values = [
+            {f.name: getattr(h, f.name) for f in fields(Histogram)}
+            | {"run_id": run_id, "buckets": [[None if math.isinf(b) else b, n] for b, n in h.buckets]}
+            for h in found
+        ]
+        with self._begin() as connection:
+            connection.execute(histograms.insert(), values)
+
+    def histograms(self, run_id: int) -> list[Histogram]:
+        """A run's server histograms, by role, worker and name."""
+        h = histograms.c
+        query = sa.select(histograms).where(h.run_id == run_id).order_by(h.role, h.worker, h.name, h.id)
+        with self._begin() as connection:
+            return [
+                Histogram(
+                    row.worker,
+                    row.role,
+                    row.name,
+                    row.source,
+                    row._mapping["count"],  # a row has a method of that name
+                    row.total,
+                    tuple((math.inf if bound is None else bound, n) for bound, n in row.buckets),
+                )
+                for row in connection.execute(query)
+            ]
 
     def add_fleet_change(self, run_id: int, change: FleetChange) -> None:
         """Store a change of P:D."""
@@ -842,6 +898,25 @@ class Store:
             ).scalars()
             return dict(row.answer) | {"id": row.id, "created_at": row.created_at, "run_ids": list(used)}
 
+    def recommendations(self, *, kind: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """The latest answers (of a kind), newest first: id, created_at, kind, version, seed, run_ids and the answer's JSON."""
+        query = sa.select(recommendations).order_by(recommendations.c.id.desc()).limit(limit)
+        if kind is not None:
+            query = query.where(recommendations.c.kind == kind)
+        used: dict[int, list[int]] = {}
+        with self._begin() as connection:
+            rows = connection.execute(query).all()
+            links = sa.select(recommendation_runs).where(
+                recommendation_runs.c.recommendation_id.in_([row.id for row in rows])
+            )
+            for link in connection.execute(links.order_by(recommendation_runs.c.run_id)):
+                used.setdefault(link.recommendation_id, []).append(link.run_id)
+        names = ("id", "created_at", "kind", "version", "seed")
+        return [
+            {name: getattr(row, name) for name in names} | {"run_ids": used.get(row.id, []), "answer": dict(row.answer)}
+            for row in rows
+        ]
+
     def compare_schema(self) -> list[Any]:
         """What ``alembic check`` would report: differences between the database and this version's tables."""
         from alembic.autogenerate import compare_metadata
@@ -875,7 +950,8 @@ def _nullable(name: str, column: Any) -> list[Any]:
     if column.dtype == np.float64:
         return [v if v == v else None for v in values]
     if column.dtype == object:
-        return [str(v).replace("\x00", "") for v in values]
+        texts = [str(v).replace("\x00", "") for v in values]
+        return [v or None for v in texts] if observations.c[name].nullable else texts
     return values if name == "index" else [v if v >= 0 else None for v in values]
 
 

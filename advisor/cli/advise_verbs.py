@@ -47,6 +47,7 @@ def question(f: Any) -> Any:
 def ask(db: str, as_json: bool, **options: Any) -> Any:
     """Open the database and advise, with a progress bar for each step."""
     from advisor.advise import advise as answer_for
+    from advisor.cli.progress import Steps
     from traces.records import Fleet
     from traces.store import open_store
 
@@ -55,19 +56,7 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     options["rate_per_s"] = options.pop("rate")
     options["current"] = Fleet.parse(options["current"]) if options["current"] else None
     with open_store(db, create=False) as store, progress(as_json) as bars:
-        return answer_for(store, note=tasks(bars), **options)
-
-
-def tasks(bars: Any) -> Any:
-    """A note function that keeps one progress bar a step."""
-    known: dict[str, Any] = {}
-
-    def note(what: str, done: int, of: int) -> None:
-        if what not in known:
-            known[what] = bars.add_task(what, total=of, note="")
-        bars.update(known[what], completed=done, total=of)
-
-    return note
+        return answer_for(store, note=Steps(bars), **options)
 
 
 @click.command(**example('steelyard advise --gpus 8 --slo "ttft<0.5s tpot<50ms" --trace azure-2023-conv --rate 12'))
@@ -223,28 +212,106 @@ def interval(candidate: Any, name: str, unit: float = 1.0) -> str:
 @click.command(**example("steelyard report --gpus 8 --out report.html"))
 @question
 @click.option(
+    "--recommendation",
+    "number",
+    metavar="ID",
+    help="Report a stored answer: its number, or 'latest'; with --run, of these runs [default: advise now].",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "md", "json", "pdf"]),
+    default="html",
+    show_default=True,
+    help="One HTML file, Markdown, JSON, or a PDF that Chromium prints.",
+)
+@click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    default="report.html",
-    show_default=True,
-    help="File to write.",
+    help="File to write [default: report.FORMAT].",
 )
 @json_option
 @db_option
-def report(db: str, as_json: bool, out: Path, **options: Any) -> None:
-    """Advise, and write the answer with its evidence as one self-contained HTML page."""
+def report(db: str, as_json: bool, out: Path | None, number: str | None, form: str, **options: Any) -> None:
+    """Write the answer with its evidence: one self-contained page, or the same as Markdown, JSON or PDF.
+
+    Without --recommendation the runs are asked now, as steelyard advise does. Where they cannot answer, the report says why and
+    shows what they measured, and the exit code is that of steelyard advise.
+    """
     import shlex
     import sys
 
-    from advisor.report import render, write_report
-    from traces import __version__
+    from advisor import report as made
+    from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError
+    from traces.store import open_store, redact
 
-    seed = options["seed"]
-    answer = ask(db, as_json, **options)
-    command = shlex.join(["steelyard", *(a for a in sys.argv[1:] if "://" not in a)])
-    page = render(answer.recommendation, answer.data, commands=[command], version=__version__, seed=seed)
-    write_report(out, page)
+    context = click.get_current_context()
+    out = out or Path(f"report.{form}")
+    commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:])])]
+    refusal: SteelyardError | None = None
+    with open_store(db, create=False) as store:
+        if number is not None:
+            given = [p for p in options if p != "run_ids" and _given(context, p)]
+            if given:
+                raise click.UsageError(f"--{given[0].replace('_', '-')} asks anew: leave out --recommendation.")
+            answer = _stored(store, number)
+            page = made.gather(store, answer, run_ids=options["run_ids"], commands=commands)
+        else:
+            try:
+                found = ask(db, as_json, **options)
+            except (NotEnoughDataError, NoFleetError) as error:
+                refusal = error
+                page = _refused(store, error, options, commands)
+                answer = page.answer
+            else:
+                from traces import __version__
+
+                answer = found.recommendation.as_json() | {"version": __version__, "seed": options["seed"]}
+                schedule = found.recommendation.schedule
+                page = made.gather(store, answer, data=found.data, schedule=schedule, commands=commands)
+    made.write_report(out, made.pdf(made.render(page)) if form == "pdf" else made.text_of(page, form))
+    if refusal is not None:
+        messages(as_json).print(f"Written: {out} (what was measured, and why that is no answer)", markup=False)
+        raise refusal
     if as_json:
-        emit_json({"report": str(out), "recommendation": answer.recommendation.as_json()})
+        emit_json({"report": str(out), "recommendation": answer})
     else:
-        messages().print(f"{answer.recommendation.sentence}\nWritten: {out}", markup=False)
+        messages().print(f"{answer['sentence']}\nWritten: {out}", markup=False)
+
+
+def _given(context: click.Context, name: str) -> bool:
+    from click.core import ParameterSource
+
+    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+
+
+def _stored(store: Any, number: str) -> dict[str, Any]:
+    """A stored answer about a split, by number or the latest. InputError when there is none."""
+    from traces.errors import InputError
+
+    known = [row for row in store.recommendations() if row["answer"].get("candidates")]
+    wanted = [row for row in known if number in ("latest", str(row["id"]))]
+    if not wanted:
+        ids = ", ".join(str(row["id"]) for row in known[:10]) or "none"
+        raise InputError(f"no recommendation {number!r} is stored. Known: {ids}. Make one: steelyard advise")
+    row = wanted[0]
+    return dict(row["answer"]) | {name: row[name] for name in ("id", "created_at", "version", "seed", "run_ids")}
+
+
+def _refused(store: Any, error: Exception, options: dict[str, Any], commands: list[str]) -> Any:
+    """The report of runs that cannot answer: the sentence says why. The error again when there is not even a run."""
+    from advisor.advise import choose_runs
+    from advisor.report import gather
+    from traces.errors import SteelyardError
+
+    try:
+        runs = choose_runs(store, ids=options["run_ids"], group=options["group"], endpoint=options["endpoint"])
+    except SteelyardError:
+        raise error from None
+    slo = options["slo"] or runs[-1].slo
+    asked = {
+        "sentence": f"No split can be recommended: {error}",
+        "slo": slo,
+        "trace": options["trace"] or runs[-1].trace,
+    }
+    return gather(store, asked, run_ids=[run.id for run in runs], commands=commands)

@@ -23,7 +23,8 @@ from advisor.cli.common import emit_json, example, json_option, messages, progre
 @json_option
 def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> None:
     """The main job in two minutes: a real trace, the embedded endpoint, three runs, a recommended P:D, a report."""
-    from advisor.cli.advise_verbs import show, tasks
+    from advisor.cli.advise_verbs import show
+    from advisor.cli.progress import Steps
     from advisor.demo import demo as run_demo
     from traces.errors import InputError
     from traces.store import open_store
@@ -35,12 +36,14 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
     console = messages(as_json)
     url = db or f"sqlite:///{out / 'steelyard.db'}"
     with open_store(url) as store, progress(as_json) as bars:
+        steps = Steps(bars)
         done = run_demo(
             store,
             out,
             seed=seed,
             workers=workers,
-            note=tasks(bars),
+            note=steps,
+            watch=steps.watch,
             say=lambda line: None if quiet() else bars.say(line) if bars.watched else console.print(line, markup=False),
             command=f"steelyard demo --seed {seed}",
         )

@@ -205,6 +205,24 @@ class Lines:
                         self._show(held, now)
 
 
+class Steps:
+    """Work of several steps, a task each, made when the step is first heard of."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._known: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """So much of a step is done."""
+        if what not in self._known:
+            self._known[what] = self._bars.add_task(what, total=of)
+        self._bars.update(self._known[what], completed=done, total=of)
+
+    def watch(self, what: str, live: Any) -> None:
+        """A step that is a replay: what it has found and how long it takes stands beside it. live: :class:`loadgen.live.Live`."""
+        self._known[what] = self._bars.add_task(what, total=live.scheduled, note=live.line, left=live.left_s)
+
+
 @contextmanager
 def shown(quiet: bool) -> Iterator[Bars | Lines]:
     """Bars on a terminal's stderr, lines on any other, silence when quiet. NO_COLOR is honoured, a dumb terminal gets lines."""

@@ -47,6 +47,12 @@ def asked(f: Any) -> Any:
             metavar="HOST:PORT",
             help="Locust's web UI with live figures [without a value: 127.0.0.1:8089].",
         ),
+        click.option(
+            "--metrics-port",
+            type=click.IntRange(0, 65535),
+            metavar="PORT",
+            help="Serve live figures for Prometheus at http://127.0.0.1:PORT/metrics (0 takes a free port).",
+        ),
         click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
         click.option("--engine", default="auto", show_default=True, help="auto, reference, openai, vllm or sglang."),
@@ -285,8 +291,13 @@ def replay(
         known = _thresholds(store, options)
         schedule, strategy = _strategy(schedule, options, slo, known)
         wanted = wanted or _start(known)
-        with swarm_of(options, as_json) as swarm, progress(as_json) as bars:
-            task = bars.add_task(f"replay {trace}", total=len(schedule), note="")
+        with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
+            task = bars.add_task(f"replay {trace}", total=len(schedule))
+
+            def on_live(live: Any) -> None:
+                bars.update(task, note=live.line, left=live.left_s)
+                show_to(live)
+
             try:
                 run = run_replay(
                     store,
@@ -298,6 +309,7 @@ def replay(
                     group=group,
                     rate_factor=factor,
                     on_progress=lambda done, _: bars.update(task, completed=done),
+                    on_live=on_live,
                     **arguments,
                     **strategy,
                 )
@@ -432,6 +444,19 @@ def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
         yield swarm
 
 
+@contextmanager
+def watched(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
+    """What gets the live figures besides the progress bar: the Prometheus endpoint that --metrics-port asks for."""
+    if options["metrics_port"] is None:
+        yield lambda live: None
+        return
+    from loadgen.exposition import exposed
+
+    with exposed(options["metrics_port"]) as (url, watch):
+        messages(as_json).print(f"Metrics at {url}", markup=False)
+        yield watch
+
+
 def show(found: dict[str, Any], run: Any) -> None:
     """Print one run for people."""
 
@@ -543,7 +568,8 @@ def sweep(
     Ctrl-C too.
     """
     from advisor.cli.run_verbs import table
-    from loadgen import sweep as sweeps
+    from loadgen.sweep import saturate as search
+    from loadgen.sweep import sweep as measure
     from traces.measures import Slo
     from traces.records import Fleet
     from traces.shape import to_rate
@@ -572,16 +598,29 @@ def sweep(
         if not saturate:
             messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
         with progress(as_json) as bars:
-            task = bars.add_task("sweep", total=None if saturate else runs_planned * n, note="")
+            task = bars.add_task("sweep", total=None if saturate else runs_planned * n)
+            cell = ""
 
             def note(line: str, done: int) -> None:
-                bars.update(task, completed=done, note=line)
+                nonlocal cell
+                cell = line
+                bars.update(task, completed=done)
 
-            with swarm_of(options, as_json) as swarm, endpoint_of(endpoint, profile, wanted[0]) as url:
+            with (
+                swarm_of(options, as_json) as swarm,
+                watched(options, as_json) as show_to,
+                endpoint_of(endpoint, profile, wanted[0]) as url,
+            ):
                 where, arguments = how([url], options, slo)
+
+                def on_live(live: Any) -> None:
+                    bars.update(task, note=lambda: f"{cell}: {live.line()}")
+                    show_to(live)
+
+                arguments["on_live"] = on_live
                 if saturate:
                     found = [
-                        sweeps.saturate(
+                        search(
                             store,
                             swarm,
                             lambda rate: to_rate(schedules[0], rate),
@@ -598,7 +637,7 @@ def sweep(
                     ]
                     return _saturated(found, group, slo, attainment, as_json)
                 seed = arguments.pop("seed")
-                group, runs, drift = sweeps.sweep(
+                group, runs, drift = measure(
                     store,
                     swarm,
                     schedules,

@@ -115,7 +115,7 @@ def strategies(
         for name, (n, g) in sizes.items():
             work = study.Workload(n, schedule, preset, arrivals, rate, _sample(sample, n))
             question = study.Question(work, g, laws, wanted, by_goodput=slo is not None)
-            task = bars.add_task(f"{name}: simulate", total=seeds, note="")
+            task = bars.add_task(f"{name}: simulate", total=seeds)
             answer = study.study(
                 question,
                 seeds,
@@ -125,10 +125,15 @@ def strategies(
                 on_seed=lambda task=task: bars.advance(task),  # type: ignore[misc]
             )
             if over == "http":
-                task = bars.add_task(f"{name}: over HTTP", total=http_seeds * len(study.ARMS), note="")
+                task = bars.add_task(f"{name}: over HTTP", total=http_seeds * len(study.ARMS))
+                now = {"cell": ""}
 
-                def note(line: str, task: Any = task) -> None:
+                def note(line: str, task: Any = task, now: dict[str, str] = now) -> None:
+                    now["cell"] = line
                     bars.update(task, advance=1, note=line)
+
+                def on_live(live: Any, task: Any = task, now: dict[str, str] = now) -> None:
+                    bars.update(task, note=lambda: f"{now['cell']}: {live.line()}")
 
                 answer["http"] = study.over_http(
                     store,
@@ -137,6 +142,7 @@ def strategies(
                     speed=speed,
                     group=time.strftime(f"strategies-{name}-%Y%m%d-%H%M%S", time.gmtime()),
                     note=note,
+                    on_live=on_live,
                 )
             if not trace and preset == "origin" and name in study.REPORT:
                 answer["report"] = {k: v | {"what": study.REPORT_NOTES[k]} for k, v in study.REPORT[name].items()}

@@ -86,8 +86,8 @@ METRICS: dict[str, tuple[Any, str]] = {
 
 def _names(engine: str) -> dict[str, str]:
     """Field of a Sample -> the engine's name of it, from the table by which it is read; of two spellings the first."""
-    read = engines.dialect(engine).metrics or {}
-    return {field: name for name, field in reversed(list(read.items()))}
+    plain = [m for m in engines.engine(engine).metrics if not (m.histogram or m.part or m.times or m.per or m.where)]
+    return {m.to: m.name for m in reversed(plain) if m.to in METRICS and not m.of}
 
 
 SPOKEN: dict[str, dict[str, str]] = {

@@ -226,8 +226,8 @@ def _held_s(cluster: Cluster, start: float, end: float) -> dict[str, float]:
 def _filled(schedule: Schedule, sent: np.ndarray, first: np.ndarray, last: np.ndarray, gap: np.ndarray) -> Observations:
     rows = Observations.unsent(schedule)
     n = len(rows)
-    return Observations(
-        index=rows.index,
+    return Observations.of(
+        rows.index,
         worker=np.zeros(n, dtype=np.int64),
         due_s=rows.due_s,
         dispatch_s=sent,

@@ -1,13 +1,30 @@
-"""How an engine is asked: path and body of one request, and what its metrics are called. One file an engine."""
+"""The engines that are known, one file each (:mod:`loadgen.engines.base` says what one can tell), and request bodies for them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
+from loadgen.engines.base import FACTS, STAGES, Dialect, Engine, Glance, Metric, Server, Worker
 from traces.errors import InputError
+
+__all__ = [
+    "EXACT",
+    "FACTS",
+    "STAGES",
+    "Dialect",
+    "Engine",
+    "Glance",
+    "Measure",
+    "Metric",
+    "Prompts",
+    "Server",
+    "Worker",
+]
 
 _COMMON = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -22,26 +39,6 @@ the server's ``usage`` says what a prompt really counted."""
 
 BASE_IDS = 4096
 """Distinct starting points in the prebuilt text, so that neighbouring prompts differ beyond their salt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """name: of the engine. chat: chat completions instead of completions. token_ids: prompts as ids, exact to a token.
-
-    metrics: the engine's metric name -> field of :class:`traces.records.Sample`. extra: JSON members for every body.
-    """
-
-    name: str
-    chat: bool = False
-    token_ids: bool = True
-    metrics: Mapping[str, str] | None = None
-    role_label: str = "role"
-    worker_label: str = "worker"
-
-    @property
-    def path(self) -> str:
-        """The request's path under the base URL."""
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +143,10 @@ class Prompts:
         else:
             self._head = f'{{"model":{named},"prompt":{opening}'.encode()
             tail = closing
+        more = "," + dialect.members.replace("%", "%%") if dialect.members else ""
         self._tail = (
             tail + ',"max_tokens":%d,"min_tokens":%d,"ignore_eos":true,"temperature":0,"stream":true,'
-            '"stream_options":{"include_usage":true}}'
+            '"stream_options":{"include_usage":true}' + more + "}"
         )
 
     def share(self, blocks: Mapping[int, Sequence[int]], block_tokens: int) -> None:
@@ -203,13 +201,44 @@ class Prompts:
         return salt + self._text[self._starts[start] : self._starts[start + tokens - 4]]
 
 
-def dialect(name: str, *, chat: bool = False, text: bool = False) -> Dialect:
-    """The dialect of an engine by name. InputError lists the names."""
-    from dataclasses import replace
+@cache
+def engines() -> dict[str, Engine]:
+    """Every known engine by name, in the order in which a server is asked whether it is one. Other packages' come first."""
+    from loadgen.engines import dynamo, llm_d, openai, reference, sglang, trtllm, vllm
 
-    from loadgen.engines import generic, reference
+    ours = (reference.ENGINE, dynamo.ENGINE, trtllm.ENGINE, sglang.ENGINE, llm_d.ENGINE, vllm.ENGINE, openai.ENGINE)
+    names = {e.name for e in ours}
+    theirs: list[Engine] = []
+    for point in entry_points(group="steelyard.engines"):
+        if point.name in names:
+            continue
+        held = point.load()
+        if not isinstance(held, Engine):
+            raise InputError(
+                f"the entry point {point.name} of steelyard.engines is no Engine ({point.value}). "
+                "Repair or remove the package that brings it."
+            )
+        theirs.append(held)
+    return {e.name: e for e in (*theirs, *ours)}
 
-    known = {d.name: d for d in (reference.DIALECT, *generic.DIALECTS)}
+
+def engine(name: str) -> Engine:
+    """An engine by name. InputError lists the names."""
+    known = engines()
     if name not in known:
         raise InputError(f"no engine is named {name!r}. Known: auto, {', '.join(known)}.")
-    return replace(known[name], chat=chat, token_ids=known[name].token_ids and not (chat or text))
+    return known[name]
+
+
+def dialect(name: str, *, chat: bool = False, text: bool = False) -> Dialect:
+    """The dialect of an engine by name. InputError lists the names."""
+    return engine(name).dialect(chat=chat, text=text)
+
+
+def recognise(seen: Glance) -> tuple[Engine, str]:
+    """(which engine a server is, by what it is known); the generic one where none is recognised."""
+    for known in engines().values():
+        why = known.recognise(seen)
+        if why:
+            return known, why
+    return engine("openai"), "nothing that only one engine says"

@@ -1,0 +1,393 @@
+"""What a regression cannot identify, found by simulation: laws whose simulated runs look like the measured ones.
+
+At low load TTFT = L0 + a + b n + c n^2 fits well and does not say which part occupies a worker, nor how many prompts
+share a step; TPOT at a small batch does not say where the batch ends. Those parameters have a broad prior here, the
+regressions' coefficients a narrow one, and all are moved together until the simulation of every run shows the
+quantiles that were measured.
+
+1. An ensemble from the prior is simulated on the runs and moved by ensemble smoothing (ES-MDA, Emerick and Reynolds 2013):
+   a regression, over the ensemble, of parameters on what they lead to. It needs no derivatives and no good start.
+2. The best member is polished by Gauss-Newton steps with the prior as a ridge; how the cluster routes, whether it cuts
+   prompts, whom it evicts, is tried one at a time.
+3. Draws: what the curvature at the end and the ensemble say is possible, each weighed by its own misfit. What the runs
+   cannot tell stays as wide as the prior: that is what makes an interval honest, and tells which run to make next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from advisor.features import RunData
+from loadgen.cluster import Profile, SimResult, simulate
+from traces.measures import Slo
+from traces.records import Fleet, Floats, Observations, Schedule
+
+Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+TTFT_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
+_TTFT_SD = (0.04, 0.03, 0.03, 0.04, 0.05, 0.08, 0.10)
+TPOT_QUANTILES = (0.1, 0.5, 0.9, 0.99)
+_TPOT_SD = (0.02, 0.015, 0.02, 0.05)
+E2E_QUANTILES = (0.5, 0.9, 0.99)
+_E2E_SD = (0.03, 0.04, 0.06)
+STATISTIC_SD = np.array([*_TTFT_SD, *([0.06, 0.10] * 3), *_TPOT_SD, *_E2E_SD, 0.04, 0.25])
+"""How near, as a log ratio, a statistic of a run can be expected to be met: they are chaotic in a queue's details."""
+
+MEMBERS = 40
+ROUNDS = 3
+POLISH = 3
+CANDIDATES = 60
+REQUESTS = 3000
+"""Requests of all runs together that one evaluation simulates."""
+
+STRUCTURES: tuple[dict[str, object], ...] = (
+    {"prefill_route": "least_requests"},
+    {"prefill_route": "round_robin"},
+    {"decode_route": "least_tokens"},
+    {"decode_route": "round_robin"},
+    {"transfer_link": "sender"},
+    {"transfer_link": "shared"},
+    {"chunked": True},
+    {"kv_policy": "preempt"},
+)
+"""Rules that are tried beside the default ones (least tokens, least requests, no link, whole prompts, reserve)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A run to be simulated: what was asked of which fleet, and the statistics of what came.
+
+    rows: positions, in the schedule, of the rows that count (finished). thirds: which of three equal parts by prompt length.
+    """
+
+    schedule: Schedule
+    fleet: Fleet
+    slo: Slo
+    rows: Mask
+    thirds: tuple[Mask, ...]
+    observed: Floats
+
+    @classmethod
+    def of(cls, one: RunData, most: int) -> Replay:
+        """The first ``most`` requests of a run that were sent."""
+        rows = one.observations.take(np.flatnonzero(np.isfinite(one.observations.sent_s)))
+        rows = rows.take(np.argsort(rows.sent_s, kind="stable")[:most])
+        ok = rows.ok
+        n = rows.prompt_lengths
+        low, high = np.quantile(n[ok], [1 / 3, 2 / 3]) if ok.any() else (0.0, 0.0)
+        thirds = (n <= low, (n > low) & (n <= high), n > high)
+        slo = Slo(Slo.parse(one.run.slo).limits) if one.run.slo else Slo()
+        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0))
+        return replace(made, observed=made.statistics(rows))
+
+    def statistics(self, rows: Observations) -> Floats:
+        """Log quantiles of TTFT, of TTFT by prompt length, TPOT, E2E; log span; logit of the share within the SLO. NaN: none."""
+        ok = self.rows
+        ttft, e2e = rows.ttft_sent_s, rows.e2e_sent_s
+        tokens = rows.tokens
+        tpot = rows.tpot_s[ok & (tokens >= 4)]
+        found = [_quantiles(ttft[ok], TTFT_QUANTILES)]
+        found += [_quantiles(ttft[ok & third], (0.5, 0.9)) for third in self.thirds]
+        found += [_quantiles(tpot, TPOT_QUANTILES), _quantiles(e2e[ok], E2E_QUANTILES)]
+        span = float(rows.last_token_s[ok].max() - self.schedule.due_s[0]) if ok.any() else math.nan
+        share = math.nan
+        if self.slo.limits:
+            good = ok.copy()
+            for name, limit in self.slo.limits:
+                value = {"ttft": ttft, "tpot": rows.tpot_s, "e2e": e2e}[name]
+                good &= (value <= limit) | ((tokens <= 1) if name == "tpot" else False)
+            k, n = float(good.sum()), float(ok.sum())
+            share = math.log((k + 1) / (n - k + 1))
+        return np.concatenate([*found, [math.log(span) if span > 0 else math.nan, share]])
+
+    def simulated(self, profile: Profile) -> SimResult:
+        """The run as these laws would have it."""
+        return simulate(self.schedule, self.fleet, profile)
+
+
+def sent(rows: Observations) -> Schedule:
+    """What reached the server: rows in order of sending, due when they were sent, with the lengths the server saw."""
+    return Schedule(
+        "sent",
+        rows.index,
+        np.maximum(rows.sent_s, 0.0),
+        np.maximum(rows.prompt_lengths, 1),
+        np.maximum(rows.tokens, 1),
+    )
+
+
+def _quantiles(values: Floats, at: Sequence[float]) -> Floats:
+    values = values[np.isfinite(values)]
+    if len(values) < 5:
+        return np.full(len(at), np.nan)
+    return np.asarray(np.log(np.maximum(np.quantile(values, at), 1e-5)), dtype=float)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A parameter before simulation: where it is expected and how sure that is (standard deviation)."""
+
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Parameters as real numbers, all meaningful from -inf to inf, with their prior.
+
+    names: line0, line1, line2 (log of the TTFT line's coefficients), a, b (logit of the shares of intercept and slope
+    that occupy a worker), tokens, requests (log of the step's limits), batch, kv (log of (limit / most seen - 1)), c0, c1, c2
+    (log), and knee (log of knee_s) where the regression found one. seen_batch, seen_kv: most that one worker was
+    seen to carry. base: everything else.
+    """
+
+    base: Profile
+    prior: Mapping[str, Known]
+    seen_batch: float
+    seen_kv: float
+    names: tuple[str, ...] = field(init=False)
+    mean: Floats = field(init=False)
+    sd: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.prior))
+        object.__setattr__(self, "mean", np.array([k.mean for k in self.prior.values()]))
+        object.__setattr__(self, "sd", np.array([k.sd for k in self.prior.values()]))
+
+    def profile(self, z: Floats, rules: Mapping[str, object] | None = None) -> Profile:
+        """The laws at a point."""
+        v = dict(zip(self.names, np.clip(z, self.mean - 4 * self.sd, self.mean + 4 * self.sd).tolist(), strict=True))
+        intercept, slope = math.exp(v["line0"]), math.exp(v["line1"])
+        a, b = _share(v["a"]), _share(v["b"])
+        values: dict[str, object] = {
+            "a_s": a * intercept,
+            "overhead_s": (1 - a) * intercept,
+            "b_s_per_token": b * slope,
+            "transfer_s_per_token": (1 - b) * slope,
+            "c_s_per_token2": math.exp(v["line2"]),
+            "max_batch_tokens": max(1, round(math.exp(v["tokens"]))),
+            "max_batch_requests": max(1, round(math.exp(v["requests"]))),
+            "max_batch": max(1, round(self.seen_batch * (1 + math.exp(v["batch"])))),
+            "kv_tokens": max(1, round(self.seen_kv * (1 + math.exp(v["kv"])))),
+            "c0_s": math.exp(v["c0"]),
+            "c1_s": math.exp(v["c1"]),
+            "c2_s": math.exp(v["c2"]),
+        }
+        if "knee" in v:
+            values["knee_s"] = math.exp(v["knee"])
+        return replace(self.base, **values, **(rules or {}))  # type: ignore[arg-type]
+
+
+def _share(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Laws that were simulated on the runs. chi: [runs], squared misfit in standard deviations. values: [runs, statistics]."""
+
+    z: Floats
+    rules: Mapping[str, object]
+    profile: Profile
+    values: Floats
+    chi: Floats
+    prior: float
+
+    @property
+    def cost(self) -> float:
+        """What is minimised."""
+        return float(self.chi.sum()) + self.prior
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What came of it. points: every candidate, the best first. used: statistics that counted. curvature: [k, k].
+
+    jacobian: [runs, statistics, k] at the best point. misfit: median |log ratio| of the TTFT quantiles there.
+    """
+
+    space: Space
+    replays: Sequence[Replay]
+    points: list[Point]
+    used: int
+    jacobian: Floats
+    misfit: float
+
+    @property
+    def best(self) -> Point:
+        """The laws."""
+        return self.points[0]
+
+    @property
+    def excess(self) -> float:
+        """How much worse than expected the best laws fit, as a variance factor; at least 1."""
+        return max(1.0, float(self.best.chi.sum()) / max(self.used - len(self.space.names), self.used / 2, 1))
+
+    def draws(self, rng: np.random.Generator, n: int) -> list[Profile]:
+        """Laws that are possible: candidates drawn by their misfit, with the runs weighed at random (Bayesian bootstrap).
+
+        The statistics of a run hang together (quantiles of one sample): four of them count as one.
+        """
+        chi = np.stack([p.chi for p in self.points])
+        prior = np.array([p.prior for p in self.points])
+        found = []
+        for _ in range(n):
+            weight = rng.dirichlet(np.full(chi.shape[1], 4.0)) * chi.shape[1]
+            cost = (chi @ weight) / (CORRELATED * self.excess) + prior
+            likely = np.exp(-(cost - cost.min()) / 2)
+            found.append(self.points[int(rng.choice(len(likely), p=likely / likely.sum()))].profile)
+        return found
+
+    def without(self, run: int) -> Profile:
+        """The laws as they would have come out without one run: a Gauss-Newton step back from it."""
+        j, r = self.jacobian, np.stack([p.observed for p in self.replays]) - self.best.values
+        left = [i for i in range(len(self.replays)) if i != run]
+        h, g = np.diag(1 / self.space.sd**2), (self.space.mean - self.best.z) / self.space.sd**2
+        for i in left:
+            good = np.isfinite(r[i])
+            scaled = j[i][good] / STATISTIC_SD[good, None]
+            h = h + scaled.T @ scaled
+            g = g + scaled.T @ np.clip(r[i][good] / STATISTIC_SD[good], -3, 3)
+        step = np.clip(np.linalg.solve(h, g), -self.space.sd, self.space.sd)
+        return self.space.profile(self.best.z + step, self.best.rules)
+
+
+CORRELATED = 4.0
+
+
+class _Search:
+    """Points of one space, simulated on the same runs."""
+
+    def __init__(self, space: Space, replays: Sequence[Replay]) -> None:
+        self.space, self.replays = space, replays
+        self.observed = np.stack([r.observed for r in replays])
+
+    def at(self, z: Floats, rules: Mapping[str, object]) -> Point:
+        space = self.space
+        z = np.clip(z, space.mean - 4 * space.sd, space.mean + 4 * space.sd)
+        profile = space.profile(z, rules)
+        values = np.stack([r.statistics(r.simulated(profile).observations) for r in self.replays])
+        off = np.abs((values - self.observed) / STATISTIC_SD)
+        # Huber: beyond three standard deviations a statistic counts linearly.
+        loss = np.where(off <= 3, off * off, 6 * off - 9)
+        prior = float((((z - space.mean) / space.sd) ** 2).sum())
+        return Point(z, dict(rules), profile, values, np.nansum(loss, axis=1), prior)
+
+    def smooth(self, rng: np.random.Generator, rules: Mapping[str, object], members: int, rounds: int) -> list[Point]:
+        """Ensemble smoothing with multiple data assimilation."""
+        space = self.space
+        z = space.mean + space.sd * rng.standard_normal((members, len(space.names)))
+        z[0] = space.mean
+        good = np.isfinite(self.observed).ravel()
+        target = self.observed.ravel()[good]
+        noise = np.tile(STATISTIC_SD, len(self.replays))[good]
+        everything: list[Point] = []
+        for _ in range(rounds):
+            points = [self.at(row, rules) for row in z]
+            everything += points
+            seen = np.stack([p.values.ravel()[good] for p in points])
+            seen = np.where(np.isfinite(seen), seen, target)
+            dz, dy = z - z.mean(axis=0), (seen - seen.mean(axis=0)) / noise
+            # In the ensemble's own space (members x members) instead of statistics x statistics.
+            k = members - 1
+            gram = dy @ dy.T / k
+            off = (target + math.sqrt(rounds) * noise * rng.standard_normal(seen.shape) - seen) / noise
+            off = np.clip(off, -25, 25)
+            solved = np.linalg.solve(gram + rounds * np.eye(members), dy)
+            z = z + (off @ solved.T) @ dz / k
+        everything += [self.at(row, rules) for row in z]
+        return everything
+
+    def slopes(self, point: Point) -> Floats:
+        """[runs, statistics, k]: change of every statistic with every parameter, by a step of a fifth."""
+        columns = []
+        for i, sd in enumerate(self.space.sd):
+            step = min(0.2, 0.5 * float(sd))
+            moved = point.z.copy()
+            moved[i] += step if moved[i] < self.space.mean[i] + 3 * sd else -step
+            other = self.at(moved, point.rules)
+            columns.append((other.values - point.values) / (moved[i] - point.z[i]))
+        return np.stack(columns, axis=-1)
+
+    def polish(self, point: Point, steps: int) -> tuple[Point, Floats, Floats]:
+        """(after Gauss-Newton steps, the slopes there or at the last point that had some, curvature)."""
+        space = self.space
+        slopes = np.zeros((*self.observed.shape, len(space.names)))
+        h = np.diag(1 / space.sd**2)
+        for turn in range(steps + 1):
+            slopes = self.slopes(point)
+            r = (self.observed - point.values) / STATISTIC_SD
+            good = np.isfinite(r) & np.isfinite(slopes).all(axis=2)
+            j = (slopes / STATISTIC_SD[None, :, None])[good]
+            weight = np.minimum(1.0, 3.0 / np.maximum(np.abs(r[good]), 1e-9))
+            h = j.T @ (weight[:, None] * j) + np.diag(1 / space.sd**2)
+            if turn == steps:
+                break
+            g = j.T @ (weight * r[good]) + (space.mean - point.z) / space.sd**2
+            step = np.clip(np.linalg.solve(h, g), -1.5 * space.sd, 1.5 * space.sd)
+            tried = [self.at(point.z + share * step, point.rules) for share in (1.0, 0.4)]
+            best = min(tried, key=lambda p: p.cost)
+            if best.cost >= point.cost * 0.995:
+                if best.cost < point.cost:
+                    point = best
+                break
+            point = best
+        return point, slopes, h
+
+
+def calibrate(
+    data: Sequence[RunData], space: Space, *, seed: int = 0, start: Calibration | None = None, thorough: bool = True
+) -> Calibration:
+    """Laws whose simulated runs look like ``data``, and others that do so nearly as well.
+
+    start: an earlier calibration to begin from, instead of an ensemble from the prior.
+    """
+    most = max(200, REQUESTS // len(data))
+    replays = [Replay.of(one, most) for one in data]
+    search = _Search(space, replays)
+    rng = np.random.default_rng(seed)
+    plain: dict[str, object] = {}
+    points = search.smooth(rng, plain, MEMBERS, ROUNDS)
+    point = min(points, key=lambda p: p.cost)
+    point, slopes, h = search.polish(point, POLISH if thorough else 1)
+    # Rules: each on its own at the same point, then the best ones together.
+    tried: dict[str, list[Point]] = {}
+    for rules in STRUCTURES:
+        tried.setdefault(next(iter(rules)), []).append(search.at(point.z, rules))
+    worth = CORRELATED * max(1.0, float(point.chi.sum()) / max(np.isfinite(search.observed).sum(), 1))
+    chosen: dict[str, object] = {}
+    for held in sorted(tried.values(), key=lambda held: min(p.cost for p in held)):
+        best = min(held, key=lambda p: p.cost)
+        if best.cost > point.cost - worth:
+            continue
+        together = search.at(point.z, chosen | dict(best.rules))
+        if together.cost < point.cost - worth:
+            chosen, point = dict(together.rules), together
+    if chosen:
+        polished, slopes, h = search.polish(point, POLISH if thorough else 1)
+        point = min(point, polished, key=lambda p: p.cost)
+    used = int(np.isfinite(search.observed).sum())
+    excess = max(1.0, float(point.chi.sum()) / max(used - len(space.names), used / 2, 1))
+    # Candidates: the curvature's ellipse, wider by what the fit does not explain; rules that cost little are mixed in.
+    cover = np.linalg.inv(h / (CORRELATED * excess) + np.diag(1 / space.sd**2) * (1 - 1 / (CORRELATED * excess)))
+    root = np.linalg.cholesky((cover + cover.T) / 2 + 1e-12 * np.eye(len(cover)))
+    for _ in range(CANDIDATES):
+        rules = dict(point.rules)
+        for held in tried.values():
+            best = min(held, key=lambda p: p.cost)
+            name = next(iter(best.rules))
+            if name not in rules and rng.random() < 0.5 * math.exp(
+                -max(0.0, best.cost - point.cost) / (2 * CORRELATED * excess)
+            ):
+                rules |= dict(best.rules)
+        points.append(search.at(point.z + root @ rng.standard_normal(len(space.names)), rules))
+    for held in tried.values():
+        points += held
+    near = sorted(points, key=lambda p: p.cost)[: 3 * CANDIDATES]
+    k = len(TTFT_QUANTILES)
+    misfit = float(np.nanmedian(np.abs(point.values[:, :k] - search.observed[:, :k])))
+    return Calibration(space, replays, [point, *(p for p in near if p is not point)], used, slopes, misfit)

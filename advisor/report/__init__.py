@@ -1,0 +1,176 @@
+"""The report: the answer first, then what it rests on, as one HTML file, Markdown, JSON or PDF.
+
+``parts`` says what a report consists of, ``digest`` makes a run small enough to be drawn, ``sections`` writes the sentences and
+the plots' data, ``draw`` and ``page`` put them on a page, ``whatif`` asks the fitted laws about other worlds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from advisor.features import RunData
+from advisor.report.digest import Digest, digest, traffic
+from advisor.report.markdown import markdown
+from advisor.report.page import render
+from advisor.report.parts import Report
+from advisor.report.pdf import pdf
+from advisor.report.reproduce import reproduce
+from advisor.report.sections import build
+from advisor.report.whatif import Case, what_if
+from loadgen.cluster import Profile
+from traces.errors import InputError
+from traces.measures import Slo
+from traces.records import Fleet, FleetChange, Schedule
+from traces.shape import head, piece, to_rate, window
+from traces.store import Store
+
+FORMATS = ("html", "md", "json", "pdf")
+
+__all__ = ["FORMATS", "Report", "assemble", "digests", "gather", "pdf", "render", "text_of", "write_report"]
+
+
+def assemble(
+    answer: Mapping[str, Any],
+    runs: Sequence[Digest],
+    *,
+    schedule: Schedule | None = None,
+    strategies: Mapping[str, Any] | None = None,
+    commands: Sequence[str] = (),
+    traces: Mapping[str, Mapping[str, Any]] | None = None,
+    per_worker: tuple[int, int] = (1, 1),
+) -> Report:
+    """The report of an answer (the JSON of ``advise``) and its runs. schedule: the traffic that was asked about.
+
+    strategies: a study's JSON. commands: how this report was made. traces: name -> summary of the stored trace.
+    """
+    slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
+    profile = laws_of(answer)
+    cases: list[Case] = []
+    if schedule is not None and profile is not None and answer.get("candidates"):
+        chosen = Fleet(answer["prefill"], answer["decode"])
+        cases = what_if(schedule, profile, slo, chosen, int(answer["gpus"]), per_worker)
+    return build(
+        answer,
+        runs,
+        traffic=traffic(schedule, profile, slo) if schedule is not None and len(schedule) > 1 else None,
+        cases=cases,
+        strategies=strategies,
+        reproduce=reproduce(answer, [d.run for d in runs], commands, traces or {}),
+    )
+
+
+def gather(
+    store: Store,
+    answer: Mapping[str, Any],
+    *,
+    data: Iterable[RunData] | None = None,
+    run_ids: Sequence[int] = (),
+    schedule: Schedule | None = None,
+    commands: Sequence[str] = (),
+) -> Report:
+    """The report of an answer, with what the database knows about it. data: the runs' rows, where they are at hand already;
+    without, one run at a time is read, digested and let go.
+    """
+    slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
+    ids = list(run_ids) or list(answer.get("run_ids") or answer.get("runs") or ())
+    held = digests(store, ids if data is None else data, slo, laws_of(answer))
+    names = sorted({d.run.trace for d in held} | ({answer["trace"]} if answer.get("trace") else set()))
+    stored = {t.name: {"format": t.format, "sha256": t.sha256, **t.summary} for t in store.traces() if t.name in names}
+    return assemble(
+        answer,
+        held,
+        schedule=rebuilt(store, answer) if schedule is None else schedule,
+        strategies=_study(store, answer),
+        commands=commands,
+        traces=stored,
+        per_worker=held[-1].run.gpus_per_worker if held else (1, 1),
+    )
+
+
+def digests(store: Store, runs: Iterable[int | RunData], slo: Slo, profile: Profile | None = None) -> list[Digest]:
+    """The digests of runs, named by id or given with their rows."""
+    found = []
+    for one in runs:
+        changes: list[FleetChange]
+        if isinstance(one, int):
+            one = RunData(store.run(one), store.observations(one), store.samples(one))
+        changes = store.fleet_changes(one.run.id)
+        found.append(digest(one, slo, changes, profile))
+    return found
+
+
+def laws_of(answer: Mapping[str, Any]) -> Profile | None:
+    """The fitted laws that an answer holds; None where it holds none that this version can read."""
+    import tomllib
+
+    try:
+        return Profile.from_table(tomllib.loads(answer["profile"]), "the answer's profile")
+    except (KeyError, TypeError, tomllib.TOMLDecodeError, InputError):
+        return None
+
+
+def rebuilt(store: Store, answer: Mapping[str, Any]) -> Schedule | None:
+    """The traffic that a stored answer is about, made again from its trace; None where that is not possible."""
+    try:
+        schedule = store.schedule(answer["trace"])
+        for change in answer.get("schedule_changes") or ():
+            if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
+                schedule = head(schedule, int(match[1]))
+            elif match := re.fullmatch(r"requests (\d+) to (\d+) of \d+", change):
+                schedule = piece(schedule, int(match[1]), int(match[2]))
+            elif match := re.fullmatch(r"window ([\d.e+]+) to ([\d.e+]+) s", change):
+                schedule = window(schedule, float(match[1]), float(match[2]))
+            elif not change.startswith("rate x"):
+                return None
+        schedule = to_rate(schedule, float(answer["rate_per_s"]))
+        return schedule if len(schedule) == answer["requests"] else None
+    except (InputError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _study(store: Store, answer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The latest comparison of strategies on the answer's trace."""
+    for row in store.recommendations(kind="strategies"):
+        if row["answer"].get("source") == answer.get("trace"):
+            return dict(row["answer"])
+    return None
+
+
+def text_of(report: Report, form: str) -> str:
+    """The report in one of the text FORMATS."""
+    if form == "json":
+        return json.dumps(_finite(report.as_json()), indent=2, allow_nan=False) + "\n"
+    return markdown(report) if form == "md" else render(report)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def write_report(path: Path, page: str | bytes) -> None:
+    """Write the page whole or not at all. InputError when the place cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(page.encode() if isinstance(page, str) else page)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{path}: the report cannot be written ({error.strerror}). Give another --out.") from error

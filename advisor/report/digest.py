@@ -1,0 +1,309 @@
+"""A run, however long, as a few hundred figures: what a page can hold and a reader can see.
+
+Distributions become at most QUANTILES values, everything over time at most BINS bins. A run of a million requests makes
+a digest no larger than a run of a thousand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from advisor.features import RunData, decode_rows, quiet_rows
+from loadgen.cluster import Profile
+from traces.measures import Slo, Summary, summarise
+from traces.records import FleetChange, Floats, Observations, Run, Sample, Schedule
+
+QUANTILES = np.unique(np.concatenate([np.linspace(0, 1, 161), [0.995, 0.997, 0.998, 0.999]]))
+"""Cumulative shares at which a distribution is kept: even steps, and the tail that an SLO is about."""
+
+BINS = 200
+POINTS = 240
+"""Requests of a run that are drawn one by one against a law; spread evenly over the predictions."""
+
+METRICS = ("ttft", "tpot", "e2e")
+
+
+@dataclass(frozen=True, eq=False)
+class Over:
+    """Figures in bins of time. at_s: [k] middles. width_s: of a bin. values: name -> [k], NaN where nothing was."""
+
+    at_s: Floats
+    width_s: float
+    values: dict[str, Floats]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """Measured against predicted seconds of one law, POINTS of n rows. error: median of |measured / predicted - 1|."""
+
+    predicted: Floats
+    measured: Floats
+    n: int
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Digest:
+    """One run. cdf: metric -> [len(QUANTILES)] seconds. within: metric -> share of ok requests within its SLO limit.
+
+    requests: arrivals, latencies and lag over time. readings: the servers' own, by role: ``prefill waiting_requests``,
+    ``decode busy``, ``prefill workers``, .. tpot, ttft: the laws held against this run, where they can be.
+    failures: (kind, how many, what was seen first).
+    """
+
+    run: Run
+    summary: Summary
+    cdf: dict[str, Floats]
+    within: dict[str, float]
+    requests: Over
+    readings: Over | None
+    changes: Sequence[FleetChange]
+    tpot: Fitting | None
+    ttft: Fitting | None
+    failures: Sequence[tuple[str, int, str]]
+
+    @property
+    def name(self) -> str:
+        """What the run is called in a legend."""
+        fleet = self.run.fleet or "fleet unknown"
+        rate = f" at {self.run.rate_per_s:.3g}/s" if self.run.rate_per_s == self.run.rate_per_s else ""
+        return f"run {self.run.id}: {fleet}{rate}"
+
+
+def digest(data: RunData, slo: Slo, changes: Sequence[FleetChange] = (), profile: Profile | None = None) -> Digest:
+    """The digest of a run. slo: what goodput is counted within. profile: laws to hold against the run."""
+    rows = data.run.counted(data.observations)
+    ok = rows.take(np.flatnonzero(rows.ok))
+    cdf, within = {}, {}
+    for metric in METRICS:
+        values: Floats = getattr(ok, f"{metric}_s")
+        values = values[np.isfinite(values)]
+        if len(values):
+            cdf[metric] = np.quantile(values, QUANTILES)
+        limit = slo.limit(metric)
+        if limit is not None and len(values):
+            within[metric] = float((values <= limit).mean())
+    tpot, ttft = _laws(data, profile)
+    return Digest(
+        run=data.run,
+        summary=summarise(rows, slo),
+        cdf=cdf,
+        within=within,
+        requests=_requests(data.observations),
+        readings=_readings(data.samples),
+        changes=list(changes),
+        tpot=tpot,
+        ttft=ttft,
+        failures=_failures(data.observations),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """What is asked, over time. over: rate_per_s, prompt_tokens, output_tokens (means a request), and, with laws, the workers
+    that this traffic keeps busy: prefill_workers, decode_workers. batch: sequences a decode worker may hold in that.
+    """
+
+    over: Over
+    batch: float
+
+
+def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
+    """A schedule over time, and the workers it needs by the laws alone, without queueing.
+
+    Prefill: rate x service time of a prompt. Decode: a worker that holds B sequences makes B tokens a step; B is the most
+    that keeps the TPOT limit (and the batch limit) at the traffic's mean context, so tokens/s x step(B) / B workers are busy.
+    """
+    over = _binned(schedule.due_s, max(4, min(BINS, len(schedule) // 10)))
+    place, n, width = over
+    k = len(n)
+    rate = n / width
+    prompts = np.bincount(place, weights=schedule.prompt_tokens, minlength=k)
+    outputs = np.bincount(place, weights=schedule.output_tokens, minlength=k)
+    squares = np.bincount(place, weights=schedule.prompt_tokens.astype(float) ** 2, minlength=k)
+    some = np.where(n > 0, n, np.nan)
+    values = {
+        "rate_per_s": rate,
+        "prompt_tokens": prompts / some,
+        "output_tokens": outputs / some,
+        "ratio": prompts / np.where(outputs > 0, outputs, np.nan),
+    }
+    batch = float("nan")
+    if profile is not None and len(schedule):
+        mean = float(schedule.prompt_tokens.mean())
+        together = float(np.clip(profile.max_batch_tokens / mean, 1, profile.max_batch_requests))
+        work = profile.a_s / together * n + profile.b_s_per_token * prompts + profile.c_s_per_token2 * squares
+        m = schedule.output_tokens.astype(float)
+        context = float((m * (schedule.prompt_tokens + m / 2)).sum() / m.sum())
+        sizes = np.arange(1, min(profile.max_batch, 1024) + 1, dtype=float)
+        steps = profile.c0_s + sizes * (profile.c1_s + profile.c2_s * context)
+        steps = steps + profile.knee_s * np.maximum(0, sizes - profile.knee_batch)
+        limit = slo.limit("tpot")
+        most = int((steps <= limit).sum()) if limit else len(sizes)
+        most = max(1, most)
+        batch = sizes[most - 1]
+        values["prefill_workers"] = work / width
+        values["decode_workers"] = outputs / width * steps[most - 1] / batch
+    start = float(schedule.due_s[0]) if len(schedule) else 0.0
+    return Traffic(Over(_middles(k, start, width), width, values), batch)
+
+
+# --- over time ------------------------------------------------------------------------------------------------------
+
+
+def _binned(at_s: Floats, most: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Floats, float]:
+    """(bin of each instant, instants in each bin, width in seconds) of equal bins from the first to the last."""
+    if not len(at_s):
+        return np.empty(0, np.int64), np.zeros(1), 1.0
+    start, end = float(at_s.min()), float(at_s.max())
+    width = max((end - start) / most, 1e-9)
+    place = np.minimum(((at_s - start) / width).astype(np.int64), most - 1)
+    return place, np.bincount(place, minlength=most).astype(float), width
+
+
+def _middles(bins: int, start: float, width: float) -> Floats:
+    return np.asarray(start + (np.arange(bins) + 0.5) * width, dtype=np.float64)
+
+
+def _quantiles(place: np.ndarray[tuple[int], np.dtype[np.int64]], values: Floats, bins: int, q: float) -> Floats:
+    """[bins]: the q-quantile of the finite values in each bin (nearest rank), NaN where there is none."""
+    keep = np.isfinite(values)
+    place, values = place[keep], values[keep]
+    order = np.lexsort((values, place))
+    n = np.bincount(place, minlength=bins)
+    first = np.concatenate([[0], np.cumsum(n)[:-1]])
+    rank = first + np.ceil(q * n).astype(np.int64) - 1
+    found = np.full(bins, np.nan)
+    some = n > 0
+    found[some] = values[order][np.maximum(rank, first)[some]]
+    return found
+
+
+def _requests(rows: Observations) -> Over:
+    most = max(1, min(BINS, len(rows) // 5))
+    place, n, width = _binned(rows.due_s, most)
+    bins = len(n)
+    good = rows.ok
+    values = {
+        "rate_per_s": n / width,
+        "failed_per_s": np.bincount(place[~good], minlength=bins) / width,
+        "prompt_tokens_per_s": np.bincount(place, weights=rows.prompt_lengths, minlength=bins) / width,
+        "output_tokens_per_s": np.bincount(place[good], weights=rows.tokens[good], minlength=bins) / width,
+    }
+    columns: list[tuple[str, Callable[[Observations], Floats]]] = [
+        ("ttft", lambda r: r.ttft_s),
+        ("tpot", lambda r: r.tpot_s),
+        ("e2e", lambda r: r.e2e_s),
+        ("lag", lambda r: r.lag_s),
+    ]
+    for name, column in columns:
+        held = column(rows)
+        for word, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)) if name == "lag" else (("p50", 0.5), ("p99", 0.99)):
+            values[f"{name}_{word}_s"] = _quantiles(place, held, bins, q)
+    start = float(rows.due_s.min()) if len(rows) else 0.0
+    return Over(_middles(bins, start, width), width, values)
+
+
+GAUGES = ("waiting_requests", "running_requests", "kv_used_ratio")
+
+
+def _readings(samples: Sequence[Sample]) -> Over | None:
+    """Sums over the workers of a role (KV: their mean), in bins of time; None without readings."""
+    if not samples:
+        return None
+    at = np.array([s.at_s for s in samples])
+    instants = len(np.unique(at))
+    workers: dict[str, list[Sample]] = {}
+    for s in samples:
+        workers.setdefault(s.worker, []).append(s)
+    bins = max(1, min(BINS, instants, max(len(held) for held in workers.values())))
+    start = float(at.min())
+    width = max((float(at.max()) - start) / bins, 1e-9)
+    sums: dict[str, Floats] = {}
+    counts: dict[str, Floats] = {}
+    busy: dict[str, Floats] = {}
+    spent: dict[str, Floats] = {}
+
+    def add(into: dict[str, Floats], name: str, values: Floats) -> None:
+        into[name] = into.get(name, np.zeros(bins)) + np.nan_to_num(values)
+
+    for held in workers.values():
+        held = sorted(held, key=lambda s: s.at_s)
+        place = np.minimum(((np.array([s.at_s for s in held]) - start) / width).astype(np.int64), bins - 1)
+        roles = np.array([s.role for s in held], dtype=object)
+        # The role that a worker had last in a bin is its role there; where it was not read, the one before.
+        role_of = np.full(bins, "", dtype=object)
+        role_of[place] = roles
+        for k in range(1, bins):
+            role_of[k] = role_of[k] or role_of[k - 1]
+        for role in set(roles.tolist()):
+            here = role_of == role
+            add(counts, f"{role} workers", here.astype(float))
+            for gauge in GAUGES:
+                values = np.array([np.nan if (v := getattr(s, gauge)) is None else float(v) for s in held])
+                mine = (roles == role) & np.isfinite(values)
+                if mine.any():
+                    n = np.bincount(place[mine], minlength=bins)
+                    mean = np.bincount(place[mine], weights=values[mine], minlength=bins) / np.where(n > 0, n, np.nan)
+                    add(sums, f"{role} {gauge}", np.where(here, _filled(mean), np.nan))
+        read = [s for s in held if s.busy_s_total is not None]
+        for before, now in itertools.pairwise(read):
+            gained = float(now.busy_s_total or 0.0) - float(before.busy_s_total or 0.0)
+            if gained < 0 or now.at_s <= before.at_s:
+                continue  # the counter began anew
+            k = min(int((now.at_s - start) / width), bins - 1)
+            for into, value in ((busy, gained), (spent, now.at_s - before.at_s)):
+                into.setdefault(now.role, np.zeros(bins))[k] += value
+    merged: dict[str, Floats] = counts | sums
+    for role, total in spent.items():
+        merged[f"{role} busy"] = np.minimum(1.0, busy[role] / np.where(total > 0, total, np.nan))
+    for role in ("prefill", "decode", "mixed"):
+        name = f"{role} kv_used_ratio"
+        if name in merged:
+            merged[name] = merged[name] / np.where(counts[f"{role} workers"] > 0, counts[f"{role} workers"], np.nan)
+    return Over(_middles(bins, start, width), width, merged)
+
+
+def _filled(values: Floats) -> Floats:
+    """NaN replaced by the value before it."""
+    known = np.where(np.isfinite(values), np.arange(len(values)), -1)
+    last = np.maximum.accumulate(known)
+    return np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
+
+
+def _failures(rows: Observations) -> list[tuple[str, int, str]]:
+    bad = np.flatnonzero(~rows.ok)
+    kinds: dict[str, tuple[int, str]] = {}
+    for status, error, detail in zip(rows.status[bad], rows.error[bad], rows.detail[bad], strict=True):
+        n, first = kinds.get(kind := error or status, (0, detail))
+        kinds[kind] = n + 1, first or detail
+    return [(kind, n, first) for kind, (n, first) in sorted(kinds.items(), key=lambda item: -item[1][0])]
+
+
+# --- laws against rows ----------------------------------------------------------------------------------------------
+
+
+def _laws(data: RunData, profile: Profile | None) -> tuple[Fitting | None, Fitting | None]:
+    """(TPOT by the decode law, TTFT of requests that met no queue) of a run whose fleet stood still."""
+    fleet = data.run.fleet
+    if profile is None or fleet is None or fleet.mixed or not data.observations.ok.any():
+        return None, None
+    rows = decode_rows(data, 0)
+    tpot = _fitting(rows.x @ np.array([profile.c0_s, profile.c1_s, profile.c2_s]), rows.y)
+    rows = quiet_rows(data, 0)
+    first = profile.a_s + profile.overhead_s + profile.transfer_t0_s + profile.c0_s + profile.c1_s
+    law = np.array([first, profile.b_s_per_token + profile.transfer_s_per_token, profile.c_s_per_token2])
+    return tpot, _fitting(rows.x @ law, rows.y)
+
+
+def _fitting(predicted: Floats, measured: Floats) -> Fitting | None:
+    if not len(measured):
+        return None
+    order = np.argsort(predicted)
+    pick = order[np.unique(np.linspace(0, len(order) - 1, min(POINTS, len(order))).astype(np.int64))]
+    error = float(np.median(np.abs(measured / np.maximum(predicted, 1e-12) - 1)))
+    return Fitting(predicted[pick], measured[pick], len(measured), error)

@@ -1,0 +1,105 @@
+"""What queueing theory says of a fleet in microseconds, so that only fleets that could win are simulated often.
+
+Prefill: P servers, Allen and Cunneen's wait W = (r^(sqrt(2 (P + 1)) - 1) / (P (1 - r))) s (Ca^2 + Cs^2) / 2 with r the
+utilisation, s the mean service time, Ca and Cs the coefficients of variation of gaps and service; exponential tail.
+Decode: batch B from Little's law, B = rate m step(B) / D, up to its limit. A stage that is asked more than it can do
+builds a backlog over the whole trace: request t waits (1 - 1 / r) t.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.special import ndtr
+
+from loadgen.cluster import Profile
+from traces.measures import Slo
+from traces.records import Fleet, Floats, Schedule
+
+ROWS = 2000
+KEEP = 0.6
+"""Fleets within this share of the best one, by theory, in the laws or any draw of them, are simulated further."""
+
+
+class Traffic:
+    """What theory needs of a schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        keep = np.linspace(0, len(schedule) - 1, min(ROWS, len(schedule))).astype(np.int64)
+        self.n = schedule.prompt_tokens[keep].astype(float)
+        self.m = schedule.output_tokens[keep].astype(float)
+        self.span_s = max(schedule.span_s, 1e-9)
+        self.rate = len(schedule) / self.span_s
+        gaps = np.diff(schedule.due_s)
+        self.ca2 = float(np.clip(gaps.var() / max(gaps.mean(), 1e-12) ** 2, 0, 50)) if len(gaps) > 1 else 1.0
+        self.context = float((self.m * (self.n + self.m / 2)).sum() / self.m.sum())
+
+
+def goodput(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float:
+    """Requests a second within the limits, by theory."""
+    p, t = profile, traffic
+    variable = p.b_s_per_token * t.n + p.c_s_per_token2 * t.n * t.n
+    most = float(np.clip(p.max_batch_tokens / t.n.mean(), 1, p.max_batch_requests))
+    # A queue shares the fixed cost: as many prompts a step as keep the workers below nine tenths, if that many fit.
+    spare = 0.9 * fleet.prefill / t.rate - float(variable.mean())
+    together = float(np.clip(p.a_s / spare, 1, most)) if spare > 0 else most
+    service = p.a_s / together + variable
+    s = float(service.mean())
+    busy = t.rate * s / fleet.prefill
+    cs2 = float(service.var()) / max(s * s, 1e-18)
+    limit = float(p.max_batch)
+    if p.kv_tokens:
+        limit = min(limit, max(1.0, p.kv_tokens / t.context))
+    batch, needed = _batch(t, fleet, p, limit)
+    step = _step(p, batch, t.context)
+    first = p.overhead_s + p.transfer_t0_s + p.transfer_s_per_token * t.n + p.a_s + variable + step
+    rows = np.linspace(0, t.span_s, len(t.n))
+    late = max(0.0, 1 - 1 / busy) * rows if busy > 1 else np.zeros(len(rows))
+    late = late + (max(0.0, 1 - limit / needed) * rows if needed > limit else 0.0)
+    slack = (slo.limit("ttft") or math.inf) - first - late
+    good = (slack > 0).astype(float)
+    if busy < 1 and math.isfinite(float(slack.max())):
+        shape = busy ** (math.sqrt(2 * (fleet.prefill + 1)) - 1)
+        wait = shape / (fleet.prefill * (1 - busy)) * s * (t.ca2 + cs2) / 2
+        tail = wait / max(min(shape, 1.0), 1e-9)
+        good = good * (1 - min(shape, 1.0) * np.exp(-np.maximum(slack, 0) / max(tail, 1e-9)))
+    limit_s = slo.limit("tpot")
+    if limit_s:
+        good = good * float(ndtr(math.log(limit_s / step) / 0.15))
+    end = slo.limit("e2e")
+    if end:
+        good = good * (first + late + step * t.m < end)
+    slowest = max(1.0, busy, needed / limit)
+    return float(t.rate * good.mean() / slowest)
+
+
+def _step(p: Profile, batch: float, context: float) -> float:
+    knee = p.knee_s * max(0.0, batch - p.knee_batch) if p.knee_batch else 0.0
+    return p.c0_s + (p.c1_s + p.c2_s * context) * batch + knee
+
+
+def _batch(t: Traffic, fleet: Fleet, p: Profile, limit: float) -> tuple[float, float]:
+    """(sequences a worker holds, sequences it would have to hold at the limit's pace to keep up)."""
+    asked = t.rate * float(t.m.mean()) / fleet.decode
+    batch = 1.0
+    for _ in range(100):
+        ahead = min(limit, max(1.0, asked * _step(p, batch, t.context)))
+        if abs(ahead - batch) < 1e-4 * batch:
+            break
+        batch = ahead
+    return batch, asked * _step(p, batch, t.context)
+
+
+def survivors(schedule: Schedule, fleets: list[Fleet], draws: list[Profile], slo: Slo, most: int = 12) -> list[Fleet]:
+    """Fleets that may be the best: near the best by theory in any of the draws, with their neighbours; at most ``most``."""
+    limits = Slo(slo.limits) if slo.limits else slo
+    traffic = Traffic(schedule)
+    found: Floats = np.array([[goodput(traffic, f, p, limits) for f in fleets] for p in draws])
+    top = np.maximum(found.max(axis=1, keepdims=True), 1e-12)
+    share = found / top
+    near = np.flatnonzero((share >= KEEP).any(axis=0))
+    wide = {i + d for i in near.tolist() for d in (-1, 0, 1) if 0 <= i + d < len(fleets)}
+    order = np.argsort(-(share.mean(axis=0) + 0.5 * share.max(axis=0)))
+    kept = [i for i in order.tolist() if i in wide][:most]
+    return [fleets[i] for i in sorted(kept)]

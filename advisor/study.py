@@ -1,0 +1,97 @@
+"""What to measure next: the run that is expected to spare the most goodput, by what it would tell.
+
+The draws of the laws are a small world of possibilities. For each of them as if it were the truth, a run that is considered would
+give certain statistics; draws whose own statistics are far from those would then be ruled out, and a split chosen with
+what is left. What that choice loses, on average over the draws, against what today's choice loses is the value of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from advisor.calibrate import CORRELATED, STATISTIC_SD, Replay
+from advisor.model import load_of
+from loadgen.cluster import Profile
+from traces.measures import Slo
+from traces.records import Fleet, Floats, Schedule
+from traces.shape import to_rate
+
+REQUESTS = 300
+"""Requests of a run that is proposed, at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A run that could be made. gain: expected goodput that it spares, requests a second. aim: what it loads."""
+
+    fleet: Fleet
+    rate_per_s: float
+    requests: int
+    aim: str
+    gain: float = 0.0
+
+
+def proposals(
+    schedule: Schedule, laws: Profile, gpus: int, likely: Sequence[Fleet], per_worker: tuple[int, int]
+) -> list[Probe]:
+    """Runs worth thinking about: either stage saturated, and the likely fleets at the rate asked about."""
+    fleets = Fleet.splits(gpus, per_worker)
+    rate = schedule.rate_per_s
+    found = []
+    ends = {"prefill": fleets[0], "decode": fleets[-1]}
+    load = load_of(laws, schedule, ends["prefill"]).prefill
+    n = min(len(schedule), REQUESTS)
+    found.append(Probe(ends["prefill"], rate * 1.3 / max(load, 1e-3), n, "prefill"))
+    found.append(Probe(ends["decode"], decode_saturating(schedule, laws, ends["decode"]), n, "decode"))
+    for fleet in likely:
+        found.append(Probe(fleet, rate, min(len(schedule), max(REQUESTS, 40 * fleet.workers)), "answer"))
+    return found
+
+
+def decode_saturating(schedule: Schedule, laws: Profile, fleet: Fleet) -> float:
+    """A rate at which decode workers cannot keep up, or hold 64 sequences at least."""
+    m = float(schedule.output_tokens.mean())
+    n, out = schedule.prompt_tokens.astype(float), schedule.output_tokens.astype(float)
+    context = float((out * (n + out / 2)).sum() / out.sum())
+    batch = min(64.0, float(laws.max_batch))
+    if laws.kv_tokens:
+        batch = min(batch, max(1.0, laws.kv_tokens / context))
+    step = laws.c0_s + (laws.c1_s + laws.c2_s * context) * batch
+    capacity = fleet.decode * batch / step / m
+    prefill = 0.8 * schedule.rate_per_s / max(load_of(laws, schedule, fleet).prefill, 1e-9)
+    return min(1.3 * capacity, prefill)
+
+
+def values(
+    probes: Sequence[Probe], schedule: Schedule, draws: Sequence[Profile], goodput: Floats, slo: Slo
+) -> list[Probe]:
+    """The probes with their gains. goodput: [draws, fleets], as simulated at the question's rate."""
+    k = len(draws)
+    now = int(np.argmax(goodput.mean(axis=0)))
+    best = goodput.max(axis=1)
+    regret = float((best - goodput[:, now]).mean())
+    found = []
+    for probe in probes:
+        asked = to_rate(schedule.take(np.arange(probe.requests)), probe.rate_per_s)
+        replay = Replay(
+            asked, probe.fleet, Slo(slo.limits), np.ones(len(asked), dtype=bool), _thirds(asked), np.empty(0)
+        )
+        seen = np.stack([replay.statistics(replay.simulated(p).observations) for p in draws])
+        scaled = np.nan_to_num(seen / (1.5 * STATISTIC_SD))
+        apart = ((scaled[:, None, :] - scaled[None, :, :]) ** 2).sum(axis=2) / CORRELATED
+        weight = np.exp(-apart / 2)
+        weight /= weight.sum(axis=1, keepdims=True)
+        chosen = np.argmax(weight @ goodput, axis=1)
+        left = float((best - goodput[np.arange(k), chosen]).mean())
+        found.append(replace(probe, gain=max(0.0, regret - left) if math.isfinite(left) else 0.0))
+    return found
+
+
+def _thirds(schedule: Schedule) -> tuple[np.ndarray, ...]:
+    n = schedule.prompt_tokens
+    low, high = np.quantile(n, [1 / 3, 2 / 3])
+    return n <= low, (n > low) & (n <= high), n > high

@@ -1,0 +1,154 @@
+"""The parts of the advice: theory that screens, draws that stay open, rules of thumb, the value of a run, intervals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from advisor.baselines import baselines
+from advisor.model import fit_laws, load_of
+from advisor.recommend import break_even, conformal
+from advisor.screen import Traffic, goodput, survivors
+from advisor.study import proposals, values
+from benchmarks.advisor import solve
+from benchmarks.worlds import draw, sweep
+from loadgen.cluster import Profile, simulate
+from tests.test_advise import SLO, busy_rate, lognormal, measured, three_runs
+from traces.measures import goodput_per_s
+from traces.records import Fleet
+
+DEMO = Profile.load("demo")
+
+
+@pytest.mark.parametrize("seed", [6, 9])
+def test_the_advice_loses_little_in_a_world_it_was_not_told(seed: int) -> None:
+    """The benchmark on two small worlds: three runs of the advisor's own choice, at most 5 % of goodput lost."""
+    row = solve(draw(seed), draws=6)
+    assert row["median_loss"] > 0.05
+    assert not row["refused"]
+    assert row["regret"] <= 0.05
+    assert row["regret"] <= row["baselines"]["1:3"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_screen_never_drops_the_best_split(seed: int) -> None:
+    """Of a world's true laws theory keeps the split that is best by simulation, or one within 1 % of it."""
+    world = draw(seed, broken="")
+    good = {fleet: summary.goodput_per_s for fleet, summary in sweep(world).items()}
+    kept = survivors(world.asked, list(good), [world.profile], world.slo)
+    assert max(good[f] for f in kept) >= 0.99 * max(good.values())
+
+
+def test_theory_is_near_simulation_where_queues_are_short() -> None:
+    """At a third of capacity goodput by theory is within 10 % of the simulation's; a fleet that cannot keep up has less."""
+    schedule = lognormal(400, busy_rate(DEMO) * 0.4, 5)
+    by_theory = goodput(Traffic(schedule), Fleet(3, 5), DEMO, SLO)
+    assert by_theory == pytest.approx(goodput_per_s(simulate(schedule, Fleet(3, 5), DEMO).observations, SLO), rel=0.1)
+    busy = lognormal(400, busy_rate(DEMO) * 2, 5)
+    assert goodput(Traffic(busy), Fleet(7, 1), DEMO, SLO) < 0.3 * goodput(Traffic(busy), Fleet(2, 6), DEMO, SLO)
+
+
+def test_what_runs_do_not_show_stays_open() -> None:
+    """One quiet run leaves the occupying share of the TTFT line open; three runs that saturate close it, near the truth."""
+    data = three_runs(DEMO, busy_rate(DEMO))
+
+    def steps(fit_of: int) -> np.ndarray:
+        draws = fit_laws(data[:fit_of]).draws(np.random.default_rng(1), 40)
+        schedule = data[1].observations.asked("x")
+        return np.array([load_of(p, schedule, Fleet(2, 6)).prefill for p in draws])
+
+    open_, closed = steps(1), steps(3)
+    assert np.ptp(np.log(open_)) > 2 * np.ptp(np.log(closed))
+    exact = load_of(DEMO, data[1].observations.asked("x"), Fleet(2, 6)).prefill
+    assert np.median(closed) == pytest.approx(exact, rel=0.1)
+
+
+def test_a_knee_is_found_where_there_is_one() -> None:
+    """A decode step that bends at a batch of eight is fitted with a knee, and predicted within 5 % on both sides."""
+    bent = replace(DEMO, knee_batch=8, knee_s=0.004, max_batch=40)
+    schedule = lognormal(300, busy_rate(bent) * 1.2, 3)
+    data = [
+        measured(bent, lognormal(100, busy_rate(bent) * 0.2, 1), Fleet(4, 4), 1),
+        measured(bent, schedule, Fleet(5, 3), 2),
+    ]
+    laws = fit_laws(data).profile
+    assert laws.knee_batch
+    for batch in (3, 20):
+        true = bent.c0_s + bent.c1_s * batch + bent.knee_s * max(0, batch - 8)
+        ours = laws.c0_s + laws.c1_s * batch + laws.knee_s * max(0, batch - laws.knee_batch)
+        assert ours == pytest.approx(true, rel=0.06)
+
+
+def test_the_rules_are_what_their_authors_wrote() -> None:
+    """1:1 and 1:3 by their names; the report's formula by hand; the others move with prefill's cost."""
+    fleets = Fleet.splits(8)
+    schedule = lognormal(200, 5, 1)
+    data = three_runs(DEMO, 8.0)
+    found = {b.name: b.fleet for b in baselines(data, schedule, fleets, DEMO, SLO)}
+    assert found["1:1"] == Fleet(4, 4)
+    assert found["1:3"] == Fleet(2, 6)
+    n, m = schedule.prompt_tokens, schedule.output_tokens
+    h = float((n / (n + m)).mean())
+    assert found["report's formula"].prefill == min(7, round(8 * 2 * h / (1 + h)))
+    dear = replace(DEMO, b_s_per_token=DEMO.b_s_per_token * 5)
+    other = {b.name: b.fleet for b in baselines(data, schedule, fleets, dear, SLO)}
+    for name in ("work balance", "rate match", "M/M/1 rule"):
+        assert other[name].prefill > found[name].prefill
+
+
+def test_a_run_is_worth_what_it_could_change() -> None:
+    """Where all draws agree on the split no run has a value; where they differ, one that tells them apart has."""
+    schedule = lognormal(300, busy_rate(DEMO), 5)
+    fleets = [Fleet(2, 6), Fleet(4, 4)]
+    slow = replace(DEMO, b_s_per_token=DEMO.b_s_per_token * 2.5)
+
+    def gains(draws: list[Profile]) -> list[float]:
+        good = np.array([[goodput_per_s(simulate(schedule, f, p).observations, SLO) for f in fleets] for p in draws])
+        probes = proposals(schedule, DEMO, 8, fleets, (1, 1))
+        return [p.gain for p in values(probes, schedule, draws, good, SLO)]
+
+    assert gains([DEMO] * 4) == [0.0] * 4
+    assert max(gains([DEMO, slow] * 2)) > 0
+
+
+def test_the_runner_up_wins_beyond_the_break_even() -> None:
+    """Longer prompts favour more prefill: at the factor that is named the rival is ahead, and it was not before."""
+    schedule = lognormal(600, busy_rate(DEMO), 5)
+    found = break_even(schedule, Fleet(2, 6), Fleet(3, 5), DEMO, SLO)["prompt_factor"]
+    assert found is not None
+    assert found > 1.0
+    longer = replace(schedule, prompt_tokens=np.maximum(1, np.rint(schedule.prompt_tokens * found)).astype(np.int64))
+    mine, theirs = (goodput_per_s(simulate(longer, f, DEMO).observations, SLO) for f in (Fleet(2, 6), Fleet(3, 5)))
+    assert theirs > mine
+
+
+@pytest.mark.parametrize(
+    ("scores", "busiest", "factor"),
+    [
+        # too few left-out runs: no factor
+        ([(0.5, 1.0)] * 5, 0.5, None),
+        # of 19 scores the 18th smallest
+        ([(0.5, float(k)) for k in range(1, 20)], 0.5, 18.0),
+        # a regime with ten runs of its own speaks for itself
+        ([(0.5, 1.0)] * 10 + [(0.99, 9.0)] * 10, 0.5, 1.0),
+        # one without takes them all
+        ([(0.5, 1.0)] * 10 + [(0.99, 9.0)] * 3, 0.8, 9.0),
+    ],
+)
+def test_conformal_factors(scores: list[tuple[float, float]], busiest: float, factor: float | None) -> None:
+    """The ceil((n + 1) 0.9)-th smallest score, of the regime where enough runs are of it."""
+    assert conformal(scores, busiest) == factor
+
+
+def test_intervals_cover_what_they_say_when_scores_are_exchangeable() -> None:
+    """Split conformal on random scores covers 90 % of new ones, within what 2,000 trials allow."""
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(2000):
+        scores = rng.lognormal(0, 1, 13)
+        factor = conformal([(0.5, float(s)) for s in scores[:-1]], 0.5)
+        assert factor is not None
+        hits += scores[-1] <= factor
+    assert hits / 2000 == pytest.approx(12 / 13, abs=0.03)
