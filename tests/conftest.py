@@ -1,10 +1,16 @@
-"""Real databases for tests: a SQLite file, and a PostgreSQL that a package brings along."""
+"""Real databases for tests: a SQLite file, a PostgreSQL that a package brings along, and MariaDB where it is installed."""
 
 from __future__ import annotations
 
+import getpass
 import itertools
 import os
+import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,6 +55,70 @@ def postgres_url(postgres_server: str) -> str:
     return url.set(database=name, drivername="postgresql").render_as_string(hide_password=False)
 
 
+def mariadb_programs() -> tuple[str, str] | None:
+    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server)."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    server, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
+    return (server, install) if server and install else None
+
+
+@contextmanager
+def mariadb(data: Path) -> Iterator[str]:
+    """URL of a MariaDB of our own in an empty folder, without a database."""
+    programs = mariadb_programs()
+    assert programs, "no MariaDB on this machine"
+    server, install = programs
+    user = getpass.getuser()
+    subprocess.run(
+        [install, "--no-defaults", f"--datadir={data}", f"--user={user}", "--auth-root-authentication-method=normal"],
+        check=True,
+        capture_output=True,
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [server, "--no-defaults", f"--datadir={data}", f"--user={user}", "--bind-address=127.0.0.1", f"--port={port}",
+         f"--socket={data}/s", "--innodb-flush-log-at-trx-commit=2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", port)):
+                    break
+            assert time.monotonic() < until, "MariaDB does not start"
+            assert process.poll() is None, "MariaDB ended at once"
+            time.sleep(0.1)
+        yield f"mariadb+pymysql://root@127.0.0.1:{port}"
+    finally:
+        process.kill()  # a clean end takes seconds, and nobody needs the data
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a running MariaDB, without a database; skipped where none is installed."""
+    pytest.importorskip("pymysql", reason="the driver is not installed: pip install 'steelyard[mariadb]'")
+    if mariadb_programs() is None:
+        pytest.skip("no MariaDB on this machine: install mariadb-server")
+    with mariadb(tmp_path_factory.mktemp("mariadb")) as url:
+        yield url
+
+
+@pytest.fixture
+def mariadb_url(mariadb_server: str) -> str:
+    """URL of an empty MariaDB database of this test's own."""
+    name = f"test{next(_NUMBERS)}"
+    engine = sa.create_engine(mariadb_server)
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return f"{mariadb_server.replace('+pymysql', '')}/{name}"
+
+
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     """URL of a SQLite file that does not exist yet."""
@@ -57,6 +127,13 @@ def sqlite_url(tmp_path: Path) -> str:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def db_url(request: pytest.FixtureRequest) -> str:
-    """Both backends, one after the other."""
+    """SQLite and PostgreSQL, one after the other."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mariadb"])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """Every backend, one after the other: what the store promises, it promises on each."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url

@@ -1,19 +1,28 @@
-"""The store keeps what it is given, on SQLite and on a real PostgreSQL."""
+"""The store keeps what it is given, on SQLite, PostgreSQL and MariaDB: one suite for the contract on top of traces/store.py."""
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import shutil
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests import keep_revision
 from tests.test_features import run_of
 from traces.errors import InputError, StoreError
 from traces.measures import Slo
@@ -64,20 +73,20 @@ def a_run() -> Run:
     )
 
 
-def test_observations_come_back_as_they_went_in(db_url: str) -> None:
+def test_observations_come_back_as_they_went_in(any_url: str) -> None:
     """Rows with NaN, absent counts and odd text come back to the last bit, in order of due time."""
     rows = some_rows(500)
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         run = store.begin_run(a_run())
         store.add_observations(run.id, rows.take(np.arange(250, 500)))
         store.add_observations(run.id, rows.take(np.arange(250)))
         same(store.observations(run.id), Observations.concat([rows]))
 
 
-def test_writing_a_batch_again_changes_nothing(db_url: str) -> None:
+def test_writing_a_batch_again_changes_nothing(any_url: str) -> None:
     """A batch that is sent twice is stored once, also when the second copy differs."""
     rows = some_rows(40)
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         run = store.begin_run(a_run())
         store.add_observations(run.id, rows)
         store.add_observations(run.id, rows)
@@ -85,9 +94,9 @@ def test_writing_a_batch_again_changes_nothing(db_url: str) -> None:
         same(store.observations(run.id), Observations.concat([rows]))
 
 
-def test_a_run_is_begun_ended_and_found_again(db_url: str) -> None:
+def test_a_run_is_begun_ended_and_found_again(any_url: str) -> None:
     """A run comes back equal, before and after its end; runs are found by group and by id."""
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         begun = store.begin_run(replace(a_run(), group="g"))
         assert same_run(store.run(begun.id), begun)
         ended = store.end_run(
@@ -119,14 +128,14 @@ def same_run(a: Run, b: Run) -> bool:
     return True
 
 
-def test_samples_and_fleet_changes_come_back(db_url: str) -> None:
+def test_samples_and_fleet_changes_come_back(any_url: str) -> None:
     """Readings keep what was absent as absent, zero as zero; a change that never came in force keeps NaN."""
     samples = [
         Sample(0.5, "http://h:1", "prefill", waiting_requests=0.0, busy_s_total=1.25),
         Sample(1.0, "http://h:2", "decode", kv_used_ratio=0.5),
     ]
     change = FleetChange(1.0, math.nan, Fleet(4, 4), Fleet(3, 5), "prefill idle")
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         run = store.begin_run(a_run())
         store.add_samples(run.id, samples)
         store.add_samples(run.id, [])
@@ -137,9 +146,44 @@ def test_samples_and_fleet_changes_come_back(db_url: str) -> None:
         assert math.isnan(back.ready_s)
 
 
-def test_a_recommendation_keeps_the_runs_it_rests_on(db_url: str) -> None:
+def test_whatever_is_written_twice_is_stored_once(any_url: str) -> None:
+    """A reading and a change of P:D sent again, as after a broken connection, change nothing."""
+    readings = [Sample(at, worker, "decode", running_requests=at) for at in (0.5, 1.0) for worker in ("a", "b")]
+    change = FleetChange(1.0, 2.0, Fleet(4, 4), Fleet(3, 5), "why")
+    with open_store(any_url) as store:
+        run = store.begin_run(a_run())
+        for _ in range(2):
+            store.add_samples(run.id, readings)
+            store.add_fleet_change(run.id, change)
+        store.add_samples(run.id, [replace(readings[0], running_requests=99.0), Sample(0.5, "c", "decode")])
+        assert len(store.samples(run.id)) == 5
+        assert readings[0] in store.samples(run.id)
+        assert store.fleet_changes(run.id) == [change]
+
+
+def test_what_no_database_takes_is_left_out_of_texts(any_url: str) -> None:
+    """A model, worker or error text with NUL or half a surrogate, or a very long one, is stored all the same."""
+    odd = "a\x00b\ud800c" + "x" * 5000
+    with open_store(any_url) as store:
+        run = store.begin_run(replace(a_run(), model=odd, changes=(odd,), counts={odd: 1}))
+        assert store.run(run.id).model == "ab?c" + "x" * 5000
+        store.add_samples(run.id, [Sample(0.0, odd, "decode")])
+        assert store.samples(run.id)[0].worker == ("ab?c" + "x" * 5000)[:200]
+        store.add_fleet_change(run.id, FleetChange(0.0, 1.0, Fleet(1, 1), Fleet(1, 2), odd))
+        store.end_run(replace(run, reason=odd))
+        store.add_recommendation("static", {odd: [odd]}, [run.id], "h", 1)
+
+
+def test_names_differ_by_case_and_by_blanks_on_every_backend(any_url: str) -> None:
+    """Groups are told apart exactly: MariaDB's own rules would take some of these for one."""
+    with open_store(any_url) as store:
+        ids = {group: store.begin_run(replace(a_run(), group=group)).id for group in ("g", "G", "g ", "ĝ")}
+        assert {group: [r.id for r in store.runs(group=group)] for group in ids} == {g: [i] for g, i in ids.items()}
+
+
+def test_a_recommendation_keeps_the_runs_it_rests_on(any_url: str) -> None:
     """An answer comes back with its runs; NaN in it is null."""
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         ids = [store.begin_run(a_run()).id for _ in range(2)]
         number = store.add_recommendation("static", {"prefill": 3, "p99": math.nan}, ids, "h" * 64, 7)
         back = store.recommendation()
@@ -147,9 +191,9 @@ def test_a_recommendation_keeps_the_runs_it_rests_on(db_url: str) -> None:
         assert sorted(back["run_ids"]) == ids
 
 
-def test_deleting_a_run_takes_its_rows_along(db_url: str) -> None:
+def test_deleting_a_run_takes_its_rows_along(any_url: str) -> None:
     """A deleted run leaves no rows behind."""
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         run = store.begin_run(a_run())
         store.add_observations(run.id, some_rows(5))
         store.add_samples(run.id, [Sample(0.0, "w", "decode")])
@@ -158,10 +202,10 @@ def test_deleting_a_run_takes_its_rows_along(db_url: str) -> None:
         assert len(store.observations(run.id)) == 0
 
 
-def test_a_reader_sees_whole_batches_while_a_writer_writes(db_url: str) -> None:
+def test_a_reader_sees_whole_batches_while_a_writer_writes(any_url: str) -> None:
     """Beside a writer that stores batches of 100, a reader always sees a multiple of 100 rows."""
     rows = some_rows(2000)
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         run = store.begin_run(a_run())
         done = threading.Event()
 
@@ -203,17 +247,17 @@ def test_any_time_and_any_text_survive_sqlite(tmp_path: Path, values: np.ndarray
 # --- revisions ------------------------------------------------------------------------------------------------------
 
 
-def test_the_schema_made_by_alembic_is_the_tables_of_the_store(db_url: str) -> None:
-    """What ``alembic check`` compares is equal on both backends."""
-    with open_store(db_url) as store:
+def test_the_schema_made_by_alembic_is_the_tables_of_the_store(any_url: str) -> None:
+    """What ``alembic check`` compares is equal on every backend."""
+    with open_store(any_url) as store:
         assert store.compare_schema() == []
 
 
-def test_opening_twice_keeps_what_is_there(db_url: str) -> None:
+def test_opening_twice_keeps_what_is_there(any_url: str) -> None:
     """A second opening finds the first one's rows."""
-    with open_store(db_url) as store:
+    with open_store(any_url) as store:
         run = store.begin_run(a_run())
-    with open_store(db_url, create=False) as store:
+    with open_store(any_url, create=False) as store:
         assert store.run(run.id).trace == "t"
 
 
@@ -232,31 +276,150 @@ def test_a_newer_database_is_refused_in_words(sqlite_url: str) -> None:
         migrate(sqlite_url)
 
 
-def test_a_database_of_the_first_revision_is_upgraded_with_all_it_holds(sqlite_url: str) -> None:
-    """A database of an older revision is refused with the command to run; migrate backs it up and loses nothing."""
-    path = sqlite_url.removeprefix("sqlite:///")
-    with sqlite3.connect(path) as new:
-        new.executescript((DATA / "databases" / "0001.sql").read_text())
-    with pytest.raises(StoreError, match=rf"revision 0001, this version needs {head_revision()}.*steelyard migrate"):
-        open_store(sqlite_url)
-    before, now, backup = migrate(sqlite_url)
-    assert (before, now) == ("0001", head_revision())
-    assert backup is not None
-    with sqlite3.connect(backup) as old:
-        assert old.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
-    assert migrate(sqlite_url)[2] is None
-    with open_store(sqlite_url, create=False) as store:
-        (run,) = store.runs()
-        assert (run.fleet, run.verdict, run.counts) == (Fleet(3, 5), "valid", {"ok": 12})
-        assert len(store.observations(run.id)) == 12
-        assert store.fleet_changes(run.id)[0].after == Fleet(2, 6)
+KEPT = sorted(p.name.removesuffix(".sql") for p in (DATA / "databases").glob("*.sql"))
+
+
+def load_kept(url: str, text: str) -> None:
+    """A database as a dump describes it."""
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            connection.executescript(text)
+        return
+    kind = "mariadb+pymysql" if url.startswith("mariadb") else "postgresql+psycopg"
+    engine = sa.create_engine(sa.make_url(url).set(drivername=kind))
+    with engine.begin() as connection:
+        if kind.startswith("mariadb"):
+            connection.exec_driver_sql("SET FOREIGN_KEY_CHECKS=0")  # the dump names tables before they are there
+        for statement in [text] if kind.startswith("postgresql") else text.removesuffix(";\n").split(";\n"):
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+def everything(url: str) -> dict[str, list[dict[str, Any]]]:
+    """Table -> its rows, by primary key."""
+    kinds = {"mariadb": "mariadb+pymysql", "postgresql": "postgresql+psycopg"}
+    parsed = sa.make_url(url)
+    engine = sa.create_engine(parsed.set(drivername=kinds.get(parsed.drivername, parsed.drivername)))
+    held = sa.MetaData()
+    with engine.connect() as connection:
+        held.reflect(connection)
+        found = {
+            t.name: [dict(row._mapping) for row in connection.execute(t.select().order_by(*t.primary_key.columns))]
+            for t in held.sorted_tables
+            if t.name != "alembic_version"
+        }
+    engine.dispose()
+    return found
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_database_of_every_revision_is_upgraded_with_all_it_holds(
+    kept: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """A kept database is refused with the command to run; migrate backs a file up, loses no value, and all of it is read."""
+    revision, kind = kept.split(".")
+    url: str = request.getfixturevalue(f"{kind.replace('postgresql', 'postgres')}_url")
+    load_kept(url, (DATA / "databases" / f"{kept}.sql").read_text(encoding="utf-8"))
+    before = everything(url)
+    head = head_revision()
+    if revision != head:
+        with pytest.raises(
+            StoreError, match=rf"revision {revision}, this version needs {head}.*steelyard migrate --db"
+        ):
+            open_store(url)
+    was, now, backup = migrate(url)
+    assert (was, now) == (revision, head)
+    assert (backup is not None) == (kind == "sqlite" and revision != head)
+    if backup is not None:
+        assert everything(f"sqlite:///{backup}") == before
+    assert migrate(url)[2] is None
+    after = everything(url)
+    for table, rows in before.items():
+        assert [{name: row[name] for name in old} for row, old in zip(after[table], rows, strict=True)] == rows, table
+    with open_store(url, create=False) as store:
+        assert store.compare_schema() == []
+        for run in store.runs():
+            assert run.ended
+            assert len(store.observations(run.id)) >= 1
+            store.samples(run.id)
+        assert store.fleet_changes(store.runs()[0].id)
+        for trace in store.traces():
+            assert len(store.schedule(trace.name, blocks=True, sessions=True)) >= 1
+        if before["recommendations"]:
+            assert store.recommendation()["run_ids"]
+
+
+def test_every_revision_is_kept_and_none_is_edited() -> None:
+    """Each revision has its kept databases, and its file is what it was when they were made."""
+    kept = json.loads((DATA / "databases" / "frozen.json").read_text())
+    told = "make its database: python -m tests.keep_revision"
+    for revision, digest in keep_revision.frozen().items():
+        assert {f"{revision}.sqlite", f"{revision}.postgresql"} <= set(KEPT), f"revision {revision} is new: {told}"
+        assert kept.get(revision) == digest, f"revision {revision} is not what it was; if it was never released, {told}"
+
+
+def test_the_migrations_import_nothing_of_ours() -> None:
+    """A revision describes the schema of its day: it needs Alembic and SQLAlchemy alone."""
+    for path in (Path(__file__).parent.parent / "migrations").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert all(n.split(".")[0] in ("alembic", "sqlalchemy") for n in names), (path.name, names)
+
+
+def test_two_that_migrate_at_once_are_both_right(any_url: str) -> None:
+    """Of several processes that bring one empty database up, each ends well and the schema is made once."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: migrate(any_url)[1], range(4)))
+    assert set(found) == {head_revision()}
+    with open_store(any_url) as store:
         assert store.compare_schema() == []
 
 
-def test_migrate_makes_an_empty_database_current(db_url: str) -> None:
+@pytest.mark.parametrize("kept", [k for k in KEPT if k.startswith("0003")])
+def test_two_that_migrate_an_old_database_at_once_are_both_right(kept: str, request: pytest.FixtureRequest) -> None:
+    """The second waits for the first and finds the work done."""
+    url: str = request.getfixturevalue(f"{kept.split('.')[1].replace('postgresql', 'postgres')}_url")
+    load_kept(url, (DATA / "databases" / f"{kept}.sql").read_text(encoding="utf-8"))
+    rows = {name: len(held) for name, held in everything(url).items()}
+    with ThreadPoolExecutor(4) as pool:
+        assert {now for _, now, _ in pool.map(lambda _: migrate(url), range(4))} == {head_revision()}
+    after = {name: len(held) for name, held in everything(url).items()}
+    assert rows.items() <= after.items()
+
+
+@pytest.mark.parametrize("revision", keep_revision.revisions())
+def test_a_downgrade_is_refused_in_words(revision: str) -> None:
+    """Every revision's way back says what to do instead."""
+    script = ScriptDirectory.from_config(keep_revision.config()).get_revision(revision)
+    assert script is not None
+    with pytest.raises(NotImplementedError, match="restore the backup"):
+        script.module.downgrade()
+
+
+def test_a_revision_that_fails_leaves_the_one_before(
+    db_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Halfway through a revision nothing of it is there: the database is what it was."""
+    kind = "sqlite" if db_url.startswith("sqlite") else "postgresql"
+    load_kept(db_url, (DATA / "databases" / f"0003.{kind}.sql").read_text(encoding="utf-8"))
+    before = everything(db_url)
+    broken = tmp_path / "migrations"
+    shutil.copytree(Path(__file__).parent.parent / "migrations", broken)
+    (broken / "versions" / "9000_broken.py").write_text(
+        f'import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = "9000", "{head_revision()}"\n'
+        'def upgrade():\n    op.add_column("runs", sa.Column("extra", sa.Integer))\n    raise RuntimeError("power cut")\n'
+    )
+    monkeypatch.setattr("traces.store._migrations", lambda: broken)
+    with pytest.raises(RuntimeError, match="power cut"):
+        migrate(db_url)
+    assert everything(db_url) == before
+
+
+def test_migrate_makes_an_empty_database_current(any_url: str) -> None:
     """``migrate`` on an empty database makes the schema."""
-    assert migrate(db_url)[:2] == (None, head_revision())
-    open_store(db_url, create=False).close()
+    assert migrate(any_url)[:2] == (None, head_revision())
+    open_store(any_url, create=False).close()
 
 
 # --- what cannot be opened ------------------------------------------------------------------------------------------
@@ -271,6 +434,9 @@ def test_migrate_makes_an_empty_database_current(db_url: str) -> None:
         ("sqlite:///{tmp}/garbage.db", "not a database file"),
         ("oracle9://h/x", "unknown kind of database"),
         ("postgresql://someone:hunter2@127.0.0.1:1/x", "Check that the database is there"),
+        ("postgresql://someone:hun@ter/hunter2@127.0.0.1:1/x", ""),
+        ("postgresql://someone@127.0.0.1:1/x?password=hunter2", "Check that the database is there"),
+        ("mariadb://someone:hunter2@127.0.0.1:1/x", "Check that the database is there"),
     ],
 )
 def test_a_database_that_cannot_be_opened_is_one_line_without_secrets(tmp_path: Path, url: str, words: str) -> None:

@@ -1,16 +1,24 @@
-"""The database: the only SQL in the project beside ``migrations/``.
+"""The database: the only SQL in the project beside ``migrations/`` (its sums over rows are in :mod:`traces.aggregate`).
 
-The contract
+The contract, the same on SQLite, PostgreSQL and MariaDB
 - **Who writes.** One writer a run: the process that replays. Any number of readers, meanwhile. Several masters may
   write different runs to one database at once.
 - **What is atomic.** A trace: all of it or none. A batch of observations or samples: all of it or none. A run that
   never ended is a run with ``ended = false``; its rows count as what was measured before the interruption.
-- **What is written twice.** An observation is keyed by (run, index): writing the same row again changes nothing, so
-  a batch whose answer was lost can be sent again.
-- **What a reader sees.** Whole batches, in any order of arrival; never half a batch (SQLite: WAL; PostgreSQL: MVCC).
+- **What is written twice.** Everything that is measured has a key of its own: an observation (run, index), a sample
+  (run, time, worker, role), a fleet change (run, time), a run and a recommendation a number that their writer drew. Writing
+  the same again changes nothing, so whatever was sent when a connection broke is sent again: by the store itself at once
+  (RETRIES_S), by the replay from disk (:mod:`loadgen.spool`). Only a trace is not: it fails whole, ``ingest`` runs again.
+- **What a reader sees.** Whole batches, in any order of arrival; never half a batch. A reader never blocks a writer
+  (SQLite: WAL; PostgreSQL, MariaDB: MVCC). Two writers of one SQLite file take turns, each waits up to 30 s.
+- **What is derived.** A run's figures are kept with it when it has ended (``summaries``) and thrown away by the first row
+  that comes later; whoever asks then computes them again from the rows.
+- **Revisions.** A database is used at this version's revision only; an older one is refused with the command to run, a
+  newer one in words. Two ``migrate`` at once: the second waits, then finds the work done. A revision that fails leaves the
+  one before it, except on MariaDB, which cannot take a change of tables back: there restore a dump.
 - **What is never stored.** Prompt or answer text, API keys, passwords in URLs.
 
-NaN in a record is NULL in a row, and so is -1 in a count.
+NaN in a record is NULL in a row, and so is -1 in a count. Text loses NUL and lone surrogates, which no database takes.
 """
 
 from __future__ import annotations
@@ -21,15 +29,15 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
@@ -37,13 +45,15 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from traces import __version__
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
 from traces.records import Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
+
+T = TypeVar("T")
 
 metadata = sa.MetaData()
 
@@ -80,7 +90,7 @@ trace_rows = sa.Table(
     sa.Column("think_us", sa.BigInteger),
     sa.Column("source_ttft_us", sa.BigInteger),
     sa.Column("source_e2e_us", sa.BigInteger),
-    sa.Column("hash_ids", sa.LargeBinary),
+    sa.Column("hash_ids", sa.LargeBinary().with_variant(mysql.LONGBLOB, "mysql", "mariadb")),
     sqlite_with_rowid=False,
 )
 """parent_seq: the request whose answer came before this one was written; think_us: from the end of that answer to this
@@ -169,11 +179,18 @@ samples = sa.Table(
     "samples",
     metadata,
     sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
-    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False),
     sa.Column("at_s", sa.Double, nullable=False),
     sa.Column("worker", sa.Text, nullable=False),
     sa.Column("role", sa.String(10), nullable=False),
     *(sa.Column(f.name, sa.Double) for f in fields(Sample)[3:]),
+)
+sa.Index(
+    "uq_samples",
+    *(samples.c[name] for name in ("run_id", "at_s", "worker", "role")),
+    unique=True,
+    mysql_length={"worker": 200},
+    mariadb_length={"worker": 200},
 )
 
 histograms = sa.Table(
@@ -195,7 +212,7 @@ fleet_changes = sa.Table(
     "fleet_changes",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False),
     sa.Column("asked_s", sa.Double, nullable=False),
     sa.Column("ready_s", sa.Double),
     sa.Column("before_prefill", sa.Integer, nullable=False),
@@ -205,6 +222,15 @@ fleet_changes = sa.Table(
     sa.Column("before_mixed", sa.Integer, nullable=False, server_default="0"),
     sa.Column("after_mixed", sa.Integer, nullable=False, server_default="0"),
     sa.Column("reason", sa.Text, nullable=False),
+    sa.Index("uq_fleet_changes", "run_id", "asked_s", unique=True),
+)
+
+summaries = sa.Table(
+    "summaries",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("figures", sa.JSON, nullable=False),
+    sa.Column("bins", sa.JSON, nullable=False),
 )
 
 recommendations = sa.Table(
@@ -217,6 +243,8 @@ recommendations = sa.Table(
     sa.Column("data_hash", sa.String(64), nullable=False),
     sa.Column("version", sa.String(40), nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("key", sa.String(32)),
+    sa.Index("uq_recommendations", "key", unique=True),
 )
 
 recommendation_runs = sa.Table(
@@ -237,6 +265,17 @@ FEED_PATIENCE_S = 20.0
 
 ROWS_A_STATEMENT = 200
 """On SQLite; more gains nothing, and the parameters of a statement are limited (32,766)."""
+
+RETRIES_S = (0.05, 0.4, 1.5)
+"""Pauses before a transaction whose connection broke, or that a deadlock ended, is done again."""
+
+WORKER_CHARACTERS = 200
+"""Of a server worker's name: it comes from the endpoint, and stands in a key."""
+
+_PASSING = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "53300"})
+"""SQLSTATE of what another try may mend: deadlock, shutdown, start, too many connections. Class 08, the connection, too."""
+
+_PASSING_MARIADB = frozenset({0, 1040, 1053, 1205, 1213, 1927, 2006, 2013, 4031})
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +324,7 @@ def open_store(url: str, *, create: bool = True) -> Store:
                 if found in _revisions():
                     raise StoreError(
                         f"{shown}: database is at revision {found}, this version needs {wanted}. "
-                        f"Back it up, then run: steelyard migrate --db {shown}"
+                        f"{_BACKUP.get(engine.dialect.name, '')}Run: steelyard migrate --db {shown}"
                     )
                 raise StoreError(
                     f"{shown}: database is at revision {found}, which this version ({__version__}, revision {wanted}) "
@@ -295,6 +334,14 @@ def open_store(url: str, *, create: bool = True) -> Store:
         engine.dispose()
         raise
     return Store(engine, shown)
+
+
+_BACKUP = {
+    "postgresql": "Back it up (pg_dump). ",
+    "mysql": "Back it up (mariadb-dump). ",
+    "mariadb": "Back it up (mariadb-dump). ",
+}
+"""SQLite is backed up by migrate itself."""
 
 
 def migrate(url: str) -> tuple[str | None, str, Path | None]:
@@ -316,7 +363,7 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
             file = engine.url.database
             if before is not None and engine.dialect.name == "sqlite" and file and file != ":memory:":
                 backup = Path(f"{file}.{before}.{time.strftime('%Y%m%dT%H%M%S')}.backup")
-                with sqlite3.connect(file) as source, sqlite3.connect(backup) as target:
+                with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(backup)) as target:
                     source.backup(target)
             _upgrade(connection)
             return before, wanted, backup
@@ -325,8 +372,10 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
 
 
 def redact(url: str) -> str:
-    """The URL without user and password, for messages and rows."""
-    return re.sub(r"//[^/@]*@", "//", url)
+    """The URL without user, password and parameters that are secrets, for messages and rows."""
+    # Up to the last @: a password that was not percent-encoded may hold / and @ itself. sqlite:///a@b has no host.
+    url = re.sub(r"(?<=:)//(?!/)\S*@", "//", url)
+    return re.sub(r"(?i)([?&\w]*(?:pass|pwd|secret|token|key)\w*)=[^&\s]*", r"\1=***", url)
 
 
 def _migrations() -> Path:
@@ -354,13 +403,27 @@ def _revisions() -> set[str]:
 
 
 def _upgrade(connection: sa.Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        # Two that start at once: the second waits, then finds the work done.
+    """Run the revisions that are missing. Of two that start at once the second waits, then finds the work done."""
+    kind = connection.dialect.name
+    if kind == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(7311220)"))
+    elif kind == "sqlite":
+        connection.rollback()
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would begin only before the first row is changed
+    elif kind in ("mysql", "mariadb"):
+        if connection.execute(sa.text("SELECT GET_LOCK('steelyard', 120)")).scalar() != 1:
+            raise StoreError("another steelyard migrates this database for two minutes already. Wait, then try again.")
+        if not sa.inspect(connection).get_table_names():  # names and texts differ by case and by blanks, as elsewhere
+            name = connection.dialect.identifier_preparer.quote(str(connection.engine.url.database))
+            connection.exec_driver_sql(f"ALTER DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin")
     config = _config()
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
-    connection.commit()
+    try:
+        command.upgrade(config, "head")
+        connection.commit()
+    finally:
+        if kind in ("mysql", "mariadb"):
+            connection.execute(sa.text("SELECT RELEASE_LOCK('steelyard')"))
 
 
 def _engine(url: str, *, create: bool) -> sa.Engine:
@@ -373,6 +436,8 @@ def _engine(url: str, *, create: bool) -> sa.Engine:
         ) from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername in ("mariadb", "mysql"):
+        parsed = parsed.set(drivername="mariadb+pymysql").update_query_dict({"charset": "utf8mb4"})
     if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
         path = Path(str(parsed.database))
         if path.is_dir():
@@ -390,14 +455,22 @@ def _engine(url: str, *, create: bool) -> sa.Engine:
             engine = sa.create_engine(
                 parsed,
                 pool_pre_ping=True,
-                connect_args={"connect_timeout": 10} if "psycopg" in parsed.drivername else {},
+                # Every statement sees what is committed, and many writers do not lock gaps that they do not write.
+                isolation_level="READ COMMITTED",
+                connect_args={"connect_timeout": 10} if parsed.drivername in _TIMED else {},
             )
     except NoSuchModuleError:
-        raise StoreError(f"--db {shown!r}: unknown kind of database. Use sqlite:/// or postgresql://.") from None
+        raise StoreError(
+            f"--db {shown!r}: unknown kind of database. Use sqlite:///, postgresql:// or mariadb://."
+        ) from None
     except ModuleNotFoundError as error:
-        hint = "pip install 'steelyard[postgres]'" if error.name == "psycopg" else f"pip install {error.name}"
+        extra = {"psycopg": "'steelyard[postgres]'", "pymysql": "'steelyard[mariadb]'"}
+        hint = f"pip install {extra.get(str(error.name), error.name)}"
         raise StoreError(f"--db {shown}: the driver {error.name} is not installed. Run: {hint}") from None
     return engine
+
+
+_TIMED = ("postgresql+psycopg", "mariadb+pymysql")
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
@@ -418,7 +491,8 @@ def _said(shown: str) -> Iterator[None]:
         yield
     except Exception as error:
         # The bulk paths speak to the driver directly, so its own errors come unwrapped.
-        if not isinstance(error, (SQLAlchemyError, sqlite3.Error)) and not type(error).__module__.startswith("psycopg"):
+        drivers = type(error).__module__.startswith(("psycopg", "pymysql"))
+        if not isinstance(error, (SQLAlchemyError, sqlite3.Error)) and not drivers:
             raise
         cause = str(getattr(error, "orig", None) or error).strip().splitlines()
         what = redact(cause[0] if cause else type(error).__name__)
@@ -426,6 +500,19 @@ def _said(shown: str) -> Iterator[None]:
         if "not a database" in what:
             raise StoreError(f"{shown}: is not a database file. Give another --db.") from None
         raise StoreError(f"{shown}: {what}. Check that the database is there and can be written.") from None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Could the same transaction succeed in a moment: a connection that broke, a deadlock, a server that restarts?"""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    state = getattr(cause, "sqlstate", None)
+    if type(cause).__module__.startswith("pymysql"):
+        return bool(cause.args) and cause.args[0] in _PASSING_MARIADB  # type: ignore[union-attr]
+    if type(cause).__module__.startswith("psycopg"):
+        # Without a state it never came to a server, or the server is gone.
+        gone = state is None and type(cause).__name__ in ("OperationalError", "InterfaceError")
+        return gone or (state is not None and (state in _PASSING or state.startswith("08")))
+    return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
 # --- other people's databases ---------------------------------------------------------------------------------------
@@ -502,6 +589,20 @@ class Store:
         with _said(self.url), self._engine.begin() as connection:
             yield connection
 
+    def _write(self, work: Callable[[sa.Connection], T]) -> T:
+        """One transaction that may be done again, because what it writes has a key: see RETRIES_S."""
+        with _said(self.url):
+            for pause in RETRIES_S:
+                try:
+                    with self._engine.begin() as connection:
+                        return work(connection)
+                except Exception as error:
+                    if not _may_pass(error):
+                        raise
+                time.sleep(pause)
+            with self._engine.begin() as connection:
+                return work(connection)
+
     # --- traces ----------------------------------------------------------------------------------------------------
 
     def add_trace(
@@ -552,25 +653,33 @@ class Store:
         names = list(columns)
         quoted = ", ".join(f'"{c}"' for c in names)
         driver: Any = connection.connection.driver_connection
-        if connection.dialect.name == "postgresql" and table is trace_rows:
+        if connection.dialect.name == "postgresql":
             lines = "\n".join(map("\t".join, zip(*map(_copy_cells, columns.values()), strict=True)))
-            with driver.cursor() as cursor, cursor.copy(f"COPY {table.name} ({quoted}) FROM STDIN") as copy:
-                copy.write(lines + "\n")
-            return
+            try:
+                with (
+                    driver.transaction(),
+                    driver.cursor() as cursor,
+                    cursor.copy(f"COPY {table.name} ({quoted}) FROM STDIN") as copy,
+                ):
+                    copy.write(lines + "\n")
+                return
+            except Exception as error:
+                if getattr(error, "sqlstate", "") != "23505":  # some are there already: below, one by one
+                    raise
         rows = zip(*columns.values(), strict=True)
         if connection.dialect.name == "sqlite":
             # Many rows a statement by the driver itself: twice executemany, four times SQLAlchemy's dictionaries. The
             # statement is built from our own names.
             marks = f"({', '.join('?' * len(names))})"
-            head = f"INSERT OR IGNORE INTO {table.name} ({quoted}) VALUES "  # noqa: S608
+            head = f"INSERT INTO {table.name} ({quoted}) VALUES "  # noqa: S608
             values = chain.from_iterable(rows)
             while piece := list(islice(values, ROWS_A_STATEMENT * len(names))):
-                driver.execute(head + ", ".join([marks] * (len(piece) // len(names))), piece)
+                count = len(piece) // len(names)
+                driver.execute(head + ", ".join([marks] * count) + " ON CONFLICT DO NOTHING", piece)
             return
         held = [dict(zip(names, row, strict=True)) for row in rows]
         for start in range(0, len(held), BATCH):
-            insert = postgresql.insert(table).on_conflict_do_nothing()
-            connection.execute(insert, held[start : start + BATCH])
+            connection.execute(_once(connection, table), held[start : start + BATCH])
 
     def traces(self) -> list[TraceInfo]:
         """All stored traces, by name."""
@@ -707,15 +816,18 @@ class Store:
     def begin_run(self, run: Run) -> Run:
         """Store a run that starts; returns it with its id."""
         values = _run_values(run) | {"key": uuid.uuid4().hex}
-        with self._begin() as connection:
-            key = connection.execute(runs.insert().values(values)).inserted_primary_key
-        return replace(run, id=int(key[0]) if key else 0)
+
+        def write(connection: sa.Connection) -> int:
+            connection.execute(_once(connection, runs), [values])
+            return int(connection.execute(sa.select(runs.c.id).where(runs.c.key == values["key"])).scalar_one())
+
+        return replace(run, id=self._write(write))
 
     def end_run(self, run: Run) -> Run:
         """Store what came of a run."""
         run = replace(run, ended=True)
-        with self._begin() as connection:
-            connection.execute(runs.update().where(runs.c.id == run.id).values(_run_values(run)))
+        update = runs.update().where(runs.c.id == run.id).values(_run_values(run))
+        self._write(lambda connection: connection.execute(update))
         return run
 
     def runs(self, *, group: str | None = None, ids: Sequence[int] | None = None) -> list[Run]:
@@ -740,17 +852,24 @@ class Store:
     def delete_run(self, id: int) -> None:
         """Remove a run and its rows."""
         self.run(id)
-        with self._begin() as connection:
-            for table in (observations, samples, histograms, fleet_changes):
+
+        def write(connection: sa.Connection) -> None:
+            for table in (observations, samples, histograms, fleet_changes, summaries, recommendation_runs):
                 connection.execute(table.delete().where(table.c.run_id == id))
-            connection.execute(recommendation_runs.delete().where(recommendation_runs.c.run_id == id))
             connection.execute(runs.delete().where(runs.c.id == id))
+
+        self._write(write)
 
     def add_observations(self, run_id: int, rows: Observations) -> None:
         """Store a batch; a row that is there already stays as it is."""
         columns = {name: _nullable(name, getattr(rows, name)) for name in Observations.columns()}
-        with self._begin() as connection:
+
+        def write(connection: sa.Connection) -> None:
+            connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
             self._bulk(connection, observations, {"run_id": [run_id] * len(rows)} | columns)
+
+        if len(rows):
+            self._write(write)
 
     def observations(self, run_id: int) -> Observations:
         """All rows of a run, in order of due time."""
@@ -773,13 +892,17 @@ class Store:
         return empty
 
     def add_samples(self, run_id: int, readings: Sequence[Sample]) -> None:
-        """Store server readings."""
+        """Store server readings; one that is there already stays as it is."""
         if not readings:
             return
         names = [f.name for f in fields(Sample)]
-        values = [{"run_id": run_id} | {name: getattr(s, name) for name in names} for s in readings]
-        with self._begin() as connection:
-            connection.execute(samples.insert(), values)
+        values = [
+            {"run_id": run_id}
+            | {name: getattr(s, name) for name in names}
+            | {"worker": _clean(s.worker)[:WORKER_CHARACTERS]}
+            for s in readings
+        ]
+        self._write(lambda connection: connection.execute(_once(connection, samples), values))
 
     def samples(self, run_id: int) -> list[Sample]:
         """A run's server readings, in order of time."""
@@ -793,16 +916,20 @@ class Store:
             return [Sample(*row) for row in connection.execute(query)]
 
     def add_histograms(self, run_id: int, found: Sequence[Histogram]) -> None:
-        """Store what the servers' histograms counted during the run."""
-        if not found:
-            return
+        """Store what the servers' histograms counted during the run, instead of what was stored of it before."""
         values = [
             {f.name: getattr(h, f.name) for f in fields(Histogram)}
-            | {"run_id": run_id, "buckets": [[None if math.isinf(b) else b, n] for b, n in h.buckets]}
+            | {"run_id": run_id, "worker": _clean(h.worker)[:WORKER_CHARACTERS], "source": _clean(h.source)}
+            | {"buckets": [[None if math.isinf(b) else b, n] for b, n in h.buckets]}
             for h in found
         ]
-        with self._begin() as connection:
+
+        def write(connection: sa.Connection) -> None:
+            connection.execute(histograms.delete().where(histograms.c.run_id == run_id))
             connection.execute(histograms.insert(), values)
+
+        if values:
+            self._write(write)
 
     def histograms(self, run_id: int) -> list[Histogram]:
         """A run's server histograms, by role, worker and name."""
@@ -823,22 +950,20 @@ class Store:
             ]
 
     def add_fleet_change(self, run_id: int, change: FleetChange) -> None:
-        """Store a change of P:D."""
-        with self._begin() as connection:
-            connection.execute(
-                fleet_changes.insert().values(
-                    run_id=run_id,
-                    asked_s=change.asked_s,
-                    ready_s=change.ready_s if math.isfinite(change.ready_s) else None,
-                    before_prefill=change.before.prefill,
-                    before_decode=change.before.decode,
-                    after_prefill=change.after.prefill,
-                    after_decode=change.after.decode,
-                    before_mixed=change.before.mixed,
-                    after_mixed=change.after.mixed,
-                    reason=change.reason,
-                )
-            )
+        """Store a change of P:D; one that is there already stays as it is."""
+        values = {
+            "run_id": run_id,
+            "asked_s": change.asked_s,
+            "ready_s": change.ready_s if math.isfinite(change.ready_s) else None,
+            "before_prefill": change.before.prefill,
+            "before_decode": change.before.decode,
+            "after_prefill": change.after.prefill,
+            "after_decode": change.after.decode,
+            "before_mixed": change.before.mixed,
+            "after_mixed": change.after.mixed,
+            "reason": _clean(change.reason),
+        }
+        self._write(lambda connection: connection.execute(_once(connection, fleet_changes), [values]))
 
     def fleet_changes(self, run_id: int) -> list[FleetChange]:
         """A run's changes of P:D, in order of time."""
@@ -861,24 +986,26 @@ class Store:
         self, kind: str, answer: Mapping[str, Any], run_ids: Sequence[int], data_hash: str, seed: int
     ) -> int:
         """Store an answer with the runs it rests on; returns its id."""
-        with self._begin() as connection:
-            key = connection.execute(
-                recommendations.insert().values(
-                    created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    kind=kind,
-                    answer=_plain(answer),
-                    data_hash=data_hash,
-                    version=__version__,
-                    seed=seed,
-                )
-            ).inserted_primary_key
-            number = int(key[0]) if key else 0
-            if run_ids:
-                connection.execute(
-                    recommendation_runs.insert(),
-                    [{"recommendation_id": number, "run_id": r} for r in sorted(set(run_ids))],
-                )
-        return number
+        values = {
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "kind": kind,
+            "answer": _plain(answer),
+            "data_hash": data_hash,
+            "version": __version__,
+            "seed": seed,
+            "key": uuid.uuid4().hex,
+        }
+        r = recommendations.c
+
+        def write(connection: sa.Connection) -> int:
+            connection.execute(_once(connection, recommendations), [values])
+            number = int(connection.execute(sa.select(r.id).where(r.key == values["key"])).scalar_one())
+            used = [{"recommendation_id": number, "run_id": one} for one in sorted(set(run_ids))]
+            if used:
+                connection.execute(_once(connection, recommendation_runs), used)
+            return number
+
+        return self._write(write)
 
     def recommendation(self, id: int | None = None, *, kind: str | None = None) -> dict[str, Any]:
         """An answer by id, the latest (of a kind) without one; its JSON with id, created_at, kind and run_ids added."""
@@ -929,6 +1056,20 @@ class Store:
 # --- records and rows -----------------------------------------------------------------------------------------------
 
 
+def _once(connection: sa.Connection, table: sa.Table) -> Any:
+    """An insert that leaves a row whose key is there as it is, and complains of everything else."""
+    kind = connection.dialect.name
+    if kind in ("mysql", "mariadb"):
+        first = next(iter(table.primary_key.columns))  # INSERT IGNORE would swallow every other mistake too
+        return mysql.insert(table).on_duplicate_key_update({first.name: first})
+    return (postgresql if kind == "postgresql" else sqlite).insert(table).on_conflict_do_nothing()
+
+
+def _clean(text: str) -> str:
+    """What every database takes: no NUL, no half of a surrogate pair."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+
 def _copy_cells(values: Sequence[Any]) -> Iterable[str]:
     """A column as COPY's text format wants it."""
     return map(str, values) if set(map(type, values)) == {int} else map(_copy_cell, values)
@@ -950,7 +1091,7 @@ def _nullable(name: str, column: Any) -> list[Any]:
     if column.dtype == np.float64:
         return [v if v == v else None for v in values]
     if column.dtype == object:
-        texts = [str(v).replace("\x00", "") for v in values]
+        texts = [_clean(str(v)) for v in values]
         return [v or None for v in texts] if observations.c[name].nullable else texts
     return values if name == "index" else [v if v >= 0 else None for v in values]
 
@@ -959,8 +1100,10 @@ def _plain(value: Any) -> Any:
     """JSON without NaN: PostgreSQL refuses it, and so do we."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return _clean(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {_clean(str(k)): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
@@ -990,7 +1133,7 @@ def _run_values(run: Run) -> dict[str, Any]:
     values["prefill_gpus"], values["decode_gpus"] = run.gpus_per_worker
     values["endpoint"] = redact(run.endpoint)
     values["changes"] = list(run.changes)
-    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+    return {k: _plain(v) for k, v in values.items()}
 
 
 def _run(row: Any) -> Run:
