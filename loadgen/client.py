@@ -999,8 +999,13 @@ def _connect_error(error: OSError) -> tuple[str, str]:
     if isinstance(error, socket.gaierror):
         return "refused", f"the host name cannot be resolved: {error.strerror}"
     if isinstance(error, ssl.SSLError):
-        return "other", f"TLS: {error.reason or error}"
+        return "other", f"TLS: {tls_words(error)}"
     return "other", str(error)
+
+
+def tls_words(error: ssl.SSLError) -> str:
+    """What is wrong with a certificate ("certificate has expired") rather than that it is not good."""
+    return str(getattr(error, "verify_message", "") or error.reason or error)
 
 
 class Engine:

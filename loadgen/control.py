@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from loadgen.client import Target
+from loadgen.client import Target, tls_words
 from loadgen.engines import EXACT, Dialect, Measure, Prompts
 from loadgen.stream import Answer, printable
 from traces.errors import EndpointError
@@ -108,7 +108,7 @@ class Endpoint:
             ) from None
         except ssl.SSLError as error:
             raise EndpointError(
-                f"{self.shown}: TLS failed ({error.reason or error}). Give --ca-file FILE or another URL."
+                f"{self.shown}: TLS failed ({tls_words(error)}). Give --ca-file FILE or another URL."
             ) from None
         except TimeoutError:
             raise late from None

@@ -130,9 +130,9 @@ class Proxy:
                 while self.held:
                     await asyncio.sleep(0.05)
                 await asyncio.sleep(max(0.0, at - loop.time()))
-                writer.write(data)
-                if not data:
+                if not data or writer.transport.is_closing():
                     return
+                writer.write(data)
                 with contextlib.suppress(ConnectionError):
                     await writer.drain()
 
