@@ -18,7 +18,7 @@ import numpy as np
 from loadgen.cluster.laws import Profile
 from traces.errors import InputError
 from traces.measures import Slo
-from traces.records import Fleet, Ints, Sample
+from traces.records import Fleet, Floats, Ints, Sample
 
 # --- baseline -------------------------------------------------------------------------------------------------------
 
@@ -483,6 +483,35 @@ def order(how: str, prompt: Ints, output: Ints, laws: Profile) -> list[int]:
     second = output * (laws.c0_s + laws.c1_s)
     key = np.where(first < second, first, -second)
     return [int(i) for i in np.lexsort((key, first >= second))]
+
+
+def predicted(prompt: Ints, past_prompt: Ints, past_output: Ints) -> Ints:
+    """Answer lengths to expect of prompts: the mean answer of those past requests whose prompts were nearest in length.
+
+    As many neighbours as the square root of the history, so that more history is both finer and steadier. What an order by
+    answer length can be deployed with; how well it foretells is in the data (often hardly: see its rank correlation).
+    """
+    at = np.argsort(past_prompt, kind="stable")
+    lengths, sums = past_prompt[at], np.concatenate([[0], np.cumsum(past_output[at])])
+    k = max(1, math.isqrt(len(at)))
+    left = np.searchsorted(lengths, prompt) + np.searchsorted(lengths, prompt, side="right")
+    first = np.clip(left // 2 - k // 2, 0, len(at) - k)
+    mean: Ints = np.maximum(1, np.rint((sums[first + k] - sums[first]) / k)).astype(np.int64)
+    return mean
+
+
+def rank_correlation(one: Ints, other: Ints) -> float:
+    """Spearman's, ties at their mean rank; 0 where one of them does not vary."""
+
+    def ranks(values: Ints) -> Floats:
+        _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        mean: Floats = (ends - (counts - 1) / 2)[which]
+        return mean
+
+    a, b = ranks(one), ranks(other)
+    spread = float(a.std() * b.std())
+    return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread else 0.0
 
 
 def groups(prompt: Ints, spread: float = 1.25) -> list[list[int]]:

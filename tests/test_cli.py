@@ -382,9 +382,16 @@ def test_an_offline_replay_dispatches_in_its_own_order(db: str, trace: str, caps
         )  # fmt: skip
         assert run(capsys, "replay", "t", "--endpoint", url, "--in-flight", "2", "--db", db)[0] == 2
         assert run(capsys, "replay", "t", "--endpoint", url, "--order", "two-stage", "--db", db)[0] == 1
+        assert run(capsys, "replay", "t", "--endpoint", url, "--order", "predicted-decode", "--db", db)[0] == 2
+        few = ("replay", "t", "--endpoint", url, "--requests", "4", "--db", db, "--json")
+        _, foretold, _ = run(capsys, *few, "--order", "predicted-decode", "--history", "t")
+        _, oracle, _ = run(capsys, *few, "--order", "longest-decode")
     assert (found["ok"], found["verdict"]) == (12, "valid")
     with open_store(db) as store:
         rows = store.observations(found["run"])
+        changes = [" ".join(store.run(json.loads(said)["run"]).changes) for said in (foretold, oracle)]
+    assert "lengths that t foretells (rank correlation with the recorded ones" in changes[0]
+    assert "an oracle, no deployment knows them" in changes[1]
     assert set(rows.due_s.tolist()) == {0.0}
     by_sent = rows.take(np.argsort(rows.sent_s, kind="stable"))
     assert by_sent.requested_prompt_tokens.tolist() == sorted(rows.requested_prompt_tokens.tolist(), reverse=True)

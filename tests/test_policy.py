@@ -188,6 +188,30 @@ def test_johnsons_rule_is_the_best_order_for_two_machines(lengths: list[tuple[in
     assert makespan(policy.order("two-stage", prompt, output, ORIGIN)) == pytest.approx(best)
 
 
+def test_history_foretells_answers_where_it_can() -> None:
+    """Answers that follow from prompts are foretold, and the order is the oracle's; others are foretold as their mean."""
+    rng = np.random.default_rng(0)
+    past, prompt = rng.integers(1, 1000, 2000), rng.permutation(np.arange(10, 990, 10))
+    foretold = policy.predicted(prompt, past, 3 * past)
+    assert np.abs(foretold - 3 * prompt).max() < 100
+    oracle = policy.order("longest-decode", prompt, 3 * prompt, ORIGIN)
+    found = policy.order("longest-decode", prompt, foretold, ORIGIN)
+    assert policy.rank_correlation(prompt[found], prompt[oracle]) > 0.99
+    blind = policy.predicted(prompt, past, rng.integers(1, 201, 2000))
+    assert abs(float(blind.mean()) - 100) < 10
+    assert policy.predicted(np.array([5]), np.array([7]), np.array([9])).tolist() == [9]
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    """As scipy counts it, ties too; nothing varies, nothing correlates."""
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 9, 50), rng.integers(0, 9, 50)
+    assert policy.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert policy.rank_correlation(np.array([1, 2]), np.array([5, 5])) == 0.0
+
+
 # --- static ---------------------------------------------------------------------------------------------------------
 
 

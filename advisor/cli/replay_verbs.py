@@ -253,10 +253,14 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 )
 @click.option(
     "--order",
-    type=click.Choice(["arrival", "shortest-prompt", "longest-prompt", "longest-decode", "two-stage", "groups"]),
+    type=click.Choice(
+        ["arrival", "shortest-prompt", "longest-prompt", "longest-decode", "predicted-decode", "two-stage", "groups"]
+    ),
     help="Offline: all requests due at 0, dispatched in this order (groups: batches within 1.25x, one after another). "
-    "longest-decode and two-stage know the recorded answer lengths.",
+    "longest-decode and two-stage know the recorded answer lengths, as no deployment does; predicted-decode orders by what "
+    "--history foretells.",
 )
+@click.option("--history", metavar="TRACE", help="predicted-decode: stored trace whose lengths foretell the answers'.")
 @click.option("--in-flight", type=click.IntRange(min=1), help="Offline: at most this many at once [default: all].")
 @asked
 @json_option
@@ -288,8 +292,9 @@ def replay(
     interrupted = False
     with open_store(db, create=False) as store:
         schedule, factor = schedule_of(store, trace, options)
+        past = store.schedule(options["history"]) if options["history"] else None
         known = _thresholds(store, options)
-        schedule, strategy = _strategy(schedule, options, slo, known)
+        schedule, strategy = _strategy(schedule, options, slo, known, past)
         wanted = wanted or _start(known)
         with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
             task = bars.add_task(f"replay {trace}", total=len(schedule))
@@ -374,9 +379,10 @@ def _start(known: dict[str, Any] | None) -> Any:
 
 
 def _strategy(
-    schedule: Any, options: dict[str, Any], slo: Any, known: dict[str, Any] | None = None
+    schedule: Any, options: dict[str, Any], slo: Any, known: dict[str, Any] | None = None, past: Any = None
 ) -> tuple[Any, dict[str, Any]]:
-    """(schedule, keyword arguments of replay) for --policy and --order. known: thresholds of an answer."""
+    """(schedule, keyword arguments of replay) for --policy and --order. known: thresholds of an answer. past: the
+    requests of --history, or None."""
     from dataclasses import replace
 
     import numpy as np
@@ -417,12 +423,25 @@ def _strategy(
         raise click.UsageError("give --order or --policy, not both: offline work does not watch queues.")
     if order == "two-stage" and laws is None:
         raise InputError("--order two-stage compares the stages' times: give --laws.")
+    if (order == "predicted-decode") != (past is not None):
+        raise click.UsageError("--order predicted-decode and --history TRACE belong together.")
+    said = ["all due at 0"]
+    lengths = schedule.output_tokens
     if order == "groups":
         batches = policy.groups(schedule.prompt_tokens)
     else:
-        timed = laws or Profile(name="none", c0_s=1.0)
-        batches = [policy.order(order, schedule.prompt_tokens, schedule.output_tokens, timed)]
-    changed = replace(schedule, due_s=np.zeros(len(schedule)), changes=(*schedule.changes, "all due at 0"))
+        how, timed = order, laws or Profile(name="none", c0_s=1.0)
+        if past is not None:
+            how = "longest-decode"
+            lengths = policy.predicted(schedule.prompt_tokens, past.prompt_tokens, past.output_tokens)
+            said.append(
+                f"order by answer lengths that {past.name} foretells (rank correlation with the recorded ones "
+                f"{policy.rank_correlation(lengths, schedule.output_tokens):+.2f})"
+            )
+        elif order in ("longest-decode", "two-stage"):
+            said.append(f"order {order} by the recorded answer lengths: an oracle, no deployment knows them")
+        batches = [policy.order(how, schedule.prompt_tokens, lengths, timed)]
+    changed = replace(schedule, due_s=np.zeros(len(schedule)), changes=(*schedule.changes, *said))
     dispatch = policy.Dispatch(tuple((tuple(b), None) for b in batches), 0.0, options["in_flight"] or 0)
     return changed, {"dispatch": dispatch, "policy": f"offline-{order}"}
 
