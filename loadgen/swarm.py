@@ -117,7 +117,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run went. reason: "" when every worker finished its shard. zero: schedule zero on this machine's monotonic
-    clock. costs: per worker, CPU seconds and longest stall of its loop, in seconds. interrupted: by Ctrl-C."""
+    clock. costs: per worker, CPU seconds and longest stall of its loop, in seconds; of one elsewhere also by how much its clock
+    and the master's drifted apart during the run. interrupted: by Ctrl-C."""
 
     zero: float
     started_unix_s: float
@@ -482,6 +483,7 @@ class Swarm:
 
     def _measure(self, worker: _Worker) -> None:
         """The offset of a worker's clock, from the fastest of some round trips (half of it is the error at most)."""
+        worker.round_trip = float("inf")
         for _ in range(20):
             self._send("steelyard.ping", {"at": time.monotonic()}, worker.client_id)
             until = time.monotonic() + 0.25
@@ -658,6 +660,9 @@ class Swarm:
         crew = [w for w in self._workers.values() if not w.gone]
         if not crew:
             raise SteelyardError("no load worker is left. Start again.")
+        for worker in crew:
+            if not worker.same_clock:
+                self._measure(worker)  # quartz drifts: 20 ppm are 72 ms an hour
         n = len(schedule)
         token = random.getrandbits(48)
         pieces = Pieces(schedule)
@@ -747,6 +752,11 @@ class Swarm:
                     until = time.monotonic() + drain_s + 5.0
         if interrupted and "interrupted" not in reasons:
             reasons.insert(0, "interrupted")
+        for worker in crew:
+            if not worker.same_clock and not worker.gone and worker.index in costs:
+                before = worker.offset
+                self._measure(worker)
+                costs[worker.index]["clock_drift_s"] = worker.offset - before
         while pieces.more:  # stopped, or no worker left: what was never handed out is unsent
             start, piece = pieces.take()
             rest = np.arange(start, start + len(piece))

@@ -369,6 +369,14 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert (code, "give --laws" in err) == (1, True)
 
 
+def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by tests.faults: a program that is denied memory says so, without a traceback."""
+    laws = ("--prompt", "lognormal:median=9,sigma=1", "--output", "lognormal:median=9,sigma=1", "--rate", "1")
+    code, _, err = run(capsys, "synth", "--name", "x", "--requests", str(10**15), *laws, "--db", db)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "out of memory" in err
+
+
 @pytest.mark.timed
 def test_an_offline_replay_dispatches_in_its_own_order(db: str, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     """All due at 0, longest prompt first, two in flight: dispatch is another column than due, and lag counts from it."""

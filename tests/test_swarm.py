@@ -453,12 +453,17 @@ def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(endpoint: str) 
     )
     with swarm:
         outcome, rows = run(swarm, asked, job(endpoint))
-        offset = next(iter(swarm._workers.values())).offset
+        worker = next(iter(swarm._workers.values()))
+        offset, worker.offset = worker.offset, 100.0
+        again, later = run(swarm, asked, job(endpoint))
+        assert abs(worker.offset) < 0.05  # measured anew before each run
     assert started[0].wait(15) == 0
     assert outcome.reason == ""
     assert set(rows.status) == {"ok"}
     assert abs(offset) < 0.05
     assert (rows.lag_s > -0.05).all()
+    assert (np.abs(later.lag_s) < 1.0).all()
+    assert abs(again.costs[0]["clock_drift_s"]) < 0.05
 
 
 def test_strangers_are_not_handed_credentials(endpoint: str) -> None:

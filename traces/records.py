@@ -557,7 +557,8 @@ class Run:
     """Requests due before are sent, stored and counted, but stand in no figure of latency, goodput or lag."""
 
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Load worker -> cpu_s, CPU seconds of its process during the run, and max_stall_s, the longest its loop stood still."""
+    """Load worker -> cpu_s, CPU seconds of its process during the run, and max_stall_s, the longest its loop stood still;
+    of a worker elsewhere clock_drift_s, by how much its clock and the master's drifted apart."""
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Server worker -> its role, weight, URLs, id, and fields: what was read -> the engine's own name for it."""

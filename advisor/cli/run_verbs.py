@@ -190,6 +190,8 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         cost = ""
         if "cpu_s" in lag:
             cost = f"; loop stood still {lag['max_stall_s'] * 1e3:.1f} ms at most, {lag['cpu_s']:.2f} CPU-s"
+        if "clock_drift_s" in lag:
+            cost += f", its clock drifted {lag['clock_drift_s'] * 1e3:+.2f} ms"
         console.print(
             f"  worker {worker}: {lag['requests']} requests, send lag p50 {p50:.2f}  p99 {p99:.2f}  max {worst:.2f} ms{cost}",
             markup=False,
