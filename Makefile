@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor compiled lock build clean test-faults
+.PHONY: demo test check bench bench-advisor compiled docs reference lock build test-release clean test-faults
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -50,13 +50,25 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	touch $@
 
-# Refresh both lock files (hashes, markers for every supported Python, no hosts).
+# The site, in build/site. It has an environment and a lock of its own: nobody else needs mkdocs.
+docs: reference
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+
+# docs/reference from the code; a test says when it is stale.
+reference: $(VENV)/.dev
+	$(BIN)/python -m docs.generate
+
+# Refresh the lock files (hashes, markers for every supported Python, no hosts).
 lock: | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --no-emit-index-url \
 	  --no-header --extra postgres --group build pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --no-emit-index-url \
 	  --no-header --extra postgres --group build --group dev pyproject.toml -o requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --no-emit-index-url \
+	  --no-header --group docs -o requirements-docs.lock
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation
