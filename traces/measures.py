@@ -281,6 +281,37 @@ def summarise(observations: Observations, slo: Slo) -> Summary:
     )
 
 
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is said of a run: rates per second, quantiles over ok requests in seconds (``quantiles["ttft_s"]["p99"]``).
+
+    exact: from the values themselves; otherwise from bins 1 % wide (:mod:`traces.aggregate`).
+    """
+
+    n: int
+    ok: int
+    goodput_per_s: float
+    throughput_per_s: float
+    output_tokens_per_s: float
+    attainment: float
+    span_s: float
+    exact: bool
+    quantiles: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, rows: Observations, slo: Slo) -> Self:
+        """Of rows that are counted."""
+        s = summarise(rows, slo)
+        ok = rows.take(np.flatnonzero(rows.ok))
+        names = ("ttft_s", "tpot_s", "e2e_s", "ttft_sent_s", "e2e_sent_s")
+        spread = {name: {w: quantile(getattr(ok, name), q) for w, q in QUANTILES.items()} for name in names}
+        rates = (s.goodput_per_s, s.throughput_per_s, s.output_tokens_per_s, s.attainment)
+        return cls(s.n, s.ok, *rates, s.span_s, True, spread)
+
+
 def meets(summary: Summary, observations: Observations, slo: Slo, attainment: float) -> bool:
     """Does this run meet the SLO: its quantile constraints, or, where it has none, ``attainment`` of the requests?"""
     if not slo.constraints:

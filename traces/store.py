@@ -30,8 +30,8 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -48,9 +48,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from traces import __version__
+from traces import __version__, aggregate
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
+from traces.measures import Figures, Slo
 from traces.records import Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
 
 T = TypeVar("T")
@@ -269,6 +270,9 @@ ROWS_A_STATEMENT = 200
 RETRIES_S = (0.05, 0.4, 1.5)
 """Pauses before a transaction whose connection broke, or that a deadlock ended, is done again."""
 
+EXACT_ROWS = 100_000
+"""Up to here a run's quantiles come from its rows; beyond from bins 1 % wide."""
+
 WORKER_CHARACTERS = 200
 """Of a server worker's name: it comes from the endpoint, and stands in a key."""
 
@@ -474,6 +478,11 @@ _TIMED = ("postgresql+psycopg", "mariadb+pymysql")
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
+    try:
+        connection.execute("SELECT ln(1.0), floor(1.0)")
+    except sqlite3.OperationalError:  # built without its mathematics
+        connection.create_function("ln", 1, lambda v: math.log(v) if v else None, deterministic=True)
+        connection.create_function("floor", 1, lambda v: None if v is None else math.floor(v), deterministic=True)
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -827,7 +836,12 @@ class Store:
         """Store what came of a run."""
         run = replace(run, ended=True)
         update = runs.update().where(runs.c.id == run.id).values(_run_values(run))
-        self._write(lambda connection: connection.execute(update))
+
+        def write(connection: sa.Connection) -> None:
+            connection.execute(update)
+            connection.execute(summaries.delete().where(summaries.c.run_id == run.id))
+
+        self._write(write)
         return run
 
     def runs(self, *, group: str | None = None, ids: Sequence[int] | None = None) -> list[Run]:
@@ -873,23 +887,74 @@ class Store:
 
     def observations(self, run_id: int) -> Observations:
         """All rows of a run, in order of due time."""
-        names = Observations.columns()
-        query = (
-            sa.select(*(observations.c[name] for name in names))
-            .where(observations.c.run_id == run_id)
-            .order_by(observations.c.due_s, observations.c.index)
-        )
+        return self._observations(run_id, observations.c.run_id == run_id)
+
+    def windows(self, run_id: int, most: int = 200_000, parts: int = 20) -> list[Observations]:
+        """A run's rows, or of a long one about ``most`` in ``parts`` windows spread evenly over it; each in order of due time.
+
+        A window holds every request between its first and last index (in the order of the schedule, so neighbours in time):
+        queues and batches can be told within it. Only its rows are read.
+        """
+        t = observations.c
+        query = sa.select(sa.func.min(t.index), sa.func.max(t.index)).where(t.run_id == run_id)
         with self._begin() as connection:
-            rows = connection.execute(query).all()
-        empty = Observations.empty(len(rows))
-        for name, values in zip(names, zip(*rows, strict=True), strict=True) if rows else ():
-            column = getattr(empty, name)
-            if column.dtype == object:
-                column[:] = ["" if v is None else v for v in values]
-            else:
-                missing = np.nan if column.dtype == np.float64 else -1
-                column[:] = [missing if v is None else v for v in values]
-        return empty
+            first, last = connection.execute(query).one()
+        if first is None:
+            return []
+        if last - first < most:
+            return [self.observations(run_id)]
+        width = max(1, most // parts)
+        starts = [first + (last + 1 - first) * k // parts for k in range(parts)]
+        gap = (starts[1] - starts[0] - width) // 2
+        found = [
+            self._observations(run_id, t.run_id == run_id, t.index >= start + gap, t.index < start + gap + width)
+            for start in starts
+        ]
+        return [rows for rows in found if len(rows)]
+
+    def _observations(self, run_id: int, *which: Any) -> Observations:
+        names = Observations.columns()
+        t = observations.c
+        query = sa.select(*(t[name] for name in names)).where(*which)
+        parts = []
+        with self._begin() as connection:
+            held = connection.execution_options(yield_per=20_000).execute(query)
+            for piece in held.partitions():
+                part = Observations.empty(len(piece))
+                for name, values in zip(names, zip(*piece, strict=True), strict=True):
+                    column = getattr(part, name)
+                    if column.dtype == object:
+                        column[:] = ["" if v is None else v for v in values]
+                    else:
+                        missing = np.nan if column.dtype == np.float64 else -1
+                        column[:] = [missing if v is None else v for v in values]
+                parts.append(part)
+        return Observations.concat(parts)
+
+    def figures(self, run: Run) -> Figures:
+        """The figures of a run after its warm-up, by its own SLO. Of one that has ended they are computed once and kept.
+
+        Up to EXACT_ROWS from the rows themselves; of a longer run by sums in SQL, quantiles from bins.
+        """
+        query = sa.select(summaries.c.figures).where(summaries.c.run_id == run.id)
+        with self._begin() as connection:
+            kept = connection.execute(query).scalar()
+        if kept is not None:
+            return _figures(kept)
+        slo = Slo.parse(run.slo) if run.slo else Slo()
+        held: dict[str, Any] = {}
+        if run.scheduled <= EXACT_ROWS:
+            found = Figures.of(run.counted(self.observations(run.id)), slo)
+        else:
+            with self._begin() as connection:
+                total = aggregate.totals(connection, observations, run.id, slo, run.warmup_s)
+                held = aggregate.bins(connection, observations, run.id, run.warmup_s)
+            found = aggregate.figures(total, held)
+        if run.ended and found.n:
+            values = {"run_id": run.id, "figures": _plain(asdict(found)), "bins": held}
+            with suppress(StoreError):  # a reader without the right to write still gets its answer
+                self._write(lambda connection: connection.execute(_once(connection, summaries), [values]))
+        return found
 
     def add_samples(self, run_id: int, readings: Sequence[Sample]) -> None:
         """Store server readings; one that is there already stays as it is."""
@@ -1063,6 +1128,13 @@ def _once(connection: sa.Connection, table: sa.Table) -> Any:
         first = next(iter(table.primary_key.columns))  # INSERT IGNORE would swallow every other mistake too
         return mysql.insert(table).on_duplicate_key_update({first.name: first})
     return (postgresql if kind == "postgresql" else sqlite).insert(table).on_conflict_do_nothing()
+
+
+def _figures(kept: Mapping[str, Any]) -> Figures:
+    """Figures from their JSON, in which NaN is null."""
+    held: dict[str, Any] = {k: math.nan if v is None else v for k, v in kept.items() if k != "quantiles"}
+    spread = {m: {w: math.nan if v is None else v for w, v in q.items()} for m, q in kept["quantiles"].items()}
+    return Figures(**held, quantiles=spread)
 
 
 def _clean(text: str) -> str:

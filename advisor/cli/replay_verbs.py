@@ -205,7 +205,7 @@ def result(store: Any, run: Any) -> dict[str, Any]:
     """The JSON of one run, with the keys of the house."""
     from advisor.cli.run_verbs import figures
 
-    return {"run": run.id} | figures(run, store.observations(run.id))
+    return {"run": run.id} | figures(run, store.figures(run))
 
 
 @click.command(

@@ -13,22 +13,14 @@ import click
 from advisor.cli.common import GROUP, RUN, db_option, emit_json, example, json_option, messages, plain
 
 
-def figures(run: Any, rows: Any) -> dict[str, Any]:
-    """What is said of a run, in numbers, with the keys of the house. Latencies in ms, over ok requests, from due."""
-    from traces.measures import Slo, quantile, summarise
+def figures(run: Any, held: Any) -> dict[str, Any]:
+    """What is said of a run, in numbers, with the keys of the house. Latencies in ms, over ok requests, from due.
 
-    slo = Slo.parse(run.slo) if run.slo else Slo()
-    rows = run.counted(rows)
-    summary = summarise(rows, slo)
-    ok = rows.take(rows.ok)
+    held: ``store.figures(run)``.
+    """
 
-    def spread(values: Any) -> dict[str, float]:
-        return {
-            "p50": quantile(values, 0.5) * 1e3,
-            "p90": quantile(values, 0.9) * 1e3,
-            "p99": quantile(values, 0.99) * 1e3,
-            "max": quantile(values, 1.0) * 1e3,
-        }
+    def spread(name: str) -> dict[str, float]:
+        return {word: value * 1e3 for word, value in held.quantiles[name].items()}
 
     return {
         "name": run.name,
@@ -44,15 +36,16 @@ def figures(run: Any, rows: Any) -> dict[str, Any]:
         "complete": run.complete,
         "reason": run.reason,
         "lag_ms": {"p50": run.lag_p50_ms, "p99": run.lag_p99_ms, "max": run.lag_max_ms},
-        "ttft_ms": spread(ok.ttft_s),
-        "tpot_ms": spread(ok.tpot_s),
-        "e2e_ms": spread(ok.e2e_s),
-        "ttft_sent_ms": spread(ok.ttft_sent_s),
-        "e2e_sent_ms": spread(ok.e2e_sent_s),
-        "goodput_per_s": summary.goodput_per_s,
-        "throughput_per_s": summary.throughput_per_s,
-        "output_tokens_per_s": summary.output_tokens_per_s,
-        "attainment": summary.attainment,
+        "ttft_ms": spread("ttft_s"),
+        "tpot_ms": spread("tpot_s"),
+        "e2e_ms": spread("e2e_s"),
+        "ttft_sent_ms": spread("ttft_sent_s"),
+        "e2e_sent_ms": spread("e2e_sent_s"),
+        "goodput_per_s": held.goodput_per_s,
+        "throughput_per_s": held.throughput_per_s,
+        "output_tokens_per_s": held.output_tokens_per_s,
+        "attainment": held.attainment,
+        "quantiles": "exact" if held.exact else "from bins 1 % wide",
         "slo": run.slo,
         "fleet": {"prefill": run.fleet.prefill, "decode": run.fleet.decode} if run.fleet else None,
         "rate_per_s": run.rate_per_s,
@@ -163,7 +156,7 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
     with open_store(db, create=False) as store:
         run = store.run(run_id)
         rows = store.observations(run.id)
-        found = {"run": run.id} | figures(run, rows)
+        found = {"run": run.id} | figures(run, store.figures(run))
         readings = len(store.samples(run.id))
     workers = {str(w): plain(lag) | run.costs.get(str(w), {}) for w, lag in lag_by_worker(rows).items()}
     stretches = [{"from_s": a, "to_s": b} | plain(lag) for a, b, lag in lag_over_time(rows)]
@@ -301,9 +294,7 @@ def import_runs(
                     gpus_per_worker=per,
                 )
                 found.append(
-                    {"client": one.client, "already": already}
-                    | {"run": run.id}
-                    | figures(run, store.observations(run.id))
+                    {"client": one.client, "already": already} | {"run": run.id} | figures(run, store.figures(run))
                 )
     if as_json:
         emit_json({"runs": found})
@@ -376,7 +367,7 @@ def compare(ids: tuple[int, ...], group: str | None, db: str, as_json: bool) -> 
                 why = f"has another SLO than run {found[0].id} ({run.slo or 'none'}, not {found[0].slo or 'none'})"
             if why:
                 raise InputError(f"run {run.id} {why}: it cannot be compared. Name other runs, see: steelyard runs")
-        rows = [{"run": run.id} | figures(run, store.observations(run.id)) for run in found]
+        rows = [{"run": run.id} | figures(run, store.figures(run)) for run in found]
     if as_json:
         best = max(rows, key=lambda r: r["goodput_per_s"])
         emit_json({"runs": rows, "best": best["run"]})
