@@ -73,5 +73,16 @@ lock: | $(VENV)/bin/python
 build: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation
 
+# The wheel as users get it: in an environment of its own, the main job, and gone without a trace.
+test-release: $(VENV)/.dev
+	rm -rf dist build/release
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/steelyard-*.whl
+	cd build/release && bin/steelyard doctor && bin/steelyard demo --out demo
+	build/release/bin/python -m pip uninstall --quiet --yes steelyard
+	cd build/release && ! bin/python -c "import steelyard" 2>/dev/null && ! bin/python -c "import loadgen" 2>/dev/null
+
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache loadgen/cluster/*.so
