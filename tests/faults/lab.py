@@ -350,7 +350,7 @@ class Trial:
         if look:
             self.look()
         done = subprocess.run(
-            self.command("runs", "--db", self.db, "--json"), env=self.env, capture_output=True, timeout=90, check=False
+            self.command("runs", "--db", self.db, "--json"), env=self.env, capture_output=True, timeout=150, check=False
         )
         outcome = Outcome(hung=hung, said=self.said())
         if done.returncode:
@@ -366,7 +366,7 @@ class Trial:
         stored = dict(zip(rows.index.tolist(), rows.status.tolist(), strict=True))
         due = [k for k, last in self._seen.items() if last < at - MARGIN_S]
         outcome.finished = len(due)
-        outcome.lost = sum(stored.get(k) != "ok" for k in due)
+        outcome.lost = sum(stored.get(k) not in ("ok", "failed") for k in due)  # failed: it came later than --timeout
         outcome.twice = sum(n > 1 for n in self._times.values()) + len(rows) - len(stored)
         if whole and len(stored) != self.requests:
             outcome.wrong = f"{self.requests - len(stored)} requests without a row"

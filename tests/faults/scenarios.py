@@ -638,10 +638,10 @@ def few_files(folder: Path, seed: int) -> Outcome:
 
 @fault("memory limit reached during the run (RLIMIT_AS of a worker)", 5)
 def little_memory(folder: Path, seed: int) -> Outcome:
-    with trial(folder, seed, rate_per_s=300.0, requests=1500) as t:
+    with trial(folder, seed, rate_per_s=150.0, requests=900) as t:
         _begin(t)
         pid = t.workers()[0]
-        at = t.rest(0.0, 1.0)
+        at = t.rest(0.5, 1.5)
         used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
         return t.count(at, hung=not t.ended(END_S))
@@ -649,7 +649,7 @@ def little_memory(folder: Path, seed: int) -> Outcome:
 
 @fault("memory limit reached during the run (RLIMIT_AS of the master)", 5)
 def little_memory_master(folder: Path, seed: int) -> Outcome:
-    with trial(folder, seed, rate_per_s=300.0, requests=1500) as t:
+    with trial(folder, seed, rate_per_s=150.0, requests=900) as t:
         _begin(t)
         assert t.master is not None
         at = t.rest(0.0, 1.0)
@@ -713,7 +713,7 @@ def interrupt_start(folder: Path, seed: int) -> Outcome:
         t.serve()
         t.replay()
         assert t.master is not None
-        t.rest(0.1, 3.0)
+        t.rest(0.5, 4.0)  # the first moments are the interpreter's own
         t.master.send_signal(signal.SIGINT)
         hung = not t.ended(20)
         said = t.said()
