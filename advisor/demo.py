@@ -136,7 +136,7 @@ def demo(
         f'--slo "{SLO}"'
     )
     path = out / "report.html"
-    told = answer.recommendation.as_json() | {"version": __version__, "seed": seed}
+    told = answer.as_json() | {"version": __version__, "seed": seed}
     schedule = answer.recommendation.schedule
     page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep])
     write_report(path, render(page))

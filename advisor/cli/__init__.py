@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "advise": ("advise_verbs", "Recommend a P:D ratio from stored runs."),
     "report": ("advise_verbs", "Write a self-contained HTML report."),
     "doctor": ("doctor_verb", "Check this machine, the database and the endpoint, and say what to do."),
+    "dash": ("dash_verb", "Show the database as a local web page, live while a run is going."),
     "migrate": ("migrate_verb", "Bring a database to this version's revision."),
     "completion": ("completion_verb", "Print the line that makes the shell complete verbs, options, traces and runs."),
 }

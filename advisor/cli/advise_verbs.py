@@ -266,7 +266,7 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
             else:
                 from traces import __version__
 
-                answer = found.recommendation.as_json() | {"version": __version__, "seed": options["seed"]}
+                answer = found.as_json() | {"version": __version__, "seed": options["seed"]}
                 schedule = found.recommendation.schedule
                 page = made.gather(store, answer, data=found.data, schedule=schedule, commands=commands)
     made.write_report(out, made.pdf(made.render(page)) if form == "pdf" else made.text_of(page, form))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,41 +338,100 @@ def _guarded(value: Any) -> Any:
 @click.command(**example("steelyard compare 1 2"))
 @click.argument("ids", metavar="RUN..", type=RUN, nargs=-1)
 @click.option("--group", type=GROUP, help="All runs of this sweep or demo.")
+@click.option("--slo", help="Count goodput of all of them within this SLO [default: the runs' own].")
+@click.option(
+    "--force", is_flag=True, help="Compare what is not comparable: another trace, seed or schedule, an invalid run."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap.")
 @json_option
 @db_option
-def compare(ids: tuple[int, ...], group: str | None, db: str, as_json: bool) -> None:
-    """Put runs side by side: goodput, TTFT, TPOT and E2E by fleet.
+def compare(
+    ids: tuple[int, ...], group: str | None, slo: str | None, force: bool, seed: int, db: str, as_json: bool
+) -> None:
+    """Put runs side by side, and say of each metric whether a run is better or worse than the first, or that one cannot tell.
 
-    Refuses runs that did not ask the same, and runs whose generator was too late to be trusted.
+    Intervals are a block bootstrap over time (docs/report.md). Refuses runs that did not ask the same, and runs whose
+    generator was too late to be trusted; --force compares them all the same and says what is wrong.
     """
+    from advisor import compare as study
     from traces.errors import InputError
+    from traces.measures import Figures, Slo
     from traces.store import open_store
 
     if bool(ids) == bool(group):
         raise click.UsageError("name the runs, or give --group NAME.")
+    limits = Slo.parse(slo) if slo else None
     with open_store(db, create=False) as store:
         found = store.runs(group=group) if group else [store.run(i) for i in dict.fromkeys(ids)]
         if len(found) < 2:
             raise InputError(f"comparing needs two runs or more (got {len(found)}). See: steelyard runs")
+        warnings = []
         for run in found:
-            why = ""
-            if not run.ended:
-                why = "has not ended"
-            elif not run.complete:
-                why = f"is incomplete ({run.reason})"
-            elif run.verdict == "invalid":
-                why = f"is invalid ({run.reason})"
-            elif run.schedule_digest != found[0].schedule_digest:
-                why = f"asked another schedule than run {found[0].id} ({run.trace}, {run.scheduled} requests)"
-            elif run.slo != found[0].slo:
-                why = f"has another SLO than run {found[0].id} ({run.slo or 'none'}, not {found[0].slo or 'none'})"
+            why = study.objection(run, found[0], slo_given=limits is not None)
+            if why and (not force or not run.ended):
+                more = "" if not run.ended else " Name other runs (see: steelyard runs), or --force it."
+                raise InputError(f"run {run.id} {why}: it cannot be compared.{more}")
             if why:
-                raise InputError(f"run {run.id} {why}: it cannot be compared. Name other runs, see: steelyard runs")
-        rows = [{"run": run.id} | figures(run, store.figures(run)) for run in found]
+                warnings.append(f"run {run.id} {why}")
+            if run.verdict == "degraded":
+                warnings.append(f"run {run.id} is degraded: {run.reason}")
+        rows, held = [], []
+        counted = limits or (Slo.parse(found[0].slo) if found[0].slo else Slo())
+        for run in found:  # one run's rows at a time
+            observations = store.observations(run.id)
+            rows.append(
+                {"run": run.id}
+                | figures(replace(run, slo=str(counted)), Figures.of(run.counted(observations), counted))
+            )
+            held.append(study.binned(run, observations, counted))
+    compared = study.against_first(held, seed=seed)
     if as_json:
         best = max(rows, key=lambda r: r["goodput_per_s"])
-        emit_json({"runs": rows, "best": best["run"]})
-    else:
-        first = found[0]
-        asked = f"{first.trace}, {first.scheduled} requests at {first.rate_per_s:.3g}/s"
-        table(rows, asked + (f", goodput within {first.slo}" if first.slo else ""))
+        emit_json(
+            {
+                "runs": rows,
+                "best": best["run"],
+                "base": found[0].id,
+                "slo": str(counted),
+                "comparisons": [plain(one) for one in compared],
+                "warnings": warnings,
+            }
+        )
+        return
+    first = found[0]
+    asked = f"{first.trace}, {first.scheduled} requests at {first.rate_per_s:.3g}/s"
+    limit = str(counted)
+    table(rows, asked + (f", goodput within {limit}" if limit else ""))
+    for one in compared:
+        _differences(one, {run.id: run for run in found})
+    for warning in warnings:
+        messages().print(f"note: {warning}", markup=False)
+
+
+def _differences(one: Any, runs: dict[int, Any]) -> None:
+    """What a run does better and worse than the base."""
+    from rich.table import Table
+
+    from advisor.compare import as_table
+
+    console = messages()
+    a, b = runs[one.base], runs[one.run]
+    made = Table(
+        title=f"run {b.id} ({b.fleet or '?'}) against run {a.id} ({a.fleet or '?'}), 90 % intervals",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    shown = as_table(one)
+    for column in shown.head:
+        made.add_column(column, justify="left" if column in ("metric", "verdict") else "right")
+    styles = {"better": "green", "worse": "red"}
+    for row, d in zip(shown.rows, one.differences, strict=True):
+        made.add_row(*row, style=styles.get(d.verdict))
+    console.print(made, width=max(console.width, 120))
+    how = "the same blocks of both" if one.paired else "blocks of each, as they asked different things"
+    console.print(
+        f"  from {one.blocks:.0f} independent stretches of {one.block_s:.3g} s, {how}; each interval by itself misses in one "
+        "case of ten. Between repeats of a run there may be more.",
+        markup=False,
+    )

@@ -83,6 +83,7 @@ if (live) {
     const began = performance.now();
     let more = true;
     try {
+      if (document.hidden) throw new Error("nobody looks");
       const answer = await fetch(live.dataset.live, { headers: { Accept: "text/html" } });
       if (answer.ok) {
         const text = await answer.text();
@@ -96,7 +97,7 @@ if (live) {
         more = answer.headers.get("X-Live") !== "ended";
       }
     } catch {
-      // The server is away; it may come back.
+      // Nobody looks, or the server is away; ask again later.
     }
     if (more) setTimeout(again, Math.max(2000, 5 * (performance.now() - began)));
   };

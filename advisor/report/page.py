@@ -48,7 +48,12 @@ def policy(*, live: bool = False) -> str:
 
 def render(report: Report) -> str:
     """The whole file."""
-    body = [
+    return document(f"Steelyard: {report.title}", report_body(report), figures(report.sections), data=report.answer)
+
+
+def report_body(report: Report) -> list[str]:
+    """First screen, contents, evidence."""
+    return [
         '<a class="skip" href="#evidence">To the evidence</a>',
         "<header><p>Steelyard: which P:D ratio to run</p>",
         f'<h1 id="answer">{e(report.sentence)}</h1></header>',
@@ -58,7 +63,6 @@ def render(report: Report) -> str:
         *(section(s) for s in report.sections),
         "</div>",
     ]
-    return document(f"Steelyard: {report.title}", body, figures(report.sections), data=report.answer)
 
 
 def document(
@@ -195,14 +199,15 @@ def table(t: Table) -> str:
     """A table that scrolls by itself on a narrow screen; columns of words stand left, of figures right."""
     words = [any(row[k][:1].isalpha() or len(row[k]) > NOWRAP for row in t.rows) for k in range(len(t.head))]
 
-    def cell(k: int, text: str, tag: str) -> str:
+    def cell(k: int, text: str, tag: str, link: str = "") -> str:
         kind = "long" if len(text) > NOWRAP else "words" if words[k] else ""
         tag, scope = ("th", f' scope="{"col" if tag == "th" else "row"}"') if k == 0 or tag == "th" else (tag, "")
-        return f"<{tag}{scope}{f' class={kind}' if kind else ''}>{e(text)}</{tag}>"
+        shown = f'<a href="{e(link)}">{e(text)}</a>' if link else e(text)
+        return f"<{tag}{scope}{f' class={kind}' if kind else ''}>{shown}</{tag}>"
 
     head = "".join(cell(k, h, "th") for k, h in enumerate(t.head))
     rows = "".join(
-        f"<tr{' class=strong' if n in t.strong else ''}>{''.join(cell(k, c, 'td') for k, c in enumerate(row))}</tr>"
+        f"<tr{' class=strong' if n in t.strong else ''}>{''.join(cell(k, c, 'td', t.links[n] if t.links and k == 0 else '') for k, c in enumerate(row))}</tr>"
         for n, row in enumerate(t.rows)
     )
     caption = f"<caption>{e(t.caption)}</caption>" if t.caption else ""

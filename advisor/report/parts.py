@@ -84,6 +84,8 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
     strong: Sequence[int] = ()
+    links: Sequence[str] = ()
+    """Where each row's first cell leads to, on the pages of a server."""
 
     def as_json(self) -> list[dict[str, str]]:
         """One object a row, the head's words as keys."""

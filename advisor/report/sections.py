@@ -43,11 +43,13 @@ def build(
         *((_goodput(answer, runs), _p99(answer, slo, runs)) if held else ()),
         *distributions(runs, slo),
         *servers(runs),
+        *((_rules(answer),) if answer.get("baselines") else ()),
         *(traffic_sections(traffic, answer) if traffic else ()),
         *laws(runs, answer),
         lag(runs, slo),
-        _strategies(strategies, answer),
+        *_strategies(strategies, answer),
         *((_what_if(cases, answer),) if held else ()),
+        *((_cost(answer),) if answer.get("cost") or answer.get("needed") else ()),
         *((reproduce,) if reproduce else ()),
     ]
     title = f"Run {answer['prefill']}:{answer['decode']}" if held else "No recommendation yet"
@@ -150,6 +152,13 @@ def _sure(answer: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Runner-up: {_fleet(rival)}, {_signed(gap)} goodput, most in {_share(num(rival.get('wins')))} of draws."
         )
+    lost, most = num((answer.get("regret") or {}).get("value")), num((answer.get("regret") or {}).get("high"))
+    if math.isfinite(most):
+        enough = " That is little enough to stop measuring." if answer.get("sure") else ""
+        lines.append(
+            f"Over what the runs leave open, this split loses {_share(lost, 1)} of the best goodput on average, {_share(most, 1)} at "
+            f"worst in 20.{enough}"
+        )
     if best.get("extrapolated"):
         lines.append(f"Beyond what was seen: {best['extrapolated']}.")
     return lines
@@ -183,10 +192,16 @@ def _next(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> list[str]:
     lines = []
     if answer.get("candidates"):
         lines.append(f"Serve with {answer['prefill']} prefill and {answer['decode']} decode workers.")
-    thresholds = answer.get("thresholds")
-    if thresholds:
-        told = ", ".join(f"{k} {v}" for k, v in thresholds.items() if isinstance(v, (int, float, str)))
-        lines.append(f"Let the split move: {told}.")
+    rule = answer.get("thresholds") or {}
+    if answer.get("strategy") == "online" and rule.get("rule"):
+        told = ", ".join(
+            f"{k} {v:g}" for k, v in rule.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+        )
+        lines.append(
+            f"Let it move by rule {rule['rule']} ({told}): steelyard replay TRACE --policy online --recommendation ID"
+        )
+    elif answer.get("strategy") == "offline":
+        lines.append("Collect the requests and dispatch them in the order that the section on strategies names.")
     if probe.get("why"):
         lines.append(f"Then measure once more, because {probe['why']}:")
     return lines or ["Measure: steelyard replay TRACE --endpoint URL --fleet P:D"]
@@ -359,6 +374,24 @@ def _p99(answer: Mapping[str, Any], slo: Slo, runs: Sequence[Digest]) -> Section
         f"Predicted 99th percentiles on a logarithmic scale, with their intervals. {_fleet(best)}: {', '.join(told)}. The figures "
         "are in the table of splits above; where a point is missing nothing finished.",
         Plot("prefill:decode", "P99, ms", marks, rules, log_y=True, categories=names),
+    )
+
+
+def _rules(answer: Mapping[str, Any]) -> Section:
+    """What the usual rules would have said."""
+    best, _ = _roles(answer)
+    goodput = {_fleet(c): _figure(c, "goodput_per_s")[0] for c in answer["candidates"]}
+    rows, told = [], []
+    for rule in answer["baselines"]:
+        name, lost = _fleet(rule), num(rule.get("regret"))
+        rows.append([str(rule["name"]), name, f"{goodput.get(name, math.nan):.3g}", _share(lost, 1)])
+        told.append(f"{rule['name']} says {name}, {_share(lost)} lost")
+    rows.append(["this answer", best, f"{goodput.get(best, math.nan):.3g}", "–"])
+    return Section(
+        "rules",
+        "What the usual rules would have said",
+        f"Each rule's split and the share of the best predicted goodput that it loses: {_more(told, 8)}.",
+        table=Table(["rule", "P:D", "goodput, req/s", "lost"], rows, "At the point estimate.", strong=[len(rows) - 1]),
     )
 
 
@@ -760,10 +793,118 @@ def runs_table(runs: Sequence[Digest]) -> Table:
     return Table(head, rows, "Latencies count from due times; goodput in requests per second within the SLO.")
 
 
+def over_time(one: Digest) -> list[Section]:
+    """Arrivals, failures and latencies of one run over time."""
+    over = one.requests
+    v = over.values
+    width = f"bins of {seconds(over.width_s)}"
+    failed = one.failures
+    rows = [[kind, f"{n:,}", first or "–"] for kind, n, first in failed[:20]]
+    told = (
+        f"{sum(n for _, n, _ in failed):,} did not finish: {', '.join(f'{k} {n:,}' for k, n, _ in failed[:5])}."
+        if failed
+        else "All finished."
+    )
+    latency = [
+        Mark(f"{LABELS[m]} {q}", over.at_s, v[f"{m}_{q}_s"] * 1e3, look=2 * k + (q == "p99"))
+        for k, m in enumerate(("ttft", "tpot"))
+        for q in ("p50", "p99")
+    ]
+    return [
+        Section(
+            "arrivals",
+            "Requests over time",
+            f"Arrivals and requests that did not finish, by due time in {width}. {told}",
+            Plot(
+                "due time, s",
+                "per second",
+                [
+                    Mark("due", over.at_s, v["rate_per_s"], "steps", look=0),
+                    Mark("did not finish", over.at_s, v["failed_per_s"], "steps", look=1),
+                ],
+            ),
+            Table(["how", "requests", "first seen"], rows, "What did not finish.") if rows else None,
+        ),
+        Section(
+            "latency",
+            "Latency over time",
+            f"TTFT and TPOT by due time in {width}: TTFT p50 {seconds(one.summary.ttft_p50_s)}, p99 {seconds(one.summary.ttft_p99_s)} over all. A line that climbs to the end is a queue that grows.",
+            Plot("due time, s", "ms", latency, log_y=True),
+        ),
+    ]
+
+
+def run_facts(one: Digest) -> Section:
+    """What one run asked, of whom, and how it ended."""
+    r, s = one.run, one.summary
+    rows = [
+        ["trace", r.trace + (f" ({'; '.join(r.changes)})" if r.changes else "")],
+        ["asked of", f"{r.engine} serving {r.model or '?'} at {r.endpoint}"],
+        ["fleet, policy", f"{r.fleet or '?'}, {r.policy}"],
+        ["SLO", r.slo or "none"],
+        ["goodput", f"{s.goodput_per_s:.4g} req/s, {_share(s.attainment, 1)} of requests within the SLO"],
+        ["latency p50 / p99", f"TTFT {seconds(s.ttft_p50_s)} / {seconds(s.ttft_p99_s)}, TPOT {seconds(s.tpot_p50_s)} / {seconds(s.tpot_p99_s)}, E2E {seconds(s.e2e_p50_s)} / {seconds(s.e2e_p99_s)}"],
+        ["generator", f"{r.verdict or 'not judged yet'}; {r.reason or '–'}; {r.workers} load workers"],
+        ["seed, version", f"{r.seed}, steelyard {r.version or '?'}"],
+        ["schedule sha256", r.schedule_digest],
+    ]  # fmt: skip
+    return Section("facts", "The run", "Latencies count from due times.", table=Table(["what", "value"], rows))
+
+
 # --- strategies, other worlds ---------------------------------------------------------------------------------------
 
 
-def _strategies(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> Section:
+def _strategies(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> list[Section]:
+    found = [_chosen(answer)] if answer.get("strategies") else []
+    if study is not None or not found:
+        found.append(_studied(study, answer))
+    return found
+
+
+def _chosen(answer: Mapping[str, Any]) -> Section:
+    """The strategies that the answer itself weighed."""
+    arms = answer["strategies"]
+    names = [str(a["strategy"]) for a in arms]
+    values = _arr([num(a.get("goodput_per_s")) for a in arms])
+    at = np.arange(len(names), dtype=float)
+    mine = [n.split()[0] == answer.get("strategy") for n in names]
+    marks = [
+        Mark(word, at[keep], values[keep], "bars", look=look, strong=look == 2)
+        for word, look, keep in (("chosen", 2, np.array(mine)), ("others", 0, ~np.array(mine)))
+        if keep.any()
+    ]
+    rows = [
+        [
+            n,
+            str(a.get("fleet") or "–"),
+            f"{v:.3g}" if math.isfinite(v) else "–",
+            _share(num(a.get("regret")), 1),
+            f"{num(a.get('switches_per_h')):.3g}",
+            str(a.get("note") or "–"),
+        ]
+        for n, a, v in zip(names, arms, values.tolist(), strict=True)
+    ]
+    windows = answer.get("windows") or {}
+    lasts = (
+        f" A mix lasts {seconds(num(windows.get('mix_lasts_s')))}, a move takes {seconds(num(windows.get('move_s')))}."
+        if windows
+        else ""
+    )
+    why = str(answer.get("why") or "")
+    return Section(
+        "chosen",
+        "Should the split move?",
+        f"Chosen: {answer.get('strategy')}.{f' {why[:1].upper()}{why[1:].rstrip(chr(46))}.' if why else ''}{lasts} Simulated with the fitted laws; regret is against knowing every window's best split.",
+        Plot("strategy", "goodput, req/s", marks, categories=names),
+        Table(
+            ["strategy", "P:D", "goodput, req/s", "regret", "switches per h", "how"],
+            rows,
+            "On the later part of the traffic, chosen on the earlier.",
+        ),
+    )
+
+
+def _studied(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> Section:
     if study is None:
         trace = answer.get("trace") or "TRACE"
         return Section(
@@ -794,7 +935,7 @@ def _strategies(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> S
         ]
         for a in names
     ]
-    least = names[int(np.nanargmin(p99[:, 0]))]
+    least = names[int(np.nanargmin(p99[:, 0]))] if np.isfinite(p99[:, 0]).any() else names[0]
     return Section(
         "strategies",
         "Strategies side by side",
@@ -815,6 +956,25 @@ def _strategies(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> S
             rows,
             f"Mean over draws [90 % interval]; {name}, {mode}.",
         ),
+    )
+
+
+def _cost(answer: Mapping[str, Any]) -> Section:
+    """What it costs, and what another rate would need, as the answer says it."""
+    rows = []
+    for part in ("cost", "needed"):
+        for key, value in (answer.get(part) or {}).items():
+            if isinstance(value, Mapping) and "value" in value:
+                value = span(*_figure({key: value}, key))
+            if value is not None and not isinstance(value, (list, Mapping)):
+                rows.append(
+                    [f"{part}: {key.replace('_', ' ')}", f"{value:.4g}" if isinstance(value, float) else str(value)]
+                )
+    return Section(
+        "cost",
+        "Cost, and GPUs for another rate",
+        "At the price and the rate that were given.",
+        table=Table(["what", "value"], rows),
     )
 
 
@@ -845,10 +1005,15 @@ def _what_if(cases: Sequence[Case], answer: Mapping[str, Any]) -> Section:
     stay = _arr([c.goodput_per_s * (1 - c.loss) for c in rates])
     mixes = [f"{c.what}: {c.best}" for c in cases if c.kind == "mix"]
     counts = [f"{c.what}: {c.best}, {c.goodput_per_s:.3g} req/s" for c in cases if c.kind == "gpus"]
+    turn = answer.get("break_even") or {}
+    rival = _roles(answer)[1]
+    words = {"prompt_factor": "prompts {} times as long", "rate_factor": "{} times the rate"}
+    turns = [words[k].format(f"{num(turn[k]):.2g}") for k in words if turn.get(k) is not None]
+    even = f" The runner-up {rival} overtakes at {' or at '.join(turns)}." if turns and rival else ""
     return Section(
         "whatif",
         "What would change the answer",
-        f"The fitted laws asked about other worlds, without intervals. Rate: {'; '.join(turning_points(cases, chosen))}. Mix: {'; '.join(mixes)}. GPUs: {'; '.join(counts)}.",
+        f"The fitted laws asked about other worlds, without intervals. Rate: {'; '.join(turning_points(cases, chosen))}. Mix: {'; '.join(mixes)}. GPUs: {'; '.join(counts)}.{even}",
         Plot(
             "req/s offered",
             "goodput, req/s",

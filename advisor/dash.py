@@ -1,0 +1,350 @@
+"""What the database holds as pages of a local web server: runs, traces, answers, comparisons; live while a run is going.
+
+Read only: it answers GET and writes nothing. It listens on loopback; elsewhere it needs a token. The pages are those of the
+report (same sections, same policy of what may run), with the newest state fetched again while somebody looks.
+
+A run is read, digested and let go, one at a time; digests of ended runs are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+import signal
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from aiohttp import web
+
+from advisor import compare as study
+from advisor.features import RunData
+from advisor.report import gather
+from advisor.report.digest import Digest, digest, traffic
+from advisor.report.page import contents, document, e, figures, policy, safe_json, section, table
+from advisor.report.page import report_body as body_of
+from advisor.report.parts import Section, Table
+from advisor.report.sections import distributions, lag, over_time, run_facts, servers, traffic_sections
+from traces.errors import EndpointError, InputError, SteelyardError
+from traces.measures import Slo
+from traces.records import Run
+from traces.store import Store
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEPT = 32
+"""Digests of ended runs that are kept."""
+
+LISTED = 200
+"""Runs and answers on the first page; every one has its own page."""
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One page: title, body as HTML, the plots' points, the same as data. live: ask again, there may be more."""
+
+    title: str
+    body: Sequence[str]
+    plots: Mapping[str, Any] = field(default_factory=dict)
+    data: Any = None
+    live: bool = False
+
+
+class Dash:
+    """Pages from a store. Its methods block; the server calls them in a thread, one at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: OrderedDict[int, Digest] = OrderedDict()
+
+    def overview(self) -> Page:
+        """Where one stands: the last answer, runs, traces, answers."""
+        runs = self._store.runs()
+        answers = self._store.recommendations(limit=LISTED)
+        traces = self._store.traces()
+        last = next((a for a in answers if a["answer"].get("sentence")), None)
+        going = [r for r in runs if not r.ended]
+        body = ["<header><p>Steelyard</p>"]
+        if last:
+            body.append(
+                f'<h1><a href="/recommendations/{last["id"]}">{e(last["answer"]["sentence"])}</a></h1></header>'
+            )
+        else:
+            body.append("<h1>No recommendation yet.</h1></header>")
+            body.append("<p>Measure a run (steelyard replay), then: <code>steelyard advise</code></p>")
+        if going:
+            said = ", ".join(f'<a href="/runs/{r.id}">run {r.id} ({e(r.trace)})</a>' for r in going[-8:])
+            body.append(f"<p>Not ended, so going on or broken off: {said}</p>")
+        body.append(
+            '<form action="/compare" method="get"><label>Compare runs <input name="runs" placeholder="1 2" required '
+            'pattern="[0-9][0-9, ]*" autocomplete="off"></label> <button>Compare</button></form>'
+        )
+        body += ["<h2>Runs</h2>", table(_runs(runs[-LISTED:][::-1])), _cut(len(runs))]
+        body += ["<h2>Answers</h2>", table(_answers(answers))]
+        rows = [[t.name, t.format, f"{t.summary.get('rows_kept', 0):,}", t.created_at] for t in traces]
+        links = [f"/traces/{quote(t.name, safe='')}" for t in traces]
+        body += ["<h2>Traces</h2>", table(Table(["trace", "format", "requests", "stored"], rows, links=links))]
+        data = {
+            "runs": [r.id for r in runs],
+            "going": [r.id for r in going],
+            "traces": [t.name for t in traces],
+            "recommendations": [a["id"] for a in answers],
+        }
+        return Page("Overview", body, data=data, live=True)
+
+    def run(self, number: int) -> Page:
+        """One run: what was asked, how it ended, its latencies, servers and lag; what there is so far while it goes on."""
+        run = self._store.run(number)
+        slo = Slo.parse(run.slo) if run.slo else Slo()
+        one = self._digest(run, slo)
+        counted = f"{one.summary.ok:,} of {run.scheduled:,} requests finished"
+        state = run.verdict if run.ended else "not ended"
+        body = [
+            f"<header><p>Run {run.id}: {e(run.name)}</p>",
+            f"<h1>{e(str(run.fleet or 'fleet unknown'))} on {e(run.trace)}: {e(counted)}, {e(state)}</h1></header>",
+        ]
+        parts: list[Section] = [run_facts(one)]
+        if one.summary.n:
+            parts += [*over_time(one), *distributions([one], slo), *servers([one]), lag([one], slo)]
+        return _sections(f"Run {run.id}", body, parts, live=not run.ended)
+
+    def trace(self, name: str) -> Page:
+        """One trace: what was read, and its traffic over time."""
+        info = self._store.trace(name)
+        schedule = self._store.schedule(name)
+        rows = [["format", info.format], ["stored", info.created_at], ["sha256", info.sha256]]
+        rows += [[k.replace("_", " "), json.dumps(v)] for k, v in info.summary.items()]
+        body = [f"<header><p>Trace</p><h1>{e(name)}: {len(schedule):,} requests</h1></header>"]
+        parts = [Section("facts", "What was read", "As ingest counted it.", table=Table(["what", "value"], rows))]
+        if len(schedule) > 1:
+            parts += traffic_sections(traffic(schedule, None, Slo()), {})
+        return _sections(name, body, parts)
+
+    def recommendation(self, number: int) -> Page:
+        """A stored answer with its evidence."""
+        found = [a for a in self._store.recommendations(limit=10_000) if a["id"] == number]
+        if not found:
+            raise InputError(f"no recommendation is stored with id {number}.")
+        row = found[0]
+        if not row["answer"].get("candidates"):
+            text = json.dumps(row["answer"], indent=2)
+            body = [f"<header><p>{e(row['kind'])}</p><h1>Stored {e(row['created_at'])}</h1></header>"]
+            return Page(f"Answer {number}", [*body, f"<pre><code>{e(text)}</code></pre>"], data=row["answer"])
+        answer = dict(row["answer"]) | {k: row[k] for k in ("id", "created_at", "version", "seed", "run_ids")}
+        report = gather(self._store, answer, commands=[f"steelyard report --recommendation {number}"])
+        return Page(report.title, body_of(report), figures(report.sections), report.as_json())
+
+    def compare(self, numbers: Sequence[int]) -> Page:
+        """Every run against the first, with what makes the comparison doubtful."""
+        if len(numbers) < 2:
+            raise InputError("comparing needs two runs or more, for example: 1 2")
+        runs = [self._store.run(n) for n in numbers]
+        slo = Slo.parse(runs[0].slo) if runs[0].slo else Slo()
+        for run in runs:
+            if why := study.objection(run, runs[0]):
+                raise InputError(f"run {run.id} {why}: it cannot be compared.")
+        held = [study.binned(run, self._store.observations(run.id), slo) for run in runs]
+        parts = []
+        found = study.against_first(held)
+        for one, run in zip(found, runs[1:], strict=True):
+            text = (
+                f"90 % intervals from {one.blocks:.0f} independent stretches of {one.block_s:.3g} s (block bootstrap over time). "
+                "Each interval by itself misses in one case of ten; between repeats of a run there may be more."
+            )
+            title = f"Run {run.id} ({run.fleet}) against run {runs[0].id} ({runs[0].fleet})"
+            parts.append(Section(f"run-{run.id}", title, text, table=study.as_table(one)))
+        ids = " ".join(str(n) for n in numbers)
+        body = [f"<header><p>Comparison</p><h1>Runs {e(ids)}, goodput within {e(slo) or 'no limit'}</h1></header>"]
+        return _sections(f"Runs {ids}", body, parts)
+
+    def _digest(self, run: Run, slo: Slo) -> Digest:
+        if run.id in self._kept:
+            self._kept.move_to_end(run.id)
+            return self._kept[run.id]
+        data = RunData(run, self._store.observations(run.id), self._store.samples(run.id))
+        made = digest(data, slo, self._store.fleet_changes(run.id))
+        if run.ended:
+            self._kept[run.id] = made
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return made
+
+
+def _sections(title: str, body: Sequence[str], parts: Sequence[Section], live: bool = False) -> Page:
+    data = {"title": title, "sections": {s.key: s.as_json() for s in parts}}
+    return Page(title, [*body, contents(parts), *(section(s) for s in parts)], figures(parts), data, live)
+
+
+def _runs(runs: Sequence[Run]) -> Table:
+    head = ["run", "name", "trace", "P:D", "req/s", "ok", "lag p99, ms", "verdict", "begun"]
+    rows = []
+    for r in runs:
+        state = (r.verdict if r.complete else f"{r.verdict}, incomplete") if r.ended else "not ended"
+        begun = time.strftime("%Y-%m-%d %H:%M", time.gmtime(r.started_unix_s))
+        ok = f"{r.counts.get('ok', 0):,}/{r.scheduled:,}"
+        rows.append(
+            [
+                f"run {r.id}",
+                r.name,
+                r.trace,
+                str(r.fleet or "?"),
+                f"{r.rate_per_s:.3g}",
+                ok,
+                f"{r.lag_p99_ms:.1f}",
+                state,
+                begun,
+            ]
+        )
+    return Table(head, rows, "Newest first, times in UTC.", links=[f"/runs/{r.id}" for r in runs])
+
+
+def _known(value: float) -> str:
+    return f"{value:.3g}" if value == value else "–"
+
+
+def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for a in answers:
+        said = a["answer"].get("sentence") or f"{a['kind']} on {a['answer'].get('source', '?')}"
+        rows.append([f"answer {a['id']}", said, ", ".join(map(str, a["run_ids"][:12])) or "–", a["created_at"]])
+    links = [f"/recommendations/{a['id']}" for a in answers]
+    return Table(["answer", "what it says", "runs", "stored"], rows, links=links)
+
+
+def _cut(runs: int) -> str:
+    return f"<p>The newest {LISTED} of {runs} runs are listed.</p>" if runs > LISTED else ""
+
+
+# --- the server -----------------------------------------------------------------------------------------------------
+
+
+def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -> web.Application:
+    """The aiohttp application. token: asked for once (?token=..) or as bearer; a cookie stands for it afterwards."""
+    gate = asyncio.Semaphore(1)
+    cookie = hashlib.sha256(f"steelyard dash {token}".encode()).hexdigest()
+    headers = {
+        "Content-Security-Policy": policy(live=True),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+
+    def answered(page: Page, request: web.Request, status: int = 200) -> web.Response:
+        more = headers | {"X-Live": "going" if page.live else "ended"}
+        if request.query.get("format") == "json":
+            text = safe_json(page.data).replace("\\u003c", "<").replace("\\u003e", ">").replace("\\u0026", "&")
+            return web.Response(text=text, content_type="application/json", status=status, headers=more)
+        if request.query.get("body") == "1":
+            held = f'<script type="application/json" id="figures">{safe_json(page.plots)}</script>'
+            return web.Response(text="\n".join([*page.body, held]), content_type="text/html", headers=more)
+        live = f"{request.path}?{urlencode([*request.query.items(), ('body', '1')])}" if page.live else ""
+        nav = '<nav class="bar" aria-label="Steelyard"><strong>steelyard</strong><a href="/">Overview</a></nav>'
+        text = document(f"Steelyard: {page.title}", page.body, page.plots, live=live, nav=nav)
+        return web.Response(text=text, content_type="text/html", status=status, headers=more)
+
+    def refused(request: web.Request, status: int, said: str) -> web.Response:
+        body = [f"<header><p>Steelyard</p><h1>{e(said)}</h1></header>"]
+        return answered(Page(str(status), body, data={"error": said}), request, status)
+
+    def known(request: web.Request) -> bool:
+        if token is None:
+            return True
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = hmac.compare_digest(bearer.encode(), token.encode())
+        return given or hmac.compare_digest(request.cookies.get("steelyard", "").encode(), cookie.encode())
+
+    @web.middleware
+    async def guard(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if request.method not in ("GET", "HEAD"):
+            return web.Response(status=405, headers=headers | {"Allow": "GET, HEAD"})
+        # A page elsewhere whose name was made to point here (DNS rebinding) says its own name, not ours.
+        name = re.sub(r":\d+$", "", request.host).strip("[]")
+        if token is None and name not in (*LOOPBACK, host):
+            return refused(request, 421, "this server answers to its own name only")
+        asked = request.query.get("token")
+        if token is not None and asked is not None:
+            if not hmac.compare_digest(asked.encode(), token.encode()):
+                return refused(request, 401, "that is not the token")
+            moved = web.Response(status=303, headers=headers | {"Location": request.path})
+            moved.set_cookie("steelyard", cookie, httponly=True, samesite="Strict")
+            return moved
+        if not known(request):
+            return refused(request, 401, "a token is needed: open this address with ?token=.. once")
+        try:
+            return await handler(request)
+        except InputError as error:
+            return refused(request, 404, str(error))
+        except SteelyardError as error:
+            return refused(request, 503, str(error))
+        except web.HTTPException as error:
+            return refused(request, error.status, error.reason)
+
+    async def made(request: web.Request, what: Callable[[], Page]) -> web.Response:
+        async with gate:
+            page = await asyncio.to_thread(what)
+        return answered(page, request)
+
+    async def overview(request: web.Request) -> web.StreamResponse:
+        return await made(request, dash.overview)
+
+    async def run(request: web.Request) -> web.StreamResponse:
+        number = int(request.match_info["id"])
+        return await made(request, lambda: dash.run(number))
+
+    async def trace(request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        return await made(request, lambda: dash.trace(name))
+
+    async def recommendation(request: web.Request) -> web.StreamResponse:
+        number = int(request.match_info["id"])
+        return await made(request, lambda: dash.recommendation(number))
+
+    async def compared(request: web.Request) -> web.StreamResponse:
+        numbers = [int(n) for n in re.findall(r"\d{1,9}", request.query.get("runs", ""))][:20]
+        return await made(request, lambda: dash.compare(list(dict.fromkeys(numbers))))
+
+    app = web.Application(middlewares=[guard], client_max_size=1024)
+    app.router.add_get("/", overview)
+    app.router.add_get(r"/runs/{id:\d{1,9}}", run)
+    app.router.add_get("/traces/{name}", trace)
+    app.router.add_get(r"/recommendations/{id:\d{1,9}}", recommendation)
+    app.router.add_get("/compare", compared)
+    return app
+
+
+async def serve(
+    store: Store, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None, ready: Callable[[str], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT. ready(url) is called when pages are answered. EndpointError when it cannot listen."""
+    if host not in LOOPBACK and token is None:
+        raise InputError(
+            f"--host {host}: other machines could read this database, so it needs a token. Set STEELYARD_DASH_TOKEN or "
+            "--token-file, or stay on 127.0.0.1."
+        )
+    runner = web.AppRunner(make_app(Dash(store), host=host, token=token), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        await runner.cleanup()
+        raise EndpointError(f"cannot listen on {host}:{port} ({error.strerror}). Give another --port, or 0.") from error
+    await web.SockSite(runner, sock).start()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    ready(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
+    await stopping.wait()
+    await runner.cleanup()

@@ -1,0 +1,182 @@
+"""Comparing runs: better, worse or cannot tell, with intervals that hold for requests that share a queue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from advisor.cli import main
+from advisor.compare import TIME_BINS, Binned, binned, block_length, compare, objection
+from tests.test_features import run_of
+from traces.measures import Slo
+from traces.records import Fleet, Observations, Run
+from traces.store import open_store
+
+SLO = Slo.parse("ttft<0.5s tpot<50ms")
+
+
+def run(id: int, **more: Any) -> Run:
+    made = replace(run_of(Fleet(2, 2)), id=id, trace="t", schedule_digest="d", slo=str(SLO))
+    return replace(made, **more)
+
+
+def queue(seed: int, slower: float = 1.0, n: int = 3000, load: float = 0.7, traffic: int = 0) -> Observations:
+    """A single server's queue (Lindley): Poisson arrivals of seed ``traffic``, exponential service of mean ``load * slower``."""
+    due = np.cumsum(np.random.default_rng(traffic).exponential(1.0, n)) * 0.1
+    service = np.random.default_rng(1000 + seed).exponential(0.1 * load * slower, n)
+    free = 0.0
+    done = np.empty(n)
+    for k in range(n):
+        free = max(due[k], free) + service[k]
+        done[k] = free
+    rows = Observations.empty(n)
+    rows.index[:] = np.arange(n)
+    rows.due_s[:] = rows.sent_s[:] = rows.dispatch_s[:] = due
+    rows.first_token_s[:] = done
+    rows.last_token_s[:] = done + 0.03 * 9
+    rows.output_tokens[:] = rows.requested_tokens[:] = 10
+    rows.prompt_tokens[:] = rows.requested_prompt_tokens[:] = 100
+    rows.status[:] = "ok"
+    return rows
+
+
+def pair(a: Observations, b: Observations, **more: Any) -> tuple[Binned, Binned]:
+    return binned(run(1), a, SLO), binned(run(2, **more), b, SLO)
+
+
+def verdicts(a: Observations, b: Observations) -> dict[str, str]:
+    return {d.metric: d.verdict for d in compare(*pair(a, b)).differences}
+
+
+def test_equal_servers_are_told_apart_no_more_often_than_the_interval_says() -> None:
+    """40 pairs of the same queue at 70 % load: 90 % intervals of P99 TTFT, mean-like figures and goodput miss about one in ten.
+
+    Requests taken as independent would be wrong in about half of them. Bound: binomial, 9 of 40 has probability 0.01 at 10 %.
+    """
+    wrong = {"ttft_p50_s": 0, "ttft_p99_s": 0, "e2e_p90_s": 0, "goodput_per_s": 0}
+    for k in range(40):
+        found = verdicts(queue(2 * k, traffic=k), queue(2 * k + 1, traffic=k))
+        for name in wrong:
+            wrong[name] += found[name] != "cannot tell"
+    assert max(wrong.values()) <= 9, wrong
+
+
+def test_a_slower_server_is_worse_and_a_faster_one_better() -> None:
+    """15 % longer service at 70 % load is seen in TTFT and attainment, whichever run is named first."""
+    slow, fast = queue(1, 1.15), queue(2)
+    assert verdicts(fast, slow)["ttft_p50_s"] == "worse"
+    assert verdicts(slow, fast)["ttft_p50_s"] == "better"
+    assert verdicts(fast, slow)["attainment"] == "worse"
+    assert verdicts(slow, fast)["e2e_p90_s"] == "better"
+
+
+def test_figures_are_the_runs_own_and_lie_in_their_intervals() -> None:
+    """The change is that of the exact figures, not of the bins; it lies inside its interval."""
+    a, b = pair(queue(1), queue(2, 1.2))
+    for d in compare(a, b).differences:
+        if d.metric == "ttft_p99_s":
+            assert d.base == pytest.approx(float(np.quantile(queue(1).ttft_s, 0.99)))
+            assert d.change == pytest.approx(d.other / d.base - 1)
+        if np.isfinite(d.low):
+            assert d.low <= d.change + 1e-9
+            assert d.high >= d.change - 1e-9
+
+
+def test_the_same_run_twice_cannot_be_told_apart() -> None:
+    """No metric of a run is better or worse than its own."""
+    assert set(verdicts(queue(1), queue(1)).values()) == {"cannot tell"}
+
+
+def test_one_congestion_is_not_many_witnesses() -> None:
+    """A run that is slow in one stretch of time has few independent blocks, and no verdict follows from that stretch alone."""
+    base = queue(1, 0.5)
+    slow = replace(base, first_token_s=base.first_token_s + np.where(np.arange(3000) > 1800, 2.0, 0.0))
+    made = compare(*pair(base, slow))
+    assert made.blocks < 40
+    assert next(d for d in made.differences if d.metric == "ttft_p50_s").verdict == "cannot tell"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.0, 0.9), st.integers(0, 1000))
+def test_blocks_grow_with_the_correlation(phi: float, seed: int) -> None:
+    """Blocks are at least one bin, at most a third of them, and longer for a series that hangs together than for its shuffle."""
+    rng = np.random.default_rng(seed)
+    x = np.zeros(TIME_BINS)
+    for k in range(1, TIME_BINS):
+        x[k] = phi * x[k - 1] + rng.normal()
+    length = block_length(x)
+    assert 1 <= length <= TIME_BINS / 3
+    if phi > 0.85:
+        assert length > 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ended": False}, "has not ended"),
+        ({"complete": False, "reason": "3 lost"}, "incomplete (3 lost)"),
+        ({"verdict": "invalid", "reason": "late"}, "invalid (late)"),
+        ({"trace": "u"}, "another trace"),
+        ({"seed": 5}, "another seed"),
+        ({"schedule_digest": "e"}, "another schedule"),
+        ({"slo": "ttft<1s"}, "another SLO"),
+        ({}, ""),
+    ],
+)
+def test_what_is_not_comparable_is_refused_with_the_reason(change: dict[str, Any], words: str) -> None:
+    """Each reason by itself; none for runs that asked the same."""
+    found = objection(run(2, **change), run(1))
+    assert words in found
+    assert bool(words) == bool(found)
+    assert objection(run(2, slo="ttft<1s"), run(1), slo_given=True) == ""
+
+
+def test_runs_that_asked_different_things_are_resampled_apart() -> None:
+    """Forced on other traffic, the comparison says so and its intervals are wider than those of a pair."""
+    a, b = queue(1), queue(2)
+    together = compare(*pair(a, b))
+    apart = compare(*pair(a, b, schedule_digest="other"))
+    assert together.paired
+    assert not apart.paired
+
+
+def test_failed_requests_count_against_a_run() -> None:
+    """A run that fails one request in ten is worse in failures, attainment and throughput."""
+    bad = queue(1)
+    bad.status[::10] = "failed"
+    bad.first_token_s[::10] = bad.last_token_s[::10] = np.nan
+    found = verdicts(queue(1), bad)
+    assert (found["failed"], found["attainment"], found["throughput_per_s"]) == ("worse", "worse", "worse")
+
+
+def test_the_command_says_better_worse_or_cannot_tell(tmp_path: Path, capsys: Any) -> None:
+    """Verdicts as a table and as JSON; refusals name the run and the reason, --force overrides all but a run that goes on."""
+    db = f"sqlite:///{tmp_path}/a.db"
+    with open_store(db) as store:
+        for rows, more in ((queue(1), {}), (queue(2, 1.3), {}), (queue(3), {"seed": 9}), (queue(4), {"ended": False})):
+            begun = store.begin_run(run(0, counts={"ok": 3000}, **more))
+            store.add_observations(begun.id, rows)
+            if begun.ended:
+                store.end_run(begun)
+    assert main(["compare", "1", "2", "--db", db, "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert (held["base"], held["best"], held["slo"]) == (1, 1, str(SLO))
+    (one,) = held["comparisons"]
+    found = {d["metric"]: d["verdict"] for d in one["differences"]}
+    assert found["ttft_p50_s"] == "worse"
+    assert main(["compare", "1", "2", "--db", db]) == 0
+    text = capsys.readouterr().out
+    assert "TTFT p50 ms" in text
+    assert "worse" in text
+    assert main(["compare", "1", "3", "--db", db]) == 1
+    assert "run 3 was made with another seed than run 1 (9, not 0)" in capsys.readouterr().err
+    assert main(["compare", "1", "3", "--force", "--db", db]) == 0
+    assert "note: run 3 was made with another seed" in capsys.readouterr().out
+    assert main(["compare", "1", "4", "--force", "--db", db]) == 1

@@ -1,0 +1,171 @@
+"""The dash: the database as read-only local pages, live, safe in a browser, for nobody without the token elsewhere."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from advisor.advise import load
+from advisor.cli import main
+from advisor.recommend import recommend
+from loadgen.cluster import Profile
+from tests.test_advise import SLO, busy_rate, lognormal, three_runs
+from tests.test_features import run_of
+from tests.test_report import HOSTILE, add_trace, chromium, opened, stored
+from traces.records import Fleet, Run
+from traces.store import open_store
+
+__all__ = ["opened"]
+
+
+@pytest.fixture(scope="module")
+def db(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three runs of a hostile trace, an answer, and a run that goes on with half of its rows."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('dash') / 'steelyard.db'}"
+    profile = Profile.load("demo")
+    rate = busy_rate(profile)
+    with open_store(url) as store:
+        add_trace(store, lognormal(200, rate, 5), HOSTILE)
+        data = three_runs(profile, rate)
+        ids = stored(store, data, HOSTILE)
+        answer = recommend(
+            load(store, store.runs(ids=ids)), store.schedule(HOSTILE), gpus=8, slo=SLO, draws=4, attainment=0.3
+        )
+        store.add_recommendation("static", answer.as_json() | {"version": "0.1.0"}, ids, answer.data_hash, 0)
+        going = store.begin_run(replace(run_of(Fleet(4, 4), 80), name=HOSTILE, ended=False, verdict="", complete=False))
+        store.add_observations(going.id, data[0].observations.take(slice(0, 40)))
+    return url
+
+
+def served(db: str, *arguments: str, **environment: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "advisor", "dash", "--port", "0", "--db", db, *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert line.startswith("listening on "), line
+    yield line.split()[-1]
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+    child.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def url(db: str) -> Iterator[str]:
+    yield from served(db)
+
+
+def ask(url: str, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
+    where = urlsplit(url)
+    connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=60)
+    connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, text
+
+
+def test_pages_as_data_say_what_the_database_holds(url: str, db: str) -> None:
+    """Every page is JSON too: the overview's ids, a run's sections, the answer's own sentence, a comparison's reason."""
+    held = json.loads(ask(url, "/?format=json")[2])
+    assert held == {"runs": [1, 2, 3, 4], "going": [4], "traces": [HOSTILE], "recommendations": [1]}
+    run = json.loads(ask(url, "/runs/3?format=json")[2])
+    assert {"facts", "arrivals", "latency", "ttft", "tpot", "e2e", "queues", "roles", "lag"} <= set(run["sections"])
+    told = json.loads(ask(url, "/recommendations/1?format=json")[2])
+    with open_store(db) as store:
+        assert told["sentence"] == store.recommendation(1)["sentence"]
+    assert "rate" in json.loads(ask(url, f"/traces/{quote(HOSTILE, safe='')}?format=json")[2])["sections"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/runs/99", 404, "no run has id 99"),
+        ("/recommendations/99", 404, "no recommendation"),
+        ("/traces/none", 404, "no trace is named"),
+        ("/compare?runs=1", 404, "two runs or more"),
+        ("/../etc/passwd", 404, "Not Found"),
+        ("/runs/1%0aX", 404, "Not Found"),
+    ],
+)
+def test_what_is_not_there_is_one_line(url: str, path: str, status: int, said: str) -> None:
+    """No traceback, the reason in the page, the same headers."""
+    found, headers, text = ask(url, path)
+    assert found == status
+    assert said in text
+    assert "Traceback" not in text
+    assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_it_is_read_only_and_answers_to_its_own_name(url: str) -> None:
+    """Nothing but GET and HEAD; a name that was bound to this address from elsewhere is refused."""
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert ask(url, "/", method)[0] == 405
+    assert ask(url, "/", "HEAD")[0] == 200
+    assert ask(url, "/", Host="evil.example:80")[0] == 421
+    headers = ask(url, "/")[1]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert "access-control-allow-origin" not in headers
+
+
+def test_elsewhere_it_needs_a_token(db: str, capsys: Any) -> None:
+    """Without a token it does not listen beyond loopback; with one every page asks for it, once a browser."""
+    assert main(["dash", "--host", "0.0.0.0", "--port", "0", "--db", db]) == 1
+    assert "needs a token" in capsys.readouterr().err
+    for url in served(db, STEELYARD_DASH_TOKEN="s3cret"):
+        assert ask(url, "/")[0] == 401
+        assert ask(url, "/?token=wrong")[0] == 401
+        assert ask(url, "/runs/1", Authorization="Bearer s3cret")[0] == 200
+        status, headers, _ = ask(url, "/?token=s3cret")
+        assert (status, headers["location"]) == (303, "/")
+        cookie = headers["set-cookie"]
+        assert "HttpOnly" in cookie
+        assert "s3cret" not in cookie
+        assert ask(url, "/", Cookie=cookie.split(";")[0])[0] == 200
+        assert ask(url, "/", Cookie="steelyard=other")[0] == 401
+
+
+def test_a_browser_shows_the_pages_and_a_run_that_grows(opened: Any, url: str, db: str) -> None:
+    """Drill-down by links and keyboard, plots drawn, nothing hostile runs, no outside request; new rows appear by themselves."""
+    chromium()
+    tab = opened.new_page(viewport={"width": 1100, "height": 800})
+    errors: list[str] = []
+    asked: list[str] = []
+    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: errors.append(str(e)))
+    tab.on("request", lambda r: asked.append(r.url))
+    tab.goto(url)
+    assert tab.locator("h1").inner_text().startswith("Run ")
+    tab.locator("a", has_text="run 3").first.focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/runs/3")
+    assert tab.locator(".plot svg.wide").count() >= 6
+    tab.goto(f"{url}/recommendations/1")
+    assert tab.locator(".plot svg.wide").count() >= 15
+    tab.goto(f"{url}/traces/{quote(HOSTILE, safe='')}")
+    assert tab.locator(".plot svg.wide").count() == 2
+    tab.goto(f"{url}/runs/4")
+    assert "40 of 80 requests" in tab.locator("h1").inner_text()
+    with open_store(db) as store:
+        rest = store.observations(1).take(slice(40, 80))
+        store.add_observations(4, rest)
+        run = store.run(4)
+        ended = Run(**{f: getattr(run, f) for f in run.__slots__} | {"verdict": "valid", "complete": True})
+        store.end_run(ended)
+    tab.locator("h1", has_text="80 of 80").wait_for(timeout=30_000)
+    tab.set_viewport_size({"width": 380, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 380
+    assert errors == []
+    assert all(a.startswith((url, "data:")) for a in asked)
+    assert tab.evaluate("window.pwned") is None
+    tab.close()
