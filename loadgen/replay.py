@@ -14,19 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadgen import engines
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Controller, Endpoint, Steering
+from loadgen.discover import Discovery, Targets, again, discover
 from loadgen.engines import EXACT
 from loadgen.live import Live
 from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
+from loadgen.served import Served, judged
 from loadgen.spool import Spool, add
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, Tally
-from traces.records import Feed, Fleet, FleetChange, Observations, Run, Sample, Schedule
+from traces.records import Feed, Fleet, FleetChange, Histogram, Observations, Run, Sample, Schedule
 from traces.store import Store
 
 API_KEY = "STEELYARD_API_KEY"
@@ -91,6 +92,7 @@ def replay(
     sessions: str = "recorded",
     warmup_s: float = 0.0,
     words: Sequence[str] | None = None,
+    targets: Targets | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_live: Callable[[Live], None] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
@@ -108,8 +110,9 @@ def replay(
     prefixes: prompts begin with the schedule's blocks (it needs some), so that the trace's sharing is replayed.
     sessions: "recorded", every turn at its recorded time whatever the answers do; "causal", a turn waits for the answer
     before it and the think time (the schedule needs parents), and is due then. warmup_s: requests due before stand in no
-    figure. words: what text prompts are made of (:func:`loadgen.engines.single_token_words`). Unless the engine is the
-    reference, a few requests before the run find out how many tokens it counts for a prompt, and prompts are made so.
+    figure. targets: the servers to read and their roles, before what the endpoint lists. words: what text prompts are made
+    of (:func:`loadgen.engines.single_token_words`). Unless the engine is the reference, a few requests before the run find
+    out how many tokens it counts for a prompt, and prompts are made so.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
     incomplete and raises :class:`Interrupted`.
@@ -137,11 +140,13 @@ def replay(
         endpoint = target(endpoint, api_key=os.environ.get(API_KEY) or None)
     where, *others = [endpoint] if isinstance(endpoint, Target) else endpoint
     server = Endpoint(where)
-    model, owner = server.choose_model(model)
+    model, _owner = server.choose_model(model)
     in_force = server.fleet()
-    if engine == "auto":
-        engine = {"steelyard": "reference", "vllm": "vllm", "sglang": "sglang"}.get(owner, "openai")
-    dialect = engines.dialect(engine, chat=chat, text=text)
+    found = discover(server, engine=engine, targets=targets)
+    engine = found.engine.name
+    dialect = found.engine.dialect(chat=chat, text=text)
+    if in_force is None:
+        fleet = agreed(server, found, fleet)
     for one in (server, *map(Endpoint, others)):
         one.try_one(dialect, model)
     measure = EXACT
@@ -205,7 +210,8 @@ def replay(
     )
     run = store.begin_run(began)
     writer = Writer(store, run.id)
-    tally = Tally(warmup_s)
+    tally, served = Tally(warmup_s), Served()
+    scrapers: list[Scraper] = []
 
     live = Live(run, schedule, slo)
     swarm.watched = live.table
@@ -217,7 +223,10 @@ def replay(
         writer.put(readings)
 
     def on_rows(rows: Observations) -> None:
+        if scrapers:
+            rows = rows.renamed(scrapers[0].names)
         tally.add(rows)
+        served.add(rows)
         live.rows(rows)
         writer.put(rows)
         if on_progress is not None:
@@ -230,7 +239,9 @@ def replay(
 
         def on_start(zero: float, unix: float) -> None:
             live.begin(zero)
-            scraper = stack.enter_context(Scraper(server, zero, on_samples, scrape_s, engine=dialect.name))
+            find = (lambda: again(server, found).workers) if found.workers and targets is None else None
+            scraper = Scraper(server, zero, on_samples, scrape_s, workers=found.workers, engine=dialect.name, find=find)
+            scrapers.append(stack.enter_context(scraper))
             if steering is not None:
                 stack.enter_context(
                     Controller(
@@ -262,6 +273,12 @@ def replay(
     done_run = _ended(run, tally, slo, outcome, reason)
     if steps >= 0:
         done_run = _on_time(done_run, server, steps)
+    moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
+    after = again(server, found) if found.workers and targets is None else None
+    done_run = judged(done_run, served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved))
+    if scrapers:
+        done_run = replace(done_run, sources=scrapers[0].sources())
+        _keep_histograms(store, writer.spool, run.id, scrapers[0].histograms())
     run = writer.settle(done_run, patience_s)
     if writer.error is not None:
         raise writer.error
@@ -288,6 +305,31 @@ def _ended(run: Run, tally: Tally, slo: Slo | None, outcome: Outcome | None, rea
         if outcome is not None
         else {},
     )
+
+
+def agreed(server: Endpoint, found: Discovery, fleet: Fleet | None) -> Fleet | None:
+    """The fleet that an endpoint is which cannot change it: as its workers say, or, where they do not, as the user does.
+
+    EndpointError where a role has no worker, or the user says something else.
+    """
+    if found.lacks:
+        raise EndpointError(
+            f"{server.shown}: no {found.lacks} worker is behind it, {found.shown}. Start one, or register it with the router."
+        )
+    if fleet is not None and found.fleet is not None and fleet != found.fleet:
+        raise EndpointError(
+            f"{server.shown}: --fleet {fleet} disagrees with its workers, {found.shown}. Give --fleet {found.fleet}, or change "
+            "the deployment first: steelyard control."
+        )
+    return fleet or found.fleet
+
+
+def _keep_histograms(store: Store, spool: Spool, run_id: int, found: Sequence[Histogram]) -> None:
+    """Into the database, or to the rows that wait for it."""
+    try:
+        store.add_histograms(run_id, found)
+    except StoreError:
+        spool.add_histograms(found)
 
 
 def _on_time(run: Run, server: Endpoint, steps: int) -> Run:

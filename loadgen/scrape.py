@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from loadgen.client import target
 from loadgen.control import Endpoint
 from loadgen.engines import Metric, Worker, engines
-from loadgen.engines.base import netloc
+from loadgen.engines.base import address
 from traces.errors import EndpointError, SteelyardError
 from traces.records import ROLES, Histogram, Sample
 from traces.store import redact
@@ -179,7 +179,7 @@ def _whose(labels: Mapping[str, str], metric: Metric, page: Worker) -> tuple[str
     """(worker, role) of which a line speaks; the role "" where nothing tells it."""
     said = WORDS.get(next((labels[k] for k in ROLE_LABELS if k in labels), ""), "")
     if metric.of:
-        return netloc(labels.get(metric.of, "")) or page.name or "server", said or metric.role
+        return address(labels.get(metric.of, "")) or page.name or "server", said or metric.role
     if page.name:
         return page.name, metric.role or page.role or said
     if metric.role == "router":
@@ -291,6 +291,8 @@ class Scraper:
         """Every name of a worker that was heard -> the one that rows say."""
         self.last: dict[str, Sample] = {}
         """Worker -> its last reading."""
+        self.first: dict[str, Sample] = {}
+        """Worker -> its first one."""
         self._server, self._zero, self._engine, self._find = server, zero, engine, find
         self._on_samples, self._period_s = on_samples, period_s
         self._sources: dict[str, _Source] = {}
@@ -320,22 +322,19 @@ class Scraper:
         for worker in workers:
             self._workers[worker.name] = worker
             self.names |= dict.fromkeys(worker.names, worker.name)
-            if not worker.metrics or (worker.name in self._sources and self._sources[worker.name].worker == worker):
-                continue
-            try:
-                endpoint, path = page_of(self._server, worker)
-            except SteelyardError:
-                self.failures += 1
-                continue
-            known = self._sources.get(worker.name)
-            if known is not None and known.worker.metrics == worker.metrics:
+            known = self._sources.get(worker.metrics)
+            if known is not None:
                 known.worker = worker
-            else:
-                self._sources[worker.name] = _Source(worker, endpoint, path)
-        pages = {s.worker.metrics for s in self._sources.values()}
-        if "" not in self._sources and f"{self._server.shown}/metrics" not in pages:
+            elif worker.metrics:
+                try:
+                    self._sources[worker.metrics] = _Source(worker, *page_of(self._server, worker))
+                except SteelyardError:
+                    self.failures += 1
+        routed = any(w.role == "router" and w.metrics for w in self._workers.values())
+        page = f"{self._server.shown}/metrics"
+        if page not in self._sources and not routed:
             own = Worker("router", "router") if self._workers else Worker("")
-            self._sources[""] = _Source(own, self._server, "/metrics")
+            self._sources[page] = _Source(own, self._server, "/metrics")
 
     def read(self) -> list[Sample]:
         """One reading of every worker, now. EndpointError when there is none."""
@@ -370,6 +369,10 @@ class Scraper:
                 }
                 found[name] = {k: v for k, v in told.items() if v not in ("", {}, None)}
             return found
+
+    def listed(self) -> dict[str, str]:
+        """Worker -> the role that the list or the targets file gives it."""
+        return {name: worker.role for name, worker in self._workers.items()}
 
     def silent(self) -> list[Sample]:
         """The last reading of each worker that stopped telling, while others went on or the run did."""
@@ -465,6 +468,7 @@ class Scraper:
                     found[name] = Sample(known.at_s, name, role, **(values | _said(known)))
         told = [*found.values(), *rest]
         self.last |= {s.worker: s for s in told}
+        self.first = {s.worker: s for s in told} | self.first
         return sorted(told, key=lambda s: (s.role, s.worker))
 
     def _role(self, name: str, sample: Sample | None) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from traces.errors import InputError, StoreError
-from traces.records import Fleet, FleetChange, Observations, Run, Sample
+from traces.records import Fleet, FleetChange, Histogram, Observations, Run, Sample
 from traces.store import Store
 
 
@@ -44,6 +44,7 @@ _OUTCOME = (
     "lag_max_ms",
     "counts",
     "costs",
+    "sources",
 )
 """What is known of a run only when it has ended; the rest is in the database already."""
 
@@ -73,6 +74,11 @@ class Spool:
             name: [None if v != v else v for v in getattr(rows, name).tolist()] for name in Observations.columns()
         }
         self._write({"observations": columns})
+
+    def add_histograms(self, found: Sequence[Histogram]) -> None:
+        """Keep what the servers' histograms counted."""
+        held = [asdict(h) | {"buckets": [[None if math.isinf(b) else b, n] for b, n in h.buckets]} for h in found]
+        self._write({"histograms": held})
 
     def add_samples(self, readings: Sequence[Sample]) -> None:
         """Keep server readings."""
@@ -136,6 +142,8 @@ class Spool:
                     stored += len(rows)
                 elif "samples" in held:
                     store.add_samples(run_id, [Sample(**s) for s in held["samples"]])
+                elif "histograms" in held:
+                    store.add_histograms(run_id, [_histogram(h) for h in held["histograms"]])
                 elif "change" in held:
                     add(store, run_id, _change(held["change"]))
                 elif "run" in held:
@@ -168,6 +176,11 @@ def add(store: Store, run_id: int, batch: Observations | Sequence[Sample] | Flee
         store.add_fleet_change(run_id, batch)
     else:
         store.add_samples(run_id, batch)
+
+
+def _histogram(held: dict[str, Any]) -> Histogram:
+    buckets = tuple((math.inf if bound is None else bound, n) for bound, n in held["buckets"])
+    return Histogram(**held | {"buckets": buckets})
 
 
 def _change(held: dict[str, Any]) -> FleetChange:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 Page = str | bytes | dict[str, Any] | list[Any] | tuple[Any, ...] | Callable[["Ask"], Any]
-"""Text, JSON, (status, page), (seconds, page), (status, page, headers), or a function of the question that gives one."""
+"""Text, JSON, pieces that are streamed, (status, page), (seconds, page), (status, page, headers), or a function of the
+question that gives one."""
 
 
 class Ask:
@@ -54,6 +56,19 @@ class Pages(dict[str, Page]):
                         page = page[1]
                 if page is None:
                     status, page = 404, "not found"
+                if isinstance(page, Iterator):
+                    self.send_response(status)
+                    self.send_header("Content-Type", "text/event-stream")
+                    self.send_header("Transfer-Encoding", "chunked")
+                    for name, value in more.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    with contextlib.suppress(OSError):
+                        for piece in page:
+                            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                            self.wfile.flush()
+                        self.wfile.write(b"0\r\n\r\n")
+                    return
                 kind = "text/plain"
                 if isinstance(page, (dict, list)):
                     kind, page = "application/json", json.dumps(page)
@@ -80,3 +95,34 @@ class Pages(dict[str, Page]):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + (value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n\n"
+
+
+def stream(
+    ask: Ask, *, usage: bool = True, tokens: int | None = None, id: str = "cmpl-1", gap_s: float = 0.002, **last: Any
+) -> Iterator[bytes]:
+    """A streamed completion as vLLM shapes it; last: members of its last event."""
+    asked = ask.json()
+    n = asked["max_tokens"] if tokens is None else tokens
+    for k in range(n):
+        finish = "length" if k == n - 1 else None
+        time.sleep(gap_s)
+        yield event({"id": id, "choices": [{"index": 0, "text": " a", "finish_reason": finish}]})
+    prompt = asked.get("prompt") or asked["messages"][0]["content"]
+    counted = len(prompt if isinstance(prompt, list) else prompt.split())
+    if usage:
+        yield event({"id": id, "choices": [], "usage": {"prompt_tokens": counted, "completion_tokens": n}} | last)
+    yield event(b"[DONE]")
+
+
+def endpoint(owner: str = "someone", answer: Callable[[Ask], Any] = stream, **more: Page) -> Pages:
+    """An OpenAI-shaped server with one model, m."""
+    pages = Pages()
+    pages["/v1/models"] = {"object": "list", "data": [{"id": "m", "owned_by": owner}]}
+    pages["/v1/completions"] = answer
+    pages.update({f"/{path.replace('__', '/')}": page for path, page in more.items()})
+    return pages

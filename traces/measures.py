@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
 from traces.errors import InputError
-from traces.records import Floats, Ints, Observations, Schedule
+from traces.records import STAGES, Floats, Histogram, Ints, Observations, Schedule
 
 LAG_LIMIT_S = 0.5
 """TTFT limit assumed for the verdict when no SLO names one: 5 % of it is the house's 25 ms."""
@@ -310,6 +311,59 @@ class Figures:
         spread = {name: {w: quantile(getattr(ok, name), q) for w, q in QUANTILES.items()} for name in names}
         rates = (s.goodput_per_s, s.throughput_per_s, s.output_tokens_per_s, s.attainment)
         return cls(s.n, s.ok, *rates, s.span_s, True, spread)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of TTFT. mean_s: seconds. n: of how many it is the mean. source: "answers", or the servers' metric and role."""
+
+    name: str
+    mean_s: float
+    n: int
+    source: str
+
+
+_BY_HISTOGRAM = {
+    "queue_s": (("queue_s", "prefill"), ("queue_s", "mixed")),
+    "prefill_s": (("prefill_s", "prefill"), ("prefill_s", "mixed")),
+    # A decode engine's own queue holds what waits for its KV as well: it is the whole way from one stage to the other.
+    "transfer_s": (
+        ("queue_s", "decode"),
+        ("handover_s", "decode"),
+        ("transfer_s", "decode"),
+        ("transfer_s", "prefill"),
+    ),
+    "first_step_s": (("prefill_s", "decode"),),
+}
+"""Part -> (histogram, role) that measure it, the best first. A decode engine calls its first step a prefill."""
+
+
+def ttft_parts(observations: Observations, histograms: Sequence[Histogram]) -> list[Part]:
+    """TTFT = queue + prefill + transfer + first step, means over ok requests, from sent; as far as somebody tells.
+
+    A part is what the answers said, else the mean of the servers' histograms over the run. The last one, "rest", is what the
+    parts before it leave of TTFT: the network, the router, and whatever nobody tells. Empty where no part is known.
+    """
+    ok = observations.take(observations.ok)
+    ttft = ok.ttft_sent_s[np.isfinite(ok.ttft_sent_s)]
+    found: list[Part] = []
+    for name in STAGES:
+        values: Floats = getattr(ok, name)
+        values = values[np.isfinite(values)]
+        if len(values):
+            found.append(Part(name, float(values.mean()), len(values), "answers"))
+            continue
+        for histogram, role in _BY_HISTOGRAM[name]:
+            held = [h for h in histograms if (h.name, h.role) == (histogram, role) and h.count > 0]
+            if held:
+                count = sum(h.count for h in held)
+                source = f"{held[0].source} of {role}"
+                found.append(Part(name, sum(h.total for h in held) / count, int(count), source))
+                break
+    if found and len(ttft):
+        rest = float(ttft.mean()) - sum(p.mean_s for p in found)
+        found.append(Part("rest", rest, len(ttft), f"TTFT {float(ttft.mean()) * 1e3:.1f} ms less the parts"))
+    return found
 
 
 def meets(summary: Summary, observations: Observations, slo: Slo, attainment: float) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -37,6 +37,11 @@ ERRORS = ("refused", "reset", "timeout", "status", "malformed", "short", "stream
 ended. ``stream_error``: an error object inside a 200 stream."""
 
 ROLES = ("prefill", "decode", "mixed", "router")
+
+STAGES = ("queue_s", "prefill_s", "transfer_s", "first_step_s")
+"""TTFT = queue + prefill + transfer + first step, seconds. queue_s: from arrival to the start of the prefill. prefill_s: its
+forward passes. transfer_s: from there to the start of the first decode step: moving the KV and waiting for a place.
+first_step_s: that step."""
 
 
 # --- the fleet ------------------------------------------------------------------------------------------------------
@@ -267,7 +272,7 @@ class Observations:
 
     What the server said of how it served the request, durations in seconds (NaN, -1 or "" where it said nothing):
     prefill_worker, decode_worker: who served it. queue_s, prefill_s, transfer_s, first_step_s: the parts of TTFT, see
-    :data:`loadgen.engines.base.STAGES`. cached_tokens: prompt tokens found in a prefix cache. facts: all else, as JSON under
+    :data:`STAGES`. cached_tokens: prompt tokens found in a prefix cache. facts: all else, as JSON under
     the engine's own names.
     """
 
@@ -366,6 +371,16 @@ class Observations:
         from traces.frames import to_pandas
 
         return to_pandas(self)
+
+    def renamed(self, names: Mapping[str, str]) -> Observations:
+        """The same with the servers' workers under other names; a name that is not there stays."""
+        told = {c: getattr(self, c) for c in ("prefill_worker", "decode_worker")}
+        changed = {
+            c: np.array([names.get(v, v) for v in column.tolist()], dtype=object)
+            for c, column in told.items()
+            if any(names.get(v, v) != v for v in set(column.tolist()))
+        }
+        return replace(self, **changed) if changed else self
 
     def asked(self, name: str) -> Schedule:
         """What the rows asked for, with the lengths that the server counted, as a schedule."""

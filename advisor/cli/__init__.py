@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "synth": ("trace_verbs", "Make a synthetic trace (log-normal lengths, chosen arrivals)."),
     "traces": ("trace_verbs", "List stored traces, show one, export or delete it."),
     "serve": ("cluster_verbs", "Run the reference PD endpoint on loopback."),
+    "probe": ("probe_verb", "Find out what an endpoint is and tells, and what the advice lacks."),
     "strategies": ("strategies_verb", "Compare baseline, online, offline and static on the same requests."),
     "simulate": ("cluster_verbs", "Run a trace through the cluster model in virtual time."),
     "replay": ("replay_verbs", "Replay a trace against an endpoint through Locust and store every request."),

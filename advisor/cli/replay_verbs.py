@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from advisor.cli.common import GROUP, TRACE, db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.reaching import reached, reaching
 from advisor.cli.shaping import shape_options, shaped
 
 
@@ -55,9 +56,6 @@ def asked(f: Any) -> Any:
         ),
         click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
-        click.option("--engine", default="auto", show_default=True, help="auto, reference, openai, vllm or sglang."),
-        click.option("--model", help="Model to ask for [default: the server's first]."),
-        click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions."),
         click.option(
             "--prompts",
             type=click.Choice(["ids", "text"]),
@@ -80,17 +78,6 @@ def asked(f: Any) -> Any:
         ),
         click.option("--prefixes", is_flag=True, help="Prompts share what the trace's block ids say they shared."),
         click.option(
-            "--api-key-file",
-            type=click.Path(path_type=Path),
-            help="File with the bearer token [default: env STEELYARD_API_KEY].",
-        ),
-        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
-        click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
-        click.option("--cert", default="", metavar="FILE", help="PEM certificate that the client shows (mutual TLS)."),
-        click.option("--key", default="", metavar="FILE", help="PEM key of --cert, if it is not in the same file."),
-        click.option("--proxy", default="", metavar="URL", help="HTTP proxy, for example http://127.0.0.1:3128."),
-        click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
-        click.option(
             "--timeout",
             "timeout_s",
             type=click.FloatRange(min=0, min_open=True),
@@ -103,7 +90,7 @@ def asked(f: Any) -> Any:
     ]
     for option in reversed(options):
         f = option(f)
-    return shape_options(f)
+    return shape_options(reaching(f))
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -161,33 +148,14 @@ def _long(info: Any, options: dict[str, Any]) -> bool:
 
 def how(endpoints: Sequence[str], options: dict[str, Any], slo: Any) -> tuple[Any, dict[str, Any]]:
     """(targets, keyword arguments of :func:`loadgen.replay.replay`) from the options."""
-    from loadgen.client import target
+    from loadgen.discover import read_targets
     from loadgen.engines import single_token_words
-    from loadgen.replay import read_api_key
 
-    headers = {}
-    for header in options["headers"]:
-        name, colon, value = header.partition(":")
-        if not colon or not name.strip():
-            raise click.UsageError("--header takes NAME:VALUE.")
-        headers[name.strip()] = value.strip()
-    key = read_api_key(options["api_key_file"])
-    where = [
-        target(
-            endpoint,
-            api_key=key,
-            headers=headers,
-            ca_file=options["ca_file"],
-            insecure=options["insecure"],
-            cert_file=options["cert"],
-            key_file=options["key"],
-            proxy=options["proxy"],
-        )
-        for endpoint in endpoints
-    ]
+    where = reached(endpoints, options)
     return where, {
         "engine": options["engine"],
         "model": options["model"],
+        "targets": read_targets(options["targets"]) if options["targets"] else None,
         "chat": options["chat"],
         "text": options["prompts"] == "text" or options["tokenizer"] is not None,
         "prefixes": options["prefixes"],

@@ -151,7 +151,7 @@ def _short(run: Any) -> dict[str, Any]:
 @db_option
 def show_run(run_id: int, as_json: bool, db: str) -> None:
     """Everything known of one run: also how late the generator was, by worker and over time."""
-    from traces.measures import lag_by_worker, lag_over_time
+    from traces.measures import lag_by_worker, lag_over_time, ttft_parts
     from traces.store import open_store
 
     with open_store(db, create=False) as store:
@@ -159,10 +159,30 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         rows = store.observations(run.id)
         found = {"run": run.id} | figures(run, store.figures(run))
         readings = len(store.samples(run.id))
+        histograms = store.histograms(run.id)
+    parts = ttft_parts(run.counted(rows), histograms)
     workers = {str(w): plain(lag) | run.costs.get(str(w), {}) for w, lag in lag_by_worker(rows).items()}
     stretches = [{"from_s": a, "to_s": b} | plain(lag) for a, b, lag in lag_over_time(rows)]
     if as_json:
-        held = {"samples": readings, "changes": list(run.changes), "digest": run.schedule_digest}
+        held = {
+            "samples": readings,
+            "changes": list(run.changes),
+            "digest": run.schedule_digest,
+            "sources": run.sources,
+            "ttft_parts": [{"part": p.name, "mean_ms": p.mean_s * 1e3, "n": p.n, "source": p.source} for p in parts],
+            "histograms": [
+                {
+                    "worker": h.worker,
+                    "role": h.role,
+                    "name": h.name,
+                    "source": h.source,
+                    "count": h.count,
+                    "mean": h.mean,
+                }
+                | {"p50": h.quantile(0.5), "p99": h.quantile(0.99)}
+                for h in histograms
+            ],
+        }
         emit_json(found | held | {"lag_by_worker": workers, "lag_over_time": stretches})
         return
     from advisor.cli.replay_verbs import show
@@ -179,6 +199,12 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         f"schedule {run.schedule_digest[:12]}" + (f" ({'; '.join(run.changes)})" if run.changes else ""),
         markup=False,
     )
+    if parts:
+        console.print(
+            "  TTFT, means: " + "  +  ".join(f"{p.name.removesuffix('_s')} {p.mean_s * 1e3:.1f}" for p in parts) + " ms"
+        )
+        for p in parts[:-1]:
+            console.print(f"    {p.name.removesuffix('_s')}: {p.source}, n = {p.n}", markup=False)
     for worker, lag in workers.items():
         p50, p99, worst = (lag[q] or 0.0 for q in ("p50_ms", "p99_ms", "max_ms"))
         cost = ""

@@ -9,8 +9,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from loadgen.engines.base import FACTS, STAGES, Dialect, Engine, Glance, Metric, Server, Worker
+from loadgen.engines.base import FACTS, Dialect, Engine, Glance, Metric, Server, Worker
 from traces.errors import InputError
+from traces.records import STAGES
 
 __all__ = [
     "EXACT",

@@ -13,15 +13,13 @@ from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
 from traces.errors import EndpointError
-from traces.records import Sample
+from traces.records import STAGES, Sample
 
 GLANCE_S = 5.0
 """How long a server may take to answer one question of a probe."""
 
-STAGES = ("queue_s", "prefill_s", "transfer_s", "first_step_s")
-"""TTFT = queue + prefill + transfer + first step, seconds. queue_s: from arrival to the start of the prefill. prefill_s: its
-forward passes. transfer_s: from there to the start of the first decode step: moving the KV and waiting for a place.
-first_step_s: that step."""
+ELSEWHERE_S = 1.5
+"""The same on a port where perhaps nobody is: a firewall may swallow the question."""
 
 FACTS = ("prefill_worker", "decode_worker", *STAGES, "cached_tokens")
 """What :meth:`Engine.facts` may say under a name of ours; everything else is kept under the engine's own."""
@@ -61,11 +59,19 @@ class Server(Protocol):
 
 
 class Glance:
-    """What a server answers to harmless questions, each asked once; a question that fails is answered by nothing."""
+    """What a server answers to harmless questions, each asked once; a question that fails is answered by nothing.
 
-    def __init__(self, server: Server, timeout_s: float = GLANCE_S) -> None:
+    elsewhere: makes a Server of a URL, for questions to other ports of the same host; without it those are not asked.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        timeout_s: float = GLANCE_S,
+        elsewhere: Callable[[str], Server] | None = None,
+    ) -> None:
         self.shown = server.shown
-        self._server, self._timeout_s = server, timeout_s
+        self._server, self._timeout_s, self._elsewhere = server, timeout_s, elsewhere
         self._held: dict[str, Reply | None] = {}
 
     def get(self, path: str) -> Reply | None:
@@ -87,6 +93,15 @@ class Glance:
         reply = self.get(path)
         return reply.text if reply is not None and reply.status == 200 else ""
 
+    def page(self, port: int) -> tuple[str, str]:
+        """(URL, text) of /metrics on another port of the same host; ("", "") where nothing answers."""
+        host = urlsplit(self.shown).hostname or ""
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if self._elsewhere is None or not host:
+            return "", ""
+        text = Glance(self._elsewhere(url), ELSEWHERE_S).text("/metrics")
+        return (f"{url}/metrics", text) if text else ("", "")
+
     @property
     def models(self) -> list[dict[str, Any]]:
         """What ``/v1/models`` lists."""
@@ -105,9 +120,10 @@ def member(held: Any, name: str) -> Any:
     return held.get(name) if isinstance(held, dict) else None
 
 
-def netloc(url: str) -> str:
-    """HOST:PORT of a URL, or the text as it is: by that a worker is known, whoever names it."""
-    return urlsplit(url).netloc if "://" in url else url
+def address(url: str) -> str:
+    """HOST:PORT of a URL (and its path, if it has one beside that of metrics): by that a worker is known, whoever names it."""
+    bare = url.partition("://")[2].rpartition("@")[2] if "://" in url else url
+    return bare.rstrip("/").removesuffix("/metrics").removesuffix("/prometheus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +148,7 @@ class Worker:
     @property
     def names(self) -> set[str]:
         """Everything by which somebody may call it."""
-        return {n for n in (self.name, self.id, netloc(self.url), netloc(self.metrics)) if n}
+        return {n for n in (self.name, self.id, address(self.url), address(self.metrics)) if n}
 
 
 @dataclass(frozen=True, slots=True)

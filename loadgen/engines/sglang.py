@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from loadgen.engines.base import Engine, Glance, Metric, Worker, member
-from loadgen.engines.vllm import routed_workers
+from loadgen.engines.vllm import routed_workers, router_page
 
 _MS = 1e-3
 
@@ -85,8 +85,9 @@ class Sglang(Engine):
         return ""
 
     def workers(self, seen: Glance) -> list[Worker]:
-        """As ``GET /workers`` of the router lists them."""
-        return routed_workers(seen)
+        """As ``GET /workers`` of the router lists them; before them the router, if its metrics are on its default port."""
+        listed = routed_workers(seen)
+        return (router_page(seen, "smg_", listed)[0] if listed else []) + listed
 
     def facts(self, kept: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
         """Seconds of ``meta_info`` under its own names; its queue is the scheduler's of the worker that answered."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from loadgen.engines.base import Engine, Glance, Metric, Worker, member, netloc
+from loadgen.engines.base import Engine, Glance, Metric, Worker, address, member
 
 TABLE = (
     Metric("trtllm_num_requests_waiting", "waiting_requests"),
@@ -68,7 +68,7 @@ class TrtLlm(Engine):
                     url = f"http://{host}:{port}"
                     found.append(
                         Worker(
-                            netloc(url), role, url, f"{url}/prometheus/metrics", id=str(member(one, "worker_id") or "")
+                            address(url), role, url, f"{url}/prometheus/metrics", id=str(member(one, "worker_id") or "")
                         )
                     )
         return found

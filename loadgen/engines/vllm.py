@@ -10,13 +10,18 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from loadgen.engines.base import Engine, Glance, Metric, Worker, member, netloc
+from loadgen.engines.base import Engine, Glance, Metric, Worker, address, member
 from traces.records import Sample
 
 _PAIR = re.compile(r"___prefill_addr_(.+?)___decode_addr_(.+?)_[0-9a-f]+$")
 """vllm-router puts both workers into the id of the answer."""
 
 _TRANSFERRED = ("external_kv_transfer",)
+
+ROUTER_PORT = 29000
+"""Where vllm-router and sglang-router show their metrics if nobody says otherwise."""
+
+_NAMED = re.compile(r'^vllm_router_pd_(prefill|decode)_requests_total\{(?:.*,)?worker="([^"]+)"', re.MULTILINE)
 
 TABLE = (
     Metric("vllm:num_requests_waiting", "waiting_requests"),
@@ -99,7 +104,7 @@ def routed_workers(seen: Glance) -> list[Worker]:
         port = one.get("bootstrap_port")
         found.append(
             Worker(
-                netloc(url),
+                address(url),
                 {"prefill": "prefill", "decode": "decode", "regular": "mixed"}.get(kind, ""),
                 url,
                 url.rstrip("/") + "/metrics",
@@ -109,6 +114,14 @@ def routed_workers(seen: Glance) -> list[Worker]:
             )
         )
     return sorted(found, key=lambda w: (w.role != "prefill", w.name))
+
+
+def router_page(seen: Glance, prefix: str, workers: list[Worker]) -> tuple[list[Worker], str]:
+    """(the router as a worker, or none; its page), where its default port shows its names and, if there are any, its workers'."""
+    url, text = seen.page(ROUTER_PORT)
+    if f"\n{prefix}" not in f"\n{text}" or (workers and not any(w.url in text for w in workers)):
+        return [], ""
+    return [Worker("router", "router", metrics=url)], text
 
 
 class Vllm(Engine):
@@ -133,8 +146,21 @@ class Vllm(Engine):
         return said if isinstance(said, str) else ""
 
     def workers(self, seen: Glance) -> list[Worker]:
-        """As ``GET /workers`` of vllm-router lists them: none in its discovery mode, and none without a router."""
-        return routed_workers(seen)
+        """As ``GET /workers`` of vllm-router lists them. In its discovery mode that is empty, and its metrics name them.
+
+        There those that have left are still named, and one that has changed its role is named in both: its role is left open.
+        """
+        listed = routed_workers(seen)
+        router, text = router_page(seen, "vllm_router_", listed)
+        if not listed:
+            roles: dict[str, set[str]] = {}
+            for role, url in _NAMED.findall(text):
+                roles.setdefault(url, set()).add(role)
+            listed = [
+                Worker(address(url), held.copy().pop() if len(held) == 1 else "", url, url.rstrip("/") + "/metrics")
+                for url, held in sorted(roles.items())
+            ]
+        return router + listed
 
     def role(self, before: Sample | None, now: Sample) -> str:
         """By where the KV of its prompts came from."""

@@ -1,0 +1,307 @@
+"""What stands behind an endpoint: which engine, which workers, their roles and metrics pages.
+
+Workers come from the targets file first, then from what the router or frontend lists, then from its metrics. Roles the same
+way; where nobody says one, a worker's own metrics may betray it.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loadgen import engines
+from loadgen.client import target
+from loadgen.control import Endpoint
+from loadgen.engines import Engine, Glance, Worker
+from loadgen.engines.base import address, member
+from loadgen.scrape import MOST_BYTES, PAGE_S, PARALLEL, page_of, read
+from traces.errors import InputError, SteelyardError
+from traces.records import ROLES, Fleet, Sample
+
+POD_ROLES = (
+    "llm-d.ai/role",
+    "nvidia.com/dynamo-sub-component-type",
+    "disaggregatedset.x-k8s.io/role",
+    "app.kubernetes.io/component",
+    "component",
+    "role",
+)
+"""Labels of a pod that name its role, the most telling first."""
+
+POD_WORDS = {"prefill": "prefill", "decode": "decode", "both": "mixed", "prefill-decode": "mixed", "router": "router"}
+
+PORT_NAMES = ("metrics", "http-metrics", "system", "engine", "vllm", "sglang", "http")
+
+_WORKER_KEYS = {"name", "role", "url", "metrics", "weight", "id", "pid"}
+_KEYS = {"engine", "version", "model", "request", "endpoint", "router", "router_metrics", "worker", "workers"}
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """A targets file. engine: as it names it, or ""."""
+
+    file: str
+    workers: tuple[Worker, ...]
+    engine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What was found. why: by what the engine is known. by: who told of the workers. notes: what does not agree."""
+
+    engine: Engine
+    why: str
+    version: str
+    workers: tuple[Worker, ...]
+    by: str
+    notes: tuple[str, ...] = ()
+
+    def count(self, role: str) -> int:
+        """Workers of a role that are not known to be ill; one with two pages (its engine's and its GPUs') counts once."""
+        return sum({w.name: w.weight for w in self.workers if w.role == role and w.healthy is not False}.values())
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The fleet that the workers are; None where a role is not known or lacks its workers."""
+        prefill, decode, mixed = (self.count(role) for role in ("prefill", "decode", "mixed"))
+        if any(not w.role and w.healthy is not False for w in self.workers):
+            return None
+        return Fleet(prefill, decode, mixed) if mixed or (prefill and decode) else None
+
+    @property
+    def lacks(self) -> str:
+        """The role that has no worker although the other has some; ""."""
+        if self.count("mixed") or any(not w.role for w in self.workers):
+            return ""
+        prefill, decode = self.count("prefill"), self.count("decode")
+        return "" if bool(prefill) == bool(decode) else "decode" if prefill else "prefill"
+
+    @property
+    def shown(self) -> str:
+        """``2 prefill, 1 decode``, and who says so."""
+        told = [f"{self.count(r)} {r}" for r in ROLES[:3] if self.count(r) or r != "mixed"]
+        unknown = sum(not w.role for w in self.workers)
+        return ", ".join(told + ([f"{unknown} of unknown role"] if unknown else [])) + f" ({self.by})"
+
+
+# --- the targets file -----------------------------------------------------------------------------------------------
+
+
+def read_targets(path: Path) -> Targets:
+    """Workers from TOML, JSON, or what ``kubectl get pods -o json`` printed. InputError says what is wrong where."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        words = error.strerror if isinstance(error, OSError) else "not text"
+        raise InputError(f"--targets {path}: cannot be read ({words}).") from None
+    try:
+        held = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        kind = "TOML" if path.suffix == ".toml" else "JSON (or name it .toml)"
+        raise InputError(f"--targets {path}: is no {kind} ({str(error)[:80]}).") from None
+    if not isinstance(held, dict):
+        raise InputError(f"--targets {path}: must hold a table of workers, as docs/engines.md shows.")
+    if isinstance(held.get("items"), list):
+        return Targets(str(path), _pods(held["items"], path))
+    unknown = sorted(set(held) - _KEYS)
+    if unknown:
+        raise InputError(f"--targets {path}: {unknown[0]!r} is not known. Known: {', '.join(sorted(_KEYS))}.")
+    listed = held.get("workers", held.get("worker"))
+    if not isinstance(listed, list) or not listed:
+        raise InputError(f"--targets {path}: lists no worker. Write [[worker]] with role and metrics.")
+    workers = [_worker(one, f"--targets {path}: worker {n}") for n, one in enumerate(listed, start=1)]
+    router = held.get("router_metrics")
+    if router:
+        workers.insert(0, _worker({"name": "router", "role": "router", "metrics": router}, f"--targets {path}"))
+    names = [w.name for w in workers]
+    twice = next((n for n in names if names.count(n) > 1 and not _same(workers, n)), "")
+    if twice:
+        raise InputError(f"--targets {path}: two workers are named {twice!r}, with different roles. Name them apart.")
+    engine = held.get("engine", "")
+    return Targets(str(path), tuple(workers), engine if isinstance(engine, str) else "")
+
+
+def _same(workers: Sequence[Worker], name: str) -> bool:
+    """Several pages of one worker (its engine's and its GPUs') have one role."""
+    return len({w.role for w in workers if w.name == name}) == 1
+
+
+def _worker(held: Any, where: str) -> Worker:
+    if not isinstance(held, dict):
+        raise InputError(f"{where} must be a table with role and metrics.")
+    unknown = sorted(set(held) - _WORKER_KEYS)
+    if unknown:
+        raise InputError(f"{where}: {unknown[0]!r} is not known. Known: {', '.join(sorted(_WORKER_KEYS))}.")
+    texts = {key: held.get(key, "") for key in ("name", "role", "url", "metrics", "id")}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {key} must be text (got {value!r}).")
+    if texts["role"] not in ("", *ROLES):
+        raise InputError(f"{where}: role must be one of {', '.join(ROLES)} (got {texts['role']!r}).")
+    weight = held.get("weight", 1)
+    if type(weight) is not int or weight < 1:
+        raise InputError(f"{where}: weight must be a whole number of workers, 1 or more (got {weight!r}).")
+    for key in ("url", "metrics"):
+        if texts[key]:
+            try:
+                target(texts[key])
+            except InputError:
+                raise InputError(f"{where}: {key} must be an http or https URL (got {texts[key]!r}).") from None
+    if texts["url"] and not texts["metrics"]:
+        texts["metrics"] = texts["url"].rstrip("/") + "/metrics"
+    name = texts["name"] or address(texts["url"]) or texts["id"] or address(texts["metrics"])
+    if not name:
+        raise InputError(f"{where}: needs metrics (a URL), url or name.")
+    return Worker(name, texts["role"], texts["url"], texts["metrics"], weight, texts["id"])
+
+
+def _pods(items: Sequence[Any], path: Path) -> tuple[Worker, ...]:
+    """Workers from a list of Kubernetes pods: role by label, page by annotation or port. A group's leader stands for it."""
+    found = []
+    for pod in items:
+        meta, spec, status = (member(pod, key) for key in ("metadata", "spec", "status"))
+        labels, notes = (member(meta, key) or {} for key in ("labels", "annotations"))
+        role = next((POD_WORDS[labels[k]] for k in POD_ROLES if labels.get(k) in POD_WORDS), "")
+        address = member(status, "podIP")
+        leader = labels.get("leaderworkerset.sigs.k8s.io/worker-index", "0") == "0"
+        if not role or not address or not leader or member(status, "phase") != "Running":
+            continue
+        ports = [
+            (str(p.get("name", "")), p["containerPort"])
+            for container in member(spec, "containers") or ()
+            for p in member(container, "ports") or ()
+            if isinstance(member(p, "containerPort"), int)
+        ]
+        by_name = dict(ports)
+        port = notes.get("prometheus.io/port") or next((by_name[n] for n in PORT_NAMES if n in by_name), None)
+        port = port or (ports[0][1] if ports else None)
+        host = f"[{address}]" if ":" in str(address) else address
+        page = f"http://{host}:{port}{notes.get('prometheus.io/path', '/metrics')}" if port else ""
+        found.append(Worker(str(member(meta, "name")), role, metrics=page))
+    if not found:
+        raise InputError(
+            f"--targets {path}: no running pod has a role. Its label must be one of {', '.join(POD_ROLES)}, "
+            "its value prefill or decode."
+        )
+    return tuple(found)
+
+
+# --- the endpoint ---------------------------------------------------------------------------------------------------
+
+
+def glance(server: Endpoint) -> Glance:
+    """Questions to a server and to others on its host."""
+
+    def elsewhere(url: str) -> Endpoint:
+        return Endpoint(target(url))  # without the endpoint's credentials
+
+    return Glance(server, elsewhere=elsewhere)
+
+
+def discover(server: Endpoint, *, engine: str = "auto", targets: Targets | None = None) -> Discovery:
+    """Ask a server, and the pages of its workers where a role is missing, who works behind it. Harmless GETs only."""
+    seen = glance(server)
+    if engine == "auto" and targets is not None and targets.engine:
+        engine = targets.engine
+    known, why = engines.recognise(seen) if engine == "auto" else (engines.engine(engine), "as it was named")
+    notes: list[str] = []
+    if targets is None:
+        workers = _listed(server, known, seen)
+        by = f"{server.shown} lists them" if workers else "nobody lists workers"
+    else:
+        workers, by = _agreed(targets, known.workers(seen), notes), targets.file
+        workers = _with_roles(server, known, workers, ask_all=False)
+    for worker in workers:
+        if worker.healthy is False:
+            notes.append(f"worker {worker.name} ({worker.role or 'unknown role'}) is not healthy, says the router")
+    return Discovery(known, why, known.version(seen), tuple(workers), by, tuple(notes))
+
+
+def again(server: Endpoint, found: Discovery) -> Discovery:
+    """The same with the workers that are listed now."""
+    return replace(found, workers=tuple(_listed(server, found.engine, glance(server))))
+
+
+def _listed(server: Endpoint, known: Engine, seen: Glance) -> list[Worker]:
+    """Workers by the endpoint's own word. Those that only its metrics name may have left long ago: who does not answer is out."""
+    workers = known.workers(seen)
+    stale = bool(workers) and seen.json("/workers") is not None and not member(seen.json("/workers"), "workers")
+    return _with_roles(server, known, workers, ask_all=stale)
+
+
+def _agreed(targets: Targets, listed: Sequence[Worker], notes: list[str]) -> list[Worker]:
+    """The workers of the file, with what the server lists of them; what does not agree is noted."""
+    found = []
+    heard: set[str] = set()
+    for worker in targets.workers:
+        same = next((w for w in listed if w.names & worker.names and w.role != "router"), None)
+        if same is None:
+            found.append(worker)
+            continue
+        heard.add(same.name)
+        if worker.role and same.role and worker.role != same.role:
+            notes.append(
+                f"worker {worker.name} is {worker.role} in {targets.file}, but the server lists it as {same.role}"
+            )
+        found.append(
+            replace(
+                worker,
+                role=worker.role or same.role,
+                url=worker.url or same.url,
+                metrics=worker.metrics or same.metrics,
+                id=worker.id or same.id,
+                healthy=same.healthy,
+                details=same.details,
+            )
+        )
+    for worker in listed:  # those that only an id names may be in the file without it
+        if worker.role != "router" and worker.url and worker.name not in heard:
+            notes.append(
+                f"the server lists {worker.name} ({worker.role or 'unknown role'}), which {targets.file} lacks"
+            )
+    return found
+
+
+def _with_roles(server: Endpoint, known: Engine, workers: Sequence[Worker], *, ask_all: bool) -> list[Worker]:
+    """Workers whose role nobody said, with the one that their page says or betrays; those that do not answer are ill.
+
+    ask_all: the pages of the others are asked, too, and those that do not answer are left out.
+    """
+    open_ones = [w for w in workers if w.metrics and w.role != "router" and (ask_all or not w.role)]
+    if not open_ones:
+        return list(workers)
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        told = dict(
+            zip([w.name for w in open_ones], pool.map(lambda w: _role(server, known, w), open_ones), strict=True)
+        )
+    found = []
+    for worker in workers:
+        role = told.get(worker.name, "")
+        if role is None:
+            if not ask_all:
+                found.append(replace(worker, healthy=False))
+        else:
+            found.append(replace(worker, role=worker.role or role))
+    return found
+
+
+def _role(server: Endpoint, known: Engine, worker: Worker) -> str | None:
+    """By label or by what was counted; "" if neither says it, None if the page does not come."""
+    try:
+        endpoint, path = page_of(server, worker)
+        answer = endpoint.fetch("GET", path, timeout_s=PAGE_S, most_bytes=MOST_BYTES)
+        reading = read(answer.text, worker, known.name)
+    except (SteelyardError, ValueError):
+        return None
+    if answer.status != 200:
+        return None
+    for (_, role), values in reading.samples.items():
+        betrayed = role or known.role(None, Sample(0.0, worker.name, "mixed", **values))
+        if betrayed:
+            return betrayed
+    return ""
