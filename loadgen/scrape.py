@@ -6,6 +6,7 @@ line means is told by :class:`loadgen.engines.Metric`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import threading
@@ -383,11 +384,15 @@ class Scraper:
     def _main(self) -> None:
         when = time.monotonic()
         while not self._stop.is_set():
-            self._tell(self._round(self._period_s))
-            self._look()
+            try:
+                self._tell(self._round(self._period_s))
+                self._look()
+            except (RuntimeError, MemoryError):  # the machine gives no thread: this round has no reading, the next may
+                self.failures += 1
             when = max(when + self._period_s, time.monotonic())
             self._stop.wait(max(0.0, when - time.monotonic()))
-        self._tell(self._round(PAGE_S))  # the difference over the run ends here
+        with contextlib.suppress(RuntimeError, MemoryError):
+            self._tell(self._round(PAGE_S))  # the difference over the run ends here
 
     def _tell(self, found: list[Sample]) -> None:
         if found:

@@ -8,6 +8,7 @@ import math
 import shutil
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields, replace
@@ -22,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import traces.store
 from tests import keep_revision
 from tests.test_features import run_of
 from traces.errors import InputError, StoreError
@@ -467,3 +469,15 @@ def test_credentials_of_an_endpoint_never_reach_a_row(sqlite_url: str) -> None:
 def test_slo_text_of_a_run_reads_back() -> None:
     """The SLO that a run stores is one that the parser reads."""
     assert Slo.parse(a_run().slo) == Slo.parse("ttft<0.5s")
+
+
+def test_a_server_that_says_nothing_is_given_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wait has a bound: a PostgreSQL that was stopped in the middle of a question is an error, and the next question goes
+    to a new connection."""
+    with open_store(postgres_url) as store:
+        monkeypatch.setattr(traces.store, "ANSWER_S", 0.5)
+        before = time.monotonic()
+        with pytest.raises(StoreError, match=r"has not answered for 0\.5 s"), store._begin() as connection:
+            connection.execute(sa.text("SELECT pg_sleep(20)"))
+        assert time.monotonic() - before < 5
+        assert store.runs() == []

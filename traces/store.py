@@ -463,6 +463,8 @@ def _engine(url: str, *, create: bool) -> sa.Engine:
                 isolation_level="READ COMMITTED",
                 connect_args={"connect_timeout": 10} if parsed.drivername in _TIMED else {},
             )
+            if parsed.drivername == "postgresql+psycopg":
+                sa.event.listen(engine, "connect", _give_up_in_time)
     except NoSuchModuleError:
         raise StoreError(
             f"--db {shown!r}: unknown kind of database. Use sqlite:///, postgresql:// or mariadb://."
@@ -475,6 +477,38 @@ def _engine(url: str, *, create: bool) -> sa.Engine:
 
 
 _TIMED = ("postgresql+psycopg", "mariadb+pymysql")
+
+
+ANSWER_S = 600.0
+"""A PostgreSQL that says nothing for this long while it is asked for something is given up. Its own statement_timeout does not
+help where the server is stopped and not gone."""
+
+
+def _give_up_in_time(connection: Any, _record: Any) -> None:
+    """Bound psycopg's waits: it looks up every tenth of a second, but for ever."""
+    wait = connection.wait
+
+    def within(steps: Any, *how: Any, **named: Any) -> Any:
+        def bounded() -> Any:
+            until = time.monotonic() + ANSWER_S
+            try:
+                step = next(steps)
+                while True:
+                    ready = yield step
+                    if ready:
+                        until = time.monotonic() + ANSWER_S
+                    elif time.monotonic() > until:
+                        connection.pgconn.finish()  # what it is in the middle of is unknown
+                        import psycopg
+
+                        raise psycopg.OperationalError(f"the server has not answered for {ANSWER_S:g} s")
+                    step = steps.send(ready)
+            except StopIteration as done:
+                return done.value
+
+        return wait(bounded(), *how, **named)
+
+    connection.wait = within
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:

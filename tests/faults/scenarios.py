@@ -642,8 +642,9 @@ def little_memory(folder: Path, seed: int) -> Outcome:
         _begin(t)
         pid = t.workers()[0]
         at = t.rest(0.5, 1.5)
-        used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
+        with contextlib.suppress(OSError):  # it has ended already
+            used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
         return t.count(at, hung=not t.ended(END_S))
 
 
@@ -653,8 +654,9 @@ def little_memory_master(folder: Path, seed: int) -> Outcome:
         _begin(t)
         assert t.master is not None
         at = t.rest(0.0, 1.0)
-        used = int(Path(f"/proc/{t.master.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(t.master.pid, resource.RLIMIT_AS, (used, used))
+        with contextlib.suppress(OSError):  # it has ended already
+            used = int(Path(f"/proc/{t.master.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.prlimit(t.master.pid, resource.RLIMIT_AS, (used, used))
         hung = not t.ended(END_S)
         return t.count(at, hung=hung, whole=False)
 
