@@ -599,7 +599,8 @@ def next_probe(
         why = "no run was quiet enough to show TTFT without a queue"
     else:
         likely = [best.fleet] + ([runner_up.fleet] if runner_up else [])
-        found = values(proposals(schedule, fit.profile, gpus, likely, per_worker), schedule, laws, goodputs, slo)
+        ideas = proposals(schedule, fit.profile, gpus, likely, per_worker, laws)
+        found = values(ideas, schedule, laws, goodputs, slo)
         by_aim = {p.aim: p for p in reversed(found)}
         chosen = max(found, key=lambda p: p.gain)
         if not sure and seen.prefill < 0.7:

@@ -36,14 +36,27 @@ class Probe:
 
 
 def proposals(
-    schedule: Schedule, laws: Profile, gpus: int, likely: Sequence[Fleet], per_worker: tuple[int, int]
+    schedule: Schedule,
+    laws: Profile,
+    gpus: int,
+    likely: Sequence[Fleet],
+    per_worker: tuple[int, int],
+    draws: Sequence[Profile] = (),
 ) -> list[Probe]:
-    """Runs worth thinking about: either stage saturated, and the likely fleets at the rate asked about."""
+    """Runs worth thinking about: either stage saturated, and the likely fleets at the rate asked about.
+
+    The stage that is saturated has two workers where there are enough: one would not show how its queue is routed to.
+    """
     fleets = Fleet.splits(gpus, per_worker)
     rate = schedule.rate_per_s
     found = []
-    ends = {"prefill": fleets[0], "decode": fleets[-1]}
-    load = load_of(laws, schedule, ends["prefill"]).prefill
+    second = 1 if len(fleets) >= 7 else 0
+    ends = {"prefill": fleets[second], "decode": fleets[-1 - second]}
+    # Saturated even if batches hold more than they are thought to: the load that most draws exceed.
+    loads = [load_of(p, schedule, ends["prefill"]).prefill for p in draws] or [
+        load_of(laws, schedule, ends["prefill"]).prefill
+    ]
+    load = float(np.quantile(loads, 0.2))
     n = min(len(schedule), REQUESTS)
     found.append(Probe(ends["prefill"], rate * 1.3 / max(load, 1e-3), n, "prefill"))
     found.append(Probe(ends["decode"], decode_saturating(schedule, laws, ends["decode"]), n, "decode"))
