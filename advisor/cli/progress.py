@@ -49,7 +49,8 @@ def _remaining(done: float, total: float | None, elapsed: float, left: Left) -> 
     """Seconds left, None where nobody can know."""
     if left is not None:
         known = left()
-        return known if known == known else None
+        if known == known:
+            return known
     if not total or done <= 0 or elapsed < 1.0:
         return None
     return elapsed * (total - done) / done
