@@ -26,7 +26,7 @@ from advisor.report.markdown import escape
 from advisor.report.page import asset, policy
 from advisor.report.parts import Mark, Plot, Report, Rule
 from advisor.report.pdf import BROWSERS, browser
-from advisor.report.reproduce import replay_command
+from advisor.report.reproduce import advise_command, replay_command
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
@@ -276,6 +276,15 @@ def test_the_command_of_a_run_asks_the_same_again() -> None:
     assert replay_command(run) == (
         "steelyard replay 'my trace' --endpoint URL --fleet 3:5 --requests 40 --rate-factor 0.3333333333333333 "
         "--slo 'ttft<0.5s' --workers 1 --seed 7  # ramp over 5 s"
+    )
+
+
+def test_the_command_of_an_answer_is_one_that_the_tool_takes() -> None:
+    """Traffic, SLO, runs and seed stand in it, quoted for a shell."""
+    answer = {"gpus": 8, "slo": str(SLO), "trace": "a b", "rate_per_s": 8.08, "runs": [1, 2], "seed": 3}
+    answer |= {"schedule_changes": ["first 600 of 19366 requests", "rate x2"]}
+    assert advise_command(answer) == (
+        "steelyard advise --gpus 8 --slo 'ttft<0.5s tpot<50ms' --trace 'a b' --requests 600 --rate 8.08 --run 1 --run 2 --seed 3"
     )
 
 

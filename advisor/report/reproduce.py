@@ -54,15 +54,35 @@ def reproduce(
             ]
         )
     code = [("This report", "\n".join(commands))] if commands else []
+    if answer.get("candidates"):
+        code.append(("The answer", advise_command(answer)))
     if runs:
         code.append(("The runs", "\n".join(replay_command(run) for run in runs[:40])))
     return Section(
         "reproduce",
         "How to get this again",
-        "The commands, in order; then what they ran with. Same rows, same seed: same answer.",
+        "Versions, seeds and data, then the commands. Same rows, same seed: same answer.",
         table=Table(["what", "value"], rows),
         code=code,
     )
+
+
+def advise_command(answer: Mapping[str, Any]) -> str:
+    """A command line that asks the same of the same runs, as far as the answer says it."""
+    words = ["steelyard", "advise"]
+    for name in ("gpus", "slo", "trace"):
+        if answer.get(name):
+            words += [f"--{name}", str(answer[name])]
+    for change in answer.get("schedule_changes") or ():
+        if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
+            words += ["--requests", match[1]]
+        elif change.startswith("rate x"):
+            words += ["--rate", f"{answer['rate_per_s']:.12g}"]
+    for run in answer.get("runs") or ():
+        words += ["--run", str(run)]
+    if "seed" in answer:
+        words += ["--seed", str(answer["seed"])]
+    return shlex.join(words)
 
 
 def replay_command(run: Run) -> str:

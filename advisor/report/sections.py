@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from advisor.report.digest import METRICS, QUANTILES, Digest, Over, Traffic
+from advisor.report.draw import short
 from advisor.report.parts import How, Mark, Plot, Report, Rule, Section, Table
 from advisor.report.whatif import Case, turning_points
 from traces.measures import LAG_LIMIT_S, Slo
@@ -41,9 +42,9 @@ def build(
     held = bool(answer.get("candidates"))
     sections = [
         *((_goodput(answer, runs), _p99(answer, slo, runs)) if held else ()),
+        *((_rules(answer),) if held and answer.get("baselines") else ()),
         *distributions(runs, slo),
         *servers(runs),
-        *((_rules(answer),) if answer.get("baselines") else ()),
         *(traffic_sections(traffic, answer) if traffic else ()),
         *laws(runs, answer),
         lag(runs, slo),
@@ -301,7 +302,7 @@ def _goodput(answer: Mapping[str, Any], runs: Sequence[Digest]) -> Section:
         "goodput",
         "Goodput by split",
         f"Requests per second within {answer.get('slo', 'the SLO')}, predicted, with {kind}: {_more(told, 4)}. "
-        f"Recommended: {best}{f', runner-up: {rival}' if rival else ''}.",
+        f"Recommended: {best}{f', runner-up: {rival}' if rival else ''}. Of splits within 1 % of each other the smaller P99 E2E decides.",
         Plot("prefill:decode", "goodput, req/s", marks, rules, categories=names),
         _splits_table(rows, best, rival),
     )
@@ -315,8 +316,7 @@ def _splits_table(rows: Sequence[Mapping[str, Any]], best: str, rival: str) -> T
         "TTFT p99, s",
         "TPOT p99, ms",
         "E2E p99, s",
-        "prefill busy",
-        "decode busy",
+        "busy, P / D",
         "best in draws",
     ]
     lines = []
@@ -332,8 +332,7 @@ def _splits_table(rows: Sequence[Mapping[str, Any]], best: str, rival: str) -> T
                 span(*_figure(c, "ttft_p99_s")),
                 span(*_figure(c, "tpot_p99_s"), unit=1e3),
                 span(*_figure(c, "e2e_p99_s")),
-                _share(num(busy.get("prefill"))),
-                _share(num(busy.get("decode"))),
+                f"{_share(num(busy.get('prefill')))} / {_share(num(busy.get('decode')))}",
                 _share(num(c.get("wins"))),
             ]
         )
@@ -386,7 +385,8 @@ def _rules(answer: Mapping[str, Any]) -> Section:
         name, lost = _fleet(rule), num(rule.get("regret"))
         rows.append([str(rule["name"]), name, f"{goodput.get(name, math.nan):.3g}", _share(lost, 1)])
         told.append(f"{rule['name']} says {name}, {_share(lost)} lost")
-    rows.append(["this answer", best, f"{goodput.get(best, math.nan):.3g}", "–"])
+    mine, most = goodput.get(best, math.nan), max(goodput.values())
+    rows.append(["this answer", best, f"{mine:.3g}", _share(1 - mine / most if most > 0 else math.nan, 1)])
     return Section(
         "rules",
         "What the usual rules would have said",
@@ -569,7 +569,7 @@ def _role_changes(drawn: Sequence[Digest], some: Sequence[Digest], note: str) ->
             for c in changing[0].changes
         ]
     if rows:
-        text = f"Workers by role, and {len(rows)} role changes: each with the reason that the policy gave."
+        text = f"Workers by role, and every role change ({len(rows)}) with the reason that the policy gave."
     else:
         text = "Workers by role as the servers named themselves. No run changed roles."
     table = (
@@ -594,7 +594,10 @@ def traffic_sections(traffic: Traffic, answer: Mapping[str, Any]) -> list[Sectio
 
     def told(name: str) -> str:
         values = v[name][np.isfinite(v[name])]
-        return f"mean {values.mean():.3g}, {values.min():.3g} to {values.max():.3g}" if len(values) else "nothing"
+        mean, low, high = (
+            (short(float(f"{f(values):.3g}")) for f in (np.mean, np.min, np.max)) if len(values) else ("–",) * 3
+        )
+        return f"mean {mean}, {low} to {high}"
 
     found = [
         Section(
