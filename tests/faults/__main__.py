@@ -20,7 +20,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def main() -> int:
     )
     minutes = spent + (time.monotonic() - began) / 60
     if options.keep:
-        options.keep.write_text(json.dumps({"minutes": minutes, "lines": [asdict(line) for line in lines.values()]}))
+        options.keep.write_text(json.dumps({"minutes": minutes, "lines": [vars(line) for line in lines.values()]}))
     head = [
         f"{time.strftime('%Y-%m-%d', time.gmtime())}; {os.cpu_count()} cores, Linux {platform.release()}, Python "
         f"{platform.python_version()}; {packages}; {total} trials in {minutes:.0f} min, {options.jobs} at once.",

@@ -263,6 +263,7 @@ class Trial:
         self.endpoint = subprocess.Popen(
             [sys.executable, "-P", "-m", "loadgen.cluster.server", arguments],
             env=self.env | {"STEELYARD_WITH_PARENT": "1"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Linux shares cores out by session: all endpoints in one would starve
         )  # fmt: skip
         assert self.endpoint.stdout is not None
         line = self.endpoint.stdout.readline().decode()
@@ -350,7 +351,12 @@ class Trial:
         if look:
             self.look()
         done = subprocess.run(
-            self.command("runs", "--db", self.db, "--json"), env=self.env, capture_output=True, timeout=150, check=False
+            self.command("runs", "--db", self.db, "--json"),
+            env=self.env,
+            capture_output=True,
+            timeout=150,
+            check=False,
+            start_new_session=True,
         )
         outcome = Outcome(hung=hung, said=self.said())
         if done.returncode:
