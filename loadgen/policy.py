@@ -87,7 +87,7 @@ class OnlineRule(Protocol):
     def decide(
         self, state: State, queues: Queues, fleet: Fleet, changing: int, now_s: float
     ) -> tuple[State, Fleet | None, str]:
-        """(state, another fleet or None, why)."""
+        """(state, another fleet or None, why, also why not)."""
         ...
 
 
@@ -115,7 +115,9 @@ class CountRule:
         p, d = queues.prefill_waiting, queues.decode_waiting
         role = "prefill" if p > self.ratio * d else "decode" if d > self.ratio * p else ""
         target = _towards(fleet, role) if role else None
-        return state, target, f"{p} prompts and {d} answers wait" if target else ""
+        if target is None:
+            return state, None, "the other role has no worker to spare" if role else "the queues are within the ratio"
+        return state, target, f"{p} prompts and {d} answers wait"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +202,18 @@ class BacklogRule:
         back = state.moved and wish != state.moved and (changing or now_s < state.moved_s + self.cool_s)
         target = self._move(queues, fleet, wish) if wish and not back else None
         if target is None:
-            return replace(state, wish="", since_s=math.nan), None, ""
+            why = "the backlogs are within the limits"
+            if wish:
+                why = f"{wish} could use a worker, " + (
+                    "but one moved the other way a moment ago"
+                    if back
+                    else "but its donor would be left with more backlog"
+                )
+            return replace(state, wish="", since_s=math.nan), None, why
         if state.wish != wish:
             state = replace(state, wish=wish, since_s=now_s)
         if now_s - state.since_s < self.dwell_s:
-            return state, None, ""
+            return state, None, f"{wish} wants a worker, not long enough yet"
         why = f"{p:.2f} s of prompts and {d:.2f} s of answers wait" + (", decode steps over the limit" if slow else "")
         return State(moved=wish, moved_s=now_s), target, why
 
@@ -430,18 +439,20 @@ class EasyRule:
 
 
 class Steering:
-    """A rule with its state: what :func:`loadgen.cluster.simulate` and a live run ask each tick. moves: what it did, why."""
+    """A rule with its state: what :func:`loadgen.cluster.simulate` and a live run ask each tick. moves: what it did, why;
+    why: of its last answer, also where it moved nothing."""
 
     def __init__(self, rule: OnlineRule) -> None:
         self.rule = rule
         self.state = State()
         self.moves: list[tuple[float, Fleet, Fleet, str]] = []
+        self.why = ""
 
     def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
         """The fleet to ask for, or None."""
-        self.state, target, why = self.rule.decide(self.state, Queues.of(samples), fleet, changing, now_s)
+        self.state, target, self.why = self.rule.decide(self.state, Queues.of(samples), fleet, changing, now_s)
         if target is not None:
-            self.moves.append((now_s, fleet, target, why))
+            self.moves.append((now_s, fleet, target, self.why))
         return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import random
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from loadgen.client import TIMEOUT_S, Target, target
-from loadgen.control import Controller, Endpoint, Steering
+from loadgen.control import Control, Endpoint, Keeper, put
+from loadgen.control.online import Controller, Steering, measured
+from loadgen.control.reference import Reference
 from loadgen.discover import Discovery, Targets, again, discover
 from loadgen.engines import EXACT
 from loadgen.live import Live
@@ -27,7 +30,7 @@ from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, Tally
-from traces.records import Feed, Fleet, FleetChange, Histogram, Observations, Run, Sample, Schedule
+from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Observations, Run, Sample, Schedule
 from traces.store import Store
 
 API_KEY = "STEELYARD_API_KEY"
@@ -85,8 +88,11 @@ def replay(
     drain_s: float = 5.0,
     patience_s: float = 10.0,
     scrape_s: float = PERIOD_S,
+    control: Control | None = None,
     steering: Steering | None = None,
     tick_s: float = 1.0,
+    stale_s: float = 10.0,
+    most_per_hour: float = math.inf,
     dispatch: Dispatch | None = None,
     prefixes: bool = False,
     sessions: str = "recorded",
@@ -100,13 +106,16 @@ def replay(
     """Ask ``schedule`` of ``endpoint``, store what happened, return the run with verdict, completeness and counts.
 
     endpoint: base URL, or a Target (headers, TLS); a plain URL takes the token from STEELYARD_API_KEY. Several Targets get
-    the requests in turn; the first is asked for models, metrics and fleets. fleet: put in
-    force first if the endpoint can (``/fleet``), otherwise noted as what the user says it is; None: as it is.
+    the requests in turn; the first is asked for models, metrics and fleets. control: how its fleet is set (a
+    :class:`loadgen.control.Keeper` keeps the way back); None: ``/fleet``, if the endpoint has it. fleet: put in
+    force first if that can be, otherwise noted as what the user says it is; None: as it is.
     engine: a name of :mod:`loadgen.engines`, or auto. on_progress(rows, scheduled) is called as rows arrive;
     on_live(live) is called before the start with what is found on the way (:mod:`loadgen.live`);
     on_outcome(outcome) at the end, with schedule zero and what each worker cost.
-    steering: an online rule, asked every tick_s of the endpoint's time during the run; each role change is stored with its
-    reason. dispatch: the client's own order, batch after batch, instead of the due times (one worker keeps it).
+    steering: an online rule, asked every tick_s of the endpoint's time during the run; every decision and each role change
+    is stored with its reason, and what the change cost. It moves nothing on readings older than stale_s, nor more than
+    most_per_hour times an hour. dispatch: the client's own order, batch after batch, instead of the due times (one worker
+    keeps it).
     prefixes: prompts begin with the schedule's blocks (it needs some), so that the trace's sharing is replayed.
     sessions: "recorded", every turn at its recorded time whatever the answers do; "causal", a turn waits for the answer
     before it and the think time (the schedule needs parents), and is due then. warmup_s: requests due before stand in no
@@ -141,11 +150,13 @@ def replay(
     where, *others = [endpoint] if isinstance(endpoint, Target) else endpoint
     server = Endpoint(where)
     model, _owner = server.choose_model(model)
-    in_force = server.fleet()
+    if control is None and server.fleet() is not None:
+        control = Reference(server)
+    in_force = control.get().fleet if control is not None else None
     found = discover(server, engine=engine, targets=targets)
     engine = found.engine.name
     dialect = found.engine.dialect(chat=chat, text=text)
-    if in_force is None:
+    if control is None:
         fleet = agreed(server, found, fleet)
     for one in (server, *map(Endpoint, others)):
         one.try_one(dialect, model)
@@ -155,9 +166,11 @@ def replay(
         if measure != EXACT:
             said = f"prompts calibrated: {measure.per_unit:.4g} tokens a unit and {measure.offset:.4g} more"
             schedule = replace(schedule, changes=(*schedule.changes, said))
-    if in_force is not None:
+    if control is not None:
         if fleet is not None:
-            server.set_fleet(fleet)
+            (control.put(fleet) if isinstance(control, Keeper) else put(control, fleet))
+            if found.workers and targets is None:
+                found = again(server, found)  # others may serve now
         else:
             fleet = in_force
     speed, steps = 1.0, -1
@@ -166,9 +179,11 @@ def replay(
         profile = profile or str(known.get("profile") or "")
         speed = float(known.get("speed") or 1.0)
         steps = int(known.get("late", {}).get("steps", -1))
-    if (steering is not None or (dispatch and any(f for _, f in dispatch.batches))) and in_force is None:
+    if dispatch and any(f for _, f in dispatch.batches) and (control is None or control.kind != "reference"):
+        raise EndpointError(f"{where.shown}: its roles cannot be changed between batches (no /fleet).")
+    if steering is not None and (control is None or fleet is None):
         raise EndpointError(
-            f"{where.shown}: its roles cannot be changed during a run (no /fleet). Use --policy static."
+            f"{where.shown}: its roles cannot be changed during a run (no /fleet). Give --control, or use --policy static."
         )
     began = Run(
         name=name or schedule.name,
@@ -234,6 +249,20 @@ def replay(
 
     outcome: Outcome | None = None
     reason = ""
+    changes: list[FleetChange] = []
+    late: list[tuple[Decision, float]] = []
+
+    def on_change(change: FleetChange) -> None:
+        changes.append(change)  # stored again at the end, with what it cost
+        writer.put(change)
+
+    def on_decision(decision: Decision, unix: float) -> None:
+        try:
+            store.add_decision(run.id, decision, steered, unix)
+        except StoreError:
+            late.append((decision, unix))
+
+    steered = control.name if control is not None else ""
     with contextlib.ExitStack() as stack:
         stack.enter_context(writer)
 
@@ -242,16 +271,19 @@ def replay(
             find = (lambda: again(server, found).workers) if found.workers and targets is None else None
             scraper = Scraper(server, zero, on_samples, scrape_s, workers=found.workers, engine=dialect.name, find=find)
             scrapers.append(stack.enter_context(scraper))
-            if steering is not None:
+            if steering is not None and control is not None:
                 stack.enter_context(
                     Controller(
-                        server,
+                        control,
                         scraper.read,
                         steering,
                         zero,
-                        writer.put,
+                        on_change,
+                        on_decision=lambda decision: on_decision(decision, unix),
                         tick_s=tick_s,
                         speed=speed,
+                        stale_s=stale_s,
+                        most_per_hour=most_per_hour,
                     )
                 )
 
@@ -282,6 +314,12 @@ def replay(
     run = writer.settle(done_run, patience_s)
     if writer.error is not None:
         raise writer.error
+    if changes:
+        rows, readings = store.observations(run.id), store.samples(run.id)
+        cost = [measured(change, rows, readings) for change in changes]
+        store.cost_fleet_changes(run.id, cost, steered, run.started_unix_s)
+    for decision, unix in late:
+        store.add_decision(run.id, decision, steered, unix)
     if outcome.interrupted:
         raise Interrupted(run)
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadgen.client import Target
-from loadgen.control import Endpoint
+from loadgen.control import Control, Endpoint, Keeper
+from loadgen.control.reference import Reference
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
@@ -71,14 +71,17 @@ def sweep(
     repeats: int = 1,
     anchor: bool = False,
     group: str = "",
+    control: Control | None = None,
     note: Note = lambda line, done: None,
+    say: Callable[[str], None] = lambda line: None,
     **how: Any,
 ) -> tuple[str, list[Run], Drift | None]:
     """Replay each schedule (one a rate) on each fleet; returns (group, runs in order, drift of the anchor).
 
     A sweep that was broken off goes on: of a group that is there, complete and trusted runs of the same cell are taken as
-    they are, the rest is measured. The fleet that was in force is put back at the end, whatever the end is. ``how`` goes
-    to :func:`loadgen.replay.replay`.
+    they are, the rest is measured. control: how the fleet is set [``/fleet``]. The fleet that was in force is put back at the
+    end, whatever the end is; after a crash by ``steelyard control restore``. say gets a line when that does not succeed.
+    ``how`` goes to :func:`loadgen.replay.replay`.
     """
     schedules = [schedule] if isinstance(schedule, (Schedule, Feed)) else list(schedule)
     if not fleets or not schedules:
@@ -91,7 +94,7 @@ def sweep(
             held.setdefault((run.fleet, run.schedule_digest), []).append(run)
     runs: list[Run] = []
     done = 0
-    with _put_back(where):
+    with _keeping(control, where, "sweep", say) as keeper:
         for fleet, k in order:
             asked = schedules[k]
             what = f"{fleet}" + (f" at {asked.rate_per_s:.3g}/s" if len(schedules) > 1 else "")
@@ -108,6 +111,7 @@ def sweep(
                         where,
                         name=f"{group} {what}",
                         fleet=fleet,
+                        control=keeper,
                         group=group,
                         seed=seed,
                         on_progress=lambda n, _, done=done, what=what: note(f"fleet {what}", done + n),  # type: ignore[misc]
@@ -130,20 +134,28 @@ def _drift(store: Store, runs: Sequence[Run], order: Sequence[tuple[Fleet, int]]
 
 
 @contextmanager
-def _put_back(where: Target | Sequence[Target], needed: bool = True) -> Iterator[None]:
-    """The fleet that was in force is put back afterwards."""
+def _keeping(
+    control: Control | None,
+    where: Target | Sequence[Target],
+    verb: str,
+    say: Callable[[str], None],
+    *,
+    needed: bool = True,
+) -> Iterator[Control | None]:
+    """The control that keeps the fleet which was in force, and puts it back afterwards; None where nothing sets it."""
     server = Endpoint(where if isinstance(where, Target) else where[0])
-    before = server.fleet()
-    if before is None and needed:
+    if control is None and server.fleet() is not None:
+        control = Reference(server)
+    if control is None and needed:
         raise EndpointError(
-            f"{server.shown}: its fleet cannot be set (no /fleet). Set it yourself and run steelyard replay for each fleet."
+            f"{server.shown}: its fleet cannot be set (no /fleet). Say how with --control, or set it yourself and run "
+            "steelyard replay for each fleet."
         )
-    try:
-        yield
-    finally:
-        if before is not None:
-            with contextlib.suppress(EndpointError):  # a server that went away keeps no fleet
-                server.set_fleet(before)
+    if control is None or isinstance(control, Keeper):
+        yield control
+        return
+    with Keeper(control, verb, put_back=True, say=say) as keeper:
+        yield keeper
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +183,9 @@ def saturate(
     tolerance: float = 0.05,
     most: int = 16,
     group: str = "",
+    control: Control | None = None,
     note: Note = lambda line, done: None,
+    say: Callable[[str], None] = lambda line: None,
     **how: Any,
 ) -> Saturation:
     """The highest rate that a fleet sustains within an SLO: doubled until it fails (or halved until it holds), then bisected.
@@ -183,12 +197,23 @@ def saturate(
     held, failed, best = math.nan, math.nan, math.nan
     runs: list[int] = []
     rate, done, spoiled = start_per_s, 0, 0
-    with _put_back(where, needed=False):
+    with _keeping(control, where, "sweep", say, needed=False) as keeper:
         while len(runs) < most:
             asked = at_rate(rate)
             what = f"{fleet or 'as it is'} at {rate:.3g}/s"
             note(f"fleet {what}", done)
-            run = replay(store, swarm, asked, where, name=f"{group} {what}", fleet=fleet, group=group, slo=slo, **how)
+            run = replay(
+                store,
+                swarm,
+                asked,
+                where,
+                name=f"{group} {what}",
+                fleet=fleet,
+                control=keeper,
+                group=group,
+                slo=slo,
+                **how,
+            )
             done += len(asked)
             runs.append(run.id)
             if run.verdict == "invalid" or not run.complete:

@@ -286,7 +286,7 @@ def test_an_endpoint_that_never_answers_is_given_up(
     db: str, trace: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An endpoint that accepts and stays silent is one line within the time for questions."""
-    monkeypatch.setattr("loadgen.control.PREFLIGHT_S", 1.0)
+    monkeypatch.setattr("loadgen.control.endpoint.PREFLIGHT_S", 1.0)
     main(["ingest", trace, "--db", db])
     capsys.readouterr()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -366,7 +366,7 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert found["fleet_changes"][0]["before"] == "3:1"
     assert "answers wait" in found["fleet_changes"][0]["reason"]
     code, _, err = run(capsys, "replay", "t", "--endpoint", url, "--policy", "online", "--db", db)
-    assert (code, "give --laws" in err) == (1, True)
+    assert (code, "give --laws" in err) == (1, True), err
 
 
 def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> None:

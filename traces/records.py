@@ -11,6 +11,7 @@ A time that never came (a failed request has no last token) is NaN, never 0.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -519,13 +520,43 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """A change of P:D during a run: asked, in force, why. Seconds from schedule zero; ``ready_s`` NaN if never."""
+    """A change of P:D during a run: asked, in force, why. Seconds from schedule zero; ``ready_s`` NaN if never.
+
+    What it cost, NaN or -1 where it was not measured: joined_s, when the role that grows had its workers (ready comes when
+    those that leave have drained too); first_served_s, when a worker was first seen to have done work in
+    the role that it got; in_flight, requests that were under way between asked and ready; failed, those of them that
+    failed; slowed, those of them that took longer to their first token than any that had ended before asked.
+    """
 
     asked_s: float
     ready_s: float
     before: Fleet
     after: Fleet
     reason: str
+    joined_s: float = math.nan
+    first_served_s: float = math.nan
+    in_flight: int = -1
+    failed: int = -1
+    slowed: int = -1
+
+
+ACTIONS = ("move", "hold", "cap", "stale", "refused", "set", "restore")
+"""What a controller can decide. ``cap``: too many moves this hour. ``stale``: the readings are too old."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a controller decided, and why; the same decision again counts as a repeat. Seconds from schedule zero, or from
+    the controller's own beginning. before: the fleet asked for then, None if unknown; after: the one wanted, None for none.
+    """
+
+    at_s: float
+    until_s: float
+    action: str
+    before: Fleet | None
+    after: Fleet | None
+    reason: str
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ from traces import __version__, aggregate
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
 from traces.measures import Figures, Slo
-from traces.records import Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
+from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
 
 T = TypeVar("T")
 
@@ -213,7 +213,7 @@ fleet_changes = sa.Table(
     "fleet_changes",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE")),
     sa.Column("asked_s", sa.Double, nullable=False),
     sa.Column("ready_s", sa.Double),
     sa.Column("before_prefill", sa.Integer, nullable=False),
@@ -223,7 +223,30 @@ fleet_changes = sa.Table(
     sa.Column("before_mixed", sa.Integer, nullable=False, server_default="0"),
     sa.Column("after_mixed", sa.Integer, nullable=False, server_default="0"),
     sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("control", sa.String(400), nullable=False, server_default=""),
+    sa.Column("asked_unix_s", sa.Double),
+    sa.Column("joined_s", sa.Double),
+    sa.Column("first_served_s", sa.Double),
+    sa.Column("in_flight", sa.Integer),
+    sa.Column("failed", sa.Integer),
+    sa.Column("slowed", sa.Integer),
     sa.Index("uq_fleet_changes", "run_id", "asked_s", unique=True),
+)
+
+decisions = sa.Table(
+    "decisions",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), index=True),
+    sa.Column("control", sa.String(400), nullable=False),
+    sa.Column("unix_s", sa.Double, nullable=False, index=True),
+    sa.Column("at_s", sa.Double, nullable=False),
+    sa.Column("until_s", sa.Double, nullable=False),
+    sa.Column("action", sa.String(20), nullable=False),
+    sa.Column("fleet_before", sa.String(40)),
+    sa.Column("fleet_after", sa.String(40)),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("repeats", sa.Integer, nullable=False),
 )
 
 summaries = sa.Table(
@@ -902,7 +925,7 @@ class Store:
         self.run(id)
 
         def write(connection: sa.Connection) -> None:
-            for table in (observations, samples, histograms, fleet_changes, summaries, recommendation_runs):
+            for table in (observations, samples, histograms, fleet_changes, decisions, summaries, recommendation_runs):
                 connection.execute(table.delete().where(table.c.run_id == id))
             connection.execute(runs.delete().where(runs.c.id == id))
 
@@ -1048,35 +1071,81 @@ class Store:
                 for row in connection.execute(query)
             ]
 
-    def add_fleet_change(self, run_id: int, change: FleetChange) -> None:
-        """Store a change of P:D; one that is there already stays as it is."""
-        values = {
-            "run_id": run_id,
-            "asked_s": change.asked_s,
-            "ready_s": change.ready_s if math.isfinite(change.ready_s) else None,
-            "before_prefill": change.before.prefill,
-            "before_decode": change.before.decode,
-            "after_prefill": change.after.prefill,
-            "after_decode": change.after.decode,
-            "before_mixed": change.before.mixed,
-            "after_mixed": change.after.mixed,
-            "reason": _clean(change.reason),
-        }
+    def add_fleet_change(
+        self, run_id: int | None, change: FleetChange, control: str = "", zero_unix_s: float | None = None
+    ) -> None:
+        """Store a change of P:D; one that is there already stays as it is. run_id None: outside a run. control: what was
+        steered, without credentials; zero_unix_s: the wall clock where the change's seconds count from."""
+        values = _fleet_change(run_id, change, control, zero_unix_s)
         self._write(lambda connection: connection.execute(_once(connection, fleet_changes), [values]))
 
-    def fleet_changes(self, run_id: int) -> list[FleetChange]:
-        """A run's changes of P:D, in order of time."""
-        query = sa.select(fleet_changes).where(fleet_changes.c.run_id == run_id).order_by(fleet_changes.c.asked_s)
+    def cost_fleet_changes(self, run_id: int, changes: Sequence[FleetChange], control: str, zero_unix_s: float) -> None:
+        """Store a run's changes anew, with what they cost."""
+        values = [_fleet_change(run_id, change, control, zero_unix_s) for change in changes]
+
+        def write(connection: sa.Connection) -> None:
+            connection.execute(fleet_changes.delete().where(fleet_changes.c.run_id == run_id))
+            connection.execute(fleet_changes.insert(), values)
+
+        self._write(write)
+
+    def fleet_changes(self, run_id: int | None) -> list[FleetChange]:
+        """A run's changes of P:D, in order of time; those outside a run for None."""
+        query = sa.select(fleet_changes).where(
+            fleet_changes.c.run_id.is_(None) if run_id is None else fleet_changes.c.run_id == run_id
+        )
+        query = query.order_by(fleet_changes.c.asked_unix_s, fleet_changes.c.asked_s)
         with self._begin() as connection:
             return [
                 FleetChange(
                     row.asked_s,
-                    math.nan if row.ready_s is None else row.ready_s,
+                    _time(row.ready_s),
                     Fleet(row.before_prefill, row.before_decode, row.before_mixed),
                     Fleet(row.after_prefill, row.after_decode, row.after_mixed),
                     row.reason,
+                    _time(row.joined_s),
+                    _time(row.first_served_s),
+                    _count(row.in_flight),
+                    _count(row.failed),
+                    _count(row.slowed),
                 )
                 for row in connection.execute(query)
+            ]
+
+    def add_decision(self, run_id: int | None, decision: Decision, control: str, zero_unix_s: float) -> None:
+        """Store a decision of the online controller. control: what it steers, without credentials; zero_unix_s: the wall
+        clock where its seconds count from."""
+        values = {
+            "run_id": run_id,
+            "control": _clean(control)[:400],
+            "unix_s": zero_unix_s + decision.at_s,
+            "at_s": decision.at_s,
+            "until_s": decision.until_s,
+            "action": decision.action,
+            "fleet_before": None if decision.before is None else str(decision.before),
+            "fleet_after": None if decision.after is None else str(decision.after),
+            "reason": _clean(decision.reason),
+            "repeats": decision.repeats,
+        }
+        self._write(lambda connection: connection.execute(decisions.insert(), [values]))
+
+    def decisions(self, run_id: int | None) -> list[Decision]:
+        """The controller's decisions of a run, in order of time; those outside a run for None."""
+        query = sa.select(decisions).where(
+            decisions.c.run_id.is_(None) if run_id is None else decisions.c.run_id == run_id
+        )
+        with self._begin() as connection:
+            return [
+                Decision(
+                    row.at_s,
+                    row.until_s,
+                    row.action,
+                    Fleet.parse(row.fleet_before) if row.fleet_before else None,
+                    Fleet.parse(row.fleet_after) if row.fleet_after else None,
+                    row.reason,
+                    row.repeats,
+                )
+                for row in connection.execute(query.order_by(decisions.c.unix_s, decisions.c.id))
             ]
 
     # --- recommendations -------------------------------------------------------------------------------------------
@@ -1190,6 +1259,37 @@ def _copy_cell(value: Any) -> str:
 
 
 _COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def _fleet_change(run_id: int | None, change: FleetChange, control: str, zero_unix_s: float | None) -> dict[str, Any]:
+    """A change of P:D as columns."""
+    times = {"ready_s": change.ready_s, "joined_s": change.joined_s, "first_served_s": change.first_served_s}
+    counts = {"in_flight": change.in_flight, "failed": change.failed, "slowed": change.slowed}
+    return (
+        {
+            "run_id": run_id,
+            "control": _clean(control)[:400],
+            "asked_unix_s": None if zero_unix_s is None else zero_unix_s + change.asked_s,
+            "asked_s": change.asked_s,
+            "before_prefill": change.before.prefill,
+            "before_decode": change.before.decode,
+            "after_prefill": change.after.prefill,
+            "after_decode": change.after.decode,
+            "before_mixed": change.before.mixed,
+            "after_mixed": change.after.mixed,
+            "reason": _clean(change.reason),
+        }
+        | {name: t if math.isfinite(t) else None for name, t in times.items()}
+        | {name: None if n < 0 else n for name, n in counts.items()}
+    )
+
+
+def _time(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _count(value: int | None) -> int:
+    return -1 if value is None else value
 
 
 def _nullable(name: str, column: Any) -> list[Any]:

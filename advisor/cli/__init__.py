@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("cluster_verbs", "Run the reference PD endpoint on loopback."),
     "probe": ("probe_verb", "Find out what an endpoint is and tells, and what the advice lacks."),
     "strategies": ("strategies_verb", "Compare baseline, online, offline and static on the same requests."),
+    "control": ("control_verb", "See, set, steer and restore the P:D ratio of a live endpoint."),
     "simulate": ("cluster_verbs", "Run a trace through the cluster model in virtual time."),
     "replay": ("replay_verbs", "Replay a trace against an endpoint through Locust and store every request."),
     "worker": ("replay_verbs", "A load worker that joins a replay's master from another machine."),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
 from advisor.cli.common import GROUP, TRACE, db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.control_verb import chosen, control_options, keeper_of, printed
 from advisor.cli.reaching import reached, reaching
 from advisor.cli.shaping import shape_options, shaped
 
@@ -230,6 +231,25 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 )
 @click.option("--history", metavar="TRACE", help="predicted-decode: stored trace whose lengths foretell the answers'.")
 @click.option("--in-flight", type=click.IntRange(min=1), help="Offline: at most this many at once [default: all].")
+@click.option(
+    "--change",
+    "changes",
+    multiple=True,
+    metavar="SECONDS=P:D",
+    help="Change the fleet during the run, to see what that costs (repeatable).",
+)
+@click.option(
+    "--max-switches-per-hour", type=click.FloatRange(min=0), help="online: more moves are not made [default: no limit]."
+)
+@click.option(
+    "--stale-after",
+    "stale_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="online: seconds without a reading after which nothing is moved.",
+)
+@control_options
 @asked
 @json_option
 @db_option
@@ -239,6 +259,8 @@ def replay(
     fleet: str | None,
     name: str,
     group: str,
+    control_spec: str | None,
+    dry_run: bool,
     db: str,
     as_json: bool,
     **options: Any,
@@ -246,7 +268,8 @@ def replay(
     """Replay a trace against an endpoint through Locust and store every request.
 
     Requests leave at their recorded times, whatever the answers do; with --order they leave as the client's own queue
-    lets them. Exit code 4 when the run is incomplete or the generator was too late to be trusted.
+    lets them. A fleet that was put in force stays at the end; after Ctrl-C or an error the old one comes back.
+    Exit code 4 when the run is incomplete or the generator was too late to be trusted.
     """
     from loadgen.replay import Interrupted
     from loadgen.replay import replay as run_replay
@@ -264,6 +287,11 @@ def replay(
         known = _thresholds(store, options)
         schedule, strategy = _strategy(schedule, options, slo, known, past)
         wanted = wanted or _start(known)
+        keeping = _keeping(control_spec, where[0], "replay", options, as_json, put_back=False)
+        if dry_run:
+            steps = keeping.steps(wanted) if wanted and keeping else []
+            steps.append(f"send {len(schedule)} requests of {trace} to {where[0].shown}")
+            return printed(steps, f"replay {trace}", as_json)
         with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
             task = bars.add_task(f"replay {trace}", total=len(schedule))
 
@@ -272,20 +300,22 @@ def replay(
                 show_to(live)
 
             try:
-                run = run_replay(
-                    store,
-                    swarm,
-                    schedule,
-                    where,
-                    name=name,
-                    fleet=wanted,
-                    group=group,
-                    rate_factor=factor,
-                    on_progress=lambda done, _: bars.update(task, completed=done),
-                    on_live=on_live,
-                    **arguments,
-                    **strategy,
-                )
+                with keeping or nullcontext() as keeper:
+                    run = run_replay(
+                        store,
+                        swarm,
+                        schedule,
+                        where,
+                        name=name,
+                        fleet=wanted,
+                        group=group,
+                        rate_factor=factor,
+                        on_progress=lambda done, _: bars.update(task, completed=done),
+                        on_live=on_live,
+                        control=keeper,
+                        **arguments,
+                        **strategy,
+                    )
             except Interrupted as stop:
                 run, interrupted = stop.run, True
         found = result(store, run)
@@ -296,8 +326,18 @@ def replay(
                 "before": str(c.before),
                 "after": str(c.after),
                 "reason": c.reason,
+                "joined_s": c.joined_s,
+                "first_served_s": c.first_served_s,
+                "in_flight": None if c.in_flight < 0 else c.in_flight,
+                "failed": None if c.failed < 0 else c.failed,
+                "slowed": None if c.slowed < 0 else c.slowed,
             }
             for c in store.fleet_changes(run.id)
+        ]
+        found["decisions"] = [
+            {"at_s": d.at_s, "until_s": d.until_s, "action": d.action, "reason": d.reason, "repeats": d.repeats}
+            | {"before": str(d.before) if d.before else None, "after": str(d.after) if d.after else None}
+            for d in store.decisions(run.id)
         ]
     if as_json:
         emit_json(found)
@@ -361,6 +401,15 @@ def _strategy(
     from traces.measures import Slo
 
     kind, order = options["policy"], options["order"]
+    limits = {"tick_s": options["tick"], "stale_s": options["stale_s"]}
+    if options["max_switches_per_hour"] is not None:
+        limits["most_per_hour"] = options["max_switches_per_hour"]
+    if options["changes"]:
+        if kind != "static" or order is not None:
+            raise click.UsageError("--change says itself when the fleet changes: not with --policy or --order.")
+        from loadgen.control.online import Planned
+
+        return schedule, {"steering": Planned(_changes(options["changes"])), "policy": "planned"} | limits
     laws = Profile.load(options["laws"]) if options["laws"] else None
     if order is None:
         if options["in_flight"]:
@@ -386,7 +435,7 @@ def _strategy(
             rule = policy.BacklogRule(
                 laws, prompt, output, slo or Slo(), options["more"], options["ratio"], cool_s=options["cool"]
             )
-        return schedule, {"steering": policy.Steering(rule), "policy": kind, "tick_s": options["tick"]}
+        return schedule, {"steering": policy.Steering(rule), "policy": kind} | limits
     if kind != "static":
         raise click.UsageError("give --order or --policy, not both: offline work does not watch queues.")
     if order == "two-stage" and laws is None:
@@ -412,6 +461,33 @@ def _strategy(
     changed = replace(schedule, due_s=np.zeros(len(schedule)), changes=(*schedule.changes, *said))
     dispatch = policy.Dispatch(tuple((tuple(b), None) for b in batches), 0.0, options["in_flight"] or 0)
     return changed, {"dispatch": dispatch, "policy": f"offline-{order}"}
+
+
+def _changes(texts: Sequence[str]) -> list[tuple[float, Any]]:
+    """``5=2:1`` as (5.0 seconds, fleet)."""
+    from traces.records import Fleet
+
+    found = []
+    for text in texts:
+        at, equals, fleet = text.partition("=")
+        try:
+            seconds = float(at)
+        except ValueError:
+            seconds = -1.0
+        if not equals or not 0 <= seconds < 1e9:
+            raise click.UsageError(f"--change takes SECONDS=P:D, for example 30=2:1 (got {text!r}).")
+        found.append((seconds, Fleet.parse(fleet)))
+    return found
+
+
+def _keeping(spec: str | None, where: Any, verb: str, options: dict[str, Any], as_json: bool, *, put_back: bool) -> Any:
+    """The keeper of the fleet that ``--control``, or the endpoint's own ``/fleet``, sets; None where nothing does."""
+    from loadgen.control import Endpoint
+    from loadgen.control.reference import Reference
+
+    server = Endpoint(where)
+    made = chosen(spec, None, options) if spec else Reference(server) if server.fleet() is not None else None
+    return keeper_of(made, verb, options, as_json, put_back=put_back) if made is not None else None
 
 
 @contextmanager
@@ -472,6 +548,11 @@ def show(found: dict[str, Any], run: Any) -> None:
         lines.append(
             f"  {change['before']} -> {change['after']} at {change['asked_s']:.1f} s, {ready}: {change['reason']}"
         )
+        if change["in_flight"] is not None:
+            served = change["first_served_s"]
+            served = f"first served at {served:.1f} s" if served == served else "not seen to serve"
+            slowed = "" if change["slowed"] is None else f", {change['slowed']} slowed"
+            lines.append(f"    {served}; of {change['in_flight']} requests under way {change['failed']} failed{slowed}")
     for line in lines:
         console.print(line, markup=False)
 
@@ -527,6 +608,7 @@ def worker(master: str) -> int:
     default="",
     help="Group name; of one that is there, what is missing is measured [default: sweep-DATE-TIME].",
 )
+@control_options
 @asked
 @json_option
 @db_option
@@ -544,6 +626,8 @@ def sweep(
     attainment: float,
     tolerance: float,
     group: str,
+    control_spec: str | None,
+    dry_run: bool,
     db: str,
     as_json: bool,
     **options: Any,
@@ -555,6 +639,7 @@ def sweep(
     Ctrl-C too.
     """
     from advisor.cli.run_verbs import table
+    from loadgen.sweep import plan
     from loadgen.sweep import saturate as search
     from loadgen.sweep import sweep as measure
     from traces.measures import Slo
@@ -597,8 +682,18 @@ def sweep(
                 swarm_of(options, as_json) as swarm,
                 watched(options, as_json) as show_to,
                 endpoint_of(endpoint, profile, wanted[0]) as url,
+                ExitStack() as stack,
             ):
                 where, arguments = how([url], options, slo)
+                keeping = _keeping(control_spec, where[0], "sweep", options, as_json, put_back=True)
+                if dry_run:
+                    order = plan(wanted, len(schedules), seed=options["seed"], repeats=repeats, anchor=anchored)
+                    steps = [f"{fleet} at {schedules[k].rate_per_s:.3g}/s" for fleet, k in order]
+                    for fleet in wanted:
+                        steps += keeping.steps(fleet) if keeping is not None else []
+                    return printed(steps, f"sweep {trace}: cells in their order, then what each fleet takes", as_json)
+                if keeping is not None:
+                    arguments["control"] = stack.enter_context(keeping)
 
                 def on_live(live: Any) -> None:
                     bars.update(task, note=lambda: f"{cell}: {live.line()}")

@@ -1,30 +1,25 @@
-"""Talks to an endpoint beside the load: is it what we take it for, which fleet is in force, put another in force."""
+"""Talks to an endpoint beside the load: is it what we take it for, which fleet is in force, ask it for another."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import json
-import math
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from loadgen.client import Target, tls_words
 from loadgen.engines import EXACT, Dialect, Measure, Prompts
 from loadgen.stream import Answer, printable
 from traces.errors import EndpointError
-from traces.records import Fleet, FleetChange, Sample
+from traces.records import Fleet
 
 PREFLIGHT_S = 15.0
 """How long the endpoint may take to answer a question before the run."""
-
-FLEET_S = 180.0
-"""How long a change of P:D may take to be in force."""
 
 MAX_BODY = 16 * 1024 * 1024
 
@@ -251,22 +246,6 @@ class Endpoint:
         settled = not changing and aimed in (None, fleet)
         return fleet, settled, wanted, int(changing) if isinstance(changing, (int, float)) else 0
 
-    def set_fleet(self, fleet: Fleet, timeout_s: float = FLEET_S) -> float:
-        """Put a fleet in force and wait until it is; returns the seconds that took."""
-        asked = time.monotonic()
-        self.ask_fleet(fleet)
-        state = None
-        while time.monotonic() < asked + timeout_s:
-            state = self.fleet_state()
-            if state is not None and state[:2] == (fleet, True):
-                return time.monotonic() - asked
-            time.sleep(0.05)
-        shown = state[0] if state else "unknown"
-        raise EndpointError(
-            f"{self.shown}: the fleet {fleet} was not in force within {timeout_s:g} s (it is {shown}). "
-            "Look at the server: a worker may not drain."
-        )
-
     def ask_fleet(self, fleet: Fleet, timeout_s: float | None = None) -> None:
         """Ask for a fleet and do not wait for it. EndpointError when the server refuses."""
         reply = self.fetch("PUT", "/fleet", fleet_body(fleet), timeout_s)
@@ -283,81 +262,6 @@ def fleet_body(fleet: Fleet) -> bytes:
     """What ``PUT /fleet`` takes."""
     mixed = {"mixed": fleet.mixed} if fleet.mixed else {}
     return json.dumps({"prefill": fleet.prefill, "decode": fleet.decode} | mixed).encode()
-
-
-class Steering(Protocol):
-    """A rule with its state, asked each tick (:class:`loadgen.policy.Steering`). moves: (at_s, before, after, why)."""
-
-    moves: list[tuple[float, Fleet, Fleet, str]]
-
-    def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
-        """Another fleet, or None."""
-        ...
-
-
-class Controller:
-    """Runs an online rule against a live endpoint in a thread of its own, off the request path; a context manager.
-
-    read() gives one reading of all workers. zero: schedule zero on the monotonic clock. speed: model seconds per second
-    (of the reference endpoint): the rule is asked every tick_s model seconds and sees model time. on_change gets every
-    change when it is in force, or at the end with ``ready_s`` NaN; its times are seconds of the run. missed: ticks
-    without a reading.
-    """
-
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        read: Callable[[], Sequence[Sample]],
-        steering: Steering,
-        zero: float,
-        on_change: Callable[[FleetChange], None],
-        *,
-        tick_s: float = 1.0,
-        speed: float = 1.0,
-    ) -> None:
-        self.missed = 0
-        self._endpoint, self._read, self._steering, self._zero = endpoint, read, steering, zero
-        self._on_change, self._tick_s, self._speed = on_change, tick_s / speed, speed
-        self._pending: list[FleetChange] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="steelyard-controller", daemon=True)
-
-    def __enter__(self) -> Controller:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self._thread.join(30)
-        for change in self._pending:
-            self._on_change(change)
-
-    def _main(self) -> None:
-        when = self._zero + self._tick_s
-        while not self._stop.wait(max(0.0, when - time.monotonic())):
-            try:
-                self._tick()
-            except EndpointError:
-                self.missed += 1
-            when = max(when + self._tick_s, time.monotonic())
-
-    def _tick(self) -> None:
-        state = self._endpoint.fleet_state()
-        if state is None:
-            self.missed += 1
-            return
-        asked, changing = state[2], state[3]
-        if not changing and self._pending:
-            at = time.monotonic() - self._zero
-            for change in self._pending:
-                self._on_change(replace(change, ready_s=at))
-            self._pending.clear()
-        samples = self._read()
-        at = time.monotonic() - self._zero
-        target = self._steering(at * self._speed, samples, asked, changing)
-        if target is not None:
-            self._endpoint.ask_fleet(target, 5.0)
-            self._pending.append(FleetChange(at, math.nan, asked, target, self._steering.moves[-1][3]))
 
 
 def _fleet(held: dict[str, Any]) -> Fleet | None:

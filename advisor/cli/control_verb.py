@@ -1,0 +1,624 @@
+"""The verb control: get, set, run, keep, restore."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from advisor.cli.common import db_option, emit_json, example, json_option, messages
+
+HOW = "How the fleet is set: reference:URL, sglang:ROUTER_URL, kubernetes:NS/KIND/NAME,KIND/NAME, "
+HOW += 'command:["PROGRAM", "{prefill}", "{decode}"], manual:, none, or a TOML file'
+
+
+def reached(f: Any) -> Any:
+    """The options that say how an endpoint is reached."""
+    options = [
+        click.option(
+            "--api-key-file",
+            type=click.Path(path_type=Path),
+            help="File with the bearer token [default: env STEELYARD_API_KEY].",
+        ),
+        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
+        click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
+        click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
+    ]
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def control_options(f: Any) -> Any:
+    """``--control``, ``--bounds``, ``--settle``, ``--dry-run``: what changes a fleet takes them."""
+    options = [
+        click.option(
+            "--control", "control_spec", metavar="KIND:..|FILE", help=f"{HOW} [default: the endpoint's /fleet]."
+        ),
+        click.option(
+            "--bounds",
+            metavar="P-P:D-D[/N]",
+            help="Fleets allowed: least-most prefill : least-most decode / workers in all.",
+        ),
+        click.option(
+            "--settle",
+            "settle_s",
+            type=click.FloatRange(min=0, min_open=True),
+            default=180.0,
+            show_default=True,
+            help="Seconds that a change of fleet may take.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing."),
+    ]
+    for option in reversed(options):
+        f = option(f)
+    return f
+
+
+def connect_of(options: dict[str, Any]) -> Any:
+    """A :class:`loadgen.control.Connect` from the options that say how an endpoint is reached."""
+    import sys
+
+    from loadgen.client import target
+    from loadgen.control import Connect, Endpoint
+    from loadgen.replay import read_api_key
+
+    headers = {}
+    for header in options.get("headers", ()):
+        name, colon, value = header.partition(":")
+        if not colon or not name.strip():
+            raise click.UsageError("--header takes NAME:VALUE.")
+        headers[name.strip()] = value.strip()
+    key = read_api_key(options.get("api_key_file"))
+
+    def endpoint(url: str, *, bare: bool = False) -> Endpoint:
+        tls = url.startswith("https:")
+        return Endpoint(
+            target(
+                url,
+                api_key=None if bare else key,
+                headers={} if bare else headers,
+                ca_file=(options.get("ca_file") or "") if tls else "",
+                insecure=tls and bool(options.get("insecure")),
+            )
+        )
+
+    def ask_operator(question: str) -> str:
+        click.echo(question, err=True, nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.strip()
+
+    return Connect(endpoint, lambda url: endpoint(url, bare=True), ask_operator)
+
+
+def chosen(spec: str | None, url: str | None, options: dict[str, Any]) -> Any:
+    """The control that ``--control`` names, or the endpoint's own ``/fleet``; None where there is neither."""
+    from loadgen.control import control_of
+    from loadgen.control.reference import Reference
+
+    connect = connect_of(options)
+    if spec:
+        return control_of(spec, connect)
+    if url is None:
+        raise click.UsageError("give the endpoint's URL, or --control.")
+    endpoint = connect.endpoint(url)
+    return Reference(endpoint) if endpoint.fleet() is not None else None
+
+
+def keeper_of(control: Any, verb: str, options: dict[str, Any], as_json: bool, **more: Any) -> Any:
+    """The :class:`loadgen.control.Keeper` of a control, as the options want it; it speaks on stderr."""
+    from loadgen.control import Bounds, Keeper
+
+    return Keeper(
+        control,
+        verb,
+        bounds=Bounds.parse(options["bounds"]) if options.get("bounds") else None,
+        timeout_s=options["settle_s"],
+        say=lambda line: click.echo(f"steelyard: {line}", err=True),
+        **more,
+    )
+
+
+def printed(steps: list[str], what: str, as_json: bool, **more: Any) -> int:
+    """Say what a dry run would do."""
+    if as_json:
+        emit_json({"dry_run": True, "steps": steps} | more)
+    else:
+        messages().print(f"dry run: {what}", markup=False)
+        for step in steps or ["nothing: it is so already"]:
+            messages().print(f"  {step}", markup=False)
+    return 0
+
+
+@click.group(**example("steelyard control get http://127.0.0.1:8080 --json"))
+def control() -> None:
+    """See and set the P:D ratio of a live endpoint, let a policy steer it, put the old ratio back."""
+
+
+@control.command(**example("steelyard control get http://127.0.0.1:8080"))
+@click.argument("url", required=False)
+@click.option("--control", "control_spec", metavar="KIND:..|FILE", help=f"{HOW}.")
+@reached
+@json_option
+def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any) -> int:
+    """Print the fleet that is in force."""
+    from traces.errors import EndpointError
+
+    made = chosen(control_spec, url, options)
+    if made is None:
+        raise EndpointError(f"{url or control_spec}: its fleet cannot be read (no /fleet). Say how with --control.")
+    standing = made.get()
+    found = {
+        "control": made.name,
+        "fleet": _fleet(standing.fleet),
+        "target": _fleet(standing.target),
+        "changing": standing.changing,
+        "workers": standing.workers,
+    }
+    if as_json:
+        emit_json(found)
+        return 0
+    line = f"{made.name}: {standing.fleet or 'no fleet in force'}"
+    if standing.changing:
+        line += f", {standing.changing} on the way to {standing.target or 'another'}"
+    messages().print(line, markup=False)
+    for role, names in standing.workers.items():
+        messages().print(f"  {role}: {', '.join(names) or 'none'}", markup=False)
+    return 0
+
+
+def _fleet(fleet: Any) -> Any:
+    return None if fleet is None else {"prefill": fleet.prefill, "decode": fleet.decode}
+
+
+@control.command(name="set", **example("steelyard control set 3:5 http://127.0.0.1:8080 --dry-run"))
+@click.argument("fleet")
+@click.argument("url", required=False)
+@control_options
+@click.option(
+    "--warm",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    help="Small requests to URL afterwards: when was the first answered, and were any refused?",
+)
+@click.option("--model", help="--warm: model to ask for [default: the server's first].")
+@reached
+@json_option
+@db_option
+def set_(
+    fleet: str,
+    url: str | None,
+    control_spec: str | None,
+    warm: int,
+    model: str | None,
+    dry_run: bool,
+    as_json: bool,
+    db: str,
+    **options: Any,
+) -> int:
+    """Put a fleet in force, wait until it is, and store what that cost. ``control restore`` goes back."""
+    from traces.errors import EndpointError
+    from traces.records import Fleet, FleetChange
+    from traces.store import open_store
+
+    wanted = Fleet.parse(fleet)
+    if warm and url is None:
+        raise click.UsageError("--warm needs the URL that takes requests.")
+    made = chosen(control_spec, url, options)
+    if made is None:
+        raise EndpointError(f"{url or control_spec}: its fleet cannot be set (no /fleet). Say how with --control.")
+    keeper = keeper_of(made, "set", options, as_json, put_back=False, keep_note=True)
+    if dry_run:
+        return printed(keeper.steps(wanted), f"{made.name} to {wanted}", as_json, fleet=_fleet(wanted))
+    with keeper:
+        began, at = time.time(), time.monotonic()
+        cost = keeper.put(wanted)
+        served, failed = math.nan, -1
+        if warm and url is not None:
+            served, failed = _warm(connect_of(options).endpoint(url), model, warm, at)
+    change = FleetChange(
+        0.0,
+        cost.ready_s,
+        cost.before or wanted,
+        wanted,
+        "steelyard control set",
+        cost.joined_s,
+        served,
+        warm or -1,
+        failed,
+    )
+    if cost.before != wanted:
+        with open_store(db) as store:
+            store.add_fleet_change(None, change, made.name, began)
+    found = {
+        "control": made.name,
+        "before": _fleet(cost.before),
+        "fleet": _fleet(wanted),
+        "joined_s": cost.joined_s,
+        "ready_s": cost.ready_s,
+        "first_served_s": served,
+        "asked": warm,
+        "failed": max(0, failed),
+    }
+    if as_json:
+        emit_json(found)
+        return 0
+    line = f"{made.name}: {cost.before or 'unknown'} -> {wanted}, in force after {cost.ready_s:.2f} s"
+    if cost.joined_s < cost.ready_s:
+        line += f" (new workers after {cost.joined_s:.2f} s, then the drain)"
+    if warm:
+        line += (
+            f"; first answer after {served:.2f} s, {failed} of {warm} failed"
+            if served == served
+            else "; nothing answered"
+        )
+    messages().print(line, markup=False)
+    return 0
+
+
+def _warm(server: Any, model: str | None, requests: int, asked: float) -> tuple[float, int]:
+    """(seconds from asking for the fleet to the first answer, requests that failed)."""
+    from loadgen import engines
+    from traces.errors import EndpointError
+
+    model, owner = server.choose_model(model)
+    name = {"steelyard": "reference", "vllm": "vllm", "sglang": "sglang"}.get(owner, "openai")
+    served, failed = math.nan, 0
+    for _ in range(requests):
+        try:
+            server.try_one(engines.dialect(name, text=name != "reference"), model, tries=1)
+        except EndpointError:
+            failed += 1
+            continue
+        if math.isnan(served):
+            served = time.monotonic() - asked
+    return served, failed
+
+
+@control.command(**example("steelyard control restore"))
+@click.option(
+    "--control", "control_spec", metavar="KIND:..|FILE", help="Only this one [default: all that were changed]."
+)
+@click.option("--forget", is_flag=True, help="Drop the notes and change nothing: the fleets are as they should be.")
+@click.option(
+    "--settle",
+    "settle_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=180.0,
+    show_default=True,
+    help="Seconds.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+@reached
+@json_option
+@db_option
+def restore(
+    control_spec: str | None, forget: bool, settle_s: float, dry_run: bool, as_json: bool, db: str, **options: Any
+) -> int:
+    """Put the fleets back that a crash, an interrupted command or ``control set`` left changed."""
+    from loadgen.control import control_of, put
+    from loadgen.control.journal import SET, Journal
+    from traces.errors import EndpointError, SteelyardError
+    from traces.records import FleetChange
+    from traces.store import open_store
+
+    connect = connect_of(options)
+    found: list[dict[str, Any]] = []
+    wanted = None
+    if control_spec:
+        only = control_of(control_spec, connect)
+        wanted = only.spec if only is not None else ""
+    for journal in Journal.all():
+        if wanted is not None and journal.spec != wanted:
+            continue
+        row: dict[str, Any] = {"control": journal.name, "fleet": None, "changed_by": "", "done": False, "said": ""}
+        found.append(row)
+        try:
+            journal.lock("control restore")
+            try:
+                back = journal.undo()
+                if back is None:
+                    continue
+                fleet, by = back
+                row |= {"fleet": _fleet(fleet), "changed_by": by}
+                if forget:
+                    row["done"] = True
+                    if not dry_run:
+                        journal.done(SET)
+                    continue
+                made = control_of(journal.spec, connect)
+                if made is None:
+                    continue
+                steps = made.steps(fleet)
+                row["said"] = "; ".join(steps) or "nothing to do, it is so already"
+                if dry_run:
+                    continue
+                began = time.time()
+                cost = put(made, fleet, settle_s)
+                journal.done(by)
+                row |= {"done": True, "said": f"in force after {cost.ready_s:.2f} s", "ready_s": cost.ready_s}
+                if cost.before != fleet:
+                    change = FleetChange(
+                        0.0, cost.ready_s, cost.before or fleet, fleet, "steelyard control restore", cost.joined_s
+                    )
+                    with open_store(db) as store:
+                        store.add_fleet_change(None, change, made.name, began)
+            finally:
+                journal.unlock()
+        except SteelyardError as error:
+            row["said"] = str(error)
+    failed = [row for row in found if not row["done"] and not dry_run]
+    if as_json:
+        emit_json({"restored": found, "dry_run": dry_run})
+    elif not found:
+        messages().print("nothing to restore: no fleet was left changed.", markup=False)
+    else:
+        for row in found:
+            fleet = row["fleet"]
+            done = (
+                f"back to {fleet['prefill']}:{fleet['decode']} (changed by {row['changed_by']})"
+                if fleet
+                else "not restored"
+            )
+            messages().print(f"{row['control']}: {done}: {row['said'] or 'forgotten'}", markup=False)
+    if failed:
+        raise EndpointError(f"{failed[0]['control']}: not restored ({failed[0]['said']}). The note stays.")
+    return 0
+
+
+@control.command(**example("steelyard control run http://127.0.0.1:8080 --policy online-report --for 10"))
+@click.argument("url")
+@control_options
+@click.option(
+    "--policy",
+    type=click.Choice(["online", "online-report"]),
+    default="online",
+    show_default=True,
+    help="online: backlog in seconds (needs --laws); online-report: 1.5x the waiting requests.",
+)
+@click.option(
+    "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
+)
+@click.option(
+    "--thresholds",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON of steelyard advise --json, or its thresholds.",
+)
+@click.option(
+    "--mean-prompt", type=click.FloatRange(min=1), help="online: tokens of a mean prompt [default: the thresholds']"
+)
+@click.option(
+    "--mean-output", type=click.FloatRange(min=1), help="online: tokens of a mean answer [default: the thresholds']"
+)
+@click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".')
+@click.option(
+    "--tick",
+    "tick_s",
+    type=click.FloatRange(min=0.05),
+    default=1.0,
+    show_default=True,
+    help="Seconds between decisions.",
+)
+@click.option(
+    "--max-switches-per-hour",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="More moves than this are not made.",
+)
+@click.option(
+    "--stale-after",
+    "stale_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds without a reading after which nothing is moved.",
+)
+@click.option(
+    "--for", "for_s", type=click.FloatRange(min=0, min_open=True), help="End after so many seconds [default: Ctrl-C]."
+)
+@click.option("--engine", default="auto", show_default=True, help="Whose metrics URL shows.")
+@click.option("--leave", is_flag=True, help="Leave the last fleet in force at the end, instead of the one before.")
+@reached
+@json_option
+@db_option
+def run(
+    url: str,
+    control_spec: str | None,
+    dry_run: bool,
+    for_s: float | None,
+    leave: bool,
+    as_json: bool,
+    db: str,
+    **options: Any,
+) -> int:
+    """Let a policy steer the fleet on live readings until Ctrl-C; every decision and its reason is a row.
+
+    With --dry-run it decides and says so, and changes nothing.
+    """
+    from loadgen import policy
+    from loadgen.control.online import Controller
+    from traces.errors import EndpointError
+    from traces.records import Decision, FleetChange
+    from traces.store import open_store
+
+    made = chosen(control_spec, url, options)
+    if made is None:
+        raise EndpointError(f"{url}: its fleet cannot be set (no /fleet). Say how with --control.")
+    steering = policy.Steering(_rule(options))
+    keeper: Any = keeper_of(made, "run", options, as_json, put_back=not leave)
+    if dry_run:
+        keeper = _Dry(keeper)
+    zero, unix = time.monotonic(), time.time()
+    console = messages(as_json)
+    decisions: list[Decision] = []
+    changes: list[FleetChange] = []
+
+    def say(decision: Decision) -> None:
+        moved = f"{decision.before} -> {decision.after}" if decision.after else str(decision.before or "?")
+        console.print(f"{decision.at_s:8.1f} s  {decision.action:7} {moved}: {decision.reason}", markup=False)
+
+    with open_store(db) as store, readings_of(url, options, zero) as read, keeper:
+
+        def on_decision(decision: Decision) -> None:
+            decisions.append(decision)
+            store.add_decision(None, decision, made.name, unix)
+
+        def on_change(change: FleetChange) -> None:
+            changes.append(change)
+            store.add_fleet_change(None, change, made.name, unix)
+
+        controller = Controller(
+            keeper,
+            read,
+            steering,
+            zero,
+            on_change,
+            on_decision=on_decision,
+            on_said=say,
+            tick_s=options["tick_s"],
+            stale_s=options["stale_s"],
+            most_per_hour=options["max_switches_per_hour"],
+        )
+        with controller:
+            try:
+                threading.Event().wait(for_s)
+            except KeyboardInterrupt:
+                console.print("stopping", markup=False)
+    if as_json:
+        emit_json(
+            {
+                "control": made.name,
+                "moves": controller.moves,
+                "missed": controller.missed,
+                "decisions": [
+                    {
+                        "at_s": d.at_s,
+                        "until_s": d.until_s,
+                        "action": d.action,
+                        "before": str(d.before) if d.before else None,
+                        "after": str(d.after) if d.after else None,
+                        "reason": d.reason,
+                        "repeats": d.repeats,
+                    }
+                    for d in decisions
+                ],
+            }
+        )
+    else:
+        console.print(
+            f"{controller.moves} moves, {sum(d.repeats for d in decisions)} decisions, "
+            f"{controller.missed} ticks without a reading",
+            markup=False,
+        )
+    return 0
+
+
+class _Dry:
+    """A keeper that only says what it would do."""
+
+    def __init__(self, keeper: Any) -> None:
+        self._keeper = keeper
+        self.kind, self.name, self.spec = keeper.kind, keeper.name, keeper.spec
+
+    def __enter__(self) -> _Dry:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def get(self) -> Any:
+        return self._keeper.get()
+
+    def steps(self, fleet: Any) -> list[str]:
+        steps: list[str] = self._keeper.steps(fleet)
+        return steps
+
+    def ask(self, fleet: Any) -> None:
+        for step in self._keeper.steps(fleet):
+            click.echo(f"dry run: {step}", err=True)
+
+
+@contextmanager
+def readings_of(url: str, options: dict[str, Any], zero: float) -> Iterator[Any]:
+    """read(): one reading of every worker that the endpoint's metrics show."""
+    from loadgen.scrape import Scraper
+
+    scraper = Scraper(
+        connect_of(options).endpoint(url),
+        zero,
+        lambda samples: None,
+        engine="" if options["engine"] == "auto" else options["engine"],
+    )
+    yield scraper.read
+
+
+def _rule(options: dict[str, Any]) -> Any:
+    """The policy's rule from --policy, --laws and --thresholds."""
+    import json
+
+    from loadgen import policy
+    from loadgen.cluster import Profile
+    from traces.errors import InputError
+    from traces.measures import Slo
+
+    held: dict[str, Any] = {}
+    if options["thresholds"] is not None:
+        try:
+            said = json.loads(options["thresholds"].read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--thresholds {options['thresholds']}: cannot be read as JSON ({error}).") from None
+        held = said.get("thresholds", said) if isinstance(said, dict) else {}
+        if not isinstance(held, dict) or not held:
+            raise InputError(f"--thresholds {options['thresholds']}: holds no thresholds.")
+    if options["policy"] == "online-report":
+        return policy.CountRule(float(held.get("ratio", 1.5)))
+    if not options["laws"]:
+        raise InputError(
+            "--policy online counts backlog in seconds: give --laws (steelyard advise --profile-out FILE)."
+        )
+    prompt = options["mean_prompt"] or held.get("mean_prompt")
+    output = options["mean_output"] or held.get("mean_output")
+    if not prompt or not output:
+        raise InputError("--policy online needs --mean-prompt and --mean-output, in tokens.")
+    rule = policy.BacklogRule(
+        Profile.load(options["laws"]),
+        float(prompt),
+        float(output),
+        Slo.parse(options["slo"]) if options["slo"] else Slo(),
+    )
+    for name in ("more_s", "ratio", "dwell_s", "cool_s"):
+        if held.get(name) is not None:
+            rule = replace(rule, **{name: float(held[name])})  # type: ignore[arg-type]
+    return rule
+
+
+@control.command(**example("steelyard control keep --control vllm.toml --fleet 1:1"))
+@click.option("--control", "control_spec", required=True, metavar="FILE", help='TOML file with kind = "vllm-router".')
+@click.option("--fleet", required=True, metavar="P:D", help="Fleet at the beginning.")
+def keep(control_spec: str, fleet: str) -> int:
+    """Register the workers of a vllm-router, and go on doing so, until Ctrl-C: without it the router drops them.
+
+    ``control set``, sweeps and ``control run`` tell this process which roles to register.
+    """
+    from loadgen.control import control_of
+    from loadgen.control.vllm_router import VllmRouter, beat
+    from traces.errors import InputError
+    from traces.records import Fleet
+
+    made = control_of(control_spec, connect_of({}))
+    if not isinstance(made, VllmRouter):
+        raise InputError(f'control keep is for kind = "vllm-router" (got {control_spec}).')
+    beat(made, Fleet.parse(fleet), lambda: False, lambda line: click.echo(f"{made.name}: {line}", err=True))
+    return 0

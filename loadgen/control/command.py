@@ -1,0 +1,145 @@
+"""A command of the user's own, given as a list of arguments: no shell ever sees it.
+
+``{prefill}``, ``{decode}`` and ``{workers}`` are replaced inside each argument. The command is done when it exits with 0;
+a second one (``get``) prints what is in force, as ``P:D`` or as JSON with ``prefill`` and ``decode``. Without it the fleet
+counts as in force when the command has exited, and what was in force before has to be said (``now``).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
+from loadgen.stream import printable
+from traces.errors import EndpointError, InputError
+from traces.records import Fleet
+
+COMMAND_S = 600.0
+"""How long a command may take, unless the file says otherwise."""
+
+GET_S = 30.0
+
+
+class Command:
+    """See :class:`loadgen.control.Control`. change, get: lists of arguments. now: the fleet in force at the beginning."""
+
+    kind = "command"
+
+    def __init__(
+        self, change: Sequence[str], read: Sequence[str] = (), now: Fleet | None = None, timeout_s: float = COMMAND_S
+    ) -> None:
+        if not any("{prefill}" in part for part in change) or not any("{decode}" in part for part in change):
+            raise InputError("a control command needs {prefill} and {decode} among its arguments.")
+        self._change, self._read, self._now, self._timeout_s = list(change), list(read), now, timeout_s
+        self._target: Fleet | None = None
+        self._steps = Steps()
+        self.name = f"command {change[0]}"
+        self.spec = "command:" + json.dumps(self._change)
+        self.bounds = Bounds()
+
+    def get(self) -> Standing:
+        """See :class:`loadgen.control.Control`."""
+        self._steps.check()
+        left = self._steps.left
+        if not self._read:
+            return Standing(None if left else self._now, self._target, left)
+        said = self._run(self._read, GET_S)
+        held: Any = None
+        try:
+            held = json.loads(said)
+        except ValueError:
+            held = None
+        try:
+            if isinstance(held, dict):
+                fleet = Fleet(int(held["prefill"]), int(held["decode"]))
+                left += int(held.get("changing", 0))
+            else:
+                fleet = Fleet.parse(said)
+        except (InputError, KeyError, TypeError, ValueError):
+            raise EndpointError(
+                f'{self._read[0]}: it must print P:D or {{"prefill": P, "decode": D}} (it printed {printable(said[:80])!r}).'
+            ) from None
+        return Standing(fleet, self._target if left else None, left)
+
+    def steps(self, fleet: Fleet) -> list[str]:
+        """See :class:`loadgen.control.Control`."""
+        if self.get().settled(fleet):
+            return []
+        return [
+            "run " + " ".join(json.dumps(part) if " " in part or not part else part for part in self._filled(fleet))
+        ]
+
+    def ask(self, fleet: Fleet) -> None:
+        """See :class:`loadgen.control.Control`."""
+        self._target = fleet
+
+        def change() -> None:
+            self._run(self._filled(fleet), self._timeout_s)
+            self._now = fleet
+
+        self._steps.start([change])
+
+    def _filled(self, fleet: Fleet) -> list[str]:
+        values = {"{prefill}": str(fleet.prefill), "{decode}": str(fleet.decode), "{workers}": str(fleet.workers)}
+        filled = []
+        for part in self._change:
+            for mark, value in values.items():
+                part = part.replace(mark, value)
+            filled.append(part)
+        return filled
+
+    def _run(self, arguments: list[str], timeout_s: float) -> str:
+        try:
+            done = subprocess.run(
+                arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False,
+                start_new_session=True,  # Ctrl-C is ours: the way back must not be cut in the middle
+            )  # fmt: skip
+        except FileNotFoundError:
+            raise LostError(f"control command {arguments[0]!r}: there is no such program.") from None
+        except PermissionError:
+            raise LostError(f"control command {arguments[0]!r}: it may not be run (is it executable?).") from None
+        except subprocess.TimeoutExpired:
+            raise LostError(
+                f"control command {arguments[0]!r}: did not end within {timeout_s:g} s and was killed."
+            ) from None
+        except OSError as error:
+            raise LostError(f"control command {arguments[0]!r}: cannot be run ({error.strerror}).") from None
+        if done.returncode:
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            said = printable(lines[-1][:200]) if lines else "it said nothing"
+            raise LostError(f"control command {arguments[0]!r}: exit code {done.returncode} ({said}).")
+        return done.stdout[:65536].decode("utf-8", "replace").strip()
+
+
+def _arguments(held: Any, what: str) -> list[str]:
+    if not isinstance(held, list) or not held or not all(isinstance(part, str) for part in held) or not held[0]:
+        raise InputError(
+            f'{what} must be a list of arguments such as ["./scale.sh", "{{prefill}}", "{{decode}}"] (got {held!r}).'
+        )
+    return held
+
+
+def from_text(text: str, spec: str, connect: Connect) -> Command:
+    """``command:["prog", "{prefill}", "{decode}"]``, a JSON list; without ``get`` the fleet in force is not known."""
+    try:
+        held = json.loads(text)
+    except ValueError:
+        held = text
+    made = Command(_arguments(held, "--control command:"))
+    return made
+
+
+def from_table(table: dict[str, Any], path: str, connect: Connect) -> Command:
+    """``set``, ``get``, ``now``, ``timeout_s``."""
+    held = members(table, path, set=(list, ...), get=(list, []), now=(str, ""), timeout_s=(float, COMMAND_S))
+    made = Command(
+        _arguments(held["set"], f"{path}: set"),
+        _arguments(held["get"], f"{path}: get") if held["get"] else (),
+        Fleet.parse(held["now"]) if held["now"] else None,
+        float(held["timeout_s"]),
+    )
+    made.spec = path
+    return made

@@ -1,0 +1,152 @@
+"""The way back, on disk: which fleet was in force before steelyard changed it. One file an endpoint.
+
+Written, and on the disk (fsync), before the first change; dropped when the old fleet is back. A file that no living
+process holds is what a crash left: ``steelyard control restore`` puts its fleet back. Entries stack: a deliberate
+``control set`` lies below what a sweep did afterwards. Holds no credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from traces.errors import EndpointError, InputError
+from traces.records import Fleet
+
+SET = "set"
+"""The verb whose change is meant to stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One change: by which verb, from which fleet to which, when."""
+
+    verb: str
+    before: str
+    after: str
+    unix_s: float
+
+
+def folder() -> Path:
+    """Where the files are: beside the rows that wait (:func:`loadgen.spool.folder`)."""
+    from loadgen.spool import folder as spool
+
+    return spool().parent / "control"
+
+
+class Journal:
+    """The file of one control. spec: what makes it again; name: for people."""
+
+    def __init__(self, spec: str, name: str, where: Path | None = None) -> None:
+        self.spec, self.name = spec, name
+        self.path = (where or folder()) / f"{hashlib.sha256(spec.encode()).hexdigest()[:16]}.json"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def all(cls, where: Path | None = None) -> list[Journal]:
+        """Every file that is there, and readable."""
+        found = []
+        for path in sorted((where or folder()).glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                held = json.loads(path.read_text(encoding="utf-8"))
+                found.append(cls(str(held["control"]), str(held["name"]), path.parent))
+        return found
+
+    # --- who holds it
+
+    def lock(self, verb: str) -> None:
+        """Held until unlock or the end of the process. EndpointError when another process changes this fleet."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = self.path.with_suffix(".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            who = handle.read(200).strip() or "another process"
+            handle.close()
+            raise EndpointError(f"{self.name}: its fleet is being changed by {who}. Wait for it, or end it.") from None
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"steelyard {verb}, process {os.getpid()}")
+        handle.flush()
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Let others."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # --- what it says
+
+    def entries(self) -> list[Entry]:
+        """Oldest first. InputError when the file cannot be read: it may be the only trace of the old fleet."""
+        try:
+            held = json.loads(self.path.read_text(encoding="utf-8"))
+            return [Entry(**entry) for entry in held["entries"]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({error}). Put the fleet back by hand and remove the file."
+            ) from None
+
+    def left(self, verb: str) -> Fleet | None:
+        """The fleet that a crash left unrestored. Call with the lock held."""
+        found = None
+        for entry in reversed(self.entries()):
+            if entry.verb == SET:
+                break
+            found = Fleet.parse(entry.before)
+        return found
+
+    def begin(self, verb: str, before: Fleet, after: Fleet) -> None:
+        """Note a change before it is made."""
+        held = self.entries()
+        if verb == SET and held and held[-1].verb == SET:
+            return  # the way back is to before the first of them
+        self._write([*held, Entry(verb, str(before), str(after), time.time())])
+
+    def done(self, verb: str) -> None:
+        """The fleet is as it was: drop what this verb and a crash before it noted."""
+        held = self.entries()
+        while held and held[-1].verb != SET:
+            held.pop()
+        if verb == SET:
+            held.clear()
+        self._write(held)
+
+    def undo(self) -> tuple[Fleet, str] | None:
+        """(fleet to go back to, by what it was changed): what a crash left, otherwise the last ``control set``."""
+        held = self.entries()
+        if not held:
+            return None
+        left = self.left("")
+        if left is not None:
+            return left, next(e.verb for e in held if e.verb != SET)
+        return Fleet.parse(held[-1].before), SET
+
+    def _write(self, entries: list[Entry]) -> None:
+        if not entries:
+            self.path.unlink(missing_ok=True)
+        else:
+            held = {"control": self.spec, "name": self.name, "entries": [asdict(e) for e in entries]}
+            part = self.path.with_suffix(".part")
+            with part.open("w", encoding="utf-8") as out:
+                json.dump(held, out, indent=1)
+                out.flush()
+                os.fsync(out.fileno())
+            part.replace(self.path)
+        # The name must be on the disk too, not only the bytes.
+        handle = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

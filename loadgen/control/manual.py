@@ -1,0 +1,77 @@
+"""The operator is asked: what is in force, and to put another fleet in force; steelyard waits for the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
+from traces.errors import InputError
+from traces.records import Fleet
+
+
+class Manual:
+    """See :class:`loadgen.control.Control`. ask_operator(question) waits for a line; EOFError: nobody is there."""
+
+    kind = "manual"
+
+    def __init__(self, what: str, ask_operator: Callable[[str], str] | None, now: Fleet | None = None) -> None:
+        self._ask_operator, self._now = ask_operator, now
+        self._target: Fleet | None = None
+        self._steps = Steps()
+        self.name = f"manual {what}".strip()
+        self.spec = f"manual:{what}"
+        self.bounds = Bounds()
+
+    def get(self) -> Standing:
+        """See :class:`loadgen.control.Control`. The first time, the operator is asked."""
+        self._steps.check()
+        while self._now is None:
+            said = self._asked("Which fleet is in force now (prefill:decode)? ")
+            try:
+                self._now = Fleet.parse(said)
+            except InputError as error:
+                self._asked(f"{error} Press Enter and try again. ")
+        left = self._steps.left
+        return Standing(None if left else self._now, self._target, left)
+
+    def steps(self, fleet: Fleet) -> list[str]:
+        """See :class:`loadgen.control.Control`."""
+        now = self.get()
+        return [] if now.settled(fleet) else [f"ask the operator to change {now.aimed} to {fleet}, and wait"]
+
+    def ask(self, fleet: Fleet) -> None:
+        """See :class:`loadgen.control.Control`."""
+        self._target = fleet
+        now = self._now
+
+        def change() -> None:
+            said = self._asked(
+                f"Please change the fleet from {now or 'what it is'} to {fleet}. Enter when it serves, no to give up: "
+            )
+            if said.strip().lower() in ("n", "no"):
+                raise LostError(f"the operator did not put the fleet {fleet} in force.")
+            self._now = fleet
+
+        self._steps.start([change])
+
+    def _asked(self, question: str) -> str:
+        if self._ask_operator is None:
+            raise LostError("--control manual asks the operator, and there is no terminal to ask at.")
+        try:
+            return self._ask_operator(question)
+        except (EOFError, OSError):
+            raise LostError("--control manual asks the operator, and nobody answered (end of input).") from None
+
+
+def from_text(text: str, spec: str, connect: Connect) -> Manual:
+    """``manual:`` or ``manual:NAME``."""
+    return Manual(text, connect.ask_operator)
+
+
+def from_table(table: dict[str, Any], path: str, connect: Connect) -> Manual:
+    """``name``, ``now``."""
+    held = members(table, path, name=(str, ""), now=(str, ""))
+    made = Manual(held["name"], connect.ask_operator, Fleet.parse(held["now"]) if held["now"] else None)
+    made.spec = path
+    return made

@@ -1,0 +1,249 @@
+"""The online controller: a policy on live readings, applied through a control, every decision with its reason kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from loadgen.control import Control, LostError, has_grown
+from traces.errors import EndpointError, InputError
+from traces.records import Decision, Fleet, FleetChange, Observations, Sample
+
+
+class Steering(Protocol):
+    """A rule with its state, asked each tick (:class:`loadgen.policy.Steering`). why: of the last answer, also of None."""
+
+    why: str
+
+    def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
+        """Another fleet, or None."""
+        ...
+
+
+class Planned:
+    """Not a rule: fleets at set times, to see what a change costs. changes: (at_s, fleet)."""
+
+    def __init__(self, changes: Sequence[tuple[float, Fleet]]) -> None:
+        self._left = sorted(changes, key=lambda change: change[0])
+        self.why = ""
+
+    def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
+        """The fleet whose time has come, once the change before it is in force."""
+        if not self._left or now_s < self._left[0][0]:
+            self.why = "the time of the next change has not come" if self._left else "no change is left"
+            return None
+        if changing:
+            self.why = "the change before is not in force yet"
+            return None
+        at_s, wanted = self._left.pop(0)
+        self.why = f"asked for at {at_s:g} s"
+        return wanted
+
+
+class Decisions:
+    """Decisions as they are made, repeats counted: :meth:`add` hands on each when another follows, ``flush`` the last."""
+
+    def __init__(self, on_decision: Callable[[Decision], None]) -> None:
+        self._on_decision = on_decision
+        self._last: Decision | None = None
+
+    def add(self, decision: Decision) -> bool:
+        """Count it with the one before if it says the same (numbers aside); is it another?"""
+        last = self._last
+        if last is not None and decision.action not in ("move", "refused") and _same(last) == _same(decision):
+            self._last = replace(last, until_s=decision.at_s, repeats=last.repeats + 1)
+            return False
+        self.flush()
+        self._last = decision
+        return True
+
+    def flush(self) -> None:
+        """Hand on the last."""
+        if self._last is not None:
+            self._on_decision(self._last)
+            self._last = None
+
+
+def _same(decision: Decision) -> tuple[Any, ...]:
+    return decision.action, decision.before, decision.after, re.sub(r"\d+(\.\d+)?", "#", decision.reason)
+
+
+class Controller:
+    """Runs a policy against a live endpoint in a thread of its own, off the request path; a context manager.
+
+    read() gives one reading of all workers. zero: where seconds count from, on the monotonic clock. speed: model seconds per
+    second (of the reference endpoint): the rule is asked every tick_s model seconds and sees model time. on_change gets every
+    change when it is in force, or at the end with ``ready_s`` NaN. on_decision gets every decision, those that repeat
+    counted together; on_said a line when the decision is another one.
+    Nothing is moved while the last reading is older than stale_s seconds, nor when ``most_per_hour`` moves were made
+    within the last hour. missed: ticks without a reading.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        read: Callable[[], Sequence[Sample]],
+        steering: Steering,
+        zero: float,
+        on_change: Callable[[FleetChange], None],
+        *,
+        on_decision: Callable[[Decision], None] = lambda decision: None,
+        on_said: Callable[[Decision], None] = lambda decision: None,
+        tick_s: float = 1.0,
+        speed: float = 1.0,
+        stale_s: float = 10.0,
+        most_per_hour: float = math.inf,
+    ) -> None:
+        self.missed = 0
+        self.moves = 0
+        self._control, self._read, self._steering, self._zero = control, read, steering, zero
+        self._on_change, self._tick_s, self._speed = on_change, tick_s / speed, speed
+        self._decisions, self._on_said = Decisions(on_decision), on_said
+        self._stale_s, self._most_per_hour = stale_s, most_per_hour
+        self._moved: deque[float] = deque()
+        self._fresh_s = 0.0  # the controller's own beginning: a server that never answers goes stale too
+        self._fleet: Fleet | None = None
+        self._pending: list[FleetChange] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="steelyard-controller", daemon=True)
+
+    def __enter__(self) -> Controller:
+        self._fresh_s = self._now()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        with contextlib.suppress(EndpointError):  # a change that settles in the last tick is still seen
+            self._arrived()
+        for change in self._pending:
+            self._on_change(change)
+        self._decisions.flush()
+
+    def _now(self) -> float:
+        return time.monotonic() - self._zero
+
+    def _main(self) -> None:
+        when = self._zero + self._tick_s
+        while not self._stop.wait(max(0.0, when - time.monotonic())):
+            try:
+                self._tick()
+            except (EndpointError, InputError) as error:
+                self.missed += 1
+                age = self._now() - self._fresh_s
+                if isinstance(error, LostError):
+                    self._decide("refused", None, str(error))
+                elif age > self._stale_s:
+                    self._decide("stale", None, f"no reading for {age:.0f} s, nothing is moved ({error})")
+            when = max(when + self._tick_s, time.monotonic())
+
+    def _arrived(self) -> tuple[Fleet | None, int]:
+        """(fleet asked for, workers on their way) as the endpoint says; changes that are in force now are handed on."""
+        standing = self._control.get()
+        at = self._now()
+        self._pending = [
+            replace(c, joined_s=at) if math.isnan(c.joined_s) and has_grown(standing.fleet, c.after) else c
+            for c in self._pending
+        ]
+        if not standing.changing and self._pending:
+            for change in self._pending:
+                self._on_change(replace(change, ready_s=at))
+            self._pending.clear()
+        return standing.aimed, standing.changing
+
+    def _tick(self) -> None:
+        asked, changing = self._arrived()
+        self._fleet = asked or self._fleet
+        samples = self._read()
+        now = self._now()
+        if not samples:
+            age = now - self._fresh_s
+            if age > self._stale_s:
+                self._decide("stale", None, f"no reading for {age:.0f} s, nothing is moved")
+            self.missed += 1
+            return
+        self._fresh_s = now
+        if asked is None:
+            self._decide("hold", None, "a role is without a worker, or the fleet in force is not known")
+            return
+        target = self._steering(now * self._speed, samples, asked, changing)
+        why = self._steering.why
+        if target is None:
+            self._decide("hold", None, why or "nothing asks for a move")
+            return
+        while self._moved and now - self._moved[0] > 3600:
+            self._moved.popleft()
+        if len(self._moved) + 1 > self._most_per_hour:
+            self._decide("cap", target, f"{self._most_per_hour:g} moves an hour are made, this one is not: {why}")
+            return
+        try:
+            self._control.ask(target)
+        except InputError as error:
+            self._decide("refused", target, f"{error} Wanted because: {why}")
+            return
+        self._moved.append(now)
+        self.moves += 1
+        self._decide("move", target, why)
+        self._pending.append(FleetChange(now, math.nan, asked, target, why))
+
+    def _decide(self, action: str, after: Fleet | None, reason: str) -> None:
+        now = self._now()
+        decision = Decision(now, now, action, self._fleet, after, reason, 1)
+        if self._decisions.add(decision):
+            self._on_said(decision)
+
+
+def measured(change: FleetChange, rows: Observations, readings: Sequence[Sample]) -> FleetChange:
+    """The change with what it cost, from a run's rows and readings.
+
+    First served is as fine as the readings are apart: the first in which a worker that had not the role when the change was
+    asked for has it and has done work in it.
+    """
+    ready = change.ready_s if change.ready_s == change.ready_s else math.inf
+    end = np.fmax(rows.last_token_s, rows.sent_s)
+    sent = ~np.isnan(rows.sent_s)
+    under_way = sent & (rows.sent_s <= ready) & ((end >= change.asked_s) | ~rows.ok)
+    # A request that failed has no end; it counts if it was sent at most a minute before.
+    under_way &= rows.ok | (rows.sent_s >= change.asked_s - 60)
+    wait = rows.first_token_s - rows.sent_s
+    before = wait[rows.ok & (end < change.asked_s)]
+    slowed = int((wait[under_way & rows.ok] > before.max()).sum()) if len(before) else -1
+    return replace(
+        change,
+        first_served_s=_first_served(change, readings),
+        in_flight=int(under_way.sum()),
+        failed=int((under_way & ~rows.ok).sum()),
+        slowed=slowed,
+    )
+
+
+def _first_served(change: FleetChange, readings: Sequence[Sample]) -> float:
+    grown = {r for r in ("prefill", "decode") if getattr(change.after, r) > getattr(change.before, r)}
+    last: dict[str, Sample] = {}
+    had: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+    for s in sorted(readings, key=lambda s: s.at_s):
+        if s.at_s <= change.asked_s:
+            for workers in had.values():
+                workers.discard(s.worker)
+            if s.role in had:
+                had[s.role].add(s.worker)
+        elif s.role in grown and s.worker not in had[s.role]:
+            known = last.get(s.worker)
+            done = [
+                (getattr(s, name) or 0.0) - ((getattr(known, name) or 0.0) if known is not None else 0.0)
+                for name in ("steps_total", "prompt_tokens_total", "output_tokens_total", "finished_total")
+            ]
+            if (s.running_requests or 0) > 0 or max(done) > 0:
+                return s.at_s
+        last[s.worker] = s
+    return math.nan

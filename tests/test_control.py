@@ -1,0 +1,677 @@
+"""A fleet is set and waited for, its way back is on disk before it moves, and every decision has a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advisor.cli import main
+from loadgen.client import target
+from loadgen.cluster.embedded import embedded
+from loadgen.control import Bounds, Connect, Endpoint, Keeper, LostError, Standing, control_of, put
+from loadgen.control.journal import Journal
+from loadgen.control.online import Controller, Planned, measured
+from loadgen.control.reference import Reference
+from loadgen.policy import CountRule, Steering
+from traces.errors import EndpointError, InputError
+from traces.records import Decision, Fleet, FleetChange, Observations, Sample
+from traces.store import open_store
+
+
+def endpoint(url: str) -> Endpoint:
+    return Endpoint(target(url))
+
+
+CONNECT = Connect(endpoint, endpoint)
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own notes."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with embedded("constant", Fleet(3, 3)) as url:
+        yield url
+
+
+# --- the reference endpoint
+
+
+def test_a_fleet_is_put_in_force_and_back(server: str) -> None:
+    control = Reference(endpoint(server))
+    with Keeper(control, "sweep") as keeper:
+        before = control.get().fleet
+        cost = keeper.put(Fleet(2, 4))
+        assert control.get().settled(Fleet(2, 4))
+        assert 0 < cost.joined_s <= cost.ready_s < 10
+        assert keeper.journal.entries()[0].before == str(before)
+    assert control.get().settled(before or Fleet(9, 9))
+    assert Journal.all() == []
+
+
+def test_what_is_in_force_costs_nothing_and_leaves_no_note(server: str) -> None:
+    with Keeper(Reference(endpoint(server)), "sweep") as keeper:
+        assert keeper.put(keeper.get().fleet or Fleet(9, 9)).ready_s == 0.0
+        assert Journal.all() == []
+
+
+@pytest.mark.parametrize(
+    ("fleet", "bounds", "said"),
+    [
+        (Fleet(5, 1), Bounds.parse("1-4:1-4"), "prefill workers must be 1 to 4"),
+        (Fleet(1, 5), Bounds.parse("1-4:1-4"), "decode workers must be 1 to 4"),
+        (Fleet(4, 4), Bounds.parse("1-4:1-4/6"), "workers in all must be 1 to 6"),
+        (Fleet(4, 4), None, "4:4 is impossible: it has 8 workers, the endpoint has 6"),
+    ],
+)
+def test_what_is_out_of_bounds_or_reach_is_refused_before_anything_moves(
+    server: str, fleet: Fleet, bounds: Bounds | None, said: str
+) -> None:
+    with Keeper(Reference(endpoint(server)), "sweep", bounds=bounds) as keeper:
+        with pytest.raises(InputError, match=said):
+            keeper.put(fleet)
+        assert keeper.before is None
+    assert Journal.all() == []
+
+
+@pytest.mark.parametrize("text", ["", "1:2", "3-1:1-2", "1-2:1-2/", "a-b:c-d", "1-2"])
+def test_bounds_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="bounds must be"):
+        Bounds.parse(text)
+
+
+def test_two_commands_do_not_change_one_fleet_at_once(server: str) -> None:
+    control = Reference(endpoint(server))
+    with (
+        Keeper(control, "sweep"),
+        pytest.raises(EndpointError, match=r"being changed by steelyard sweep, process \d+"),
+        Keeper(control, "run"),
+    ):
+        raise AssertionError("both got in")
+
+
+def test_an_error_in_a_replay_puts_the_fleet_back_and_a_good_end_leaves_it(server: str) -> None:
+    control = Reference(endpoint(server))
+    before = control.get().fleet
+    keeper = Keeper(control, "replay", put_back=False)
+    with pytest.raises(ZeroDivisionError), keeper:
+        print(1 / int(keeper.put(Fleet(4, 2)).ready_s < 0))
+    assert control.get().settled(before or Fleet(9, 9))
+    with Keeper(control, "replay", put_back=False) as keeper:
+        keeper.put(Fleet(4, 2))
+    assert control.get().settled(Fleet(4, 2))
+    assert Journal.all() == []
+    put(control, before or Fleet(9, 9))
+
+
+def test_a_killed_sweep_is_undone_by_restore(server: str, tmp_path: Path) -> None:
+    control = Reference(endpoint(server))
+    before = control.get().fleet
+    code = f"""
+        import time
+        from loadgen.client import target
+        from loadgen.control import Endpoint, Keeper
+        from loadgen.control.reference import Reference
+        from traces.records import Fleet
+        with Keeper(Reference(Endpoint(target({server!r}))), "sweep") as keeper:
+            keeper.put(Fleet(1, 5))
+            print("moved", flush=True)
+            time.sleep(60)
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "moved\n"
+    # While it lives, nobody puts anything back behind its back.
+    assert main(["control", "restore", "--db", f"sqlite:///{tmp_path / 'a.db'}"]) == 1
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert control.get().settled(Fleet(1, 5))
+    assert main(["control", "restore", "--dry-run"]) == 0
+    assert control.get().settled(Fleet(1, 5))
+    assert main(["control", "restore", "--db", f"sqlite:///{tmp_path / 'a.db'}"]) == 0
+    assert control.get().settled(before or Fleet(9, 9))
+    assert Journal.all() == []
+    with open_store(f"sqlite:///{tmp_path / 'a.db'}") as store:
+        (change,) = store.fleet_changes(None)
+        assert (change.before, change.after) == (Fleet(1, 5), before)
+        assert change.ready_s > 0
+
+
+def test_the_next_sweep_goes_back_to_what_stood_before_the_crash(server: str) -> None:
+    control = Reference(endpoint(server))
+    before = control.get().fleet or Fleet(9, 9)
+    journal = Journal(control.spec, control.name)
+    journal.lock("sweep")
+    journal.begin("sweep", before, Fleet(1, 5))
+    journal.unlock()
+    put(control, Fleet(1, 5))
+    said: list[str] = []
+    with Keeper(control, "sweep", say=said.append) as keeper:
+        keeper.put(Fleet(2, 4))
+    assert "an earlier command ended without putting" in said[0]
+    assert control.get().settled(before)
+    assert Journal.all() == []
+
+
+def test_a_set_on_purpose_survives_a_sweep_and_is_undone_by_restore(server: str, tmp_path: Path) -> None:
+    db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
+    control = Reference(endpoint(server))
+    before = control.get().fleet or Fleet(9, 9)
+    assert main(["control", "set", "2:4", server, "--warm", "2", *db]) == 0
+    assert main(["control", "set", "4:2", server, *db]) == 0
+    with Keeper(control, "sweep") as keeper:
+        keeper.put(Fleet(1, 5))
+    assert control.get().settled(Fleet(4, 2))
+    assert main(["control", "restore", *db]) == 0
+    assert control.get().settled(before)
+    with open_store(db[1]) as store:
+        first, second, third = store.fleet_changes(None)
+    assert (first.after, second.after, third.after) == (Fleet(2, 4), Fleet(4, 2), before)
+    assert 0 < first.joined_s <= first.ready_s <= first.first_served_s
+    assert (first.in_flight, first.failed) == (2, 0)
+
+
+def test_a_note_that_cannot_be_read_is_not_thrown_away(server: str) -> None:
+    journal = Journal("reference:x", "x")
+    journal.path.parent.mkdir(parents=True)
+    journal.path.write_text("{")
+    with pytest.raises(InputError, match="Put the fleet back by hand"):
+        journal.entries()
+    assert journal.path.exists()
+
+
+def test_a_dry_run_says_and_does_nothing(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = endpoint(server).fleet()
+    assert main(["control", "set", "2:4", server, "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["steps"] == [f"PUT {server}/fleet: 3:3 -> 2:4"]
+    assert endpoint(server).fleet() == before
+
+
+def test_get_prints_the_fleet(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["control", "get", server, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fleet"] == {"prefill": 3, "decode": 3}
+
+
+def test_a_worker_that_does_not_drain_is_one_clear_line() -> None:
+    class Stuck:
+        kind, name, spec = "stuck", "stuck", "stuck"
+
+        def get(self) -> Standing:
+            return Standing(Fleet(2, 1), Fleet(1, 2), 1)
+
+        def steps(self, fleet: Fleet) -> list[str]:
+            return ["wait"]
+
+        def ask(self, fleet: Fleet) -> None:
+            pass
+
+    with pytest.raises(EndpointError, match=r"1:2 was not in force within 0\.3 s \(it is 2:1, 1 worker on the way\)"):
+        put(Stuck(), Fleet(1, 2), 0.3)
+
+
+# --- a command of the user's
+
+
+def fleet_script(tmp_path: Path) -> tuple[Path, Path]:
+    """(a program that keeps a fleet in a file, a TOML file that uses it)."""
+    program = tmp_path / "fleet.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""\
+            #!{sys.executable}
+            import pathlib, sys, time
+            held = pathlib.Path({str(tmp_path / "fleet")!r})
+            if len(sys.argv) == 1:
+                print(held.read_text())
+            elif sys.argv[1] == "9":
+                sys.exit("no room for nine; $(touch {tmp_path}/shell)")
+            else:
+                time.sleep(0.2)
+                held.write_text(sys.argv[1] + ":" + sys.argv[2])
+            """
+        )
+    )
+    program.chmod(0o755)
+    (tmp_path / "fleet").write_text("2:1")
+    file = tmp_path / "control.toml"
+    file.write_text(
+        f'kind = "command"\nset = ["{program}", "{{prefill}}", "{{decode}}"]\nget = ["{program}"]\n'
+        "[bounds]\nprefill = [1, 9]\ndecode = [1, 4]\n"
+    )
+    return program, file
+
+
+def test_a_command_sets_and_reads_the_fleet(tmp_path: Path) -> None:
+    program, file = fleet_script(tmp_path)
+    control = control_of(str(file), CONNECT)
+    assert control is not None
+    assert control.steps(Fleet(1, 2)) == [f"run {program} 1 2"]
+    with Keeper(control, "sweep") as keeper:
+        assert keeper.put(Fleet(1, 2)).ready_s >= 0.2
+        assert (tmp_path / "fleet").read_text() == "1:2"
+        with pytest.raises(InputError, match="decode workers must be 1 to 4"):
+            keeper.put(Fleet(1, 5))
+        with pytest.raises(LostError, match=r"exit code 1 .no room for nine"):
+            keeper.put(Fleet(9, 1))
+    assert (tmp_path / "fleet").read_text() == "2:1"
+    assert not (tmp_path / "shell").exists()
+
+
+def test_a_command_gets_each_argument_as_it_is(tmp_path: Path) -> None:
+    """No shell: what a shell would read as more than one word, or run, arrives as one argument."""
+    seen = tmp_path / "seen"
+    program = [sys.executable, "-c", f"import sys, json; json.dump(sys.argv[1:], open({str(seen)!r}, 'w'))"]
+    odd = f"a b; touch {tmp_path}/shell $(id) '{{prefill}}x{{decode}}'"
+    control = control_of("command:" + json.dumps([*program, odd]), CONNECT)
+    assert control is not None
+    put(control, Fleet(3, 4))
+    assert json.loads(seen.read_text()) == [odd.replace("{prefill}", "3").replace("{decode}", "4")]
+    assert not (tmp_path / "shell").exists()
+
+
+def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
+    control = control_of('command:["true", "{prefill}", "{decode}"]', CONNECT)
+    assert control is not None
+    with Keeper(control, "sweep") as keeper, pytest.raises(InputError, match="could not be put back"):
+        keeper.put(Fleet(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("nonsense", "neither a kind nor a file"),
+        ("reference:", "needs the endpoint's URL"),
+        ("sglang:", "needs the router's URL"),
+        ("command:scale", "must be a list of arguments"),
+        ('command:["scale"]', "needs {prefill} and {decode}"),
+        ("vllm-router:x", "needs a TOML file"),
+        ("kind = 1", "kind must be one of"),
+        ('kind = "sglang"', "router is missing"),
+        ('kind = "sglang"\nrouter = 3', "router must be a str"),
+        ('kind = "sglang"\nrouter = "http://x"\nrooter = 1', "rooter not known here"),
+        ('kind = "sglang"\nrouter = "http://x"\n[[worker]]\nurl = "http://y"\nrole = "both"', "role must be"),
+        ('kind = "reference"\nurl = "http://x"\n[bounds]\nprefill = [2, 1]', "two whole numbers"),
+        ("kind = ", "cannot be read as TOML"),
+        ('kind = "vllm-router"\ndiscovery = "x:1"\nworker = []', "at least two"),
+    ],
+)
+def test_a_control_that_cannot_be_read_is_one_clear_line(spec: str, said: str, tmp_path: Path) -> None:
+    if spec.startswith("kind"):
+        file = tmp_path / "control.toml"
+        file.write_text(spec)
+        spec = str(file)
+    with pytest.raises(InputError, match=said.replace("{", "[{]").replace("}", "[}]")) as caught:
+        control_of(spec, CONNECT)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("/no/such/program", "there is no such program"),
+        ("/etc", "may not be run"),
+        ("false", "exit code 1 .it said nothing"),
+    ],
+)
+def test_a_command_that_fails_is_one_clear_line(program: str, said: str) -> None:
+    control = control_of("command:" + json.dumps([program, "{prefill}", "{decode}"]), CONNECT)
+    assert control is not None
+    with pytest.raises(LostError, match=said):
+        put(control, Fleet(1, 1))
+
+
+# --- the operator
+
+
+def test_the_operator_is_asked_and_waited_for() -> None:
+    asked: list[str] = []
+    answers = iter(["two to one", "", "2:1", "", "no"])
+
+    def operator(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    control = control_of("manual:lab", Connect(endpoint, endpoint, operator))
+    assert control is not None
+    assert put(control, Fleet(1, 2)).before == Fleet(2, 1)
+    assert "from 2:1 to 1:2" in asked[3]
+    with pytest.raises(LostError, match="did not put the fleet 2:1 in force"):
+        put(control, Fleet(2, 1))
+
+
+def test_where_nobody_can_be_asked_manual_says_so() -> None:
+    control = control_of("manual:", CONNECT)
+    assert control is not None
+    with pytest.raises(LostError, match="no terminal"):
+        control.get()
+
+
+# --- SGLang's router
+
+
+class Router:
+    """A stand-in of sglang-router's worker API and of the engines' drain and role switch, on one port each."""
+
+    def __init__(self, workers: list[tuple[str, str]], *, drain_s: float = 0.2, deaf: bool = False) -> None:
+        self.log: list[str] = []
+        self.status = 0
+        self.deaf = deaf
+        self.registered: dict[str, dict[str, Any]] = {}
+        self.left: dict[str, float] = {}
+        self.drain_s = drain_s
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def answer(self, status: int, held: Any) -> None:
+                body = held.encode() if isinstance(held, str) else json.dumps(held).encode()
+                self.send_response(outer.status or status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self) -> None:
+                if self.path == "/workers":
+                    self.answer(200, {"workers": list(outer.registered.values())})
+                    return
+                left = outer.left.get(f"http://{self.headers['Host']}", 0.0)
+                busy = outer.deaf or time.monotonic() < left
+                self.answer(200, f'sglang:num_running_reqs{{engine_type="decode"}} {2.0 if busy else 0.0}\n')
+
+            def do_POST(self) -> None:
+                held = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/pd_role_switch":
+                    outer.log.append(f"switch {self.headers['Host']} {held['new_role']}")
+                    self.answer(200, {"success": True})
+                    return
+                outer.log.append(f"add {held['url']} {held['worker_type']} {held.get('bootstrap_port')}")
+                outer.registered[held["url"]] = held | {"id": f"id-{held['url'][-5:]}", "is_healthy": True}
+                self.answer(202, {})
+
+            def do_DELETE(self) -> None:
+                gone = [u for u, w in outer.registered.items() if f"/workers/{w['id']}" == self.path]
+                for url in gone:
+                    outer.log.append(f"remove {url}")
+                    outer.left[url] = time.monotonic() + outer.drain_s
+                    del outer.registered[url]
+                self.answer(202 if gone else 404, {})
+
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(1 + len(workers))]
+        for one in self.servers:
+            threading.Thread(target=one.serve_forever, daemon=True).start()
+        self.url, *urls = [f"http://127.0.0.1:{s.server_address[1]}" for s in self.servers]
+        self.workers = dict(zip(urls, workers, strict=True))
+        for url, (_, now) in self.workers.items():
+            if now:
+                self.registered[url] = {
+                    "id": f"id-{url[-5:]}", "url": url, "worker_type": now, "is_healthy": True, "bootstrap_port": 9000,
+                }  # fmt: skip
+
+    def file(self, path: Path) -> str:
+        rows = "".join(
+            f'[[worker]]\nurl = "{url}"\nrole = "{role}"\nbootstrap_port = 9000\n'
+            for url, (role, _) in self.workers.items()
+        )
+        path.write_text(f'kind = "sglang"\nrouter = "{self.url}"\ndrain_s = 1\n{rows}')
+        return str(path)
+
+    def close(self) -> None:
+        for one in self.servers:
+            one.shutdown()
+            one.server_close()
+
+
+@pytest.fixture
+def routers() -> Iterator[list[Router]]:
+    made: list[Router] = []
+    yield made
+    for one in made:
+        one.close()
+
+
+def test_sglang_adds_before_it_takes_out_and_waits_for_the_drain(routers: list[Router], tmp_path: Path) -> None:
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode"), ("decode", "")])
+    routers.append(router)
+    control = control_of(router.file(tmp_path / "sglang.toml"), CONNECT)
+    assert control is not None
+    assert control.get().fleet == Fleet(2, 1)
+    with Keeper(control, "sweep") as keeper:
+        cost = keeper.put(Fleet(1, 2))
+        assert control.get().settled(Fleet(1, 2))
+    assert cost.joined_s < 0.2 <= cost.ready_s
+    new, old = list(router.workers)[3], list(router.workers)[1]
+    # Two changes: there and back again; the decode worker never gets a bootstrap port.
+    assert router.log == [f"add {new} decode None", f"remove {old}", f"add {old} prefill 9000", f"remove {new}"]
+
+
+def test_sglang_flips_an_engine_in_place(routers: list[Router], tmp_path: Path) -> None:
+    router = Router([("any", "prefill"), ("any", "prefill"), ("any", "decode")])
+    routers.append(router)
+    control = control_of(router.file(tmp_path / "sglang.toml"), CONNECT)
+    assert control is not None
+    put(control, Fleet(1, 2))
+    flipped = list(router.workers)[1]
+    assert router.log == [f"remove {flipped}", f"switch {flipped[7:]} decode", f"add {flipped} decode None"]
+
+
+def test_sglang_knows_what_it_cannot_reach(routers: list[Router]) -> None:
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
+    routers.append(router)
+    control = control_of(f"sglang:{router.url}", CONNECT)
+    assert control is not None
+    control.get()
+    with pytest.raises(
+        InputError, match="1:2 cannot be reached: there are 2 prefill and 1 decode workers and 0 that change"
+    ):
+        control.steps(Fleet(1, 2))
+    put(control, Fleet(1, 1))
+    put(control, Fleet(2, 1))  # what was taken out is known, and comes back
+    assert control.get().fleet == Fleet(2, 1)
+
+
+def test_a_worker_that_keeps_its_requests_is_named(routers: list[Router], tmp_path: Path) -> None:
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")], deaf=True)
+    routers.append(router)
+    control = control_of(router.file(tmp_path / "sglang.toml"), CONNECT)
+    assert control is not None
+    with pytest.raises(LostError, match=r"does not drain: it still holds 2 requests 1 s after"):
+        put(control, Fleet(1, 1))
+
+
+def test_a_router_that_refuses_and_an_expired_token_are_one_line_each(routers: list[Router]) -> None:
+    router = Router([("prefill", "prefill"), ("decode", "decode")])
+    routers.append(router)
+    control = control_of(f"sglang:{router.url}", CONNECT)
+    assert control is not None
+    router.status = 401
+    with pytest.raises(LostError, match="the token is missing, expired or not allowed"):
+        control.get()
+    router.status = 503
+    with pytest.raises(LostError, match=r"refused to list its workers .HTTP 503"):
+        control.get()
+
+
+# --- the online controller
+
+
+class Fake:
+    """A control whose fleet is in force at once; what it was asked is kept."""
+
+    kind, name, spec = "fake", "fake", "fake"
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.asked: list[Fleet] = []
+
+    def get(self) -> Standing:
+        return Standing(self.fleet)
+
+    def steps(self, fleet: Fleet) -> list[str]:
+        return [str(fleet)]
+
+    def ask(self, fleet: Fleet) -> None:
+        self.asked.append(fleet)
+        self.fleet = fleet
+
+
+def queues(prefill: float, decode: float) -> list[Sample]:
+    return [
+        Sample(0.0, "p", "prefill", waiting_requests=prefill, waiting_tokens=prefill * 100),
+        Sample(0.0, "d", "decode", waiting_requests=decode),
+    ]
+
+
+def steer(control: Fake, read: Any, for_s: float, **options: Any) -> tuple[list[Decision], list[FleetChange]]:
+    decisions: list[Decision] = []
+    changes: list[FleetChange] = []
+    steering = options.pop("steering", None) or Steering(CountRule())
+    with Controller(
+        control, read, steering, time.monotonic(), changes.append, on_decision=decisions.append, tick_s=0.05, **options
+    ):
+        time.sleep(for_s)
+    return decisions, changes
+
+
+def test_every_decision_has_its_reason_and_repeats_are_counted() -> None:
+    control = Fake(Fleet(1, 3))
+    decisions, changes = steer(control, lambda: queues(9, 0) if control.fleet.prefill < 3 else queues(0, 0), 0.5)
+    assert [(d.action, d.after) for d in decisions] == [("move", Fleet(2, 2)), ("move", Fleet(3, 1)), ("hold", None)]
+    assert decisions[0].reason == "9 prompts and 0 answers wait"
+    assert decisions[2].reason == "the queues are within the ratio"
+    assert decisions[2].repeats >= 3
+    assert decisions[2].until_s > decisions[2].at_s
+    assert [c.after for c in changes] == control.asked == [Fleet(2, 2), Fleet(3, 1)]
+    assert all(c.asked_s < c.joined_s <= c.ready_s for c in changes)
+
+
+def test_no_more_moves_an_hour_than_allowed() -> None:
+    control = Fake(Fleet(1, 5))
+    decisions, _ = steer(control, lambda: queues(9, 0), 0.6, most_per_hour=2)
+    assert [d.action for d in decisions] == ["move", "move", "cap"]
+    assert control.asked == [Fleet(2, 4), Fleet(3, 3)]
+    assert decisions[2].reason == "2 moves an hour are made, this one is not: 9 prompts and 0 answers wait"
+
+
+def test_nothing_moves_on_stale_readings_and_it_is_said() -> None:
+    control = Fake(Fleet(1, 5))
+    since = time.monotonic()
+
+    def read() -> list[Sample]:
+        if 0.12 < time.monotonic() - since < 0.6:
+            raise EndpointError("http://x/metrics: connection refused.")
+        return queues(0, 0)
+
+    decisions, _ = steer(control, read, 0.9, stale_s=0.2)
+    assert [d.action for d in decisions] == ["hold", "stale", "hold"]
+    assert "nothing is moved (http://x/metrics: connection refused.)" in decisions[1].reason
+
+
+def test_a_policy_that_wants_what_is_out_of_bounds_is_refused_and_goes_on() -> None:
+    control = Fake(Fleet(2, 2))
+    keeper = Keeper(control, "run", bounds=Bounds.parse("1-2:1-4"))
+    with keeper:
+        decisions, _ = steer(keeper, lambda: queues(9, 0), 0.3)  # type: ignore[arg-type]
+    assert {d.action for d in decisions} == {"refused"}
+    assert "prefill workers must be 1 to 2" in decisions[0].reason
+    assert control.asked == []
+
+
+def test_planned_changes_come_at_their_time() -> None:
+    control = Fake(Fleet(1, 3))
+    _, changes = steer(control, lambda: queues(0, 0), 0.6, steering=Planned([(0.3, Fleet(3, 1)), (0.1, Fleet(2, 2))]))
+    assert [c.after for c in changes] == [Fleet(2, 2), Fleet(3, 1)]
+    assert 0.1 <= changes[0].asked_s < 0.3 <= changes[1].asked_s
+
+
+def test_what_a_change_cost_is_read_off_rows_and_readings() -> None:
+    change = FleetChange(10.0, 14.0, Fleet(2, 1), Fleet(1, 2), "x")
+    rows = Observations.empty(6)
+    rows.due_s[:] = rows.sent_s[:] = [1, 2, 9.5, 11, 13, 20]
+    rows.first_token_s[:] = [1.5, 2.5, 12, 11.1, float("nan"), 20.1]  # waits 0.5, 0.5, 2.5, 0.1, -, 0.1
+    rows.last_token_s[:] = [3, 9.9, 13, 12, float("nan"), 21]
+    rows.status[:] = ["ok", "ok", "ok", "ok", "failed", "ok"]
+    readings = [
+        Sample(9.0, "a", "prefill", steps_total=50),
+        Sample(9.0, "b", "prefill", steps_total=50),
+        Sample(9.0, "c", "decode", steps_total=90),
+        Sample(12.0, "c", "decode", steps_total=99),  # works, but had the role
+        Sample(12.0, "b", "decode", steps_total=50),  # has the role, has not worked in it
+        Sample(13.0, "b", "decode", steps_total=51),
+    ]
+    found = measured(change, rows, readings)
+    assert (found.in_flight, found.failed, found.slowed) == (3, 1, 1)
+    assert found.first_served_s == 13.0
+
+
+def test_decisions_and_costs_are_rows(db_url: str) -> None:
+    with open_store(db_url) as store:
+        decision = Decision(1.0, 5.0, "hold", Fleet(1, 2), None, "nothing to do", 5)
+        move = Decision(6.0, 6.0, "move", Fleet(1, 2), Fleet(2, 1), "9 wait", 1)
+        store.add_decision(None, decision, "fake", 1000.0)
+        store.add_decision(None, move, "fake", 1000.0)
+        assert store.decisions(None) == [decision, move]
+        change = FleetChange(6.0, 9.0, Fleet(1, 2), Fleet(2, 1), "9 wait", 7.0, 8.0, 12, 0, 3)
+        store.add_fleet_change(None, change, "fake", 1000.0)
+        assert store.fleet_changes(None) == [change]
+
+
+def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db = f"sqlite:///{tmp_path / 'a.db'}"
+    arguments = [
+        "control",
+        "run",
+        server,
+        "--policy",
+        "online-report",
+        "--for",
+        "1.2",
+        "--tick",
+        "0.2",
+        "--json",
+        "--db",
+        db,
+    ]
+    assert main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["moves"] == 0
+    assert {d["action"] for d in said["decisions"]} == {"hold"}
+    with open_store(db) as store:
+        assert sum(d.repeats for d in store.decisions(None)) >= 4
+
+
+def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path: Path) -> None:
+    control = Reference(endpoint(server))
+    before = control.get().fleet or Fleet(9, 9)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "advisor", "control", "run", server, "--policy", "online-report", "--tick", "0.1"],
+        stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert "hold" in child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    said = child.stdout.read()
+    assert child.wait(20) == 0
+    child.stdout.close()
+    assert "stopping" in said
+    assert control.get().settled(before)
