@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ipaddress
 import itertools
 import json
 import logging
@@ -42,7 +43,7 @@ import locust.runners
 from locust.env import Environment
 from locust.event import Events
 
-from loadgen import engines
+from loadgen import engines, secret
 from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
 from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
@@ -72,6 +73,12 @@ BLOCK = 50_000
 
 MOST_FACTS = 4000
 """Characters of a request's facts."""
+
+JOIN_S = 10.0
+"""A worker leaves a master that has not proved by then that it knows the secret."""
+
+MOST_GREETINGS = 1000
+"""That are not answered yet; of more the oldest is forgotten, so strangers cannot fill the memory."""
 
 LOOKAHEAD_S = 30.0
 """Of a feed, requests are with their workers at least this long before they are due."""
@@ -335,6 +342,9 @@ class _Worker:
     pid: int
     same_clock: bool
     process: subprocess.Popen[bytes] | None = None
+    key: bytes = b""
+    """Seals what it is told of the endpoint."""
+
     offset: float = 0.0
     round_trip: float = float("inf")
     gone: str = ""
@@ -360,6 +370,15 @@ class Swarm:
         if not port.isdigit() or not host:
             raise InputError(f"--bind takes HOST or HOST:PORT (got {bind!r}).")
         self._bind = host, int(port)
+        known = secret.given()
+        if known is None and not (_loopback(host) and self._expect == self._local):
+            raise InputError(
+                f"--bind {host}: workers that this command does not start itself must prove who they are, since Locust's "
+                "protocol asks nobody for a name and the endpoint's key goes to whoever joins. Set the same "
+                f"{secret.SECRET} here and where they start (openssl rand -hex 32)."
+            )
+        self._secret = known or os.urandom(32).hex().encode()  # our own children are told it by their environment
+        self._greeted: dict[str, tuple[dict[str, Any], bytes]] = {}
         self._web: tuple[str, int] | None = None
         if web is not None:
             at, _, number = web.rpartition(":")
@@ -456,7 +475,12 @@ class Swarm:
             [sys.executable, "-P", "-m", "loadgen.worker", "--master", self.address, "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "LOCUST_SKIP_MONKEY_PATCH": "1"},
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join(paths),
+                "LOCUST_SKIP_MONKEY_PATCH": "1",
+                secret.SECRET: self._secret.decode(),
+            },
             start_new_session=True,  # Ctrl-C is the master's to handle
         )
         self._processes[process.pid] = process
@@ -514,7 +538,7 @@ class Swarm:
 
             return listener
 
-        for kind in ("hello", "pong", "ready", "rows", "finished"):
+        for kind in ("hello", "proof", "pong", "ready", "rows", "finished"):
             runner.register_message(f"steelyard.{kind}", forward(kind))
         hub = gevent.get_hub()
         self._wake = hub.loop.async_()
@@ -615,13 +639,10 @@ class Swarm:
             kind, client_id, data, at = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             kind, client_id, data, at = "", "", None, 0.0
-        # Locust's port asks nobody for a name: strangers are let in only where workers from elsewhere are expected.
-        welcome = kind == "hello" and (self._expect > self._local or int(data["pid"]) in self._processes)
-        if welcome and client_id not in self._workers:
-            self._workers[client_id] = _Worker(
-                client_id, len(self._workers), int(data["pid"]), data["boot"] == self._boot,
-                self._processes.get(int(data["pid"])),
-            )  # fmt: skip
+        if kind == "hello" and client_id not in self._workers:
+            self._challenge(client_id, data)
+        elif kind == "proof" and client_id not in self._workers:
+            self._admit(client_id, data)
         worker = self._workers.get(client_id)
         if worker is not None:
             if kind == "pong":
@@ -636,6 +657,31 @@ class Swarm:
                 code = known.process.returncode
                 known.gone = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return (kind, client_id, data) if kind else None
+
+    def _challenge(self, client_id: str, data: Any) -> None:
+        """Answer a greeting with our proof; who it is we know when its own has come."""
+        if not _greeting(data):
+            return
+        nonce = os.urandom(secret.NONCE_BYTES)
+        while len(self._greeted) >= MOST_GREETINGS:
+            self._greeted.pop(next(iter(self._greeted)))
+        self._greeted[client_id] = data, nonce
+        said = secret.proof(self._secret, "master", data["nonce"], nonce)
+        self._send("steelyard.challenge", {"nonce": nonce, "proof": said}, client_id)
+
+    def _admit(self, client_id: str, data: Any) -> None:
+        """Take a worker that proved that it knows the secret; strangers only where workers from elsewhere are expected."""
+        hello, nonce = self._greeted.pop(client_id, ({}, b""))
+        if not hello or not isinstance(data, dict):
+            return
+        ours = hello["pid"] in self._processes
+        proved = secret.known(self._secret, "worker", hello["nonce"], nonce, data.get("proof"))
+        if not proved or not (ours or self._expect > self._local):
+            return
+        self._workers[client_id] = _Worker(
+            client_id, len(self._workers), hello["pid"], hello["boot"] == self._boot, self._processes.get(hello["pid"]),
+            secret.session(self._secret, hello["nonce"], nonce),
+        )  # fmt: skip
 
     def run(
         self,
@@ -772,11 +818,12 @@ class Swarm:
     def _send_job(self, worker: _Worker, schedule: Schedule | Feed, job: Job, token: int) -> None:
         held = schedule if isinstance(schedule, Schedule) else None
         longest = schedule.longest_prompt
+        where = [asdict(one) | {"headers": dict(one.headers)} for one in (job.where, *job.others)]
         self._send(
             "steelyard.job",
             {
                 "run": token,
-                "where": [asdict(one) | {"headers": dict(one.headers)} for one in (job.where, *job.others)],
+                "where": secret.seal(worker.key, json.dumps(where).encode()),
                 "dialect": asdict(job.dialect),
                 "model": job.model,
                 "salt": job.salt,
@@ -906,6 +953,22 @@ def _gate(dispatch: Dispatch) -> dict[str, Any]:
     }
 
 
+def _loopback(host: str) -> bool:
+    """Is that an address that only this machine reaches?"""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _greeting(data: Any) -> bool:
+    """Is that what a worker of ours says first? Anybody can send anything."""
+    kinds = (("pid", int), ("boot", str), ("nonce", bytes))
+    return isinstance(data, dict) and all(isinstance(data.get(name), kind) for name, kind in kinds)
+
+
 def _target(held: dict[str, Any]) -> Target:
     """A Target from its message, in which a tuple has become a list."""
     return Target(**held | {"proxy": tuple(held["proxy"]) if held["proxy"] else None})
@@ -935,6 +998,11 @@ def work(master: str, parent: int = 0) -> int:
         raise InputError(f"--master takes HOST:PORT (got {master!r}).")
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN if parent else signal.SIG_DFL)
+    known = secret.given()
+    if known is None:
+        raise InputError(
+            f"a worker must know the secret of its master: set {secret.SECRET} to what the replay was started with."
+        )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -948,11 +1016,12 @@ def work(master: str, parent: int = 0) -> int:
         raise EndpointError(
             f"no Locust master answers at {master}. Start one: steelyard replay ... --bind HOST"
         ) from None
-    worker = _WorkerSide(environment, runner, Engine())
-    for kind in ("job", "shard", "prepare", "go", "stop", "ping", "quit"):
-        runner.register_message(f"steelyard.{kind}", getattr(worker, kind))
-    runner.send_message("steelyard.hello", {"pid": os.getpid(), "boot": _boot()})
+    worker = _WorkerSide(environment, runner, Engine(), known)
+    for kind in ("challenge", "job", "shard", "prepare", "go", "stop", "ping", "quit"):
+        runner.register_message(f"steelyard.{kind}", worker.trusting(kind))
+    runner.send_message("steelyard.hello", {"pid": os.getpid(), "boot": _boot(), "nonce": worker.nonce})
     heard, since = None, time.monotonic()
+    began = since
     while not worker.quitting:
         worker.flush()
         gevent.sleep(FLUSH_S)
@@ -964,13 +1033,25 @@ def work(master: str, parent: int = 0) -> int:
             break  # the master was killed
         if not runner.greenlet:
             break  # Locust gave its master up
+        if worker.refused or (not worker.key and time.monotonic() - began > JOIN_S):
+            print(
+                f"steelyard: the master at {master} does not know our {secret.SECRET}: nothing was sent. Give both the same.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
     os._exit(0)
 
 
 class _WorkerSide:
     """A worker's answers to the master's messages; all methods run in the hub."""
 
-    def __init__(self, environment: Environment, runner: Any, engine: Engine) -> None:
+    def __init__(self, environment: Environment, runner: Any, engine: Engine, known: bytes) -> None:
+        self._secret = known
+        self.nonce = os.urandom(secret.NONCE_BYTES)
+        self.key = b""
+        """Of this greeting; empty until the master has proved that it knows the secret."""
+        self.refused = False
         self.environment = environment
         self.runner = runner
         self.engine = engine
@@ -983,6 +1064,28 @@ class _WorkerSide:
         self._turns: Turns | None = None
         self._more = False
         self._running: Future[dict[str, float]] | None = None
+
+    def trusting(self, kind: str) -> Callable[..., None]:
+        """The answer to a kind of message; before the master has proved who it is only a challenge and quit are heard."""
+        answer: Callable[..., None] = getattr(self, kind)
+
+        def listener(environment: Any, msg: Any) -> None:
+            if self.key or kind in ("challenge", "quit"):
+                answer(environment, msg)
+
+        return listener
+
+    def challenge(self, environment: Any, msg: Any) -> None:
+        data = msg.data if isinstance(msg.data, dict) else {}
+        nonce = data.get("nonce")
+        if self.key or not isinstance(nonce, bytes):
+            return
+        if not secret.known(self._secret, "master", self.nonce, nonce, data.get("proof")):
+            self.refused = True
+            return
+        self.key = secret.session(self._secret, self.nonce, nonce)
+        said = secret.proof(self._secret, "worker", self.nonce, nonce)
+        self.runner.send_message("steelyard.proof", {"proof": said})
 
     def job(self, environment: Any, msg: Any) -> None:
         self._job, self._blocks, self.run_id = msg.data, [], msg.data["run"]
@@ -1032,7 +1135,7 @@ class _WorkerSide:
         connections = min(1000, bisect.bisect_right(sorted(self._columns[1]), 1.0))
         wait = self.engine.submit(
             self.engine.prepare(
-                [_target(one) for one in job["where"]],
+                [_target(one) for one in json.loads(secret.unseal(self.key, job["where"]))],
                 dialect.path,
                 prompts,
                 timeout_s=job["timeout_s"],

@@ -440,8 +440,11 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(endpoint: str) -> None:
+def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker that was started by hand does the work; where clocks differ, their offset is measured and removed."""
+    monkeypatch.setenv("STEELYARD_SWARM_SECRET", "of this test and nobody else")
     asked = schedule(30, 60.0)
     with Swarm(workers=1) as listening:
         port = listening.port  # free once it is closed
@@ -469,13 +472,19 @@ def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(endpoint: str) 
 def test_strangers_are_not_handed_credentials(endpoint: str) -> None:
     """A process that nobody expects may connect to Locust's port; it gets no shard."""
     with Swarm(workers=1) as swarm:
-        stranger = subprocess.Popen([sys.executable, "-m", "advisor", "worker", "--master", swarm.address])
-        time.sleep(1.5)
+        stranger = subprocess.Popen(
+            [sys.executable, "-m", "advisor", "worker", "--master", swarm.address],
+            env=os.environ | {"STEELYARD_SWARM_SECRET": "a guess of sixteen"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        _, said = stranger.communicate(timeout=30)
         outcome, rows = run(swarm, schedule(10, 100.0), job(endpoint))
         assert outcome.reason == ""
         assert swarm.workers == 1
         assert set(rows.worker) == {0}
-    assert stranger.wait(15) == 0
+    assert stranger.returncode == 1
+    assert "does not know our STEELYARD_SWARM_SECRET" in said
 
 
 def test_importing_the_swarm_patches_nothing() -> None:

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+"""For ``str.translate``: a terminal obeys these, so text from outside must not hold them where people read."""
+
 
 class SteelyardError(Exception):
     """The work could not be done. ``str(error)`` is the one line the user reads."""
@@ -23,7 +26,7 @@ class SteelyardError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(message.split()).translate(CONTROLS))
 
 
 class InputError(SteelyardError):

@@ -16,6 +16,9 @@ import click
 import numpy as np
 from click.shell_completion import CompletionItem
 from rich.console import Console
+from rich.text import Text
+
+from traces.errors import CONTROLS
 
 DEFAULT_DB = "sqlite:///steelyard.db"
 
@@ -201,10 +204,18 @@ def emit_json(value: Any) -> None:
     click.echo(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
+class Plain(Console):
+    """A console to which text from outside is text: control codes in the name of a model or in an error do nothing."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed or stands in a table comes through here."""
+        return super().render_str(text.translate(CONTROLS), **options)
+
+
 def messages(as_json: bool = False) -> Console:
     """Where people read: stdout, or stderr when stdout belongs to JSON. Honours NO_COLOR and non-terminals."""
     stream = sys.stderr if as_json else sys.stdout
-    return Console(stderr=as_json, highlight=False, width=None if stream.isatty() else 160)
+    return Plain(stderr=as_json, highlight=False, width=None if stream.isatty() else 160)
 
 
 @contextmanager

@@ -562,7 +562,7 @@ def show(found: dict[str, Any], run: Any) -> None:
 def worker(master: str) -> int:
     """Join a replay's master from this or another machine, and send a share of its requests.
 
-    The master hands the endpoint's credentials to its workers in the clear: keep this network your own.
+    Both must be given the same STEELYARD_SWARM_SECRET; the endpoint's credentials travel sealed by it.
     """
     from loadgen.swarm import work
 

@@ -1,0 +1,293 @@
+"""Nobody gets in, nothing leaks: a test for each claim of docs/security.md that no other file holds."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadgen import secret
+from loadgen.client import target
+from loadgen.cluster.embedded import embedded
+from loadgen.engines import dialect
+from loadgen.swarm import Job, Swarm
+from traces.errors import InputError
+from traces.records import Fleet, Observations, Schedule
+from traces.store import open_store, redact
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-planted-4f1d9c2b7a"
+PASSWORD = "pw-planted-8e6a0d35"
+
+
+@given(text=st.binary(max_size=500), flip=st.integers(0, 10**6))
+def test_what_is_sealed_is_read_by_its_key_alone_and_not_changed(text: bytes, flip: int) -> None:
+    """Sealed text comes back; under another key, or with one bit changed, it is refused; it is not in what is sent."""
+    key, other = (secret.session(b"a secret of sixteen", bytes([k]) * 16, b"m" * 16) for k in (1, 2))
+    sealed = secret.seal(key, text)
+    assert secret.unseal(key, sealed) == text
+    assert len(text) < 8 or text not in sealed
+    changed = bytearray(sealed)
+    changed[flip % len(sealed)] ^= 1 << (flip % 8)
+    for k, held in ((other, sealed), (key, bytes(changed)), (key, sealed[:-1]), (key, b"")):
+        with pytest.raises(ValueError, match="changed"):
+            secret.unseal(k, held)
+
+
+@given(parts=st.lists(st.binary(max_size=20), min_size=4, max_size=4))
+def test_a_proof_is_of_one_greeting_and_one_role(parts: list[bytes]) -> None:
+    """A proof does for neither another nonce, nor another secret, nor the other role: it cannot be sent back or again."""
+    key, worker, master, more = parts
+    said = secret.proof(key, "worker", worker, master)
+    assert secret.known(key, "worker", worker, master, said)
+    assert not secret.known(key, "master", worker, master, said)
+    assert not secret.known(key, "worker", worker, master + b"x", said)
+    assert not secret.known(key + b"x", "worker", worker, master, said)
+    assert not secret.known(key, "worker", worker, master, more)
+    assert not secret.known(key, "worker", worker, master, "text")
+
+
+def test_a_master_that_others_reach_wants_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another address than loopback, or for workers from elsewhere, a secret is asked for, and the message says why."""
+    monkeypatch.delenv("STEELYARD_SWARM_SECRET", raising=False)
+    for held in ({"bind": "0.0.0.0"}, {"bind": "10.1.2.3:5557"}, {"expect": 2}):
+        with pytest.raises(InputError, match=r"asks nobody for a name.*STEELYARD_SWARM_SECRET"):
+            Swarm(workers=1, **held)  # type: ignore[arg-type]
+    monkeypatch.setenv("STEELYARD_SWARM_SECRET", "short")
+    with pytest.raises(InputError, match="at least 16 characters"):
+        Swarm(workers=1, bind="0.0.0.0")
+    monkeypatch.setenv("STEELYARD_SWARM_SECRET", "long enough to be one")
+    Swarm(workers=1, bind="0.0.0.0")
+
+
+class Ear:
+    """A relay on loopback that keeps what passes."""
+
+    def __init__(self, port: int) -> None:
+        self.heard = bytearray()
+        self._to = port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listening.accept()
+            far = socket.create_connection(("127.0.0.1", self._to))
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, a: socket.socket, b: socket.socket) -> None:
+        try:
+            while data := a.recv(65536):
+                self.heard += data
+                b.sendall(data)
+        except OSError:
+            pass
+
+
+def test_who_listens_between_master_and_worker_hears_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay that keeps every byte between master and worker sees the shard, but neither the bearer token nor the secret."""
+    monkeypatch.setenv("STEELYARD_SWARM_SECRET", "shared-secret-of-this-test")
+    asked = Schedule("t", np.arange(20), np.arange(20) * 0.02, np.full(20, 8), np.full(20, 4))
+    ears: list[Ear] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def listen(address: str) -> None:
+        ears.append(Ear(int(address.rpartition(":")[2])))
+        command = [sys.executable, "-m", "advisor", "worker", "--master", f"127.0.0.1:{ears[0].port}"]
+        started.append(subprocess.Popen(command))
+
+    with embedded("constant", Fleet(1, 1)) as url:
+        swarm = Swarm(workers=0, expect=1)
+        swarm.on_listen = listen
+        rows: list[Observations] = []
+        with swarm:
+            job = Job(target(url, api_key=KEY), dialect("reference"), "constant", 1)
+            outcome = swarm.run(asked, job, on_rows=rows.append)
+    assert started[0].wait(15) == 0
+    assert outcome.reason == ""
+    assert Observations.concat(rows).ok.all()
+    assert b"steelyard.shard" in ears[0].heard
+    for planted in (KEY.encode(), b"Bearer", b"shared-secret-of-this-test"):
+        assert planted not in ears[0].heard
+
+
+def test_planted_secrets_are_in_nothing_that_is_produced(tmp_path: Path) -> None:
+    """After a replay with an API key, an endpoint's password and a header's token, with a failed database and a report:
+    no file, output or command line of any process holds them."""
+    planted = (KEY, PASSWORD, "hd-planted-77aa")
+    db = f"sqlite:///{tmp_path / 's.db'}"
+    outputs: list[str] = []
+    lines: set[bytes] = set()
+    environment = os.environ | {
+        "STEELYARD_API_KEY": KEY,
+        "STEELYARD_DB": db,
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "STEELYARD_SWARM_SECRET": "swarm-planted-0123456789",
+    }
+
+    def call(*arguments: str, env: dict[str, str] | None = None) -> int:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "advisor", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment | (env or {}), cwd=tmp_path,
+        )  # fmt: skip
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.05):
+                for path in Path("/proc").glob("[0-9]*/cmdline"):
+                    try:
+                        line = path.read_bytes()
+                    except OSError:
+                        continue
+                    if b"loadgen" in line or b"advisor" in line:
+                        lines.add(line)
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        out, err = process.communicate(timeout=120)
+        over.set()
+        looking.join()
+        outputs.extend((out, err))
+        return process.returncode
+
+    with embedded("constant", Fleet(1, 1)) as url:
+        host = url.removeprefix("http://")
+        times = "".join(f"2023-11-16 18:15:{46 + k / 20:09.6f}0,9,4\n" for k in range(20))
+        (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + times)
+        assert call("ingest", "t.csv", "--name", "t", "--json") == 0, outputs
+        secretive = f"http://me:{PASSWORD}@{host}"
+        header = "X-Token: hd-planted-77aa"
+        code = call("replay", "t", "--endpoint", secretive, "--header", header, "--workers", "1", "--json")
+        assert code in (0, 4), outputs[-1]
+        call("replay", "t", "--endpoint", f"http://me:{PASSWORD}@127.0.0.1:1", "--workers", "1")
+        call("runs", env={"STEELYARD_DB": f"postgresql://me:{PASSWORD}@127.0.0.1:1/x"})
+        call("runs", "--json", env={"STEELYARD_DB": f"postgresql://127.0.0.1:1/x?user=me&password={PASSWORD}"})
+        call("runs", "show", "1", "--json")
+        call("runs", "export", "1", "--out", "run.csv")
+        call("report", "--out", "report.html")
+        call("doctor", "--json")
+    for text in outputs:
+        for word in (*planted, "swarm-planted-0123456789"):
+            assert word not in text, text
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            held = path.read_bytes()
+            for word in planted:
+                assert word.encode() not in held, path
+    workers = [line for line in lines if b"loadgen.worker" in line]
+    assert workers
+    for line in workers:  # our own children; the command that the user typed is the user's
+        assert not any(word.encode() in line for word in (*planted, "swarm-planted-0123456789")), line
+
+
+@given(
+    user=st.text("ab", min_size=1, max_size=3),
+    password=st.text("xyz/@:?%&=#", min_size=6, max_size=12).filter(lambda p: "xyz" not in "//host/db"),
+)
+def test_no_password_survives_redaction(user: str, password: str) -> None:
+    """Whatever signs a password holds, encoded or not, the shown URL does not hold it."""
+    shown = redact(f"postgresql://{user}:{password}@host/db?sslmode=require&password={password.replace('&', '')}")
+    assert shown.startswith("postgresql://")
+    assert f":{password}@" not in shown
+    for url in ("sqlite:///a@b/c.db", "sqlite:////home/me@x/y.db", "postgresql://h/x"):
+        assert redact(url) == url
+
+
+def source() -> list[Path]:
+    return [p for room in ("traces", "loadgen", "advisor", "migrations") for p in (ROOT / room).rglob("*.py")]
+
+
+def test_nothing_is_unpickled_evaluated_or_given_to_a_shell() -> None:
+    """No pickle, marshal, shelve, eval, exec, compile, os.system, shell=True, yaml or joblib.load in our code."""
+    for path in source():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml"} & set(names), where
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "compile", "os.system", "os.popen", "joblib.load"), where
+                shell = [k for k in node.keywords if k.arg == "shell"]
+                assert all(isinstance(k.value, ast.Constant) and k.value.value is False for k in shell), where
+
+
+SQL_FROM_OUR_NAMES = {"traces/store.py": 5, "migrations/versions/0002_mixed_workers.py": 1}
+"""Statements that are text: each is made of names that stand in the source; values are bound."""
+
+
+def test_sql_is_written_with_bound_parameters() -> None:
+    """Text that goes to a database as a statement stands in known places, and each is looked at when one is added."""
+    found: dict[str, int] = {}
+    for path in source():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
+                continue
+            made = node.args[0]
+            text = isinstance(made, (ast.JoinedStr, ast.BinOp))
+            if (
+                node.func.attr in ("execute", "exec_driver_sql", "text", "copy", "executemany", "executescript")
+                and text
+            ):
+                name = path.relative_to(ROOT).as_posix()
+                found[name] = found.get(name, 0) + 1
+    for name, n in found.items():
+        assert n <= SQL_FROM_OUR_NAMES.get(name, 0), f"{name} builds {n} statements from text: bind the values"
+
+
+def test_every_part_of_the_security_lint_is_on() -> None:
+    """ruff's security rules hold for the product; the two that are off are about starting children from lists."""
+    held = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'select = \[[^\]]*"S"', held)
+    ignored = re.findall(r'"(S\d+)"', held.split("per-file-ignores")[0])
+    assert set(ignored) <= {"S603"}
+
+
+def test_docs_name_a_test_for_every_claim() -> None:
+    """Each claim of docs/security.md ends with the test that holds it, and that test exists."""
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/test_\w+\.py)(?:::(test_\w+))?`", page)
+    assert len(named) >= 10
+    for file, test in named:
+        held = (ROOT / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in held, f"{file}::{test}"
+
+
+def test_a_report_of_hostile_names_runs_no_script(tmp_path: Path) -> None:
+    """Script in the names that a database holds is text on the command line's JSON, and control codes do not reach a terminal."""
+    from dataclasses import replace
+
+    from tests.test_store import a_run, some_rows
+
+    url = f"sqlite:///{tmp_path / 'h.db'}"
+    odd = "<script>alert(1)</script>\x1b[2J\x1b]0;pwned\x07"
+    with open_store(url) as store:
+        run = store.begin_run(replace(a_run(), name=odd, model=odd, trace=odd))
+        store.add_observations(run.id, some_rows(20))
+        store.end_run(replace(run, reason=odd, verdict="valid", complete=True))
+    for arguments in (["runs"], ["runs", "show", "1"], ["compare", "1", "1"], []):
+        done = subprocess.run(
+            [sys.executable, "-m", "advisor", *arguments, "--db", url] if arguments else [sys.executable, "-m", "advisor"],
+            capture_output=True, text=True, env=os.environ | {"STEELYARD_DB": url},
+        )  # fmt: skip
+        assert "\x1b]0" not in done.stdout + done.stderr, arguments
+        assert "\x1b[2J" not in done.stdout + done.stderr, arguments
+    held = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "advisor", "runs", "--json", "--db", url], capture_output=True, text=True
+        ).stdout
+    )
+    assert held["runs"][0]["name"] == odd
