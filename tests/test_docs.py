@@ -147,7 +147,9 @@ def test_marked_commands_run_as_printed(
                 monkeypatch.setenv("STEELYARD_DB", request.getfixturevalue("postgres_url"))
             for line in text.strip().splitlines():
                 words = shlex.split(line.removesuffix("&"))
-                if line.endswith("&"):
+                if words[0] == "export":
+                    monkeypatch.setenv(*words[1].split("=", 1))
+                elif line.endswith("&"):
                     running.append(subprocess.Popen(words))
                     wait_for(words)
                 elif "worker" in words[:2]:  # ends its process

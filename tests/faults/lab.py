@@ -243,7 +243,11 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.env = os.environ | {"XDG_STATE_HOME": str(self.folder / "state"), "PYTHONPATH": str(ROOT)}
+        self.env = os.environ | {
+            "XDG_STATE_HOME": str(self.folder / "state"),
+            "PYTHONPATH": str(ROOT),
+            "STEELYARD_SWARM_SECRET": "of these trials alone",
+        }
         if self.postgres:
             self.server = Postgres(self.folder / "pg")
             self.db = self.server.url
