@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.store
@@ -75,6 +75,7 @@ def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(any_u
         assert repr(store.figures(run)) == repr(Figures.of(rows, Slo.parse("ttft<1s")))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values=st.lists(st.floats(1e-6, 1e5), min_size=1, max_size=200), q=st.floats(0, 1))
 def test_a_quantile_from_bins_is_within_half_a_per_cent_of_a_value(values: list[float], q: float) -> None:
     """Whatever the values, the binned quantile is next to the value that stands at its place."""
