@@ -238,6 +238,8 @@ def _judge(
         )
     elif dialect.token_ids:
         known.append("prompts may be token ids: exact lengths")
+    else:
+        known.append("prompts are text, calibrated before a run; --tokenizer DIR makes them exact")
     facts = {name for r in ok for name in r.facts or ()}
     stages = [name for name in STAGES if name in facts]
     pair = {"prefill_worker", "decode_worker"} <= facts

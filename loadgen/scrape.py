@@ -42,6 +42,9 @@ FIND_S = 5.0
 GIVE_UP = 5
 """A page that failed so often in a row, and never came, is asked for no more."""
 
+FAILING = 3
+"""A page that came, and then failed so often in a row, has stopped."""
+
 SILENT_S = 5.0
 """A worker of which nothing was read for so long (and at least three periods) has stopped telling."""
 
@@ -376,10 +379,12 @@ class Scraper:
         return {name: worker.role for name, worker in self._workers.items()}
 
     def silent(self) -> list[Sample]:
-        """The last reading of each worker that stopped telling, while others went on or the run did."""
+        """The last reading of each worker that stopped telling: for long, or because its page failed some times in a row."""
         late = self._round_s - max(SILENT_S, 3 * self._period_s)
         with self._lock:
-            return sorted((s for s in self.last.values() if s.at_s < late), key=lambda s: s.at_s)
+            failing = {s.worker.name for s in self._sources.values() if s.readings and s.failures >= FAILING}
+            found = [s for s in self.last.values() if s.at_s < late or s.worker in failing]
+        return sorted(found, key=lambda s: s.at_s)
 
     def _main(self) -> None:
         when = time.monotonic()

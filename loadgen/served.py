@@ -15,6 +15,9 @@ SEVERITY = ("", "valid", "degraded", "invalid")
 
 DENIED = (401, 403)
 
+AT_ONCE_S = 1e-3
+"""Eight or more tokens that arrive within this time were held back by somebody."""
+
 
 class Served:
     """Counts rows as they come, judges at the end."""
@@ -23,6 +26,8 @@ class Served:
         self.ok = 0
         self.without_usage = 0
         self.short = 0
+        self.streams = 0
+        self.at_once = 0
         self.denied = 0
         self.denied_from_s = np.inf
 
@@ -32,6 +37,9 @@ class Served:
         self.ok += int(ok.sum())
         self.without_usage += int((ok & (rows.output_tokens < 0)).sum())
         self.short += int((ok & (rows.output_tokens >= 0) & (rows.output_tokens < rows.requested_tokens)).sum())
+        long = ok & (rows.tokens >= 8)
+        self.streams += int(long.sum())
+        self.at_once += int((long & (rows.last_token_s - rows.first_token_s < AT_ONCE_S)).sum())
         denied = np.isin(rows.http_status, DENIED)
         if denied.any():
             self.denied += int(denied.sum())
@@ -56,6 +64,14 @@ class Served:
                     "degraded",
                     f"the server sent no usage with {self.without_usage} of {self.ok} answers: their tokens are those asked "
                     "for, so TPOT and the laws of decode are guesses",
+                )
+            )
+        if self.at_once > self.streams / 2:
+            found.append(
+                (
+                    "degraded",
+                    f"the tokens of {self.at_once} of {self.streams} answers came at once: somebody holds streams back, so TTFT "
+                    "is the whole latency and TPOT nothing",
                 )
             )
         if self.short:

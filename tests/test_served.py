@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,16 @@ def test_an_endpoint_without_usage_degrades_the_run(store: Store, swarm: Swarm) 
     assert run.complete
     assert run.verdict in ("degraded", "invalid")
     assert "sent no usage with 20 of 20 answers" in run.reason
+
+
+def test_a_proxy_that_holds_streams_back_degrades_the_run(store: Store, swarm: Swarm) -> None:
+    """Whole answers arrive, though as streams: TTFT is then no TTFT."""
+    with endpoint(answer=lambda ask: b"".join(stream(ask, gap_s=0)).decode()) as pages:
+        asking = replace(schedule(), output_tokens=np.full(20, 12))
+        run = replay(store, swarm, asking, target(pages.url), scrape_s=0.1)
+    assert run.complete
+    assert run.verdict in ("degraded", "invalid")
+    assert "the tokens of 20 of 20 answers came at once" in run.reason
 
 
 def test_a_token_that_expires_spoils_the_run(store: Store, swarm: Swarm) -> None:
