@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             emit_json({"error": str(error), "exit_code": error.exit_code})
         click.echo(f"steelyard: {error}", err=True)
         code = error.exit_code
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "start new thread" not in str(error):
+            raise
         what = " ".join(str(error).split()) or "an allocation failed"
         click.echo(
             f"steelyard: out of memory ({what}). Ask for less at once; what was measured before is stored.", err=True
