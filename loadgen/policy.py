@@ -55,15 +55,21 @@ class Queues:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Queues:
-        """Sums of one reading of every worker; what a server does not report counts as 0."""
+        """Sums of one reading of every worker; what a server does not report counts as 0.
+
+        Where it tells only how many it has in hand (Dynamo), those that do not run wait.
+        """
         total = dict.fromkeys(("pw", "pt", "dw", "dr", "dc", "all"), 0.0)
         for s in samples:
             total["all"] += s.prompt_tokens_total or 0
+            waiting = s.waiting_requests
+            if waiting is None:
+                waiting = max(0.0, (s.inflight_requests or 0) - (s.running_requests or 0))
             if s.role == "prefill":
-                total["pw"] += s.waiting_requests or 0
+                total["pw"] += waiting
                 total["pt"] += s.waiting_tokens or 0
             elif s.role == "decode":
-                total["dw"] += s.waiting_requests or 0
+                total["dw"] += waiting
                 total["dr"] += s.running_requests or 0
                 total["dc"] += s.kv_used_tokens or 0
         return cls(*(int(v) for v in total.values()))

@@ -147,6 +147,12 @@ def test_queues_are_sums_by_role() -> None:
         ]
     )
     assert seen == Queues(3, 500, 3, 7, 900)
+    in_hand = [
+        Sample(0.0, "0", "prefill", inflight_requests=13),
+        Sample(0.0, "1", "decode", inflight_requests=39, running_requests=33),
+        Sample(0.0, "2", "decode", inflight_requests=5, waiting_requests=1, running_requests=4),
+    ]
+    assert Queues.of(in_hand) == Queues(13, 0, 7, 37)  # those in hand that do not run wait
 
 
 # --- offline --------------------------------------------------------------------------------------------------------
