@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.store
+from advisor.cli import main
 from tests.test_store import a_run, same, some_rows
 from traces import aggregate
 from traces.measures import Figures, Slo
@@ -104,3 +106,21 @@ def test_windows_of_a_long_run_hold_every_neighbour(any_url: str) -> None:
             same(window, Observations.concat([rows.take(index)]))
         (whole,) = store.windows(run.id, most=6000)
         same(whole, Observations.concat([rows]))
+
+
+def test_pruned_runs_are_gone_and_their_space_given_back(any_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``runs prune`` deletes what all its conditions name, not when it is only asked; ``runs vacuum`` runs on every backend."""
+    with open_store(any_url) as store:
+        kept = store.end_run(replace(store.begin_run(replace(a_run(), started_unix_s=0.0)), complete=True))
+        gone = store.begin_run(replace(a_run(), started_unix_s=0.0, complete=False))
+        store.add_observations(gone.id, some_rows(50))
+        young = store.begin_run(replace(a_run(), started_unix_s=1e12, complete=False))
+    words = ["runs", "prune", "--older-than", "1", "--incomplete", "--json", "--db", any_url]
+    assert main([*words, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": [gone.id], "deleted": False}
+    assert main(words) == 0
+    assert main(["runs", "prune", "--db", any_url]) == 2
+    assert main(["runs", "vacuum", "--db", any_url]) == 0
+    with open_store(any_url) as store:
+        assert [r.id for r in store.runs()] == [kept.id, young.id]
+        assert len(store.observations(gone.id)) == 0

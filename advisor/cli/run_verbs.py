@@ -335,6 +335,60 @@ def import_runs(
         )
 
 
+@runs.command("prune", **example("steelyard runs prune --older-than 90 --dry-run"))
+@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Runs begun longer ago.")
+@click.option("--group", help="Only runs of this group.")
+@click.option("--incomplete", is_flag=True, help="Only runs that are incomplete or never ended.")
+@click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
+@json_option
+@db_option
+def prune(
+    older_than: float | None,
+    group: str | None,
+    incomplete: bool,
+    dry_run: bool,
+    as_json: bool,
+    db: str,
+) -> None:
+    """Delete runs with all their rows: the old ones, those of a group, the incomplete ones; all that is named must hold."""
+    import time
+
+    from traces.store import open_store
+
+    if older_than is None and not group and not incomplete:
+        raise click.UsageError("say which runs: --older-than DAYS, --group NAME or --incomplete.")
+    before = time.time() - (older_than or 0.0) * 86400
+    with open_store(db, create=False) as store:
+        found = [
+            run.id
+            for run in store.runs(group=group)
+            if (older_than is None or run.started_unix_s < before) and (not incomplete or not run.complete)
+        ]
+        for run_id in [] if dry_run else found:
+            store.delete_run(run_id)
+    if as_json:
+        emit_json({"runs": found, "deleted": not dry_run})
+        return
+    said = "would be deleted" if dry_run else "are deleted; steelyard runs vacuum gives their space back"
+    messages().print(f"{len(found)} runs {said}: {', '.join(map(str, found)) or 'none'}", markup=False)
+
+
+@runs.command("vacuum", **example("steelyard runs vacuum"))
+@json_option
+@db_option
+def vacuum(as_json: bool, db: str) -> None:
+    """Give the space of deleted runs back to the disk."""
+    from traces.store import open_store
+
+    with open_store(db, create=False) as store:
+        store.vacuum()
+        shown = store.url
+    if as_json:
+        emit_json({"vacuumed": shown})
+    else:
+        messages().print(f"{shown} holds no more space than its rows need.", markup=False)
+
+
 @runs.command("recover", **example("steelyard runs recover"))
 @json_option
 @db_option
