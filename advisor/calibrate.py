@@ -73,10 +73,16 @@ class Replay:
 
     @classmethod
     def of(cls, one: RunData, most: int) -> Replay:
-        """The first ``most`` requests of a run that were sent."""
+        """The first ``most`` requests of a run that were sent.
+
+        Of a longer run the last quarter of them only keeps the others company: what came after them is not simulated.
+        """
         rows = one.observations.take(np.flatnonzero(np.isfinite(one.observations.sent_s)))
+        whole = len(rows)
         rows = rows.take(np.argsort(rows.sent_s, kind="stable")[:most])
         ok = rows.ok
+        if whole > most:
+            ok = ok & (np.arange(most) < 0.75 * most)
         n = rows.prompt_lengths
         low, high = np.quantile(n[ok], [1 / 3, 2 / 3]) if ok.any() else (0.0, 0.0)
         thirds = (n <= low, (n > low) & (n <= high), n > high)

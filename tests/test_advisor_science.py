@@ -152,3 +152,14 @@ def test_intervals_cover_what_they_say_when_scores_are_exchangeable() -> None:
         assert factor is not None
         hits += scores[-1] <= factor
     assert hits / 2000 == pytest.approx(12 / 13, abs=0.03)
+
+
+def test_a_long_run_teaches_what_a_short_one_does() -> None:
+    """Of a run that is too long to simulate whole a piece is; who came after the piece does not make its laws look wrong."""
+    rate = busy_rate(DEMO)
+    data = [
+        measured(DEMO, lognormal(200, rate * 0.2, 1), Fleet(4, 4), 1),
+        measured(DEMO, lognormal(4000, rate * 0.7, 2), Fleet(3, 5), 2),
+    ]
+    fit = fit_laws(data)
+    assert fit.calibration.best.chi.sum() < 0.4 * fit.calibration.used
