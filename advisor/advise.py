@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from advisor import cost as costs
+from advisor.audit import audit as audit_of
+from advisor.audit import confounders
 from advisor.choose import Choice, choose
 from advisor.features import RunData
 from advisor.recommend import Note, Recommendation, recommend
@@ -106,12 +108,14 @@ def advise(
     deadline_s: float | None = None,
     gpu_hour_usd: float | None = None,
     target_rate_per_s: float | None = None,
+    audit: bool = False,
 ) -> Answer:
     """Recommend a split from stored runs and store the answer.
 
     Defaults: the GPUs of the latest run's fleet, its SLO, its trace at the recorded rate. strategy: one of
     :data:`advisor.choose.STRATEGIES`, whether it should ever move; None does not ask. deadline_s: how long after its arrival
     an answer may come, if requests can wait. gpu_hour_usd, target_rate_per_s: see :mod:`advisor.cost`.
+    audit: leave runs out and say how far off the advisor is (:mod:`advisor.audit`); what spoils the data is said in any case.
     """
     runs = choose_runs(store, ids=run_ids, group=group, endpoint=endpoint)
     latest = runs[-1]
@@ -145,6 +149,13 @@ def advise(
     )
     if not (slo or latest.slo):
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
+    used = [one for one in data if one.run.id in set(answer.runs)]
+    answer.warnings.extend(confounders(used))
+    extra: dict[str, Any] = {}
+    if audit:
+        checked = audit_of(used, wanted, note or (lambda what, done, of: None))
+        extra["audit"] = checked.as_json()
+        answer.warnings.extend(f"this advisor fails on your runs: {line}" for line in checked.failed)
     choice = None
     if strategy is not None:
         workers = answer.best.fleet.workers
@@ -159,7 +170,6 @@ def advise(
             seed=seed,
             note=note or (lambda what, done, of: None),
         )
-    extra: dict[str, Any] = {}
     if gpu_hour_usd is not None:
         extra["cost"] = costs.as_json(costs.cost(answer, gpu_hour_usd, per_worker))
     if target_rate_per_s is not None:
@@ -179,5 +189,4 @@ def advise(
         answer.data_hash,
         seed,
     )
-    kept = set(answer.runs)
-    return Answer(number, answer, [one for one in data if one.run.id in kept], choice, extra)
+    return Answer(number, answer, used, choice, extra)

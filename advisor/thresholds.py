@@ -35,7 +35,7 @@ WORTH = 0.005
 EARLIER = 0.6
 """Share of the traffic (in requests) that rules are chosen on."""
 
-MOST_REQUESTS = 8_000
+MOST_REQUESTS = 20_000
 """Requests of the earlier part that are replayed, its latest: they are replayed some hundred times."""
 
 MOST_LATER = 60_000

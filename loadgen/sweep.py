@@ -94,7 +94,7 @@ def sweep(
             held.setdefault((run.fleet, run.schedule_digest), []).append(run)
     runs: list[Run] = []
     done = 0
-    with _keeping(control, where, "sweep", say) as keeper:
+    with keeping(control, where, "sweep", say) as keeper:
         for fleet, k in order:
             asked = schedules[k]
             what = f"{fleet}" + (f" at {asked.rate_per_s:.3g}/s" if len(schedules) > 1 else "")
@@ -134,7 +134,7 @@ def _drift(store: Store, runs: Sequence[Run], order: Sequence[tuple[Fleet, int]]
 
 
 @contextmanager
-def _keeping(
+def keeping(
     control: Control | None,
     where: Target | Sequence[Target],
     verb: str,
@@ -197,7 +197,7 @@ def saturate(
     held, failed, best = math.nan, math.nan, math.nan
     runs: list[int] = []
     rate, done, spoiled = start_per_s, 0, 0
-    with _keeping(control, where, "sweep", say, needed=False) as keeper:
+    with keeping(control, where, "sweep", say, needed=False) as keeper:
         while len(runs) < most:
             asked = at_rate(rate)
             what = f"{fleet or 'as it is'} at {rate:.3g}/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,25 +85,136 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     type=click.FloatRange(min=0, min_open=True),
     help="Requests per second: how many GPUs keep the SLO then?",
 )
+@click.option(
+    "--export",
+    "exported",
+    type=click.Choice(["kubernetes", "dynamo", "llm-d", "keda", "prometheus-rules"]),
+    help="Also write the answer for another tool, to --export-out.",
+)
+@click.option(
+    "--export-out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of --export [default: steelyard-KIND.yaml].",
+)
+@click.option(
+    "--audit", is_flag=True, help="Leave runs, ratios and rates out, predict them, and say how far off that is."
+)
+@click.option(
+    "--auto", is_flag=True, help="Measure first: run the probes on --endpoint until sure, or the --budget is spent."
+)
+@click.option("--endpoint", "url", metavar="URL", help="auto: an endpoint whose split steelyard can set.")
+@click.option(
+    "--budget", default="10m", show_default=True, metavar="TIME", help="auto: how long to measure, e.g. 90s, 10m."
+)
 @click.option("--profile-out", type=click.Path(dir_okay=False, path_type=Path), help="Write the fitted laws as TOML.")
 @json_option
 @db_option
-def advise(db: str, as_json: bool, profile_out: Path | None, **options: Any) -> None:
+def advise(
+    db: str,
+    as_json: bool,
+    profile_out: Path | None,
+    exported: str | None,
+    export_out: Path | None,
+    auto: bool,
+    url: str | None,
+    budget: str,
+    **options: Any,
+) -> None:
     """Recommend a P:D ratio from stored runs: fitted laws, every split simulated on the trace, with intervals.
 
     And whether it should ever move: the thresholds of the answer run as they are with replay --policy online
     --recommendation ID.
     """
+    if auto and not url:
+        raise click.UsageError("--auto measures: give the --endpoint URL.")
+    if url and not auto:
+        raise click.UsageError("--endpoint belongs to --auto; to learn from the runs of one give --endpoint-name.")
+    probing = measured(db, as_json, str(url), seconds(budget), options) if auto else None
     answer = ask(db, as_json, **options)
+    if probing is not None:
+        answer.extra["probing"] = asdict(probing)
+        if not probing.sure:
+            answer.recommendation.warnings.append(f"--auto ended before the answer was sure: {probing.reason}")
     if profile_out:
         from advisor.report import write_report
 
         write_report(profile_out, answer.recommendation.fit.profile.to_toml())
+    if exported:
+        from advisor.exports import export
+        from advisor.report import write_report
+
+        path = export_out or Path(f"steelyard-{exported}.yaml")
+        write_report(path, export(answer.as_json(), exported))
+        answer.extra["export"] = str(path)
     if as_json:
         emit_json(answer.as_json())
     else:
         show(answer.recommendation)
         show_choice(answer)
+
+
+def seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1h``, or seconds without a unit."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:], 0.0)
+    number = text[:-1] if unit else text
+    try:
+        found = float(number) * (unit or 1.0)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e7:
+        raise click.UsageError(f"--budget takes a time like 90s, 10m or 1h (got {text!r}).")
+    return found
+
+
+def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[str, Any]) -> Any:
+    """Run the probes that the advisor asks for; from then on the question is about their group, and its trace and rate."""
+    import os
+
+    from advisor.advise import DEFAULT_SLO
+    from advisor.auto import probe
+    from loadgen.client import target
+    from loadgen.control import Endpoint
+    from loadgen.replay import API_KEY
+    from loadgen.swarm import Swarm
+    from traces.errors import EndpointError
+    from traces.measures import Slo
+    from traces.shape import head, to_rate
+    from traces.store import open_store
+
+    if not options["trace"]:
+        raise click.UsageError("--auto asks the endpoint for a --trace.")
+    if options["run_ids"] or options["group"]:
+        raise click.UsageError("--auto learns from its own runs: not with --run or --group.")
+    where = target(url, api_key=os.environ.get(API_KEY) or None)
+    fleet = Endpoint(where).fleet()
+    if fleet is None:
+        raise EndpointError(f"{where.shown}: its split cannot be set by steelyard (no /fleet), so --auto cannot probe.")
+    per = pair(options["gpus_per_worker"]) if options["gpus_per_worker"] else (1, 1)
+    options["gpus"] = options["gpus"] or fleet.gpus(per)
+    options["slo"] = options["slo"] or DEFAULT_SLO
+    with open_store(db, create=False) as store:
+        schedule = store.schedule(options["trace"])
+        if options["requests"]:
+            schedule = head(schedule, options["requests"])
+        if options["rate"]:
+            schedule = to_rate(schedule, options["rate"])
+        options["rate"] = options["rate"] or schedule.rate_per_s
+        with Swarm(workers=1) as swarm:
+            found = probe(
+                store,
+                swarm,
+                where,
+                schedule,
+                gpus=options["gpus"],
+                slo=Slo.parse(options["slo"]),
+                budget_s=budget_s,
+                gpus_per_worker=per,
+                attainment=options["attainment"],
+                seed=options["seed"],
+                note=lambda line: messages(as_json).print(line, markup=False),
+            )
+    options["group"] = found.group
+    return found
 
 
 def show(recommendation: Any, as_json: bool = False) -> None:
@@ -190,6 +302,17 @@ def show_choice(answer: Any) -> None:
         console.print(
             f"For {n['target_rate_per_s']:g} req/s: {n['gpus']} GPUs as {n['prefill']}:{n['decode']}{price}; {n['high']} at "
             "the low end of the goodput interval.",
+            markup=False,
+        )
+    for scheme, held in (answer.extra.get("audit") or {"schemes": {}})["schemes"].items():
+        errors = ", ".join(f"{name} {error:.1%}" for name, error in held["errors"].items())
+        console.print(
+            f"Audit, one {scheme} left out ({held['folds']} folds): {errors or held['problem']}", markup=False
+        )
+    for held in (answer.extra.get("audit") or {"decisions": []})["decisions"]:
+        console.print(
+            f"Audit: without its runs, {held['chosen']} would have been chosen for {held['trace']}; best was {held['best']}, "
+            f"regret {held['regret']:.1%}",
             markup=False,
         )
     for warning in choice.warnings:

@@ -1,0 +1,163 @@
+"""Measures by itself until it is sure: the probes that the advisor asks for, on an endpoint whose split can be set."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from advisor.advise import load
+from advisor.recommend import Recommendation, assess
+from loadgen.client import Target
+from loadgen.control import Endpoint
+from loadgen.replay import replay
+from loadgen.swarm import Swarm
+from loadgen.sweep import keeping
+from traces.errors import EndpointError, NotEnoughDataError
+from traces.measures import Slo
+from traces.records import Fleet, Run, Schedule
+from traces.shape import to_rate
+from traces.store import Store
+
+SURE = 0.8
+"""Share of the draws that the answer must win, or its rival lose too little to matter."""
+
+PROBE_S = 45.0
+"""How long the requests of a probe are spread over at most."""
+
+LEAST_S = 5.0
+"""No probe is begun with less of the budget left."""
+
+PATIENCE_S = 30.0
+"""How long answers may come after the budget."""
+
+LEAST = 24
+"""Requests of a probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """What was measured and why it ended. sure: the answer can be relied on. spent_s: of the budget."""
+
+    group: str
+    runs: list[int]
+    sure: bool
+    reason: str
+    spent_s: float
+
+
+def probe(
+    store: Store,
+    swarm: Swarm,
+    where: Target,
+    schedule: Schedule,
+    *,
+    gpus: int,
+    slo: Slo,
+    budget_s: float,
+    gpus_per_worker: tuple[int, int] = (1, 1),
+    attainment: float = 0.9,
+    group: str = "",
+    seed: int = 0,
+    note: Callable[[str], None] = lambda line: None,
+) -> Probing:
+    """Replay what :func:`advisor.recommend.next_probe` names, until the answer is sure or ``budget_s`` is spent.
+
+    Every probe is a stored run of ``group``. The split that was in force is put back at the end, after Ctrl-C too, which leaves
+    what was measured and raises. EndpointError where the endpoint has no split to set.
+    """
+    began = time.monotonic()
+    if Endpoint(where).fleet() is None:
+        raise EndpointError(
+            f"{where.shown}: its split cannot be set by steelyard (no /fleet), so --auto cannot probe. Run the probes that "
+            "advise names by hand."
+        )
+    group = group or time.strftime("auto-%Y%m%d-%H%M%S", time.gmtime())
+    runs: list[Run] = []
+    done: list[tuple[Fleet, float]] = []
+    with keeping(None, where, "auto", note) as keeper:
+        while True:
+            left = budget_s - (time.monotonic() - began)
+            answer = _assessed(store, runs, schedule, gpus, slo, gpus_per_worker, attainment, seed)
+            if answer is not None and _sure(answer) and len(runs) >= 3:
+                return Probing(group, [r.id for r in runs], True, "the answer is sure", budget_s - left)
+            if left < LEAST_S:
+                return Probing(group, [r.id for r in runs], False, "the budget is spent", budget_s - left)
+            fleet, rate = _next(answer, runs, schedule, gpus)
+            if done[-2:] == [(fleet, rate)] * 2:
+                return Probing(
+                    group, [r.id for r in runs], False, "the same probe twice told nothing new", budget_s - left
+                )
+            done.append((fleet, rate))
+            note(f"probe {len(runs) + 1}: {fleet} at {rate:.3g}/s, {left:.0f} s of the budget left")
+            asked = _piece(schedule, rate, min(PROBE_S, left / 3), seed + len(runs))
+            runs.append(
+                replay(
+                    store,
+                    swarm,
+                    asked,
+                    where,
+                    name=f"{group} {fleet} at {rate:.3g}/s",
+                    fleet=fleet,
+                    control=keeper,
+                    group=group,
+                    slo=slo,
+                    seed=seed,
+                    gpus_per_worker=gpus_per_worker,
+                    timeout_s=min(600.0, left + PATIENCE_S),
+                )
+            )
+
+
+def _piece(schedule: Schedule, rate: float, seconds: float, seed: int) -> Schedule:
+    """As many requests as fill the time at a rate, a stretch of the trace by seed."""
+    n = min(len(schedule), max(min(LEAST, len(schedule)), int(rate * seconds)))
+    start = int(np.random.default_rng(seed).integers(len(schedule) - n + 1))
+    part = schedule.take(np.arange(start, start + n))
+    return to_rate(replace(part, due_s=part.due_s - part.due_s[0]), rate)
+
+
+def _assessed(
+    store: Store,
+    runs: Sequence[Run],
+    schedule: Schedule,
+    gpus: int,
+    slo: Slo,
+    gpus_per_worker: tuple[int, int],
+    attainment: float,
+    seed: int,
+) -> Recommendation | None:
+    if len(runs) < 3:
+        return None  # low load, prefill and decode saturated: less can never do
+    arguments: dict[str, Any] = {"gpus_per_worker": gpus_per_worker, "attainment": attainment, "seed": seed}
+    try:
+        return assess(load(store, runs), schedule, gpus=gpus, slo=slo, **arguments)
+    except NotEnoughDataError:
+        return None
+
+
+def _sure(answer: Recommendation) -> bool:
+    """Nothing unseen, and the answer wins most draws, or its rival serves within 3 % of it anyway."""
+    if answer.refused:
+        return False
+    if answer.best.wins >= SURE or answer.runner_up is None:
+        return True
+    mine, other = (c.figures["goodput_per_s"].value for c in (answer.best, answer.runner_up))
+    return math.isfinite(mine) and abs(mine - other) <= 0.03 * max(mine, 1e-9)
+
+
+def _next(answer: Recommendation | None, runs: Sequence[Run], schedule: Schedule, gpus: int) -> tuple[Fleet, float]:
+    """The advisor's own next probe; before it can name one, those that every fit needs."""
+    if answer is not None:
+        return Fleet(answer.next_probe["prefill"], answer.next_probe["decode"]), float(answer.next_probe["rate_per_s"])
+    rate = schedule.rate_per_s
+    first = [
+        (Fleet(gpus // 2, gpus - gpus // 2), 0.2 * rate),
+        (Fleet(1, gpus - 1), rate),
+        (Fleet(gpus - 1, 1), 0.5 * rate),
+    ]
+    return first[len(runs)] if len(runs) < len(first) else (first[0][0], 0.1 * rate)

@@ -1,0 +1,289 @@
+"""An answer as what other tools read: replicas, planner settings, autoscaler objects, alert rules.
+
+Each file says what it was checked with, or that it was not. Names of services, metrics and labels are defaults of the engines'
+own manifests: look them over before you apply anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from traces import __version__
+from traces.errors import InputError
+
+Documents = list[dict[str, Any]]
+
+
+def export(answer: Mapping[str, Any], kind: str) -> str:
+    """The text of a file. answer: as ``advise --json``, or a stored row. kind: one of :data:`KINDS`."""
+    if kind not in KINDS:
+        raise InputError(f"export must be one of {', '.join(KINDS)} (got {kind!r}).")
+    documents, notes = KINDS[kind](answer)
+    text = "---\n".join(_yaml(one) for one in documents)
+    checked = _promtool(text) if kind == "prometheus-rules" else ""
+    head = [
+        f"Written by steelyard {__version__} from recommendation {answer.get('recommendation', answer.get('id', '?'))}: "
+        f"{answer['strategy']}, {answer['prefill']} prefill : {answer['decode']} decode, {answer['slo']}.",
+        checked or "unvalidated: no schema of this kind was at hand when it was written.",
+        *notes,
+    ]
+    return "".join(f"# {line}\n" for line in head) + text
+
+
+def _roles(answer: Mapping[str, Any]) -> dict[str, int]:
+    start = (answer.get("thresholds") or {}).get("start") or answer
+    if answer["strategy"] == "online":
+        return {"prefill": int(start["prefill"]), "decode": int(start["decode"])}
+    return {"prefill": int(answer["prefill"]), "decode": int(answer["decode"])}
+
+
+def _thresholds(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    found = answer.get("thresholds")
+    if not found or not found.get("rule"):
+        raise InputError(
+            f"--export {kind} needs thresholds, and this answer is to stand still. Ask for some: advise --strategy online"
+        )
+    checked: Mapping[str, Any] = found
+    return checked
+
+
+def _bounds(answer: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(fewest, most) workers of each role: the floor, and what the other's floor leaves."""
+    roles, floor = _roles(answer), limits["floor"]
+    total = sum(roles.values())
+    return {
+        "prefill": (int(floor["prefill"]), total - int(floor["decode"])),
+        "decode": (int(floor["decode"]), total - int(floor["prefill"])),
+    }
+
+
+def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
+    """Static: a Kustomization that sets replicas. Online: a HorizontalPodAutoscaler (autoscaling/v2) a role."""
+    roles = _roles(answer)
+    if answer["strategy"] != "online":
+        return [
+            {
+                "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                "kind": "Kustomization",
+                "replicas": [{"name": role, "count": n} for role, n in roles.items()],
+            }
+        ], ["Deployments are taken to be named prefill and decode."]
+    limits = _thresholds(answer, "kubernetes")
+    bounds = _bounds(answer, limits)
+    metrics = {
+        "prefill": ("steelyard_waiting_prompt_tokens", limits["prefill"]["up_waiting_tokens"]),
+        "decode": ("vllm:num_requests_running", limits["decode"]["up_running_requests"]),
+    }
+    cool = _whole_s(limits["cool_s"])
+    found = [
+        {
+            "apiVersion": "autoscaling/v2",
+            "kind": "HorizontalPodAutoscaler",
+            "metadata": {"name": f"steelyard-{role}"},
+            "spec": {
+                "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": role},
+                "minReplicas": bounds[role][0],
+                "maxReplicas": bounds[role][1],
+                "metrics": [
+                    {
+                        "type": "Pods",
+                        "pods": {
+                            "metric": {"name": name},
+                            "target": {"type": "AverageValue", "averageValue": str(max(1, round(value)))},
+                        },
+                    }
+                ],
+                "behavior": {
+                    "scaleUp": {"stabilizationWindowSeconds": _whole_s(limits["dwell_s"])},
+                    "scaleDown": {"stabilizationWindowSeconds": cool},
+                },
+            },
+        }
+        for role, (name, value) in metrics.items()
+    ]
+    return found, [
+        "Two autoscalers scale two pools on their own: they do not keep the sum of GPUs, as steelyard's rule does. Give the "
+        "namespace a quota.",
+        "Pod metrics need an adapter (prometheus-adapter); waiting prompt tokens are requests waiting x mean prompt where an "
+        "engine counts requests only.",
+    ]
+
+
+def dynamo(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
+    """Replicas of a DynamoGraphDeployment, and for online its planner's settings."""
+    roles = _roles(answer)
+    services: dict[str, Any] = {
+        "PrefillWorker": {"componentType": "worker", "subComponentType": "prefill", "replicas": roles["prefill"]},
+        "DecodeWorker": {"componentType": "worker", "subComponentType": "decode", "replicas": roles["decode"]},
+    }
+    found: Documents = [
+        {
+            "apiVersion": "nvidia.com/v1alpha1",
+            "kind": "DynamoGraphDeployment",
+            "metadata": {"name": "steelyard"},
+            "spec": {"services": services},
+        }
+    ]
+    notes = ["A patch: merge it into your deployment (images, models, resources are yours)."]
+    if answer["strategy"] == "online":
+        limits = _thresholds(answer, "dynamo")
+        context = limits["mean_prompt"] + limits["mean_output"]
+        found.append(
+            {
+                "planner": {
+                    "max_gpu_budget": sum(roles.values()),
+                    "min_endpoint": min(limits["floor"].values()),
+                    "load_adjustment_interval": max(5, _whole_s(limits["dwell_s"])),
+                    "prefill_queue_scale_up_contexts": limits["prefill"]["up_waiting_tokens"] / context,
+                    "prefill_queue_scale_down_contexts": limits["prefill"]["down_waiting_tokens"] / context,
+                    "decode_running_scale_up": limits["decode"]["up_running_requests"],
+                    "decode_running_scale_down": limits["decode"]["down_running_requests"],
+                }
+            }
+        )
+        notes.append(
+            "The second document holds the thresholds in the planner's units (contexts queued, sequences a worker)."
+        )
+    return found, notes
+
+
+def llm_d(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
+    """Replicas of a KServe LLMInferenceService: decode in spec, prefill in spec.prefill."""
+    roles = _roles(answer)
+    return [
+        {
+            "apiVersion": "serving.kserve.io/v1alpha1",
+            "kind": "LLMInferenceService",
+            "metadata": {"name": "steelyard"},
+            "spec": {"replicas": roles["decode"], "prefill": {"replicas": roles["prefill"]}},
+        }
+    ], ["A patch: merge it into your service."]
+
+
+def keda(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
+    """A ScaledObject a role, on Prometheus queries."""
+    limits = _thresholds(answer, "keda")
+    bounds = _bounds(answer, limits)
+    return [
+        {
+            "apiVersion": "keda.sh/v1alpha1",
+            "kind": "ScaledObject",
+            "metadata": {"name": f"steelyard-{role}"},
+            "spec": {
+                "scaleTargetRef": {"name": role},
+                "minReplicaCount": bounds[role][0],
+                "maxReplicaCount": bounds[role][1],
+                "pollingInterval": max(1, _whole_s(limits["tick_s"])),
+                "cooldownPeriod": _whole_s(limits["cool_s"]),
+                "triggers": [
+                    {
+                        "type": "prometheus",
+                        "metadata": {
+                            "serverAddress": "http://prometheus:9090",
+                            "query": query,
+                            "threshold": f"{threshold:.6g}",
+                        },
+                    }
+                ],
+            },
+        }
+        for role, query, threshold in _queries(limits)
+    ], ["Two objects scale two pools on their own: they do not keep the sum of GPUs, as steelyard's rule does."]
+
+
+def _queries(limits: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """(role, PromQL of a sum over its workers, threshold a worker), in vLLM's names."""
+    mean = f"{limits['mean_prompt']:.6g}"
+    return [
+        (
+            "prefill",
+            f'sum(vllm:num_requests_waiting{{role="prefill"}}) * {mean}',
+            limits["prefill"]["up_waiting_tokens"],
+        ),
+        (
+            "decode",
+            'sum(vllm:num_requests_running{role="decode"} + vllm:num_requests_waiting{role="decode"})',
+            limits["decode"]["up_running_requests"],
+        ),
+    ]
+
+
+def prometheus_rules(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
+    """Alerts when a role should get or may give a worker."""
+    limits = _thresholds(answer, "prometheus-rules")
+    rules = []
+    for role, query, up in _queries(limits):
+        unit = "waiting_tokens" if role == "prefill" else "running_requests"
+        down = limits[role][f"down_{unit}"]
+        per = f'({query}) / count(vllm:num_requests_running{{role="{role}"}})'
+        other = "decode" if role == "prefill" else "prefill"
+        for word, test, wait, text in (
+            ("Short", f"{per} > {up:.6g}", limits["dwell_s"], f"{role} is short of workers: move one from {other}"),
+            ("Idle", f"{per} < {down:.6g}", limits["cool_s"], f"{role} can give a worker, if {other} is short"),
+        ):
+            rules.append(
+                {
+                    "alert": f"Steelyard{role.capitalize()}{word}",
+                    "expr": test,
+                    "for": f"{_whole_s(wait)}s",
+                    "labels": {"severity": "info" if word == "Idle" else "warning", "role": role},
+                    "annotations": {"summary": text},
+                }
+            )
+    interval = f"{max(1, _whole_s(limits['tick_s']))}s"
+    return [{"groups": [{"name": "steelyard", "interval": interval, "rules": rules}]}], [
+        "Metric names are vLLM's; the label role must come from your scrape configuration."
+    ]
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], tuple[Documents, list[str]]]] = {
+    "kubernetes": kubernetes,
+    "dynamo": dynamo,
+    "llm-d": llm_d,
+    "keda": keda,
+    "prometheus-rules": prometheus_rules,
+}
+
+
+def _whole_s(value: float) -> int:
+    return math.ceil(value)
+
+
+def _promtool(text: str) -> str:
+    """What promtool says of rules, where it is installed: "" where it is not, InputError where it refuses them."""
+    tool = shutil.which("promtool")
+    if tool is None:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rules.yml"
+        path.write_text(text)
+        done = subprocess.run(
+            [tool, "check", "rules", str(path)], capture_output=True, text=True, timeout=30, check=False
+        )
+    if done.returncode != 0:
+        raise InputError(f"promtool refuses these rules: {done.stderr.strip()[:200]}")
+    return "checked with promtool check rules."
+
+
+def _yaml(value: Any, indent: int = 0) -> str:
+    """A document of mappings, lists and scalars as block YAML; text is quoted as JSON quotes it, which YAML reads."""
+    pad = "  " * indent
+    lines = []
+    for key, held in value.items():
+        if isinstance(held, Mapping):
+            lines.append(f"{pad}{key}:\n{_yaml(held, indent + 1)}")
+        elif isinstance(held, list):
+            lines.append(f"{pad}{key}:\n")
+            for one in held:
+                inner = _yaml(one, indent + 2)
+                lines.append(f"{pad}  - {inner[len(pad) + 4 :]}")
+        else:
+            lines.append(f"{pad}{key}: {json.dumps(held)}\n")
+    return "".join(lines)

@@ -1,0 +1,198 @@
+"""Is the advisor good on this database, and what spoils it; and the probes that it runs itself."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+
+from advisor.audit import Audit, _fold, audit, closed_loop, confounders, cusum
+from advisor.cli import main
+from advisor.cli.advise_verbs import seconds
+from advisor.features import RunData
+from advisor.parallel import each
+from loadgen.cluster import Profile, simulate
+from loadgen.cluster.embedded import embedded
+from tests.test_advise import SLO, busy_rate, lognormal, measured, three_runs
+from traces.records import Fleet, Sample, Schedule
+from traces.store import open_store
+
+DEMO = Profile.load("demo")
+
+
+def five_runs() -> list[RunData]:
+    rate = busy_rate(DEMO)
+    found = [*three_runs(DEMO, rate), measured(DEMO, lognormal(250, rate * 0.5, 8), Fleet(2, 6), 4)]
+    found.append(measured(DEMO, lognormal(250, rate * 0.5, 8), Fleet(3, 5), 5))
+    return [replace(one, run=replace(one.run, schedule_digest=f"{k if k < 3 else 3}")) for k, one in enumerate(found)]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[RunData]:
+    return five_runs()
+
+
+@pytest.fixture(scope="module")
+def checked(runs: list[RunData]) -> Audit:
+    return audit(runs, SLO)
+
+
+def test_runs_left_out_are_predicted_and_the_bars_decide(checked: Audit) -> None:
+    """On a cluster that obeys the laws, runs left out are predicted: the step to a few percent, the choice without regret."""
+    found = checked
+    assert found.schemes["run"]["folds"] == 5
+    assert found.schemes["run"]["errors"]["tpot_p50_s"] < 0.05
+    assert set(found.schemes) == {"run", "ratio", "rate"}
+    for line in found.failed:
+        assert line.startswith("leave-one-")
+    (decision,) = found.decisions
+    assert decision["regret"] <= 0.03
+    assert json.dumps(found.as_json())
+
+
+def test_an_advisor_that_fails_says_so(runs: list[RunData]) -> None:
+    """A run whose servers were twice as slow is missed by laws of the others, and the line says which bar."""
+    rows = runs[3].observations
+    slow = replace(rows, last_token_s=rows.first_token_s + 2.5 * (rows.last_token_s - rows.first_token_s))
+    found = audit([*runs[:3], RunData(runs[3].run, slow)], SLO)
+    assert any("tpot_p50_s is off by" in line for line in found.failed)
+
+
+def test_the_audit_is_the_same_on_another_backend(runs: list[RunData], checked: Audit) -> None:
+    """Folds that joblib carries to other processes give the same figures in the same order."""
+    folds = [(f"run {one.run.id}", [k]) for k, one in enumerate(runs[:2])]
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        there = each(partial(_fold, runs, SLO), folds)
+    assert there == [_fold(runs, SLO, fold) for fold in folds]
+
+
+def test_what_spoils_the_data_is_named(runs: list[RunData]) -> None:
+    """Mixed engines, a late generator, prefix hits, a cell that changed: each in one line, and nothing where nothing is."""
+    assert confounders(runs) == []
+    mixed = [*runs[:2], replace(runs[2], run=replace(runs[2].run, engine="sglang"))]
+    assert any("mixed engines" in line for line in confounders(mixed))
+    late = replace(runs[0], run=replace(runs[0].run, lag_p99_ms=400.0))
+    assert any("late at p99" in line for line in confounders([late]))
+    half = float(runs[0].observations.prompt_lengths.sum()) / 2
+    readings = [Sample(t, "0", "prefill", prompt_tokens_total=v) for t, v in ((0.0, 5.0), (9.0, 5.0 + half))]
+    assert any("prefix hits" in line for line in confounders([replace(runs[0], samples=readings)]))
+    rows = runs[1].observations
+    later = replace(
+        runs[1],
+        observations=replace(rows, last_token_s=rows.first_token_s + 1.3 * (rows.last_token_s - rows.first_token_s)),
+    )
+    assert any("drift: 1:7" in line for line in confounders([runs[1], later]))
+
+
+def test_a_closed_loop_is_told_from_an_open_one() -> None:
+    """Eight clients that wait for their answers are a closed loop; Poisson arrivals are none, at any load."""
+    n, users = 300, 8
+    free, sent = np.zeros(users), np.zeros(n)
+    rng = np.random.default_rng(1)
+    took = rng.uniform(0.5, 1.5, n)
+    for k in range(n):
+        who = int(np.argmin(free))
+        sent[k] = free[who] + 0.001
+        free[who] = sent[k] + took[k]
+    schedule = Schedule("loop", np.arange(n), np.sort(sent), np.full(n, 100), np.full(n, 10))
+    rows = simulate(schedule, Fleet(4, 4), DEMO).observations
+    assert closed_loop(replace(rows, first_token_s=sent + took / 2, last_token_s=sent + took))
+    for rate in (1.0, 10.0, 40.0):
+        open_ = simulate(lognormal(300, rate, 3), Fleet(4, 4), DEMO).observations
+        assert not closed_loop(open_)
+
+
+def test_a_shift_of_the_residuals_is_found_where_it_begins_and_noise_is_not() -> None:
+    """CUSUM: eight runs and then a step of six standard deviations; noise alone stays below the limit."""
+    rng = np.random.default_rng(2)
+    noise = rng.normal(0, 0.01, 16)
+    assert cusum(noise.tolist()) is None
+    assert cusum((noise + np.where(np.arange(16) >= 8, 0.06, 0.0)).tolist()) in (7, 8, 9)
+    assert cusum([0.0, 1.0]) is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0), ("45", 45.0)])
+def test_a_budget_is_read_with_its_unit(text: str, value: float) -> None:
+    """Seconds, minutes, hours."""
+    assert seconds(text) == value
+
+
+# --- auto -----------------------------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> str:
+    from traces.ingest import ingest
+    from traces.shipped import shipped
+
+    url = f"sqlite:///{folder}/a.db"
+    with open_store(url) as store:
+        ingest(store, [shipped("azure-2023-conv")])
+    return url
+
+
+def fleet_of(endpoint: str) -> dict[str, int]:
+    with urllib.request.urlopen(endpoint + "/fleet", timeout=5) as answer:
+        held: dict[str, int] = json.load(answer)
+    return held
+
+
+@pytest.mark.timed
+def test_auto_measures_until_its_budget_and_puts_the_split_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three kinds of probe, an answer from their rows alone, every run stored in one group, the old split in force at the end."""
+    url = stored(tmp_path)
+    rng = np.random.default_rng(4)
+    rows = [
+        f"2023-11-16 18:{k // 600:02d}:{k % 600 * 0.1:09.6f},{n},{m}"
+        for k, (n, m) in enumerate(zip(rng.integers(200, 2500, 300), rng.integers(8, 60, 300), strict=True))
+    ]
+    (tmp_path / "short.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    assert main(["ingest", str(tmp_path / "short.csv"), "--name", "short", "--db", url]) == 0
+    capsys.readouterr()
+    with embedded("demo", Fleet(3, 5)) as endpoint:
+        code = main(
+            ["advise", "--auto", "--budget", "32s", "--endpoint", endpoint, "--trace", "short", "--rate", "16",
+             "--requests", "300", "--attainment", "0.2", "--strategy", "static", "--audit",
+             "--gpu-hour-usd", "2", "--target-rate", "20",
+             "--json", "--db", url]
+        )  # fmt: skip
+        answer = json.loads(capsys.readouterr().out)
+        assert code in (0, 5), answer
+        held = fleet_of(endpoint)
+        assert (held["prefill"], held["decode"]) == (3, 5)
+    with open_store(url) as store:
+        runs = store.runs()
+    assert len(runs) >= 3
+    assert len({r.group for r in runs}) == 1
+    assert len({str(r.fleet) for r in runs}) >= 3
+    if code == 0:
+        assert answer["probing"]["runs"] == [r.id for r in runs]
+        assert set(answer["audit"]["schemes"]) == {"run", "ratio", "rate"}
+        assert answer["needed"]["gpus"] > 8
+        assert answer["cost"]["usd_per_m_output_tokens"]["low"] <= answer["cost"]["usd_per_m_output_tokens"]["value"]
+        with open_store(url) as store:
+            kept = store.recommendation(answer["recommendation"])
+        assert kept["data_hash"] == answer["data_hash"]
+        assert kept["laws"] == answer["laws"]
+
+
+def test_auto_needs_an_endpoint_and_a_trace(tmp_path: Path) -> None:
+    """Usage is said before anything is measured."""
+    url = stored(tmp_path)
+    assert main(["advise", "--auto", "--db", url]) == 2
+    assert main(["advise", "--auto", "--endpoint", "http://127.0.0.1:9", "--db", url]) == 2
+    assert main(["advise", "--endpoint", "http://127.0.0.1:9", "--db", url]) == 2
+    assert (
+        main(["advise", "--auto", "--endpoint", "http://127.0.0.1:9", "--trace", "azure-2023-conv", "--db", url]) == 1
+    )
+    assert (
+        main(["advise", "--auto", "--endpoint", "http://127.0.0.1:9", "--trace", "x", "--budget", "soon", "--db", url])
+        == 2
+    )

@@ -1,0 +1,101 @@
+"""An answer as files of other tools: numbers of the thresholds arrive, YAML is read back, what was not checked says so."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import yaml
+
+from advisor.exports import KINDS, export
+from advisor.thresholds import backlog_thresholds
+from loadgen import policy
+from loadgen.cluster import Profile
+from traces.errors import InputError
+from traces.measures import Slo
+from traces.records import Fleet
+
+RULE = policy.DemandRule(
+    Profile.load("llama-70b-h100"), 900.0, 250.0, Slo.parse("ttft<1s tpot<50ms"), cool_s=7.5, dwell_s=2.0
+)
+
+
+def answer(strategy: str) -> dict[str, Any]:
+    table = policy.table_of(RULE) | backlog_thresholds(RULE, Fleet(3, 5))
+    moving = table | {"start": {"prefill": 3, "decode": 5}, "tick_s": 1.0}
+    return {
+        "strategy": strategy,
+        "prefill": 2,
+        "decode": 6,
+        "slo": "ttft<1s tpot<50ms",
+        "recommendation": 7,
+        "thresholds": moving if strategy == "online" else None,
+    }
+
+
+def read(text: str) -> list[Any]:
+    return list(yaml.safe_load_all(text))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("keda", "prometheus-rules")])
+def test_a_static_answer_sets_replicas(kind: str) -> None:
+    """Two prefill and six decode replicas, wherever this kind of file keeps them."""
+    (document,) = read(export(answer("static"), kind))
+    if kind == "kubernetes":
+        assert document["replicas"] == [{"name": "prefill", "count": 2}, {"name": "decode", "count": 6}]
+    elif kind == "dynamo":
+        held = document["spec"]["services"]
+        assert [held[s]["replicas"] for s in ("PrefillWorker", "DecodeWorker")] == [2, 6]
+    else:
+        assert (document["spec"]["replicas"], document["spec"]["prefill"]["replicas"]) == (6, 2)
+
+
+@pytest.mark.parametrize("kind", ["keda", "prometheus-rules"])
+def test_what_needs_thresholds_refuses_an_answer_without(kind: str) -> None:
+    """Standing still needs no autoscaler: one line and the next step."""
+    with pytest.raises(InputError, match="advise --strategy online"):
+        export(answer("static"), kind)
+
+
+def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:
+    """Floors bound the replicas, the thresholds are the averages, the cool-down stabilises."""
+    for kind in ("kubernetes", "keda"):
+        documents = read(export(answer("online"), kind))
+        assert [d["kind"] for d in documents] == [documents[0]["kind"]] * 2
+    prefill, decode = read(export(answer("online"), "kubernetes"))
+    limits = backlog_thresholds(RULE, Fleet(3, 5))
+    for one, value in (
+        (prefill, limits["prefill"]["up_waiting_tokens"]),
+        (decode, limits["decode"]["up_running_requests"]),
+    ):
+        spec = one["spec"]
+        assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 7)
+        assert spec["metrics"][0]["pods"]["target"]["averageValue"] == str(round(value))
+        assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 8
+
+
+def test_rules_alert_above_and_below_the_thresholds() -> None:
+    """Four alerts, their numbers the thresholds', each held as long as dwell or cool-down say."""
+    (document,) = read(export(answer("online"), "prometheus-rules"))
+    rules = document["groups"][0]["rules"]
+    assert [r["alert"] for r in rules] == [
+        "SteelyardPrefillShort", "SteelyardPrefillIdle", "SteelyardDecodeShort", "SteelyardDecodeIdle",
+    ]  # fmt: skip
+    limits = backlog_thresholds(RULE, Fleet(3, 5))
+    assert rules[0]["expr"].endswith(f"> {limits['prefill']['up_waiting_tokens']:.6g}")
+    assert rules[3]["expr"].endswith(f"< {limits['decode']['down_running_requests']:.6g}")
+    assert [r["for"] for r in rules[:2]] == ["2s", "8s"]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_file_says_what_it_was_checked_with(kind: str) -> None:
+    """A comment on top: checked, with what, or unvalidated."""
+    text = export(answer("online"), kind)
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert "recommendation 7" in head[0]
+    promtool = kind == "prometheus-rules" and shutil.which("promtool")
+    assert head[1].startswith("# checked with promtool" if promtool else "# unvalidated")
+    assert read(text)
+    with pytest.raises(InputError, match="must be one of"):
+        export(answer("online"), "helm")
