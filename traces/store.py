@@ -24,6 +24,7 @@ NaN in a record is NULL in a row, and so is -1 in a count. Text loses NUL and lo
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import sqlite3
@@ -277,6 +278,11 @@ recommendation_runs = sa.Table(
     sa.Column("recommendation_id", sa.ForeignKey("recommendations.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
 )
+
+OF_A_RUN = tuple(
+    t.name for t in metadata.sorted_tables if "run_id" in t.c and t.name not in ("summaries", "recommendation_runs")
+)
+"""Tables whose rows belong to one run and were measured."""
 
 BATCH = 5000
 """Rows a statement; a compromise between round trips and the size of a failed batch."""
@@ -934,6 +940,53 @@ class Store:
 
         self._write(write)
 
+    def columns(self, table: str) -> dict[str, str]:
+        """Column -> integer, real, boolean or text (JSON is text)."""
+        return {c.name: _kind(c) for c in metadata.tables[table].columns if c.name != "id" or table == "runs"}
+
+    def dump(self, table: str, run_id: int) -> Iterator[dict[str, list[Any]]]:
+        """All columns of a run's rows in a table, piece by piece."""
+        t = metadata.tables[table]
+        names = list(self.columns(table))
+        which = t.c.id if table == "runs" else t.c.run_id
+        query = sa.select(*(t.c[n] for n in names)).where(which == run_id).order_by(*t.primary_key.columns)
+        with self._begin() as connection:
+            for piece in connection.execution_options(yield_per=FEED_ROWS).execute(query).partitions():
+                held = {n: list(values) for n, values in zip(names, zip(*piece, strict=True), strict=True)}
+                for n in names:
+                    if isinstance(t.c[n].type, sa.JSON):
+                        held[n] = [json.dumps(v) for v in held[n]]
+                yield held
+
+    def restore_runs(self, piece: Mapping[str, Sequence[Any]]) -> list[int]:
+        """Store runs that were dumped; their ids here. One whose key is there stays as it is."""
+        rows = _rows_of(runs, piece)
+
+        def write(connection: sa.Connection) -> list[int]:
+            connection.execute(_once(connection, runs), [{k: v for k, v in row.items() if k != "id"} for row in rows])
+            known = sa.select(runs.c.key, runs.c.id).where(runs.c.key.in_([row["key"] for row in rows]))
+            ids = {key: int(number) for key, number in connection.execute(known)}
+            return [ids[row["key"]] for row in rows]
+
+        return self._write(write)
+
+    def restore(self, table: str, piece: Mapping[str, Sequence[Any]]) -> None:
+        """Store rows of runs that were dumped; those that are there stay as they are."""
+        t = metadata.tables[table]
+        rows = _rows_of(t, piece)
+
+        def write(connection: sa.Connection) -> None:
+            fresh = rows
+            if not any(i.unique for i in t.indexes) and "id" in t.c:  # without a key of its own: of runs that have none
+                ids = {row["run_id"] for row in rows}
+                full = set(connection.execute(sa.select(t.c.run_id).where(t.c.run_id.in_(ids)).distinct()).scalars())
+                fresh = [row for row in rows if row["run_id"] not in full]
+            if fresh:
+                connection.execute(_once(connection, t), fresh)
+
+        if rows:
+            self._write(write)
+
     def vacuum(self) -> None:
         """Give the space of deleted rows back and let the database count what it holds."""
         kind = self._engine.dialect.name
@@ -1255,6 +1308,22 @@ def _figures(kept: Mapping[str, Any]) -> Figures:
     held: dict[str, Any] = {k: math.nan if v is None else v for k, v in kept.items() if k != "quantiles"}
     spread = {m: {w: math.nan if v is None else v for w, v in q.items()} for m, q in kept["quantiles"].items()}
     return Figures(**held, quantiles=spread)
+
+
+def _kind(column: sa.Column[Any]) -> str:
+    if isinstance(column.type, sa.Boolean):
+        return "boolean"
+    if isinstance(column.type, sa.Integer):
+        return "integer"
+    return "real" if isinstance(column.type, sa.Float) else "text"
+
+
+def _rows_of(table: sa.Table, piece: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    names = list(piece)
+    decoded = {
+        n: [json.loads(v) for v in piece[n]] if isinstance(table.c[n].type, sa.JSON) else list(piece[n]) for n in names
+    }
+    return [dict(zip(names, row, strict=True)) for row in zip(*decoded.values(), strict=True)]
 
 
 def _clean(text: str) -> str:

@@ -335,6 +335,42 @@ def import_runs(
         )
 
 
+@runs.command("dump", **example("steelyard runs dump 1 --out run-1"))
+@click.argument("run_ids", metavar="ID..", type=RUN, nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@json_option
+@db_option
+def dump_runs(run_ids: tuple[int, ...], out: Path, as_json: bool, db: str) -> None:
+    """Write runs with every row and column as Parquet files, for ``runs load`` into another database."""
+    from traces.store import open_store
+    from traces.transfer import export_runs
+
+    with open_store(db, create=False) as store:
+        held = [store.run(i).id for i in dict.fromkeys(run_ids)]
+        written = export_runs(store, held, out)
+    if as_json:
+        emit_json({"runs": held, "rows": written, "out": str(out)})
+    else:
+        messages().print(f"{len(held)} runs with {written['observations']} requests written to {out}", markup=False)
+
+
+@runs.command("load", **example("steelyard runs load run-1 --db sqlite:///other.db"))
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+@db_option
+def load_runs(folder: Path, as_json: bool, db: str) -> None:
+    """Store the runs that ``runs dump`` wrote; what is there already stays as it is."""
+    from traces.store import open_store
+    from traces.transfer import import_runs
+
+    with open_store(db) as store:
+        ids = import_runs(store, folder)
+    if as_json:
+        emit_json({"runs": list(ids.values())})
+    else:
+        messages().print(f"stored as {', '.join(f'run {i}' for i in ids.values())}", markup=False)
+
+
 @runs.command("prune", **example("steelyard runs prune --older-than 90 --dry-run"))
 @click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Runs begun longer ago.")
 @click.option("--group", help="Only runs of this group.")

@@ -1,0 +1,79 @@
+"""Runs as Parquet files, from one database to another without loss: one folder, one file a table, one column a column.
+
+A folder holds ``runs.parquet``, ``observations.parquet`` and what else a run has; JSON columns are text. Runs are told apart by
+their key: one that is there already gets the rows that it lacks, and keeps those that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from traces.errors import InputError
+from traces.store import OF_A_RUN, Store
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise InputError("Parquet needs pyarrow. Run: pip install 'steelyard[parquet]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
+    """Write runs with all their rows into a new folder; table -> rows. The folder is whole or not there."""
+    pa, pq = _arrow()
+    kinds = {"integer": pa.int64(), "real": pa.float64(), "boolean": pa.bool_(), "text": pa.string()}
+    if out.exists():
+        raise InputError(f"{out}: is there already. Give another --out.")
+    beside = out.with_name(f".{out.name}.part")
+    written: dict[str, int] = {}
+    try:
+        beside.mkdir(parents=True)
+        for table in ("runs", *OF_A_RUN):
+            columns = store.columns(table)
+            schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+            written[table] = 0
+            with pq.ParquetWriter(beside / f"{table}.parquet", schema, compression="zstd") as file:
+                for run_id in ids:
+                    for piece in store.dump(table, run_id):
+                        file.write_table(pa.table(piece, schema=schema))
+                        written[table] += len(next(iter(piece.values())))
+        beside.rename(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return written
+
+
+def import_runs(store: Store, folder: Path) -> dict[int, int]:
+    """Store the runs of a folder; id there -> id here. InputError when a file is not what export_runs writes."""
+    pa, pq = _arrow()
+    ids: dict[int, int] = {}
+    try:
+        for table in ("runs", *OF_A_RUN):
+            wanted = set(store.columns(table))
+            with pq.ParquetFile(folder / f"{table}.parquet") as file:
+                unknown = set(file.schema_arrow.names) - wanted
+                if unknown:
+                    raise InputError(f"{folder}/{table}.parquet: has columns of a newer steelyard: {sorted(unknown)}.")
+                for batch in file.iter_batches(batch_size=20_000):
+                    piece: dict[str, list[Any]] = batch.to_pydict()
+                    if table == "runs":
+                        ids.update(zip(piece["id"], store.restore_runs(piece), strict=True))
+                    else:
+                        piece["run_id"] = [ids[i] for i in piece["run_id"]]
+                        store.restore(table, piece)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
+    except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{folder}: is not what steelyard runs export writes ({type(error).__name__}: {error})."
+        ) from None
+    return ids
