@@ -1,0 +1,92 @@
+"""A hostile server costs the questions before and during a run bounded memory and time, and ends as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from loadgen.client import target
+from loadgen.control import Endpoint
+from traces.errors import EndpointError
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
+
+
+@contextmanager
+def speaking(what: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server on loopback that reads a request and then says what it is told to."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                one, _ = listening.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), one:
+                one.recv(65536)
+                what(one)
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.close()
+
+
+def repeat(head: bytes, piece: bytes, most: int = 1 << 30) -> Callable[[socket.socket], None]:
+    """head, then piece after piece, up to a gigabyte."""
+
+    def say(one: socket.socket) -> None:
+        one.sendall(head)
+        for _ in range(most // len(piece)):
+            one.sendall(piece)
+
+    return say
+
+
+def drip(one: socket.socket) -> None:
+    """A byte now and then, for ever."""
+    one.sendall(OK + b"\r\n")
+    while True:
+        one.sendall(b"x")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        repeat(OK + b"\r\n", b"vllm:x 1\n" * 8192),  # a metrics page of a gigabyte
+        repeat(OK + b"\r\n", b"x" * 65536),  # one line without end
+        repeat(OK + b"X: ", b"x" * 65536),  # one header without end
+        repeat(OK, b"X-N: y\r\n" * 8192),  # headers without end
+        repeat(b"", b"x" * 65536),  # not HTTP, without end
+        drip,
+    ],
+    ids=["metrics", "line", "header", "headers", "garbage", "drip"],
+)
+def test_an_endless_answer_ends_as_one_line(what: Callable[[socket.socket], None]) -> None:
+    """Whatever a server goes on saying, asking it is over within its time, within 100 MiB, and says so on one line."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    with speaking(what) as url, pytest.raises(EndpointError) as caught:
+        Endpoint(target(url)).fetch("GET", "/metrics", timeout_s=2.0)
+    assert time.monotonic() - began < 15
+    assert "\n" not in str(caught.value)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100 * 1024
+
+
+def test_a_redirect_takes_no_credentials_along() -> None:
+    """Sent elsewhere, the client does not go: the other host never hears of it."""
+    came: list[socket.socket] = []
+    with speaking(came.append) as other:
+        head = f"HTTP/1.1 302 Found\r\nLocation: {other}/v1/models\r\nContent-Length: 0\r\n\r\n".encode()
+        with speaking(lambda one: one.sendall(head)) as url:
+            reply = Endpoint(target(url, api_key="sk-planted")).fetch("GET", "/v1/models")
+    assert reply.status == 302
+    assert came == []
