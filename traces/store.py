@@ -1333,7 +1333,13 @@ def _clean(text: str) -> str:
 
 def _copy_cells(values: Sequence[Any]) -> Iterable[str]:
     """A column as COPY's text format wants it."""
-    return map(str, values) if set(map(type, values)) == {int} else map(_copy_cell, values)
+    kinds = set(map(type, values))
+    if kinds <= {int, float}:
+        return map(str, values)
+    if kinds <= {int, float, type(None)}:
+        return ["\\N" if v is None else str(v) for v in values]
+    cells = {v: _copy_cell(v) for v in set(values)}  # status and error have few
+    return [cells[v] for v in values]
 
 
 def _copy_cell(value: Any) -> str:
