@@ -1389,7 +1389,8 @@ def _nullable(name: str, column: Any) -> list[Any]:
     if column.dtype == np.float64:
         return [v if v == v else None for v in values]
     if column.dtype == object:
-        texts = [_clean(str(v)) for v in values]
+        clean = {v: _clean(str(v)) for v in set(values)}  # most are one of a few words
+        texts = [clean[v] for v in values]
         return [v or None for v in texts] if observations.c[name].nullable else texts
     return values if name == "index" else [v if v >= 0 else None for v in values]
 
