@@ -366,7 +366,7 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert found["fleet_changes"][0]["before"] == "3:1"
     assert "answers wait" in found["fleet_changes"][0]["reason"]
     code, _, err = run(capsys, "replay", "t", "--endpoint", url, "--policy", "online", "--db", db)
-    assert (code, "give --laws" in err) == (1, True), err
+    assert (code, "needs thresholds: give --recommendation ID" in err) == (1, True), err
 
 
 def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> None:
