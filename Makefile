@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor compiled docs reference lock build test-release clean test-faults
+.PHONY: demo test check bench bench-advisor bench-silicon compiled docs reference lock build test-release clean test-faults
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -30,6 +30,10 @@ bench: compiled
 
 bench-advisor: compiled
 	$(BIN)/python -m benchmarks.advisor
+
+# Left-out splits of real engines, from the measurements in aiconfigurator-core's wheel (82 MB, fetched into build/silicon).
+bench-silicon: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.silicon
 
 # The simulator's kernel as machine code, beside its source: twice to three times as fast, the same rules. Needs a C
 # compiler and Python's headers. Remove with make clean; after a change of kernel.py run it again (the tests insist).

@@ -133,6 +133,40 @@ def test_any_rows_by_a_map(kind: str, exported: tuple[str, Path, Observations], 
     assert back.output_tokens.tolist() == rows.output_tokens.tolist()
 
 
+def test_a_report_of_dynamos_simulator_by_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TTFT, TPOT and end to end of every request equal what dynamo.replay derived itself; the run is valid."""
+    file, url = DATA / "dynamo_replay.jsonl", f"sqlite:///{tmp_path}/a.db"
+    names = (
+        "due_s=arrival_time_ms,first_token_s=first_token_ms,last_token_s=last_token_ms,"
+        "prompt_tokens=input_length,output_tokens=output_length,status=terminal_status"
+    )
+    command = [
+        "runs",
+        "import",
+        str(file),
+        "--fleet",
+        "1:2",
+        "--map",
+        names,
+        "--time-unit",
+        "ms",
+        "--db",
+        url,
+        "--json",
+    ]
+    assert main(command) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["verdict"] == "valid"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records.sort(key=lambda r: r["arrival_time_ms"])
+    with open_store(url) as store:
+        rows = store.observations(found["run"])
+    assert rows.ok.all()
+    for ours, theirs in (("ttft_s", "ttft_ms"), ("tpot_s", "itl_ms"), ("e2e_s", "e2e_latency_ms")):
+        np.testing.assert_allclose(getattr(rows, ours) * 1e3, [r[theirs] for r in records], atol=2e-3)
+    assert rows.output_tokens.tolist() == [r["requested_output_length"] for r in records]
+
+
 def test_the_verb_stores_says_and_repeats_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One run a benchmark with the fleet that was named; again is a no-op; without due times the run is degraded."""
     url = f"sqlite:///{tmp_path}/a.db"
