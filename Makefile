@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor bench-silicon compiled docs reference lock build test-release clean test-faults
+.PHONY: demo test check bench bench-advisor bench-silicon compiled docs reference lock build test-release clean test-faults mutants coverage
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -17,6 +17,19 @@ test: $(VENV)/.dev
 # Needs Linux; as root (for a small disk) and with Debian's libfaketime it tries everything, else it says what it did not try.
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m tests.faults
+
+# Small faults put into schedule, accounting, statistics and decision: the share of them that the tests notice (docs/quality.md).
+mutants: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.mutants --n 0
+
+# Lines that the suite runs in its own process and its workers'. A replay's load workers and the command line of some tests are
+# processes of their own and stay uncounted.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -m "not timed"
+	$(BIN)/python -m coverage run -m pytest -m timed
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import pytest
 from advisor.cli import main
 from advisor.features import RunData
 from advisor.model import fit_laws, relative_nnls
-from advisor.recommend import Candidate, Interval, rank, recommend
+from advisor.recommend import Candidate, Interval, _regret, rank, recommend
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -248,6 +248,32 @@ def test_equal_fleets_are_told_apart_by_what_runs_today() -> None:
     """Of two equal candidates the one nearer to the running fleet wins."""
     equal = [candidate("2:6", (10, 10), 1), candidate("5:3", (10, 10), 1)]
     assert rank(equal, Fleet(6, 2), (1, 1))[0].fleet == Fleet(5, 3)
+
+
+def test_of_equal_fleets_fewest_gpus_then_nearest() -> None:
+    """Fewer GPUs go before nearness; 1 % off the best, in bound or value, is as good, more is not; each rank is a new choice."""
+    equal = [candidate("2:3", (10, 10), 1), candidate("4:1", (10, 10), 1)]  # 8 and 6 GPUs
+    assert [c.fleet for c in rank(equal, Fleet(2, 3), (1, 2))] == [Fleet(4, 1), Fleet(2, 3)]
+    assert rank(equal, Fleet(2, 3), (1, 1))[0].fleet == Fleet(2, 3)
+    for bound, value, first in ((9.9, 10.0, "3:5"), (9.89, 10.0, "4:4"), (10.0, 9.9, "3:5"), (10.0, 9.89, "4:4")):
+        two = [candidate("4:4", (10.0, 10.0), 2), candidate("3:5", (value, bound), 1)]
+        assert str(rank(two, None, (1, 1))[0].fleet) == first, (bound, value)
+    assert rank([], None, (1, 1)) == []
+    three = [candidate("1:7", (5, 5), 1), candidate("2:6", (10, 10), 9), candidate("3:5", (9, 9), 5)]
+    assert [str(c.fleet) for c in rank(three, None, (1, 1))] == ["2:6", "3:5", "1:7"]
+
+
+def test_regret_is_what_the_choice_loses_in_each_draw() -> None:
+    """A share of each draw's best, mean and 95 % quantile; draws in which nobody serves lose nothing; no draws, nothing known."""
+    found = _regret(np.array([[10.0, 8.0], [5.0, 10.0], [0.0, 0.0], [4.0, 4.0]]), 0)
+    assert found.value == pytest.approx(0.5 / 4)
+    assert found.low == 0.0
+    assert found.high == pytest.approx(np.quantile([0.0, 0.5, 0.0, 0.0], 0.95))
+    assert _regret(np.array([[10.0, 8.0]]), 1).value == pytest.approx(0.2)
+    none = _regret(np.zeros((0, 3)), 0)
+    assert math.isnan(none.value)
+    assert math.isnan(none.high)
+    assert none.low == 0.0
 
 
 def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

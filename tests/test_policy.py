@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from loadgen import policy
 from loadgen.cluster import Profile, simulate
 from loadgen.policy import BacklogRule, CountRule, Queues, State, Steering
+from traces.errors import InputError
 from traces.measures import Slo
 from traces.records import Fleet, Sample, Schedule
 
@@ -228,3 +230,314 @@ def test_the_reports_formula_forgets_what_a_decode_token_costs() -> None:
     assert policy.balanced(prompt, output, ORIGIN, 8) == Fleet(2, 6)  # 1.36 s against 3.2 s of work
     assert policy.report_split(np.array([4096]), np.array([1]), 8) == Fleet(7, 1)
     assert math.isclose(2 * 0.68 / 1.68, 0.81, abs_tol=0.01)
+
+
+# --- the arithmetic, by hand ----------------------------------------------------------------------------------------
+
+LAWS = Profile(
+    name="t", a_s=0.01, b_s_per_token=1e-3, c_s_per_token2=1e-6, max_batch_tokens=1000, max_batch_requests=4,
+    c0_s=0.01, c1_s=0.001, c2_s=1e-6, max_batch=8,
+)  # fmt: skip
+"""A prompt of 200 takes 0.24 s and its share of a step; a decode step of B contexts of 250 takes 0.01 s + B 0.00125 s."""
+
+
+def test_backlogs_are_seconds_of_work() -> None:
+    """Tokens and steps of the prompts that wait over the workers; answers without a place at the batch that runs."""
+    rule = BacklogRule(LAWS, 200, 100)
+    assert rule.prefill_s(queues(pw=6, pt=1200), 2) == pytest.approx(
+        (1200 * 1.2e-3 + 1.5 * 0.01) / 2
+    )  # steps by number
+    assert rule.prefill_s(queues(pw=5, pt=4000), 1) == pytest.approx(4000 * 1.2e-3 + 4 * 0.01)  # by tokens
+    assert rule.prefill_s(queues(pw=2, pt=5000), 1) == pytest.approx(5000 * 1.2e-3 + 2 * 0.01)  # a prompt is one step
+    assert rule.step_s(4) == pytest.approx(0.015)
+    assert rule.decode_s(queues(dw=3, dr=20), 2) == pytest.approx(7 * 100 * 0.02 / (8 * 2))
+    assert rule.decode_s(queues(dw=1), 4) == pytest.approx(100 * 0.01125 / 4)
+    assert rule.decode_s(queues(dr=16), 2) == 0.0
+    knee = BacklogRule(Profile(name="k", c0_s=0.01, c1_s=0.001, knee_batch=4, knee_s=0.002), 200, 100)
+    assert knee.step_s(6) == pytest.approx(0.01 + 0.006 + 0.004)
+    assert knee.step_s(3) == pytest.approx(0.013)
+
+
+def test_limits_of_the_backlog_rule_are_limits() -> None:
+    """At a limit nothing moves, beyond it something does; donors are asked what they would be left with."""
+    unit = Profile(name="u", b_s_per_token=1e-3, c0_s=0.01, max_batch=1)  # 1000 tokens or an answer of 100: 1 s
+    rule = BacklogRule(unit, 200, 100, more_s=2.0, ratio=2.0)
+
+    def target(fleet: Fleet, rule: BacklogRule = rule, **held: int) -> Fleet | None:
+        return rule.decide(State(), queues(**held), fleet, 0, 0.0)[1]
+
+    assert target(Fleet(1, 2), pw=1, pt=2000) is None
+    assert target(Fleet(1, 2), pw=1, pt=2001) == Fleet(2, 1)
+    assert target(Fleet(2, 1), dw=2, dr=1) is None
+    assert target(Fleet(2, 1), dw=3, dr=1) == Fleet(1, 2)
+    assert target(Fleet(1, 2), pw=1, pt=4000, dw=4) is None  # 4 s is not more than twice 2 s
+    assert target(Fleet(1, 3), pw=1, pt=9000) == Fleet(3, 1)  # as many as are of use
+    assert target(Fleet(1, 3), BacklogRule(unit, 200, 100, floor=(1, 2)), pw=1, pt=9000) == Fleet(2, 2)
+    assert target(Fleet(3, 1), BacklogRule(unit, 200, 100, floor=(2, 1)), dw=9, dr=1) == Fleet(2, 2)
+    # the one decode worker left would owe 2 s
+    assert target(Fleet(1, 2), BacklogRule(unit, 200, 100, less_s=2.0), pw=1, pt=9000, dw=2) == Fleet(2, 1)
+    assert target(Fleet(1, 2), BacklogRule(unit, 200, 100, less_s=1.9), pw=1, pt=9000, dw=2) is None
+
+
+def test_the_backlog_rule_says_why_not() -> None:
+    """Within the limits, turned a moment ago, donors that need their workers, not long enough."""
+    rule = BacklogRule(Profile(name="u", b_s_per_token=1e-3, c0_s=0.01, max_batch=1), 200, 100, dwell_s=3.0, cool_s=5.0)
+    moved = State(moved="decode", moved_s=10.0)
+    busy = queues(pw=1, pt=9000)
+    assert rule.decide(State(), queues(), Fleet(2, 2), 0, 0.0)[1:] == (None, "the backlogs are within the limits")
+    assert "moved the other way" in rule.decide(moved, busy, Fleet(2, 2), 0, 14.9)[2]
+    assert "moved the other way" in rule.decide(moved, busy, Fleet(2, 2), 1, 90.0)[2]
+    assert "its donor" in rule.decide(moved, busy, Fleet(3, 1), 0, 15.0)[2]
+    state, target, why = rule.decide(moved, busy, Fleet(2, 2), 0, 15.0)
+    assert (state.wish, state.since_s, state.moved, target) == ("prefill", 15.0, "decode", None)
+    assert "not long enough" in why
+    assert rule.decide(state, busy, Fleet(2, 2), 0, 17.9)[1] is None
+    state, target, _ = rule.decide(state, busy, Fleet(2, 2), 0, 18.0)
+    assert (state, target) == (State(moved="prefill", moved_s=18.0), Fleet(3, 1))
+
+
+def test_a_step_at_its_limit_is_not_slow() -> None:
+    """The TPOT limit times the share is kept by a step of just that length."""
+    laws = Profile(name="s", b_s_per_token=1e-3, c1_s=0.25, max_batch=100)  # a step takes a quarter second a sequence
+    rule = BacklogRule(laws, 100, 100, Slo.parse("tpot<2s"), tpot_share=0.5)
+    assert not rule._slow(queues(dr=8), 2)
+    assert rule._slow(queues(dr=8, dw=1), 2)
+    assert rule._slow(queues(dr=9), 2)
+    assert not BacklogRule(laws, 100, 100)._slow(queues(dr=90), 2)
+    assert (
+        rule.decide(State(), queues(dr=9, pw=1, pt=2000), Fleet(2, 2), 0, 0.0)[1] is None
+    )  # prompts wait a second too
+
+
+def test_demand_is_smoothed_over_two_memories() -> None:
+    """The first reading sets both rates; later ones come in by how long ago the last was; a counter that fell counts 0."""
+    first = policy.Demand(0.0, 100.0, 4.0)
+    assert first.next(0.0, 900.0, 9.0, 2.0) is first
+    second = first.next(2.0, 300.0, 6.0, 2.0)
+    assert second == policy.Demand(2.0, 300.0, 6.0, 100.0, 100.0, 0.0, 6.0)
+    third = second.next(3.0, 700.0, 10.0, 2.0)
+    short, long = 1 - math.exp(-0.5), 1 - math.exp(-1 / 16)
+    assert (third.at_s, third.arrived, third.active) == (3.0, 700.0, 10.0)
+    assert third.rate == pytest.approx(100 + short * 300)
+    assert third.slow_rate == pytest.approx(100 + long * 300)
+    assert third.growth == pytest.approx(short * 4)
+    assert third.slow_active == pytest.approx(6 + long * 4)
+    assert third.next(4.0, 0.0, 10.0, 2.0).rate == pytest.approx(third.rate * (1 - short))
+    assert third.next(4.0, 700.0, 8.0, 2.0).growth == pytest.approx(third.growth + short * (-2 - third.growth))
+
+
+def test_a_forecast_is_its_coefficients() -> None:
+    """A sum over 1, rates, sequences and the clock; nothing below 0."""
+    seen = policy.Demand(25.0, 0.0, 7.0, 2.0, 3.0, 5.0, 11.0)
+    assert policy.forecast_features(seen, 0.0) == [1.0, 2.0, 3.0, 7.0, 5.0, 11.0]
+    clock = policy.forecast_features(seen, 100.0)[6:]
+    assert clock == pytest.approx([1, 0, 0, -1, -1, 0], abs=1e-9)
+    told = policy.Forecast((1.0, 10.0, 0.0, 0.0, 0.0, 0.5), (-9.0, 0.0, 0.0, 1.0, 0.0, 0.0))
+    assert told.of(seen) == (26.5, 0.0)
+    assert policy.Forecast((-1.0,) * 6, (0.5,) + (0.0,) * 5).of(seen) == (0.0, 0.5)
+
+
+def test_loads_of_demand_are_shares_of_what_a_role_can_do() -> None:
+    """Prefill: arrivals and the backlog to clear; decode: the step, the places and the KV cache, whichever is tightest."""
+    rule = policy.DemandRule(LAWS, 200, 100, Slo.parse("tpot<50ms"))
+    assert rule.token_s == pytest.approx(1e-3 + 2e-4 + 0.01 / 800)
+    assert policy.DemandRule(LAWS, 400, 100).token_s == pytest.approx(1e-3 + 4e-4 + 0.01 / 1000)
+    assert policy.DemandRule(LAWS, 2000, 100).token_s == pytest.approx(1e-3 + 2e-3 + 0.01 / 2000)
+    assert rule.step_limit_s == pytest.approx(0.045)
+    assert policy.DemandRule(LAWS, 200, 100, Slo.parse("e2e<20s")).step_limit_s == pytest.approx(0.18)
+    assert policy.DemandRule(LAWS, 200, 100, Slo.parse("e2e<1s")).step_limit_s == pytest.approx(0.01125 * 0.9)
+    assert policy.DemandRule(LAWS, 200, 100).step_limit_s == pytest.approx(0.0225 * 0.9)
+
+    seen = Queues(2, 400, 2, 10, 3000)
+    prefill, decode = rule.loads(1000, 12, seen, Fleet(2, 3))
+    assert prefill == pytest.approx((1000 + 400 / 2) * rule.token_s / (2 * 0.85))
+    assert decode == pytest.approx(12 / 24)
+    tight = policy.DemandRule(LAWS, 200, 100, Slo.parse("tpot<10ms"))
+    assert tight.loads(0, 12, seen, Fleet(2, 3))[1] == pytest.approx(0.0152 / 0.009)
+    assert tight.loads(0, 30, seen, Fleet(2, 3))[1] == pytest.approx((0.01 + 8 * 0.0013) / 0.009)
+    assert tight.loads(0, 1, queues(), Fleet(2, 3))[1] == pytest.approx(0.01125 / 0.009)
+    small = policy.DemandRule(replace(LAWS, kv_tokens=1000), 200, 100, Slo.parse("tpot<50ms"))
+    assert small.loads(0, 12, seen, Fleet(2, 3))[1] == pytest.approx(12 * 300 / 3000)
+    assert policy.waiting_tokens(queues(pw=3), 200) == 600
+    assert policy.waiting_tokens(queues(pw=3, pt=50), 200) == 50
+
+
+def test_the_demand_rule_moves_to_the_split_that_demand_wants() -> None:
+    """2000 prompt tokens a second want three of four workers; not back within the cool-down, not for a small gain."""
+    rule = policy.DemandRule(LAWS, 200, 100)
+    start, target, why = rule.decide(State(), queues(), Fleet(1, 3), 0, 0.0)
+    assert (target, why) == (None, "")
+    asked = Queues(prompt_tokens_total=2000)
+    state, target, why = rule.decide(start, asked, Fleet(1, 3), 0, 1.0)
+    assert target == Fleet(3, 1)
+    assert why == "load of prefill 2.85 and decode 0.56, 0.95 at most with 3:1"
+    assert (state.moved, state.moved_s, state.wish) == ("prefill", 1.0, "")
+    assert rule.decide(start, asked, Fleet(3, 1), 0, 1.0)[1] is None  # below what a role can do nothing moves
+    assert replace(rule, up=0.95).decide(start, asked, Fleet(3, 1), 0, 1.0)[1] is None  # it is the best
+    assert replace(rule, gain=1.95).decide(start, asked, Fleet(1, 3), 0, 1.0)[1] is None
+    assert replace(rule, gain=1.85).decide(start, asked, Fleet(1, 3), 0, 1.0)[1] == Fleet(3, 1)
+    assert replace(rule, floor=(1, 2)).decide(start, asked, Fleet(1, 3), 0, 1.0)[1] == Fleet(2, 2)
+
+    full = Queues(decode_running=30, decode_waiting=2, prompt_tokens_total=2000)
+    assert rule.decide(state, full, Fleet(3, 1), 0, 5.9)[1] is None
+    assert rule.decide(state, full, Fleet(3, 1), 1, 60.0)[1] is None
+    back, target, _ = rule.decide(state, full, Fleet(3, 1), 0, 60.0)
+    assert target == Fleet(1, 3)
+    assert back.moved == "decode"
+
+    slow = replace(rule, dwell_s=2.0)
+    state, target, _ = slow.decide(start, asked, Fleet(1, 3), 0, 1.0)
+    assert (state.wish, state.since_s, target) == ("prefill", 1.0, None)
+    more = Queues(prompt_tokens_total=6000)
+    assert slow.decide(state, more, Fleet(1, 3), 0, 2.9)[1] is None
+    assert slow.decide(state, more, Fleet(1, 3), 0, 3.0)[1] == Fleet(3, 1)
+    assert slow.decide(state, Queues(prompt_tokens_total=2000), Fleet(1, 3), 0, 90.0)[0].wish == ""
+
+
+def test_the_demand_rule_looks_ahead() -> None:
+    """Sequences that grow are met before they are there, those that are there are never forecast away."""
+    rule = policy.DemandRule(LAWS, 200, 100, memory_s=1e-3, ahead_s=4.0)
+    state = State(seen=policy.Demand(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    assert rule.decide(state, queues(dr=7), Fleet(2, 1), 0, 1.0)[1] == Fleet(1, 2)  # 35 by then
+    assert replace(rule, ahead_s=0.0).decide(state, queues(dr=1), Fleet(2, 1), 0, 1.0)[1] is None
+    none = policy.Forecast((0.0,) * 6, (0.0,) * 6)
+    assert replace(rule, forecast=none).decide(state, queues(dr=30), Fleet(2, 1), 0, 1.0)[1] == Fleet(1, 2)
+    many = policy.Forecast((0.0,) * 6, (40.0,) + (0.0,) * 5)
+    assert replace(rule, forecast=many).decide(state, queues(), Fleet(2, 1), 0, 1.0)[1] == Fleet(1, 2)
+
+
+def test_dynamos_easy_mode_has_its_thresholds() -> None:
+    """At a context queued a worker, over a KV cache's worth in use; the donor must have it to spare, now and then."""
+    rule = policy.EasyRule(replace(LAWS, kv_tokens=1000), 100.0)
+
+    def target(rule: policy.EasyRule, fleet: Fleet, changing: int = 0, **held: int) -> Fleet | None:
+        return rule.decide(State(), Queues(**held), fleet, changing, 0.0)[1]
+
+    prompts = {"prefill_waiting": 1, "prefill_waiting_tokens": 200}
+    assert target(rule, Fleet(2, 2), **prompts) == Fleet(3, 1)
+    assert target(rule, Fleet(2, 2), 1, **prompts) is None
+    assert target(rule, Fleet(2, 2), prefill_waiting_tokens=199) is None
+    assert target(rule, Fleet(2, 1), **prompts) is None
+    assert target(rule, Fleet(2, 2), decode_context_tokens=1199, **prompts) is None  # one alone would want it back
+    assert target(rule, Fleet(2, 2), decode_context_tokens=999, **prompts) == Fleet(3, 1)
+    assert target(rule, Fleet(2, 9), decode_context_tokens=5400, **prompts) is None  # 60 % is not to spare
+    assert target(rule, Fleet(2, 2), decode_context_tokens=2001) == Fleet(1, 3)
+    assert target(rule, Fleet(2, 2), decode_context_tokens=2000) is None
+    assert target(rule, Fleet(2, 2), decode_context_tokens=1951, decode_waiting=1) == Fleet(1, 3)
+    assert target(rule, Fleet(1, 3), decode_context_tokens=9000) is None
+    assert target(rule, Fleet(2, 2), decode_context_tokens=2001, prefill_waiting_tokens=20) == Fleet(1, 3)
+    assert target(rule, Fleet(2, 2), decode_context_tokens=2001, prefill_waiting_tokens=21) is None
+    assert (
+        target(replace(rule, prefill_down=9.0), Fleet(2, 2), decode_context_tokens=2001, prefill_waiting_tokens=100)
+        is None
+    )
+    endless = policy.EasyRule(LAWS, 100.0)
+    assert target(endless, Fleet(2, 2), decode_running=15, decode_waiting=2) == Fleet(1, 3)
+    assert target(endless, Fleet(2, 2), decode_running=15, decode_waiting=1) is None
+    state = State(wish="kept")
+    assert rule.decide(state, Queues(decode_context_tokens=3000), Fleet(2, 2), 0, 0.0) == (
+        state,
+        Fleet(1, 3),
+        "0.00 contexts queued, 150% of the KV cache used",
+    )
+
+
+def test_the_reports_rule_says_why() -> None:
+    """What waits where it moves; what keeps it where it does not."""
+    state = State(wish="kept")
+    assert CountRule().decide(state, queues(pw=4, dw=2), Fleet(1, 2), 0, 0.0) == (
+        state,
+        Fleet(2, 1),
+        "4 prompts and 2 answers wait",
+    )
+    assert CountRule().decide(state, queues(pw=4), Fleet(1, 1), 0, 0.0)[2] == "the other role has no worker to spare"
+    assert CountRule().decide(state, queues(pw=2, dw=2), Fleet(1, 2), 0, 0.0)[2] == "the queues are within the ratio"
+
+
+def test_steering_keeps_what_it_did() -> None:
+    """A rule's answer is asked of the readings, and every move is kept with its reason."""
+    steering = Steering(CountRule())
+    assert steering(1.0, [Sample(1.0, "0", "decode", waiting_requests=3)], Fleet(2, 1), 0) == Fleet(1, 2)
+    assert steering(2.0, [], Fleet(1, 2), 0) is None
+    assert steering.moves == [(1.0, Fleet(2, 1), Fleet(1, 2), "0 prompts and 3 answers wait")]
+    assert steering.why == "the queues are within the ratio"
+
+
+def test_readings_are_summed_with_what_was_processed() -> None:
+    """Prompt tokens count whatever the role; more running than in hand is nobody waiting."""
+    seen = Queues.of(
+        [
+            Sample(0.0, "0", "prefill", prompt_tokens_total=100, waiting_requests=0),
+            Sample(
+                0.0, "1", "decode", prompt_tokens_total=11, inflight_requests=3, running_requests=5, kv_used_tokens=7
+            ),
+            Sample(0.0, "2", "decode", kv_used_tokens=8),
+            Sample(0.0, "3", "router", waiting_requests=9),
+        ]
+    )
+    assert seen == Queues(0, 0, 0, 5, 15, 111)
+
+
+def test_orders_are_by_length() -> None:
+    """Shortest and longest first, equals as they came; Johnson's two groups by the stages' times."""
+    prompt, output = np.array([300, 100, 300, 200]), np.array([5, 9, 9, 7])
+    assert policy.order("arrival", prompt, output, LAWS) == [0, 1, 2, 3]
+    assert policy.order("shortest-prompt", prompt, output, LAWS) == [1, 3, 0, 2]
+    assert policy.order("longest-prompt", prompt, output, LAWS) == [0, 2, 3, 1]
+    assert policy.order("longest-decode", prompt, output, LAWS) == [1, 2, 3, 0]
+    # prefill 0.4, 0.12, 0.4 s with its squares; decode 0.011 s a token
+    assert policy.order("two-stage", np.array([300, 100, 300]), np.array([35, 9, 37]), LAWS) == [2, 0, 1]
+    assert policy.groups(np.array([126, 100, 125, 157, 158])) == [[1, 2], [0, 3], [4]]
+
+
+def test_foretold_answers_are_means_of_neighbours() -> None:
+    """As many as the root of the history, those around, none beyond the ends."""
+    past, answers = np.array([4, 1, 3, 2]), np.array([40, 10, 30, 20])
+    assert policy.predicted(np.array([3, 100, 0]), past, answers).tolist() == [25, 35, 15]
+    assert policy.predicted(np.array([3]), past, np.zeros(4, dtype=int)).tolist() == [1]
+
+
+def test_static_splits_by_hand() -> None:
+    """The report's formula rounds down, ours to the nearest, and each role keeps a worker."""
+    assert policy.report_split(np.array([100]), np.array([300]), 97) == Fleet(38, 59)  # 0.4 of 97
+    assert policy.report_split(np.array([1]), np.array([4096]), 8) == Fleet(1, 7)
+    prompt, output = np.full(10, 200), np.full(10, 100)
+    assert policy.balanced(prompt, output, LAWS, 1000) == Fleet(492, 508)  # 2.425 s against 2.5 s
+    assert policy.balanced(prompt, output, replace(LAWS, max_batch=10**6), 1000) == Fleet(
+        round(2.425 / (2.425 + 1000 * (0.01 + 64 * 0.00125) / 64) * 1000), 1000 - 633
+    )
+    assert policy.balanced(prompt, output, replace(LAWS, max_batch_tokens=100), 1000) == Fleet(
+        510, 490
+    )  # 20 steps: 2.6 s
+
+
+def test_a_rule_is_read_back_from_its_table() -> None:
+    """Every number of both rules comes back; what is left out has its default; what is wrong is named."""
+    backlog = BacklogRule(LAWS, 200, 100, Slo.parse("tpot<50ms"), 1.5, 3.0, 0.5, 6.0, floor=(2, 3))
+    table = policy.table_of(backlog)
+    assert table["less_s"] is None
+    assert table["rule"] == "backlog"
+    assert policy.rule_of(table, "t") == backlog
+    assert policy.rule_of(policy.table_of(replace(backlog, less_s=4.0)), "t") == replace(backlog, less_s=4.0)
+    for period, n in ((0.0, 6), (60.0, 12)):
+        told = policy.Forecast(tuple(range(n)), tuple(range(n)), period)  # type: ignore[arg-type]
+        demand = policy.DemandRule(LAWS, 200, 100, up=1.25, forecast=told)
+        table = policy.table_of(demand)
+        assert table["rule"] == "demand"
+        assert policy.rule_of(table, "t") == demand
+        for key in ("rate", "active"):
+            short = table | {"forecast": table["forecast"] | {key: [1.0] * (n - 1)}}
+            with pytest.raises(InputError, match="forecast"):
+                policy.rule_of(short, "t")
+    for change, words in (
+        ({"rule": "x"}, "must be one of"),
+        ({"mean_prompt": None}, "mean_prompt is missing"),
+        ({"up": "fast"}, "up of the thresholds"),
+        ({"up": math.inf}, "up of the thresholds"),
+        ({"floor": {"prefill": 0, "decode": 1}}, "at least one worker"),
+        ({"floor": {"prefill": 1}}, "floor of the thresholds"),
+        ({"laws": "= ="}, "laws of the thresholds"),
+    ):
+        with pytest.raises(InputError, match=words):
+            policy.rule_of(table | change, "t")
+    assert policy.rule_of(table | {"slo": "", "else": 1}, "t") == demand

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ from traces.shape import (
     clip_tokens,
     head,
     piece,
+    ramp,
     scale_rate,
+    scale_tokens,
+    spread,
     superpose,
     synthesize,
+    thin,
     to_rate,
     window,
 )
@@ -228,3 +233,208 @@ def test_scaling_time_scales_thinking_too() -> None:
     held = scale_rate(in_sessions(9, 3), 2.0)
     assert held.think_s is not None
     assert held.think_s[3:].tolist() == [0.5] * 6
+
+
+# --- the arithmetic, by hand ----------------------------------------------------------------------------------------
+
+
+def plain(due: list[float], prompt: list[int] | None = None, output: list[int] | None = None) -> Schedule:
+    n = len(due)
+    lengths = [np.array(v) if v else np.full(n, 10) for v in (prompt, output)]
+    return Schedule("s", np.arange(n), np.array(due, dtype=float), *lengths, changes=("before",))
+
+
+def test_what_was_changed_is_said_after_what_was_said_before() -> None:
+    """Each shape adds its words; one that changes nothing adds none."""
+    held = plain([0.0, 1.0, 2.0, 3.0], [5, 20, 30, 7])
+    assert head(held, 3).changes == ("before", "first 3 of 4 requests")
+    assert head(held, 4) is held
+    assert window(held, 1, 3).changes == ("before", "window 1 to 3 s")
+    assert scale_rate(held, 2).changes == ("before", "rate x2")
+    assert scale_rate(held, 1) is held
+    assert ramp(held, 2).changes == ("before", "ramp over 2 s")
+    assert thin(held, 0.5, 1).changes[1].startswith("thinned to ")
+    assert thin(held, 1) is held
+    assert superpose(held, 2, 7).changes == ("before", "2 copies laid over each other (seed 7)")
+    assert superpose(held, 1) is held
+    assert scale_tokens(held) is held
+    assert spread(held, 0.5) is held
+    assert piece(held, 2, 9).changes == ("before", "requests 2 to 4 of 4")
+
+
+def test_caps_hold_at_the_cap() -> None:
+    """A length at the cap is not capped; both columns are counted; 1 is the least cap."""
+    held = plain([0.0, 1.0, 2.0], [5, 20, 30], [1, 2, 3])
+    cut = clip_tokens(held, 20, 2)
+    assert (cut.prompt_tokens.tolist(), cut.output_tokens.tolist()) == ([5, 20, 20], [1, 2, 2])
+    assert cut.changes[1] == "1 prompts capped at 20 tokens, 1 outputs capped at 2 tokens"
+    assert clip_tokens(held, 30, 3) is held
+    assert clip_tokens(held) is held
+    assert clip_tokens(held, max_output=1).prompt_tokens.tolist() == [5, 20, 30]
+    assert clip_tokens(held, max_output=1).output_tokens.tolist() == [1, 1, 1]
+    for caps in ({"max_prompt": 0}, {"max_output": -1}):
+        with pytest.raises(InputError, match="at least 1"):
+            clip_tokens(held, **caps)
+
+
+def test_a_ramp_is_linear_in_the_rate() -> None:
+    """t = sqrt(2 R u) below R / 2, u + R / 2 after; the rate at the ramp's middle is half the trace's."""
+    held = ramp(plain([0.0, 0.5, 2.0, 2.5, 10.0]), 4.0)
+    assert held.due_s.tolist() == [0.0, 2.0, 4.0, 4.5, 12.0]
+    for wrong in (0, -1, math.inf, math.nan):
+        with pytest.raises(InputError, match="ramp"):
+            ramp(held, wrong)
+
+
+def test_lengths_are_scaled_and_rounded() -> None:
+    """Rounded, at least 1; blocks go with their prompts and stay where only answers change."""
+    blocks = np.empty(2, dtype=object)
+    blocks[:] = [(1, 2), (3,)]
+    held = replace(plain([0.0, 1.0], [5, 1], [7, 3]), blocks=blocks, block_tokens=4)
+    more = scale_tokens(held, prompt=1.5)
+    assert (more.prompt_tokens.tolist(), more.output_tokens.tolist()) == ([8, 2], [7, 3])
+    assert (more.blocks, more.block_tokens, more.changes[1]) == (None, 0, "prompts x1.5")
+    less = scale_tokens(held, output=0.1)
+    assert less.output_tokens.tolist() == [1, 1]
+    assert (less.blocks is blocks, less.block_tokens) == (True, 4)
+    assert scale_tokens(held, 2, 3).changes[1] == "prompts x2, outputs x3"
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="length factor"):
+            scale_tokens(held, output=wrong)
+
+
+def test_a_share_is_kept_by_chance() -> None:
+    """About the share is kept, the same by the same seed; none left is refused, as is a share that is none."""
+    held = plain([float(i) for i in range(4000)])
+    kept = thin(held, 0.25, 3)
+    assert 900 < len(kept) < 1100
+    assert kept.index.tolist() == thin(held, 0.25, 3).index.tolist() != thin(held, 0.25, 4).index.tolist()
+    assert thin(held, 0.25).index.tolist() == thin(held, 0.25, 0).index.tolist()
+    assert (kept.due_s == kept.index).all()
+    assert f"thinned to {len(kept)} of 4000" in kept.changes[1]
+    with pytest.raises(InputError, match="none is left"):
+        thin(plain([0.0]), 1e-9)
+    for wrong in (0.0, -0.5, 1.01, math.nan):
+        with pytest.raises(InputError, match="share to keep"):
+            thin(held, wrong)
+
+
+def test_copies_turn_round_the_span() -> None:
+    """Copies hold every request each, turned by one shift within the span and its last gap; blocks stay apart."""
+    blocks = np.empty(5, dtype=object)
+    blocks[:] = [(0, 1), (2,), (), (0,), (4,)]
+    first = replace(plain([3.0, 4.0, 5.0, 7.0, 11.0], [1, 2, 3, 4, 5]), blocks=blocks, block_tokens=8)
+    held = superpose(first, 2, 5)
+    assert len(held) == 10
+    assert held.index.tolist() == list(range(10))
+    assert held.blocks is not None
+    shift = float(np.random.default_rng(5).uniform(0, 10, 1)[0])
+    wanted = sorted(
+        [(t, k + 1, blocks[k]) for k, t in enumerate([0.0, 1.0, 2.0, 4.0, 8.0])]
+        + [((t + shift) % 10, k + 1, tuple(i + 5 for i in blocks[k])) for k, t in enumerate([0.0, 1.0, 2.0, 4.0, 8.0])]
+    )
+    assert held.due_s.tolist() == pytest.approx([t for t, _, _ in wanted])
+    assert held.prompt_tokens.tolist() == [n for _, n, _ in wanted]
+    assert held.blocks.tolist() == [b for _, _, b in wanted]
+    once = superpose(plain([2.0, 2.0], [1, 2]), 3)
+    assert (once.due_s.tolist(), once.prompt_tokens.tolist()) == ([2.0] * 6, [1, 2] * 3)
+    with pytest.raises(InputError, match="at least once"):
+        superpose(first, 0)
+
+
+def test_copies_of_a_chain_are_chains() -> None:
+    """Sessions of a copy are numbered on; a turn goes on from its own copy's, or, cut by the span's end, from nobody."""
+    chain = replace(in_sessions(4, 2), session=np.array([0, -1, 0, -1]), parent=np.array([-1, -1, 0, -1]))
+    held = superpose(chain, 2, 1)
+    assert held.session is not None
+    assert held.parent is not None
+    assert held.think_s is not None
+    assert sorted(held.session.tolist()) == [-1, -1, -1, -1, 0, 0, 1, 1]
+    for number in (0, 1):
+        one, two = np.flatnonzero(held.session == number).tolist()
+        cut = bool(np.isfinite(held.think_s[one]))  # the later turn came round first
+        assert held.parent[two] == (-1 if cut else one)
+        assert held.parent[one] == -1
+    assert (held.parent[held.session < 0] == -1).all()
+
+
+def test_instants_of_a_coarse_clock_are_spread_over_their_tick() -> None:
+    """Only those that share an instant move, within their tick, in microseconds, in order; the same by the same seed."""
+    held = plain([0.0, 0.0, 0.0, 3.0, 6.0, 6.0, 9.0, 10.0])
+    moved = spread(held, 3.0, 2)
+    due = moved.due_s
+    assert (due[:3] < 3).all()
+    assert len(set(due[:3].tolist())) == 3
+    assert due[3] == 3.0
+    assert ((due[4:6] >= 6) & (due[4:6] < 9)).all()
+    assert due[6:].tolist() == [9.0, 10.0]  # one tick, but the clock told them apart
+    assert (np.diff(due) >= 0).all()
+    assert np.allclose(due * 1e6, np.rint(due * 1e6), rtol=0, atol=1e-3)
+    assert moved.changes[1] == "5 requests spread within a tick of 3 s (seed 2)"
+    assert due.tolist() == spread(held, 3.0, 2).due_s.tolist() != spread(held, 3.0, 3).due_s.tolist()
+    assert spread(held, 3.0).due_s.tolist() == spread(held, 3.0, 0).due_s.tolist()
+    many = spread(plain([0.0] * 2000), 4.0)
+    assert float(many.due_s.mean()) == pytest.approx(2.0, abs=0.1)
+    assert float(many.due_s.max()) == pytest.approx(4.0, abs=0.02)
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="tick"):
+            spread(held, wrong)
+
+
+def test_a_length_is_drawn_within_its_bounds() -> None:
+    """min and max hold, and by default are 1 and what 32 bits hold; a bound may be the other; rounding is to the nearest."""
+    rng = np.random.default_rng(0)
+    assert LogNormal.parse("lognormal:median=5,sigma=0,min=5,max=5") == LogNormal(math.log(5), 0.0, 5, 5)
+    assert LogNormal.parse("lognormal:mu=-2,sigma=1") == LogNormal(-2.0, 1.0, 1, 2**31 - 1)
+    assert LogNormal(0.0, 1.0) == LogNormal(0.0, 1.0, 1, 2**31 - 1)
+    assert LogNormal.parse(" lognormal : mean=9 , sigma=2,").mu == pytest.approx(math.log(9) - 2)
+    assert LogNormal(math.log(2.6), 0.0).draw(3, rng).tolist() == [3, 3, 3]
+    assert LogNormal(-50.0, 0.0).draw(2, rng).tolist() == [1, 1]
+    assert LogNormal(99.0, 0.0).draw(2, rng).tolist() == [2**31 - 1] * 2
+    for text in (
+        "median=0,sigma=1",
+        "median=5,sigma=inf",
+        "mu=inf,sigma=1",
+        "mu=1,sigma=1,min=0",
+        f"mu=1,sigma=1,max={2**31}",
+    ):
+        with pytest.raises(InputError):
+            LogNormal.parse(f"lognormal:{text}")
+
+
+def test_arrivals_have_the_rate_asked_for() -> None:
+    """Constant gaps are 1 / rate; drawn gaps have that mean and their process's variation; the first is due at 0."""
+
+    def due(arrivals: str, n: int = 40_000, cv: float = 2.0) -> np.ndarray:
+        return synthesize(n, ORIGIN_PROMPT, ORIGIN_OUTPUT, rate_per_s=4.0, arrivals=arrivals, cv=cv, seed=3).due_s
+
+    assert due("constant", 5).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for arrivals, cv, variation in (("poisson", 9.0, 1.0), ("gamma", 0.5, 0.5), ("gamma", 2.0, 2.0)):
+        times = due(arrivals, cv=cv)
+        gaps = np.diff(times)
+        assert times[0] == 0.0
+        assert float(gaps.mean()) == pytest.approx(0.25, rel=0.04)
+        assert float(gaps.std() / gaps.mean()) == pytest.approx(variation, rel=0.04)
+    even = due("uniform", 4000)
+    assert float(even.max()) == pytest.approx(1000, rel=0.01)
+    assert float(even.mean()) == pytest.approx(500, rel=0.05)
+    times = due("poisson", 100)
+    assert np.allclose(times * 1e6, np.rint(times * 1e6), rtol=0, atol=1e-3)
+    one = synthesize(1, ORIGIN_PROMPT, ORIGIN_OUTPUT, rate_per_s=4.0)
+    assert (one.name, one.index.tolist(), one.due_s.tolist()) == ("synthetic", [0], [0.0])
+    for asked, words in (
+        ({"n": 0}, "at least one request"),
+        ({"arrivals": "tidal"}, "must be one of"),
+        ({"rate_per_s": 0.0}, "--rate"),
+        ({"rate_per_s": math.inf}, "--rate"),
+        ({"arrivals": "gamma", "cv": 0.0}, "--cv"),
+        ({"arrivals": "gamma", "cv": math.inf}, "--cv"),
+    ):
+        with pytest.raises(InputError, match=words):
+            synthesize(**({"n": 2, "prompt": ORIGIN_PROMPT, "output": ORIGIN_OUTPUT, "rate_per_s": 1.0} | asked))
+    assert len(synthesize(2, ORIGIN_PROMPT, ORIGIN_OUTPUT, rate_per_s=0.0, arrivals="burst")) == 2
+
+
+def test_a_windows_start_belongs_to_it_and_its_end_does_not() -> None:
+    """Requests due at the start are in, at the end are out."""
+    assert window(plain([0.0, 1.0, 2.0, 3.0]), 1.0, 3.0).index.tolist() == [1, 2]

@@ -24,7 +24,7 @@ import loadgen.swarm
 from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
 from loadgen.engines import dialect
-from loadgen.swarm import Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
+from loadgen.swarm import MOST_FACTS, Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
 from traces.errors import InputError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
@@ -300,6 +300,96 @@ def test_pieces_let_go_what_was_heard() -> None:
     pieces.heard(np.arange(20, 39))
     assert sorted(pieces._held) == [20, 40]
     assert pieces.at(np.array([3, 21]))[0][1] == whole.index[21]
+
+
+def test_what_servers_said_survives_the_journey() -> None:
+    """Facts that have a column come into it, the rest as JSON; what JSON cannot hold or what is endless is left out."""
+    asked = schedule(5, 1.0)
+    nan = float("nan")
+    told: list[Any] = [
+        {"queue_s": 0.25, "cached_tokens": 16, "prefill_worker": "p\x1b0", "decode_worker": 3, "rank": 2},
+        None,
+        {"queue_s": nan},
+        {"x": "y" * (MOST_FACTS - 8)},  # with its braces, quotes and colon just as long as may be
+        {"x": "y" * (MOST_FACTS - 7), "queue_s": "soon"},
+    ]
+    rows = [
+        Row(k, 10.0 + k, nan, nan, nan, 11.0, -1, -1, 0, nan, 503, "failed", "other", "", 0, 9.5 if k else nan, told[k])
+        for k in range(5)
+    ]
+    message = pack(rows)
+    assert sorted(message["facts"]) == ["0", "3"]
+    assert message["detail"] == {}
+    found = unpack(message, asked, 1, 9.0)
+    assert found.queue_s[0] == 0.25
+    assert np.isnan(found.queue_s[1:]).all()
+    assert np.isnan(found.first_step_s).all()
+    assert found.cached_tokens.tolist() == [16, -1, -1, -1, -1]
+    assert "\x1b" not in found.prefill_worker[0]
+    assert found.prefill_worker.tolist()[1:] == [""] * 4
+    assert found.decode_worker[0] == "3"
+    assert found.facts.tolist() == ['{"rank":2}', "", "", told[3]["x"].join(['{"x":"', '"}']), ""]
+    assert found.dispatch_s.tolist() == [asked.due_s[0], 0.5, 0.5, 0.5, 0.5]
+    assert found.due_s.tolist() == asked.due_s.tolist()
+    assert unpack(message, asked, 1, 9.0, causal=True).due_s.tolist() == found.dispatch_s.tolist()
+    assert found.http_status.tolist() == [503] * 5
+    assert found.error.tolist() == ["other"] * 5
+    assert found.requested_prompt_tokens.tolist() == [20] * 5
+    no_facts = {name: value for name, value in message.items() if name != "facts"}
+    assert unpack(no_facts, asked, 1, 9.0).facts.tolist() == [""] * 5
+
+
+def test_rows_of_pieces_are_rows_of_the_schedule() -> None:
+    """A message over pieces is the message over the whole; who is not heard of any more ends with what was asked."""
+    whole = schedule(50, 10.0)
+    pieces = Pieces(feed(50, 10.0, 20))
+    assert pieces.next_due_s == 0.0
+    starts = []
+    while pieces.more:
+        starts.append(pieces.take()[0])
+        assert pieces.next_due_s == (whole.due_s[starts[-1] + 20] if starts[-1] < 40 else 0.0)
+    assert starts == [0, 20, 40]
+    rows = [Row(k, 1.0, 2.0, 3.0, 4.0, 4.0, 7, 8, 9, 0.5, 200, "ok", "", "", 0) for k in (49, 20, 0, 19)]
+    one, two = unpack(pack(rows), pieces, 3, 0.5), unpack(pack(rows), whole, 3, 0.5)
+    for name in Observations.columns():
+        assert getattr(one, name).tolist() == pytest.approx(getattr(two, name).tolist(), nan_ok=True), name
+    assert (one.first_byte_s[0], one.first_token_s[0], one.last_token_s[0], one.max_gap_s[0]) == (1.5, 2.5, 3.5, 0.5)
+    assert (one.prompt_tokens[0], one.output_tokens[0], one.chunks[0]) == (7, 8, 9)
+    gone = pieces.ended(np.array([40, 5]), "cancelled", 2, "why")
+    assert gone.index.tolist() == whole.index[[40, 5]].tolist()
+    assert gone.due_s.tolist() == gone.dispatch_s.tolist() == whole.due_s[[40, 5]].tolist()
+    assert (gone.requested_prompt_tokens.tolist(), gone.requested_tokens.tolist()) == ([20, 20], [5, 5])
+    assert (gone.status.tolist(), gone.worker.tolist(), gone.detail.tolist()) == (
+        ["cancelled"] * 2,
+        [2, 2],
+        ["why"] * 2,
+    )
+    assert np.isnan(gone.sent_s).all()
+
+
+def test_a_schedule_is_one_piece_and_stays() -> None:
+    """All of a schedule is held to the end, however much of it was heard of."""
+    whole = schedule(4, 1.0)
+    pieces = Pieces(whole)
+    assert pieces.more
+    assert pieces.take() == (0, whole)
+    assert not pieces.more
+    assert pieces.next_due_s == 0.0
+    pieces.heard(np.arange(4))
+    assert pieces.at(np.array([3, 0]))[0].tolist() == [9, 0]
+
+
+def test_shares_are_even() -> None:
+    """Requests of nobody go in turn; a session goes to who has fewest requests, all of it counted at once."""
+    ones = np.ones(7, dtype=np.int64)
+    plain = Schedule("s", np.arange(7), np.arange(7) * 1.0, ones, ones)
+    assert [p.tolist() for p in shares(plain, 3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [p.tolist() for p in shares(plain, 1)] == [list(range(7))]
+    some = replace(plain, session=np.array([4, 0, -1, 4, 0, -1, 4]))
+    assert [p.tolist() for p in shares(some, 2)] == [[0, 3, 5, 6], [1, 2, 4]]
+    assert [p.tolist() for p in shares(some, 1)] == [list(range(7))]
+    alone = replace(plain, session=np.full(7, -1))
+    assert [p.tolist() for p in shares(alone, 2)] == [[0, 2, 4, 6], [1, 3, 5]]
 
 
 def dispersion(times: Any, window_s: float) -> float:

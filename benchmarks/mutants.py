@@ -1,0 +1,356 @@
+"""Would the tests notice? Small faults put into the core, one at a time; the tests that own the module must fail.
+
+Run: ``make mutants``, or ``python -m benchmarks.mutants --n 40 --seed 0 --jobs 2 [--only statistics]``.
+
+A mutant is the module with one change: a comparison turned or moved by its boundary, an operator exchanged, a number one
+higher, True for False, and for or, a condition negated, a sign or ``not`` left out, None returned. Messages, annotations,
+decorators and texts stay as they are. A child forked for each mutant runs pytest ``-x`` with the changed module; nothing is
+written into the tree. What tests start as processes of their own sees the unchanged module, which counts against us.
+A mutant that runs into the time limit counts as killed, as usual, and is shown apart. Of all, n a module are drawn by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.machinery
+import importlib.util
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import CodeType, ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GOAL = 0.85
+"""Share of the mutants of each part that must be killed."""
+
+SURVIVED, ABSENT = 0, 97
+NOTHING_RAN = (4, 5, ABSENT)
+"""Exit codes of a child that tell nothing of its mutant: pytest's wrong usage, no tests; the module was never loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """One module to change. names: functions and classes to change, all if empty. tests: arguments for pytest."""
+
+    part: str
+    path: str
+    tests: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Its name for import."""
+        return self.path.removesuffix(".py").replace("/", ".")
+
+
+_ROWS = "journey or lost_rows or one_worker or let_go or of_pieces or stays or are_even"
+CORES = (
+    Core("schedule", "traces/shape.py", ("tests/test_shape.py",)),
+    Core("accounting", "traces/records.py", ("tests/test_records.py",), ("Schedule", "Observations", "Histogram")),
+    Core(
+        "accounting",
+        "loadgen/swarm.py",
+        ("tests/test_swarm.py", "-k", _ROWS),
+        ("pack", "_plain", "_facts", "Pieces", "unpack", "shares", "ended"),
+    ),
+    Core("statistics", "traces/measures.py", ("tests/test_measures.py",)),
+    Core(
+        "decision",
+        "advisor/recommend.py",
+        ("tests/test_advise.py", "-k", "lexicographic or equal_fleets or what_the_choice_loses"),
+        ("rank", "_regret"),
+    ),
+    Core("decision", "loadgen/policy.py", ("tests/test_policy.py",)),
+)
+
+# --- what is changed ------------------------------------------------------------------------------------------------
+
+_COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+_OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done where; ``make`` does it to the tree that it was found in."""
+
+    line: int
+    what: str
+    make: Callable[[], None]
+
+
+def changes(tree: ast.Module, names: Sequence[str] = ()) -> list[Change]:
+    """All changes of one kind or another that can be made to a module, in order of the source."""
+    found: list[Change] = []
+    for statement in tree.body:
+        name = getattr(statement, "name", "")
+        if not names or name in names:
+            found += _changes(statement)
+    return found
+
+
+def _changes(node: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom):
+        return  # messages are prose
+    yield from _of(node)
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list", "type_params", "bases"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _changes(child)
+
+
+def _of(node: ast.AST) -> Iterator[Change]:
+    def change(what: str, owner: ast.AST, key: str, value: object) -> Change:
+        return Change(getattr(node, "lineno", 0), what, lambda: setattr(owner, key, value))
+
+    def word(kind: type[ast.AST]) -> str:
+        return kind.__name__
+
+    if isinstance(node, ast.Compare):
+        for i, op in enumerate(node.ops):
+            for other in _COMPARISONS[type(op)]:
+                ops = [*node.ops[:i], other(), *node.ops[i + 1 :]]
+                yield change(f"{word(type(op))} -> {word(other)} in {_text(node)}", node, "ops", ops)
+    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in _OPERATORS:
+        to = _OPERATORS[type(node.op)]
+        yield change(f"{word(type(node.op))} -> {word(to)} in {_text(node)}", node, "op", to())
+    elif isinstance(node, ast.BoolOp):
+        both = ast.Or if isinstance(node.op, ast.And) else ast.And
+        yield change(f"{word(type(node.op))} -> {word(both)} in {_text(node)}", node, "op", both())
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield change(f"{node.value} -> {not node.value}", node, "value", not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield change(f"{node.value} -> {node.value + 1}", node, "value", node.value + 1)
+    elif isinstance(node, ast.Return) and node.value is not None and not _none(node.value):
+        yield change(f"{_text(node)} -> return None", node, "value", ast.Constant(None))
+    for key in ("test", "operand"):  # of if, while, conditional expressions; of -x and not x
+        inner = getattr(node, key, None)
+        if isinstance(node, ast.UnaryOp) and key == "operand" and isinstance(node.op, ast.USub | ast.Not):
+            other = ast.UAdd() if isinstance(node.op, ast.USub) else None
+            if other is not None:
+                yield change(f"{_text(node)} without its sign", node, "op", other)
+            else:  # not not x is bool(x)
+                yield change(f"{_text(node)} without not", node, "operand", ast.UnaryOp(ast.Not(), node.operand))
+        elif key == "test" and isinstance(inner, ast.Name | ast.Attribute | ast.Call | ast.Subscript):
+            yield change(f"{_text(inner)} negated", node, "test", ast.UnaryOp(ast.Not(), inner))
+    if isinstance(node, ast.comprehension):
+        for i, inner in enumerate(node.ifs):
+            if not isinstance(inner, ast.Compare | ast.BoolOp | ast.UnaryOp):
+                ifs = [*node.ifs[:i], ast.UnaryOp(ast.Not(), inner), *node.ifs[i + 1 :]]
+                yield Change(
+                    inner.lineno, f"{_text(inner)} negated", lambda node=node, ifs=ifs: setattr(node, "ifs", ifs)
+                )
+
+
+def _none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _text(node: ast.AST) -> str:
+    text = " ".join(ast.unparse(node).split())
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+def mutant(core: Core, number: int | None) -> CodeType:
+    """The module's code with one change; unchanged for None."""
+    path = ROOT / core.path
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if number is not None:
+        changes(tree, core.names)[number].make()
+    return compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
+
+
+# --- a child that runs the tests ------------------------------------------------------------------------------------
+
+
+class Changed(importlib.machinery.SourceFileLoader):
+    """Loads code that we made."""
+
+    code: CodeType
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Not the file's."""
+        return self.code
+
+
+class Finder:
+    """Finds one module, changed, before the others look for it."""
+
+    def __init__(self, module: str, path: Path, code: CodeType) -> None:
+        self.module, self.path, self.code = module, path, code
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> object:
+        """The changed module's spec, None for any other."""
+        if name != self.module:
+            return None
+        loader = Changed(name, str(self.path))
+        loader.code = self.code
+        return importlib.util.spec_from_file_location(name, self.path, loader=loader)
+
+
+def start(core: Core, number: int | None) -> int:
+    """Fork a child that runs the tests on a mutant; its process id."""
+    code = mutant(core, number)
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(quiet, stream)
+        sys.meta_path.insert(0, Finder(core.module, ROOT / core.path, code))  # type: ignore[arg-type]
+        import pytest
+
+        found = int(pytest.main(["-x", "-q", "-p", "no:xdist", "--no-header", *core.tests]))
+        held = sys.modules.get(core.module)
+        if found == SURVIVED and not isinstance(getattr(held, "__loader__", None), Changed):
+            found = ABSENT
+    except BaseException:
+        found = 1
+    os._exit(found)
+
+
+def preload() -> None:
+    """Load what the tests import and we do not change, once, before the forks."""
+    for name in (
+        "pytest",
+        "numpy",
+        "numpy.random",
+        "sqlalchemy",
+        "aiohttp",
+        "orjson",
+        "scipy.stats",
+        "sklearn.linear_model",
+    ):
+        import_module(name)
+    ours = [m for m in sys.modules if m.split(".")[0] in ("traces", "loadgen", "advisor", "tests")]
+    if ours:
+        raise SystemExit(f"{ours[0]} was loaded before it could be changed")
+
+
+def run(
+    jobs: Sequence[tuple[Core, int | None]], limits_s: dict[Core, float], most: int
+) -> Iterator[tuple[int, str, float]]:
+    """(position, killed, survived or timeout, seconds) of each job, as they end."""
+    waiting = list(enumerate(jobs))[::-1]
+    alive: dict[int, tuple[int, float]] = {}
+    while waiting or alive:
+        while waiting and len(alive) < most:
+            at, (core, number) = waiting.pop()
+            alive[start(core, number)] = at, time.monotonic()
+        time.sleep(0.01)
+        for pid, (at, since) in list(alive.items()):
+            took = time.monotonic() - since
+            core = jobs[at][0]
+            late = took > limits_s.get(core, 120.0)
+            if late:
+                os.killpg(pid, signal.SIGKILL)
+            ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
+            if not ended:
+                continue
+            del alive[pid]
+            code = os.waitstatus_to_exitcode(status)
+            if not late and code in NOTHING_RAN:
+                raise SystemExit(f"the tests of {core.path} did not run (exit {code}): {' '.join(core.tests)}")
+            yield at, "timeout" if late else "survived" if code == SURVIVED else "killed", took
+
+
+def main() -> int:
+    """Draw, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=40, help="mutants drawn of each module; 0: all of them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="children at once")
+    parser.add_argument("--only", default="", help="a part, or a word of a module's path")
+    parser.add_argument("--json", default="", help="also write the figures to this file")
+    asked = parser.parse_args()
+    cores = [c for c in CORES if not asked.only or asked.only == c.part or asked.only in c.path]
+    os.chdir(ROOT)
+    preload()
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, pytest {version('pytest')}, "
+        f"seed {asked.seed}, at most {asked.n or 'all'} mutants a module",
+        flush=True,
+    )
+
+    limits_s: dict[Core, float] = {}
+    for at, outcome, took in run([(c, None) for c in cores], limits_s, 1):
+        if outcome != "survived":
+            raise SystemExit(f"the tests of {cores[at].path} fail as it is: {' '.join(cores[at].tests)}")
+        limits_s[cores[at]] = 10 + 5 * took
+        print(f"  {cores[at].path}: unchanged, {took:.1f} s", flush=True)
+
+    held = {c: changes(ast.parse((ROOT / c.path).read_text(encoding="utf-8")), c.names) for c in cores}
+    jobs: list[tuple[Core, int | None]] = []
+    for core in cores:
+        every = range(len(held[core]))
+        drawn = random.Random(asked.seed).sample(every, min(asked.n, len(every))) if asked.n else every
+        jobs += [(core, k) for k in sorted(drawn)]
+    begin = time.monotonic()
+    found: dict[int, str] = {}
+    for at, outcome, _ in run(jobs, limits_s, asked.jobs):
+        found[at] = outcome
+
+    print(
+        f"\n{'part':<12}{'module':<24}{'mutants':>8}{'drawn':>7}{'killed':>8}{'timeout':>9}{'survived':>10}{'share':>8}"
+    )
+    by_part: dict[str, Counter[str]] = {}
+    table = []
+    for core in cores:
+        counts = Counter(found[at] for at, (c, _) in enumerate(jobs) if c == core)
+        by_part.setdefault(core.part, Counter()).update(counts)
+        drawn = counts.total()
+        share = 1 - counts["survived"] / drawn
+        table.append({"part": core.part, "module": core.path, "mutants": len(held[core]), "drawn": drawn, **counts})
+        print(
+            f"{core.part:<12}{core.path:<24}{len(held[core]):>8}{drawn:>7}{counts['killed']:>8}{counts['timeout']:>9}"
+            f"{counts['survived']:>10}{share:>8.0%}"
+        )
+    shares = {part: 1 - c["survived"] / c.total() for part, c in by_part.items()}
+    print("  ".join(f"{part} {share:.1%}" for part, share in shares.items()), f"in {time.monotonic() - begin:.0f} s")
+    print("\nSurvivors:")
+    for at, (core, number) in enumerate(jobs):
+        if found[at] == "survived" and number is not None:
+            print(f"  {core.path}:{held[core][number].line}: {held[core][number].what}")
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 0 if min(shares.values()) >= GOAL else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
