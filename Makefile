@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor bench-silicon compiled docs reference lock build test-release clean test-faults mutants coverage
+.PHONY: demo test check bench bench-advisor bench-silicon compiled docs reference lock build test-release clean test-faults mutants coverage test-engines
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -30,6 +30,11 @@ coverage: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -m timed
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+
+# Live engines on loopback, measured as a user would: sglang-router before stand-ins of SGLang's engine. Installed into .venv-engines
+# from the package index, once; then half a minute an engine.
+test-engines: $(VENV)/.dev
+	$(BIN)/python -m tests.engines
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -102,4 +107,4 @@ test-release: $(VENV)/.dev
 	cd build/release && ! bin/python -c "import steelyard" 2>/dev/null && ! bin/python -c "import loadgen" 2>/dev/null
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache loadgen/cluster/*.so
+	rm -rf $(VENV) .venv-engines dist build .mypy_cache .ruff_cache loadgen/cluster/*.so
