@@ -41,6 +41,9 @@ MEMBERS = 40
 ROUNDS = 3
 POLISH = 3
 CANDIDATES = 60
+HIDDEN = 60
+"""Laws that are tried where a role was never loaded, apart from CANDIDATES."""
+
 REQUESTS = 3000
 """Requests of all runs together that one evaluation simulates."""
 
@@ -233,19 +236,40 @@ class Calibration:
         """How much worse than expected the best laws fit, as a variance factor; at least 1."""
         return max(1.0, float(self.best.chi.sum()) / max(self.used - len(self.space.names), self.used / 2, 1))
 
-    def draws(self, rng: np.random.Generator, n: int) -> list[Profile]:
+    def draws(self, rng: np.random.Generator, n: int, hidden: Sequence[str] = ()) -> list[Profile]:
         """Laws that are possible: candidates drawn by their misfit, with the runs weighed at random (Bayesian bootstrap).
 
         The statistics of a run hang together (quantiles of one sample): four of them count as one.
+        hidden: parameters that no run could show. The candidates lie about the best point and are weighed towards it, so
+        they tell too little of these: each draw takes them from the prior, weighed by the runs' misfit alone.
         """
-        chi = np.stack([p.chi for p in self.points])
-        prior = np.array([p.prior for p in self.points])
+        found = self._drawn(rng, n, self.points, 1.0)
+        if not hidden:
+            return [p.profile for p in found]
+        space, best = self.space, self.best
+        at = [space.names.index(name) for name in hidden]
+        search, open_ = _Search(space, self.replays), [best]
+        for _ in range(HIDDEN):
+            z = best.z.copy()
+            z[at] = space.mean[at] + space.sd[at] * rng.standard_normal(len(at))
+            open_.append(search.at(z, best.rules))
+        laws = []
+        for point, other in zip(found, self._drawn(rng, n, open_, 0.0), strict=True):
+            z = point.z.copy()
+            z[at] = other.z[at]
+            laws.append(space.profile(z, point.rules))
+        return laws
+
+    def _drawn(self, rng: np.random.Generator, n: int, points: Sequence[Point], prior: float) -> list[Point]:
+        """n of ``points`` by their misfit and ``prior`` times their distance from the prior's mean."""
+        chi = np.stack([p.chi for p in points])
+        far = prior * np.array([p.prior for p in points])
         found = []
         for _ in range(n):
             weight = rng.dirichlet(np.full(chi.shape[1], 4.0)) * chi.shape[1]
-            cost = (chi @ weight) / (CORRELATED * self.excess) + prior
+            cost = (chi @ weight) / (CORRELATED * self.excess) + far
             likely = np.exp(-(cost - cost.min()) / 2)
-            found.append(self.points[int(rng.choice(len(likely), p=likely / likely.sum()))].profile)
+            found.append(points[int(rng.choice(len(likely), p=likely / likely.sum()))])
         return found
 
     def without(self, run: int) -> Profile:

@@ -192,18 +192,27 @@ def prefill_reading_rows(data: RunData, number: int) -> Rows:
     per_token = float((n * n).sum() / n.sum())
     start, end = float(data.observations.due_s.min()), float(np.nanmax(data.observations.last_token_s))
     edges = np.linspace(start, end, BLOCKS + 1)
-    y = np.zeros(BLOCKS)
-    steps = np.zeros(BLOCKS)
-    tokens = np.zeros(BLOCKS)
+    total = np.zeros((3, BLOCKS))
     for readings in workers.values():
-        readings = sorted(readings, key=lambda s: s.at_s)
-        at = np.array([s.at_s for s in readings])
-        for target, name in ((y, "busy_s_total"), (steps, "steps_total"), (tokens, "prompt_tokens_total")):
-            counter = np.array([getattr(s, name) for s in readings], dtype=float)
-            target += np.diff(np.interp(edges, at, counter))
+        # A reading amid a step has that step in some counters only: edges are readings of an idle worker, if it often was.
+        idle = [s for s in readings if s.running_requests == 0 and not s.waiting_requests]
+        found, exact = _increments(readings, edges), _increments(idle, edges)
+        total += exact if 2 * (exact[1] > 0).sum() > (found[1] > 0).sum() else found
+    y, steps, tokens = total
     keep = (y > 1e-3) & (steps >= 1)
     x = np.column_stack([steps, tokens, tokens * per_token])[keep]
     return Rows(x, y[keep], np.arange(BLOCKS)[keep], np.full(int(keep.sum()), number))
+
+
+def _increments(readings: Sequence[Sample], edges: Floats) -> Floats:
+    """[3, blocks]: busy seconds, steps, prompt tokens of a worker between the readings nearest to two edges."""
+    if not readings:
+        return np.zeros((3, len(edges) - 1))
+    readings = sorted(readings, key=lambda s: s.at_s)
+    at = np.array([s.at_s for s in readings])
+    nearest = np.abs(at[None, :] - edges[:, None]).argmin(axis=1)
+    names = ("busy_s_total", "steps_total", "prompt_tokens_total")
+    return np.stack([np.diff(np.array([getattr(s, name) for s in readings], dtype=float)[nearest]) for name in names])
 
 
 def admission_cap(data: RunData) -> int:

@@ -46,6 +46,13 @@ ROWS = 20_000
 CALIBRATED_RUNS = 10
 """Fewer runs than this cannot show whether a 90 % interval covers 90 %."""
 
+LOADED = 0.7
+"""A role was loaded in a run that kept it busier than this: below it, requests hardly meet each other."""
+
+PREFILL_HIDDEN = ("a", "b", "tokens", "requests")
+DECODE_HIDDEN = ("batch", "kv")
+"""Parameters that only a run which loads the role can show."""
+
 METRICS = (
     "goodput_per_s",
     "throughput_per_s",
@@ -132,13 +139,11 @@ class Fit:
     calibration: Calibration = field(repr=False)
     scores: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
 
-    def redraw(self, rng: np.random.Generator) -> Profile:
-        """Laws that the runs allow as well: one draw."""
-        return self.draws(rng, 1)[0]
-
     def draws(self, rng: np.random.Generator, n: int) -> list[Profile]:
-        """n draws of laws that the runs allow."""
-        return self.calibration.draws(rng, n)
+        """n draws of laws that the runs allow: as wide as the prior in what only a loaded stage shows, if none was."""
+        hidden: tuple[str, ...] = () if self.seen.prefill >= LOADED else PREFILL_HIDDEN
+        hidden += () if self.seen.decode_loaded else DECODE_HIDDEN
+        return self.calibration.draws(rng, n, hidden)
 
     def outside(self, load: Load) -> str:
         """Why a fleet's load lies outside what the runs have shown; "" if it does not."""
@@ -147,7 +152,7 @@ class Fit:
                 f"extrapolated: {load.batch:.1f} sequences per decode worker, "
                 f"the runs showed at most {self.seen.batch:.1f}"
             )
-        if load.prefill > 0.7 and self.seen.prefill < 0.7:
+        if load.prefill > LOADED > self.seen.prefill:
             return f"extrapolated: prefill {load.prefill:.0%} busy, the runs showed at most {self.seen.prefill:.0%}"
         return ""
 
@@ -295,7 +300,9 @@ def _space(data: Sequence[RunData], decode: Floats, knee: int, line: Floats) -> 
     readings = Rows.concat([prefill_reading_rows(one, i) for i, one in enumerate(data)])
     if len(readings) >= 6:
         busy, _ = relative_nnls(readings.x, readings.y, np.ones(len(readings)))
-        a, b = min(float(busy[0]) / intercept, 0.98), min(float(busy[1]) / slope, 0.99)
+        # Squared lengths are the tokens times a constant there, so how the two share is arbitrary: only their sum speaks.
+        busy_per_token = float(busy[1] + busy[2] * per_token)
+        a, b = min(float(busy[0]) / intercept, 0.98), min(busy_per_token / (slope + float(line[2]) * per_token), 0.99)
         if busy[0] > 0.98 * intercept:
             prior["line0"] = Known(math.log(float(busy[0]) / 0.95), 0.2)
             a = 0.95

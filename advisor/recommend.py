@@ -17,7 +17,7 @@ import numpy as np
 
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
-from advisor.model import CALIBRATED_RUNS, FLOORS, METRICS, Fit, fit_laws, predicted_load
+from advisor.model import CALIBRATED_RUNS, FLOORS, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load
 from advisor.screen import survivors
 from advisor.study import Probe, proposals, values
 from loadgen.cluster import Profile, simulate
@@ -334,7 +334,7 @@ def assess(
     best = ranked[0]
     runner_up = ranked[1] if len(ranked) > 1 else None
     regret = _regret(goodputs, likely.index(best.fleet))
-    unseen = _unseen(fit, candidates, best)
+    unseen = _unseen(fit, candidates, best, laws, window)
     sure = not unseen and len(usable) > 1 and regret.high <= STOP
     probe = next_probe(
         fit, window, best, runner_up, used, laws[:STUDY_DRAWS], goodputs[:STUDY_DRAWS], slo, sure, gpus_per_worker
@@ -603,7 +603,7 @@ def next_probe(
         found = values(ideas, schedule, laws, goodputs, slo)
         by_aim = {p.aim: p for p in reversed(found)}
         chosen = max(found, key=lambda p: p.gain)
-        if not sure and seen.prefill < 0.7:
+        if not sure and seen.prefill < LOADED:
             chosen = by_aim["prefill"]
         elif not sure and not seen.decode_loaded:
             chosen = by_aim["decode"]
@@ -611,7 +611,7 @@ def next_probe(
             chosen = by_aim["answer"]
         why = {
             "prefill": f"prefill was never more than {min(seen.prefill, 1.0):.0%} busy"
-            if seen.prefill < 0.7
+            if seen.prefill < LOADED
             else "how prefill behaves beyond its capacity decides",
             "decode": f"decode batches above {seen.batch:.0f} sequences a worker were never seen",
             "answer": "it confirms the answer where it will be used"
@@ -634,16 +634,26 @@ def next_probe(
     }
 
 
-def _unseen(fit: Fit, candidates: Sequence[Candidate], best: Candidate) -> str:
-    """Which stage was never loaded although the answer depends on how it behaves when it is; "" if none."""
+def _unseen(
+    fit: Fit, candidates: Sequence[Candidate], best: Candidate, laws: Sequence[Profile], asked: Schedule
+) -> str:
+    """Which stage was never loaded although the answer depends on how it behaves when it is; "" if none.
+
+    Under the fitted laws or any draw of them: a role that was never loaded is one whose capacity the fit has guessed.
+    """
     seen = fit.seen
     reasons = []
     if seen.quiet_rows < 20:
         reasons.append("no run at low load")
-    if seen.prefill < 0.7 and any(c.prefill_load > 0.7 for c in candidates):
+    near = [c for c in candidates if c is best or c.wins > 0]
+    if seen.prefill < LOADED and (
+        any(c.prefill_load > LOADED for c in candidates)
+        or any(load_of(p, asked, c.fleet).prefill > LOADED for p in laws for c in near)
+    ):
         reasons.append(f"prefill was never loaded (at most {seen.prefill:.0%} busy)")
-    if not seen.decode_loaded and best.decode_batch > 1.5 * seen.batch:
+    batch = max(c.decode_batch for c in near)
+    if not seen.decode_loaded and batch > 1.5 * seen.batch:
         reasons.append(
-            f"decode was never loaded (at most {seen.batch:.1f} sequences a worker, the answer needs {best.decode_batch:.1f})"
+            f"decode was never loaded (at most {seen.batch:.1f} sequences a worker, the answer needs {batch:.1f})"
         )
     return "; ".join(reasons)

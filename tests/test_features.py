@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advisor.features import BLOCKS, RunData, admission_cap, decode_load, decode_rows, quiet_rows, time_block
+from advisor.features import (
+    BLOCKS,
+    RunData,
+    admission_cap,
+    decode_load,
+    decode_rows,
+    prefill_reading_rows,
+    quiet_rows,
+    time_block,
+)
+from loadgen.cluster import Profile, simulate
 from tests.test_records import one_answer
-from traces.records import Fleet, Observations, Run, Sample
+from traces.records import Fleet, Observations, Run, Sample, Schedule
 
 
 def run_of(fleet: Fleet, n: int = 1) -> Run:
@@ -122,3 +132,21 @@ def test_a_limit_of_admission_needs_a_queue_that_lasts(waiting: list[float], run
     """The batch limit is read off only where sequences waited from one reading to the next."""
     data = RunData(run_of(Fleet(4, 4)), answer(0.0, 0.05, 20, 100), readings(waiting, running))
     assert admission_cap(data) == cap
+
+
+def test_readings_of_idle_workers_give_the_prefill_law_exactly() -> None:
+    """Half-second readings of a quiet fleet, most of them amid a step of some worker: the true law, to a part in a thousand."""
+    profile = Profile.load("demo")
+    rng = np.random.default_rng(4)
+    n = rng.lognormal(6.5, 0.8, 60).astype(np.int64)
+    schedule = Schedule("t", np.arange(60), np.cumsum(rng.exponential(0.4, 60)), n, np.full(60, 8))
+    samples: list[Sample] = []
+
+    def look(now: float, held: list[Sample], fleet: Fleet, changing: int) -> None:
+        samples.extend(held)
+
+    fleet = Fleet(2, 2)
+    rows = simulate(schedule, fleet, profile, controller=look, tick_s=0.5).observations
+    found = prefill_reading_rows(RunData(run_of(fleet, 60), rows, samples), 1)
+    assert len(found) >= 6
+    assert found.x[:, :2] @ [profile.a_s, profile.b_s_per_token] == pytest.approx(found.y, rel=1e-3)
