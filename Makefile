@@ -31,8 +31,8 @@ coverage: $(VENV)/.dev
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-# Live engines on loopback, measured as a user would: sglang-router before stand-ins of SGLang's engine. Installed into .venv-engines
-# from the package index, once; then half a minute an engine.
+# Live engines on loopback, measured as a user would: sglang-router before stand-ins of SGLang's engine, NVIDIA Dynamo with mock engines.
+# Installed into .venv-engines from the package index, once (under a minute); then half a minute an engine.
 test-engines: $(VENV)/.dev
 	$(BIN)/python -m tests.engines
 

@@ -18,11 +18,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.engines import sglang
+from tests.engines import dynamo, sglang
 from tests.engines.lab import HEAD, RATE, REQUESTS, TRACE, Failed, Line, measure
 from traces.errors import SteelyardError
 
-RIGS = (sglang,)
+RIGS = (sglang, dynamo)
 
 
 def main() -> int:

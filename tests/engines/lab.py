@@ -114,11 +114,7 @@ def until(
                 return
         dead = [p for p in alive if p.poll() is not None]
         if dead or time.monotonic() > end:
-            why = (
-                f"{Path(str(dead[0].args[0])).name} ended with {dead[0].returncode}"
-                if dead
-                else f"not within {seconds:g} s"
-            )  # type: ignore[index]
+            why = f"a process of it ended with {dead[0].returncode}" if dead else f"not within {seconds:g} s"
             raise Failed(f"{otherwise} ({why})")
         time.sleep(0.1)
 
