@@ -325,6 +325,11 @@ def main() -> int:
     found: dict[int, str] = {}
     for at, outcome, _ in run(jobs, limits_s, asked.jobs):
         found[at] = outcome
+        if outcome == "survived":
+            core, number = jobs[at]
+            print(
+                f"  {outcome}: {core.path}:{held[core][number or 0].line}: {held[core][number or 0].what}", flush=True
+            )
 
     print(
         f"\n{'part':<12}{'module':<24}{'mutants':>8}{'drawn':>7}{'killed':>8}{'timeout':>9}{'survived':>10}{'share':>8}"
@@ -343,10 +348,6 @@ def main() -> int:
         )
     shares = {part: 1 - c["survived"] / c.total() for part, c in by_part.items()}
     print("  ".join(f"{part} {share:.1%}" for part, share in shares.items()), f"in {time.monotonic() - begin:.0f} s")
-    print("\nSurvivors:")
-    for at, (core, number) in enumerate(jobs):
-        if found[at] == "survived" and number is not None:
-            print(f"  {core.path}:{held[core][number].line}: {held[core][number].what}")
     if asked.json:
         Path(asked.json).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0 if min(shares.values()) >= GOAL else 1

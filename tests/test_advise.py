@@ -322,6 +322,7 @@ def test_regret_is_what_the_choice_loses_in_each_draw() -> None:
     assert found.low == 0.0
     assert found.high == pytest.approx(np.quantile([0.0, 0.5, 0.0, 0.0], 0.95))
     assert _regret(np.array([[10.0, 8.0]]), 1).value == pytest.approx(0.2)
+    assert _regret(np.array([[0.5, 0.25]]), 1).value == pytest.approx(0.5)  # little goodput is goodput
     none = _regret(np.zeros((0, 3)), 0)
     assert math.isnan(none.value)
     assert math.isnan(none.high)

@@ -371,3 +371,11 @@ def test_parts_of_ttft_come_from_answers_or_else_from_servers() -> None:
     assert parts[3].source == f"TTFT {mean * 1e3:.1f} ms less the parts"
     rows.first_token_s[:] = np.nan
     assert [p.name for p in ttft_parts(rows, held)] == ["queue_s", "prefill_s", "transfer_s"]
+
+
+def test_a_run_of_half_a_second_has_rates() -> None:
+    """Only a run without any span has none."""
+    rows = one_answer(due=2.0, sent=2.0, first=2.25, last=2.5, tokens=3)
+    found = summarise(rows, Slo())
+    assert (found.goodput_per_s, found.throughput_per_s, found.output_tokens_per_s) == (2.0, 2.0, 6.0)
+    assert goodput_per_s(rows, Slo()) == 2.0

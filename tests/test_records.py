@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traces.errors import InputError
-from traces.records import Fleet, Histogram, Observations, Schedule
+from traces.records import STATUSES, Fleet, Histogram, Observations, Schedule
 
 
 def schedule_of(due: list[float], prompt: int = 10, output: int = 5) -> Schedule:
@@ -237,6 +237,13 @@ def test_workers_get_other_names_where_they_are_known() -> None:
     assert rows.renamed({"z": "y"}) is rows
 
 
+def test_ok_is_a_whole_answer_and_nothing_else() -> None:
+    """Of the statuses that there are, one."""
+    rows = Observations.empty(len(STATUSES))
+    rows.status[:] = STATUSES
+    assert rows.ok.tolist() == [status == "ok" for status in STATUSES]
+
+
 def test_lag_counts_from_dispatch_where_the_client_held_a_request_back() -> None:
     """From dispatch, from due where there is none; E2E from sent beside it; a two-token answer has one gap."""
     rows = Observations.concat(
@@ -266,6 +273,7 @@ def test_a_histograms_quantile_is_linear_within_its_bucket() -> None:
     assert np.isnan(of().quantile(0.5))
     assert held.mean == 0.5
     assert of(count=1.0).mean == 5.0
+    assert of((1.0, 0.5)).quantile(1.0) == 1.0
     assert np.isnan(of(count=0.0).mean)
 
 

@@ -387,6 +387,7 @@ def test_a_length_is_drawn_within_its_bounds() -> None:
     assert LogNormal.parse("lognormal:median=5,sigma=0,min=5,max=5") == LogNormal(math.log(5), 0.0, 5, 5)
     assert LogNormal.parse("lognormal:mu=-2,sigma=1") == LogNormal(-2.0, 1.0, 1, 2**31 - 1)
     assert LogNormal(0.0, 1.0) == LogNormal(0.0, 1.0, 1, 2**31 - 1)
+    assert LogNormal.parse("lognormal:median=1,sigma=1").mu == 0.0
     assert LogNormal.parse(" lognormal : mean=9 , sigma=2,").mu == pytest.approx(math.log(9) - 2)
     assert LogNormal(math.log(2.6), 0.0).draw(3, rng).tolist() == [3, 3, 3]
     assert LogNormal(-50.0, 0.0).draw(2, rng).tolist() == [1, 1]
