@@ -158,7 +158,7 @@ def test_auto_measures_until_its_budget_and_puts_the_split_back(
     capsys.readouterr()
     with embedded("demo", Fleet(3, 5)) as endpoint:
         code = main(
-            ["advise", "--auto", "--budget", "60s", "--endpoint", endpoint, "--trace", "short", "--rate", "16",
+            ["advise", "--auto", "--budget", "40s", "--endpoint", endpoint, "--trace", "short", "--rate", "16",
              "--requests", "300", "--attainment", "0.2", "--strategy", "static", "--audit",
              "--gpu-hour-usd", "2", "--target-rate", "20",
              "--json", "--db", url]
