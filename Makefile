@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor bench-silicon compiled docs reference lock build test-release clean test-faults mutants coverage test-engines
+.PHONY: demo test check bench bench-advisor bench-dynamo bench-silicon compiled docs reference lock build test-release clean test-faults mutants coverage test-engines
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -48,6 +48,10 @@ bench: compiled
 
 bench-advisor: compiled
 	$(BIN)/python -m benchmarks.advisor
+
+# The advice held against NVIDIA Dynamo's simulator, which gets an environment of its own (build/dynamo, 0.6 GB).
+bench-dynamo: compiled
+	$(BIN)/python -m benchmarks.dynamo_replay
 
 # Left-out splits of real engines, from the measurements in aiconfigurator-core's wheel (82 MB, fetched into build/silicon).
 bench-silicon: $(VENV)/.dev
