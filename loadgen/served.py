@@ -97,13 +97,12 @@ class Served:
         if silent and len(silent) == len(scraper.last):
             at = max(s.at_s for s in silent)
             return [("degraded", f"no metrics came after {at:.1f} s: what the servers did then is not known")]
-        found = [
-            (
-                "degraded",
-                f"the {s.role} worker {s.worker} told nothing after {s.at_s:.1f} s: it went away, or its metrics did",
-            )
-            for s in silent
-        ]
+        word, why = (
+            ("valid", "we changed roles, it may have left so")
+            if moved
+            else ("degraded", "it went away, or its metrics did")
+        )
+        found = [(word, f"the {s.role} worker {s.worker} told nothing after {s.at_s:.1f} s: {why}") for s in silent]
         for name, listed in {} if moved else scraper.listed().items():
             first, last = scraper.first.get(name), scraper.last.get(name)
             if first is None or last is None or listed not in ("prefill", "decode"):

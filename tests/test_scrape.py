@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
+from loadgen.discover import Discovery
 from loadgen.engines import Worker, engine
 from loadgen.scrape import Scraper, page_of, read, samples
+from loadgen.served import Served
 from tests.pages import Pages
 from traces.records import Fleet, Histogram, Sample
 
@@ -351,6 +353,12 @@ def test_a_worker_that_stops_telling_is_named(monkeypatch: pytest.MonkeyPatch) -
             del pages["/a"]
             until(lambda: [s.worker for s in scraper.silent()] == ["a"], 12)
     assert scraper.silent()[0].at_s < found[-1].at_s
+    # Nobody's doing is a fault of the run; a worker that we took away ourselves is not.
+    nobody = Discovery(engine("vllm"), "", "", (), "")
+    words = {moved: Served().reasons(nobody, None, scraper, moved=moved) for moved in (False, True)}
+    assert [word for word, _ in words[False]] == ["degraded"]
+    assert [word for word, _ in words[True]] == ["valid"]
+    assert all("worker a told nothing after" in why for ((_, why),) in words.values())
 
 
 def test_the_role_of_a_vllm_worker_follows_where_its_kv_comes_from() -> None:
