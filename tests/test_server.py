@@ -21,6 +21,7 @@ import pytest
 
 from loadgen.cluster import Profile, simulate
 from loadgen.cluster.embedded import embedded
+from loadgen.cluster.server import Endpoint, Stream
 from loadgen.policy import next_phase
 from traces.errors import EndpointError
 from traces.records import Fleet, Schedule
@@ -232,6 +233,30 @@ def test_the_server_keeps_the_simulators_schedule() -> None:
     assert float(np.median(np.abs(last - rows.last_token_s))) < 0.005
     late = np.array([float(r["first_s"]) - float(r["model_first_s"]) for r in log])
     assert late.min() > -0.001
+
+
+def test_no_token_is_lost_between_two_readings_of_the_clock() -> None:
+    """A request may come at the very moment at which a batch ends: the step's tokens are written before it is over."""
+
+    class Ticking(Endpoint):
+        """Every reading of the clock is 3 ms later than the one before."""
+
+        read_s = 0.0
+
+        def now_s(self) -> float:
+            self.read_s += 0.003
+            return self.read_s
+
+    async def serve() -> list[int]:
+        endpoint = Ticking(Profile.load("demo"), Fleet(1, 1))
+        streams = [Stream(str(k), None, b"", b"") for k in range(80)]
+        for stream in streams:
+            endpoint.submit(stream, 100, 20)
+        for _ in range(5000):
+            endpoint.run_due()
+        return [stream.sent for stream in streams]
+
+    assert asyncio.run(serve()) == [20] * 80
 
 
 def test_a_client_that_leaves_frees_the_cluster(demo_url: str) -> None:

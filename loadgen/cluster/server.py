@@ -184,8 +184,8 @@ class Endpoint:
 
     def submit(self, stream: Stream, prompt_tokens: int, output_tokens: int, blocks: Sequence[int] = ()) -> Job:
         """A request arrives now."""
-        self.run_due()
         now = self.now_s()
+        self.run_due(now)
         job = Job(next(self._ids), prompt_tokens, output_tokens, now, stream, blocks)
         stream.job = job
         p = self.profile
@@ -202,8 +202,9 @@ class Endpoint:
 
     def set_fleet(self, fleet: Fleet) -> None:
         """Ask for another P:D, from now."""
-        self.run_due()
-        self.cluster.advance(self.now_s())
+        now = self.now_s()
+        self.run_due(now)
+        self.cluster.advance(now)
         self.cluster.set_fleet(fleet)
         self._arm()
 
@@ -215,9 +216,13 @@ class Endpoint:
 
     # --- the clock -------------------------------------------------------------------------------------------------
 
-    def run_due(self) -> None:
-        """Write every token and process every event that is due, in model order (a step's tokens before its boundary)."""
-        now = self.now_s()
+    def run_due(self, until_s: float | None = None) -> None:
+        """Write every token and process every event that is due, in model order (a step's tokens before its boundary).
+
+        until_s: an instant read before; who advances the cluster to it must write to the same one, or a boundary that
+        falls between two readings of the clock takes the tokens of its step with it.
+        """
+        now = self.now_s() if until_s is None else until_s
         steps, cluster = self._steps, self.cluster
         while True:
             event = cluster.next_s
