@@ -377,6 +377,29 @@ def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "out of memory" in err
 
 
+NULL = """
+import ctypes, resource, sys
+import advisor.cli
+def starve(*args, **kwargs):
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), resource.RLIM_INFINITY))
+    ctypes.pythonapi.PyErr_BadInternalCall()  # raises SystemError, as a C function does that gives NULL and no exception
+advisor.cli.steelyard.main = starve
+sys.exit(advisor.cli.main(["runs"]))
+"""
+
+
+def test_a_library_that_does_not_say_that_it_was_denied_memory() -> None:
+    """Under a limit of the address space a C function's NULL without an exception is said as what it is; without a limit
+    it is a mistake, and stays a traceback."""
+    limited, free = (
+        subprocess.run([sys.executable, "-c", NULL, most], capture_output=True, text=True, check=False)
+        for most in (str(1 << 40), "-1")
+    )
+    assert (limited.returncode, limited.stderr.count("\n")) == (1, 1), limited.stderr
+    assert "out of memory" in limited.stderr
+    assert "SystemError" in free.stderr
+
+
 @pytest.mark.timed
 def test_an_offline_replay_dispatches_in_its_own_order(db: str, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     """All due at 0, longest prompt first, two in flight: dispatch is another column than due, and lag counts from it."""

@@ -5,7 +5,9 @@ A verb is loaded when it is used, so that ``steelyard --help`` does not import L
 
 from __future__ import annotations
 
+import errno
 import importlib
+import resource
 import sys
 from collections.abc import Sequence
 
@@ -108,6 +110,20 @@ def steelyard(context: click.Context, config: str | None, as_json: bool, db: str
         show(found)
 
 
+def _denied(error: BaseException) -> bool:
+    """Was it memory that the system did not give?
+
+    Not every library says so: under a limit of the address space numpy may give NULL without an exception (SystemError), the
+    loader of a shared object "failed to map segment" (ImportError).
+    """
+    if isinstance(error, MemoryError) or "start new thread" in str(error):
+        return True
+    if isinstance(error, OSError) and not isinstance(error, ImportError):
+        return error.errno == errno.ENOMEM
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return isinstance(error, (SystemError, ImportError)) and any(most != resource.RLIM_INFINITY for most in limits)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns, and as a script exits with, the exit code.
 
@@ -122,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             emit_json({"error": str(error), "exit_code": error.exit_code})
         click.echo(f"steelyard: {error}", err=True)
         code = error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "start new thread" not in str(error):
+    except (MemoryError, RuntimeError, SystemError, OSError, ImportError) as error:
+        if not _denied(error):
             raise
         what = " ".join(str(error).split()) or "an allocation failed"
         click.echo(

@@ -57,6 +57,9 @@ class Outcome:
     finished: int = 0
     """Answers that were whole more than MARGIN_S before the fault."""
 
+    next_s: float = 0.0
+    """Seconds that the next command took."""
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -354,6 +357,7 @@ class Trial:
         """What is left after the next command of the user. at: when the fault came. whole: every request has its row."""
         if look:
             self.look()
+        asked = time.monotonic()
         done = subprocess.run(
             self.command("runs", "--db", self.db, "--json"),
             env=self.env,
@@ -362,7 +366,7 @@ class Trial:
             check=False,
             start_new_session=True,
         )
-        outcome = Outcome(hung=hung, said=self.said())
+        outcome = Outcome(hung=hung, said=self.said(), next_s=round(time.monotonic() - asked, 1))
         if done.returncode:
             outcome.wrong = done.stderr.decode().strip()[-200:]
             return outcome
