@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -375,6 +376,16 @@ def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> N
     code, _, err = run(capsys, "synth", "--name", "x", "--requests", str(10**15), *laws, "--db", db)
     assert (code, err.count("\n")) == (1, 1)
     assert "out of memory" in err
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by tests.faults: whatever the program waits for, Ctrl-C ends it with 130 and no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        alarm = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        alarm.start()
+        code, _, err = run(capsys, "runs", "--db", f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x")
+        alarm.join()
+    assert (code, err.strip()) == (130, "steelyard: interrupted")
 
 
 NULL = """

@@ -118,7 +118,7 @@ def _denied(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or "start new thread" in str(error):
         return True
-    if isinstance(error, OSError) and not isinstance(error, ImportError):
+    if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return isinstance(error, (SystemError, ImportError)) and any(most != resource.RLIM_INFINITY for most in limits)
@@ -138,6 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             emit_json({"error": str(error), "exit_code": error.exit_code})
         click.echo(f"steelyard: {error}", err=True)
         code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):  # Abort is a RuntimeError: before those
+        click.echo("steelyard: interrupted", err=True)
+        code = 130
     except (MemoryError, RuntimeError, SystemError, OSError, ImportError) as error:
         if not _denied(error):
             raise
@@ -149,9 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("steelyard: interrupted", err=True)
-        code = 130
     code = code if isinstance(code, int) else 0
     if argv is None:
         sys.exit(code)

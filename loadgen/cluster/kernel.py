@@ -840,6 +840,10 @@ class Cluster:
                 self._admit(worker, at)
             self._dispatch(at)
             return
+        heading = [w.target for w in self.workers]
+        wanted = self.target
+        if [heading.count(role) for role in _WORKING] != [wanted.prefill, wanted.decode, wanted.mixed]:
+            self.set_fleet(wanted)  # asked for while this one flipped, which cannot be stopped: it turns round now
         self._unstrand()
 
     def _unstrand(self) -> None:
