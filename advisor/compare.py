@@ -9,7 +9,8 @@ With few blocks a percentile interval is too narrow; it is widened by Student's 
 2015). What differs between repeats of the same run (a restart, a neighbour on the machine) is in
 no interval made of one run each.
 
-A run is kept as counts by time and by latency (LATENCY_BINS of about 1 %), so a run of millions takes a few megabytes.
+A run is held as counts by time and by latency, in bins 1 % wide, so a run of millions takes a few megabytes; of a run too long
+to be read these are the counts that the store keeps (:mod:`traces.aggregate`), and its figures come from them, too.
 """
 
 from __future__ import annotations
@@ -22,23 +23,28 @@ import numpy as np
 from scipy import stats
 
 from advisor.report.parts import Table
-from traces.measures import Slo, Summary, met, summarise
+from traces.aggregate import BINS, EDGES, MIDDLES, WIDTH, Bins
+from traces.aggregate import bins as latency_bins
+from traces.measures import Figures, Slo, met
 from traces.records import Floats, Ints, Observations, Run
+from traces.store import Store
 
 Counts = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 TIME_BINS = 200
-LATENCY_BINS = 2080
-_LOWEST_S, _HIGHEST_S = 1e-5, 1e4
-_EDGES = np.geomspace(_LOWEST_S, _HIGHEST_S, LATENCY_BINS + 1)
+"""Of a run whose rows are read; one of counts has the slots that they have, at most as many."""
+
+_LOWEST_S = 1e-5
 
 DRAWS = 400
 LEVEL = 0.9
-STRETCH, SHORTEST = 2, TIME_BINS // 10
+STRETCH, SHORTEST = 2, 0.1
 """Blocks are that many times Politis and White's, and no shorter than a tenth of the run. Theirs are best for a variance: of 60
 pairs of one queue at 70 % load their 90 % intervals missed in 17 to 20 %, these in 12 to 15 % (metric by metric)."""
 
-LONGEST = TIME_BINS // 3
+LONGEST = 0.33
+"""Share of a run that a block is at most."""
+
 LEAST_BLOCKS = 4
 """Fewer independent blocks than this cannot say how much a run varies."""
 
@@ -47,18 +53,17 @@ QUANTILES = tuple((metric, q) for metric in ("ttft", "tpot", "e2e") for q in (0.
 
 @dataclass(frozen=True, eq=False)
 class Binned:
-    """A run as counts. counts: name -> [TIME_BINS], by due time. latency: metric -> [TIME_BINS, LATENCY_BINS] of ok requests.
+    """A run as counts. counts: name -> [k], in k bins of due time. latency: metric -> [k, BINS] of ok requests.
 
-    series: [TIME_BINS, 4], mean log TTFT and E2E, share beyond its P99 TTFT and within the SLO, NaN where a bin is empty;
-    summary, exact: the run's own figures.
+    series: [k, 4], mean log TTFT and E2E, share beyond its P99 TTFT and within the SLO, NaN where a bin is empty. figures: the
+    run's own, exact where they come from its rows.
     """
 
     run: Run
-    summary: Summary
+    figures: Figures
     counts: dict[str, Floats]
     latency: dict[str, Counts]
     series: Floats
-    exact: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,28 @@ class Comparison:
     differences: list[Difference]
 
 
+def read(store: Store, run: Run, slo: Slo) -> Binned:
+    """A stored run: from its rows, or, of a long one, from the counts that are kept of it."""
+    held = store.bins(run, slo)
+    return binned(run, store.observations(run.id), slo) if held is None else counted(run, held)
+
+
+def counted(run: Run, held: Bins) -> Binned:
+    """A run of which only counts are at hand."""
+    mine = held.counted
+    counts = {
+        name: held.counts[name][: held.slots][mine].astype(float) for name in ("requests", "good", "ok", "tokens")
+    }
+    latency = {metric: held.over(f"{metric}_s")[mine].astype(np.float32) for metric in ("ttft", "tpot", "e2e")}
+    figures = held.figures()
+    logs = np.log(np.maximum(MIDDLES, _LOWEST_S))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = [latency[metric] @ logs / latency[metric].sum(axis=1) for metric in ("ttft", "e2e")]
+        tail = latency["ttft"][:, figures.quantiles["ttft_s"]["p99"] < MIDDLES].sum(axis=1) / counts["requests"]
+        series = np.column_stack([*means, tail, counts["good"] / counts["requests"]])
+    return Binned(run, figures, counts, latency, series)
+
+
 def binned(run: Run, rows: Observations, slo: Slo) -> Binned:
     """The counts of a run's rows, those of its warm-up left out."""
     rows = run.counted(rows)
@@ -108,23 +135,20 @@ def binned(run: Run, rows: Observations, slo: Slo) -> Binned:
         "tokens": total(np.where(ok, rows.tokens, 0).astype(float)),
     }
     latency: dict[str, Counts] = {}
-    exact: dict[str, float] = {}
+    figures = Figures.of(rows, slo)
     for metric in ("ttft", "tpot", "e2e"):
         values: Floats = getattr(rows, f"{metric}_s")
         keep = ok & np.isfinite(values)
-        where = np.clip(np.searchsorted(_EDGES, values[keep]) - 1, 0, LATENCY_BINS - 1)
-        flat = np.bincount(place[keep] * LATENCY_BINS + where, minlength=TIME_BINS * LATENCY_BINS)
-        latency[metric] = flat.reshape(TIME_BINS, LATENCY_BINS).astype(np.float32)
-        for _, q in (pair for pair in QUANTILES if pair[0] == metric):
-            exact[f"{metric}_p{q * 100:g}_s"] = float(np.quantile(values[keep], q)) if keep.any() else math.nan
+        flat = np.bincount(place[keep] * BINS + latency_bins(values[keep]), minlength=TIME_BINS * BINS)
+        latency[metric] = flat.reshape(TIME_BINS, BINS).astype(np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
         finished = counts["ok"]
         means = [
             total(np.where(ok, np.log(np.maximum(v, _LOWEST_S)), 0.0)) / finished for v in (rows.ttft_s, rows.e2e_s)
         ]
-        tail = total((rows.ttft_s > exact["ttft_p99_s"]).astype(float)) / counts["requests"]
+        tail = total((rows.ttft_s > figures.quantiles["ttft_s"]["p99"]).astype(float)) / counts["requests"]
         series = np.column_stack([*means, tail, counts["good"] / counts["requests"]])
-    return Binned(run, summarise(rows, slo), counts, latency, series, exact)
+    return Binned(run, figures, counts, latency, series)
 
 
 def time_bins(rows: Observations) -> Ints:
@@ -158,24 +182,23 @@ def objection(run: Run, base: Run, *, slo_given: bool = False) -> str:
 def compare(base: Binned, other: Binned, *, seed: int = 0, draws: int = DRAWS) -> Comparison:
     """Every metric of ``other`` against ``base``. Runs of one schedule are resampled jointly."""
     paired = bool(base.run.schedule_digest) and base.run.schedule_digest == other.run.schedule_digest
+    paired = paired and base.series.shape == other.series.shape
     series = [other.series - base.series] if paired else [base.series, other.series]
-    longest = max(block_length(column) for part in series for column in part.T)
-    length = min(LONGEST, max(SHORTEST, STRETCH * longest))
-    blocks = TIME_BINS / length
+    longest = max(block_length(column) / len(part) for part in series for column in part.T)
+    block = min(LONGEST, max(SHORTEST, STRETCH * longest))
     rng = np.random.default_rng(seed)
-    ours = _weights(rng, length, draws)
-    theirs = ours if paired else _weights(rng, length, draws)
-    whole = np.ones((1, TIME_BINS), dtype=np.float32)
+    ours = _weights(rng, block, draws, len(base.series))
+    theirs = ours if paired else _weights(rng, block, draws, len(other.series))
+    blocks = 1 / block
     before, after = _figures(base, ours), _figures(other, theirs)
-    before_whole, after_whole = _figures(base, whole), _figures(other, whole)
+    before_whole, after_whole = (_figures(one, np.ones((1, len(one.series)), np.float32)) for one in (base, other))
     found = []
     for name in before:
         share = name in ("attainment", "failed")
         a, b = _exact(base, name), _exact(other, name)
         drawn = _change(before[name], after[name], share) - _change(before_whole[name], after_whole[name], share)
         found.append(_difference(name, a, b, drawn, share, blocks))
-    span = base.summary.span_s
-    return Comparison(other.run.id, base.run.id, paired, blocks, span * length / TIME_BINS, found)
+    return Comparison(other.run.id, base.run.id, paired, blocks, base.figures.span_s * block, found)
 
 
 def block_length(series: Floats) -> int:
@@ -202,18 +225,19 @@ def block_length(series: Floats) -> int:
     return int(np.clip(math.ceil((1.5 * g * g / (spread * spread)) ** (1 / 3) * n ** (1 / 3)), 1, most))
 
 
-def _weights(rng: np.random.Generator, length: int, draws: int) -> Counts:
-    """[draws, TIME_BINS]: how often each bin is in a draw of blocks around the clock."""
-    starts = rng.integers(0, TIME_BINS, (draws, math.ceil(TIME_BINS / length)))
-    bins = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)[:, :TIME_BINS] % TIME_BINS
-    flat = (np.arange(draws)[:, None] * TIME_BINS + bins).ravel()
-    return np.bincount(flat, minlength=draws * TIME_BINS).reshape(draws, TIME_BINS).astype(np.float32)
+def _weights(rng: np.random.Generator, block: float, draws: int, k: int) -> Counts:
+    """[draws, k]: how often each of k bins is in a draw of blocks around the clock; block: the share of them in one."""
+    length = max(1, round(block * k))
+    starts = rng.integers(0, k, (draws, math.ceil(k / length)))
+    bins = (starts[:, :, None] + np.arange(length)).reshape(draws, -1)[:, :k] % k
+    flat = (np.arange(draws)[:, None] * k + bins).ravel()
+    return np.bincount(flat, minlength=draws * k).reshape(draws, k).astype(np.float32)
 
 
 def _figures(one: Binned, weights: Counts) -> dict[str, Floats]:
     """Metric -> [draws], of the run with its time bins weighted."""
     n = {name: weights @ column for name, column in one.counts.items()}
-    span = max(one.summary.span_s, 1e-9)
+    span = max(one.figures.span_s, 1e-9)
     found = {
         "goodput_per_s": n["good"] / span,
         "throughput_per_s": n["ok"] / span,
@@ -222,30 +246,33 @@ def _figures(one: Binned, weights: Counts) -> dict[str, Floats]:
         "failed": 1 - n["ok"] / np.maximum(n["requests"], 1e-9),
     }
     for metric in ("ttft", "tpot", "e2e"):
-        below = np.cumsum(weights @ one.latency[metric], axis=1, dtype=np.float64)
+        used = np.flatnonzero(one.latency[metric].any(axis=0))
+        first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
+        below = np.cumsum(weights @ one.latency[metric][:, first : last + 1], axis=1, dtype=np.float64)
         for _, q in (pair for pair in QUANTILES if pair[0] == metric):
-            found[f"{metric}_p{q * 100:g}_s"] = _quantile(below, q)
+            found[f"{metric}_p{q * 100:g}_s"] = _quantile(below, q, EDGES[first:])
     return found
 
 
-def _quantile(below: Floats, q: float) -> Floats:
-    """[draws]: the q-quantile from cumulative counts, log-linear inside a bin; NaN without any."""
+def _quantile(below: Floats, q: float, edges: Floats) -> Floats:
+    """[draws]: the q-quantile from cumulative counts of bins from edges on, log-linear inside a bin; NaN without any."""
     total = below[:, -1]
     wanted = q * total
-    k = np.minimum((below < wanted[:, None]).sum(axis=1), LATENCY_BINS - 1)
+    k = np.minimum((below < wanted[:, None]).sum(axis=1), below.shape[1] - 1)
     rows = np.arange(len(below))
     before = np.where(k > 0, below[rows, np.maximum(k - 1, 0)], 0.0)
     inside = (wanted - before) / np.maximum(below[rows, k] - before, 1e-9)
-    value = _EDGES[k] * (_EDGES[1] / _EDGES[0]) ** np.clip(inside, 0, 1)
+    value = edges[k] * np.exp(WIDTH * np.clip(inside, 0, 1))
     return np.where(total > 0, value, np.nan)
 
 
 def _exact(one: Binned, name: str) -> float:
+    said = one.figures
     if name == "failed":
-        return 1 - one.summary.ok / one.summary.n if one.summary.n else math.nan
-    if name in one.exact:
-        return one.exact[name]
-    return float(getattr(one.summary, name))
+        return 1 - said.ok / said.n if said.n else math.nan
+    metric, _, word = name.removesuffix("_s").partition("_")
+    held = said.quantiles.get(f"{metric}_s")
+    return held[word] if held else float(getattr(said, name))
 
 
 def _change(before: Floats, after: Floats, share: bool) -> Floats:

@@ -25,9 +25,8 @@ from urllib.parse import quote, urlencode
 from aiohttp import web
 
 from advisor import compare as study
-from advisor.features import RunData
 from advisor.report import gather
-from advisor.report.digest import Digest, digest, traffic
+from advisor.report.digest import Digest, read, traffic
 from advisor.report.page import contents, document, e, figures, policy, safe_json, section, table
 from advisor.report.page import report_body as body_of
 from advisor.report.parts import Section, Table
@@ -149,7 +148,7 @@ class Dash:
         for run in runs:
             if why := study.objection(run, runs[0]):
                 raise InputError(f"run {run.id} {why}: it cannot be compared.")
-        held = [study.binned(run, self._store.observations(run.id), slo) for run in runs]
+        held = [study.read(self._store, run, slo) for run in runs]
         parts = []
         found = study.against_first(held)
         for one, run in zip(found, runs[1:], strict=True):
@@ -167,8 +166,7 @@ class Dash:
         if run.id in self._kept:
             self._kept.move_to_end(run.id)
             return self._kept[run.id]
-        data = RunData(run, self._store.observations(run.id), self._store.samples(run.id))
-        made = digest(data, slo, self._store.fleet_changes(run.id))
+        made = read(self._store, run, slo)
         if run.ended:
             self._kept[run.id] = made
             while len(self._kept) > KEPT:

@@ -10,22 +10,76 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from traces.records import Floats, Ints, Observations, Run, Sample
 
+Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
 BLOCKS = 8
 """Time blocks a run is cut into for the bootstrap: enough to resample, long enough to hold whole queues."""
 
 
+STAYED = 0.995
+"""Quantile of the time that requests stay; who stays longer is one in a window's first hundreds."""
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """One stored run with its rows."""
+    """One stored run with its rows; of a long one, with those of windows spread over it.
+
+    windows: each holds every request between its first and its last, the first one from the run's beginning on, the last one to
+    its end; () where the rows are all there are. observations: the rows of all windows.
+    """
 
     run: Run
     observations: Observations
     samples: Sequence[Sample] = ()
+    windows: Sequence[Observations] = ()
+
+    @classmethod
+    def of(cls, run: Run, windows: Sequence[Observations], samples: Sequence[Sample] = ()) -> RunData:
+        """From what :meth:`traces.store.Store.windows` read."""
+        return cls(run, Observations.concat(windows), samples, windows if len(windows) > 1 else ())
+
+    @property
+    def pieces(self) -> Sequence[Observations]:
+        """Rows without a gap between them: the windows, or all."""
+        return self.windows or (self.observations,)
+
+    @property
+    def finished(self) -> int:
+        """Requests of the run that ended ok, also those that are in no window."""
+        return self.run.counts.get("ok", 0) if self.windows else int(self.observations.ok.sum())
+
+    @cached_property
+    def _known(self) -> tuple[Floats, Floats]:
+        """[k], [k]: begin and end of the spans in which everybody who was there is among the rows.
+
+        Who came before a window and was still there is missing, until about as long has passed as its slowest requests stay; and
+        who came after it, from its last due time on.
+        """
+        spans = []
+        for k, rows in enumerate(self.windows):
+            stay = np.fmax(rows.last_token_s, rows.sent_s) - rows.sent_s
+            stay = stay[np.isfinite(stay)]
+            longest = float(np.quantile(stay, STAYED)) if len(stay) else 0.0
+            begin = float(rows.due_s.min()) + longest if k else -np.inf
+            end = float(rows.due_s.max()) if k + 1 < len(self.windows) else np.inf
+            if begin < end:
+                spans.append((begin, end))
+        held = np.array(spans, dtype=np.float64).reshape(-1, 2)
+        return held[:, 0], held[:, 1]
+
+    def known(self, begin_s: Floats, end_s: Floats) -> Mask:
+        """Bool[n]: is everybody who was there in [begin, end] among the rows?"""
+        if not self.windows:
+            return np.ones(len(begin_s), dtype=np.bool_)
+        begins, ends = self._known
+        k = np.searchsorted(begins, begin_s, side="right") - 1
+        return np.asarray((k >= 0) & (end_s <= np.append(ends, -np.inf)[k]), dtype=np.bool_)
 
     @property
     def prefill(self) -> int:
@@ -146,7 +200,7 @@ def decode_rows(data: RunData, number: int, least_tokens: int = 4) -> Rows:
         return Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
     batch, context = load.mean_between(rows.first_token_s, rows.last_token_s)
     y = rows.tpot_s
-    keep = y > 0
+    keep = (y > 0) & data.known(rows.first_token_s, rows.last_token_s)
     x = np.column_stack([np.ones(len(rows)), np.maximum(batch, 1.0), context])[keep]
     block = time_block(data.observations, (rows.first_token_s + rows.last_token_s) / 2)[keep]
     return Rows(x, y[keep], block, np.full(len(y[keep]), number))
@@ -164,7 +218,7 @@ def quiet_rows(data: RunData, number: int) -> Rows:
     sent, first = np.sort(rows.sent_s), np.sort(rows.first_token_s)
     # Others that overlap [sent, first token): sent before it ended, not answered before it started.
     overlap = np.searchsorted(sent, rows.first_token_s) - np.searchsorted(first, rows.sent_s, side="right") - 1
-    keep = (overlap < data.prefill) & (rows.ttft_sent_s > 0)
+    keep = (overlap < data.prefill) & (rows.ttft_sent_s > 0) & data.known(rows.sent_s, rows.first_token_s)
     n = rows.prompt_lengths[keep].astype(float)
     x = np.column_stack([np.ones(len(n)), n, n * n])
     return Rows(x, rows.ttft_sent_s[keep], time_block(data.observations, rows.sent_s[keep]), np.full(len(n), number))
@@ -257,7 +311,7 @@ def preempted(data: RunData) -> bool:
 def load_quantiles(data: RunData, q: float) -> tuple[float, float]:
     """(sequences, tokens of context) per decode worker that were exceeded for 1 - q of the time."""
     load = decode_load(data.observations, data.decode)
-    gaps = np.diff(load.at_s)
+    gaps = np.diff(load.at_s) * data.known(load.at_s[:-1], load.at_s[1:])
     if not gaps.sum() > 0:
         return 0.0, 0.0
     found = []

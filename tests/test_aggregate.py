@@ -1,4 +1,4 @@
-"""Figures by sums in SQL are those of the rows: counts and rates exactly, quantiles within a bin of one per cent."""
+"""What is said of a long run comes from counts and is what its rows say: rates exactly, quantiles within a bin of 1 %."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.store
+from advisor import compare
 from advisor.cli import main
+from advisor.features import RunData, decode_rows, load_quantiles, quiet_rows
+from advisor.report.digest import QUANTILES, read
+from loadgen.cluster import Profile, simulate
+from tests.test_advise import lognormal
+from tests.test_features import run_of
 from tests.test_store import a_run, same, same_run, some_rows
 from traces import aggregate
 from traces.errors import InputError
-from traces.measures import Figures, Slo
+from traces.measures import Figures, Slo, lag_by_worker, parts_of, summarise, ttft_parts
 from traces.records import Fleet, FleetChange, Observations, Sample
 from traces.store import open_store
 from traces.transfer import export_runs, import_runs
@@ -39,9 +46,24 @@ def answered(n: int, seed: int) -> Observations:
     return rows
 
 
+def of_rows(rows: Observations, slo: str, warmup_s: float = 0.0, pieces: int = 7) -> aggregate.Bins:
+    """The counts of rows that came in some order, in pieces."""
+    found = aggregate.Bins(slo, warmup_s)
+    order = np.random.default_rng(0).permutation(len(rows))
+    for part in np.array_split(order, pieces):
+        found.add(rows.take(part))
+    return found
+
+
+def near(values: Any, exact: Any, within: float = 0.0101) -> None:
+    """Within a bin, and missing where the other is."""
+    np.testing.assert_allclose(np.asarray(values, float), np.asarray(exact, float), rtol=within, atol=1e-9)
+
+
 @pytest.mark.parametrize("warmup_s", [0.0, 30.0])
-def test_sums_in_sql_are_those_of_the_rows(any_url: str, warmup_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every backend the long way in SQL and the short way in numpy say the same of a run, with and without a warm-up."""
+def test_counts_say_what_the_rows_say(any_url: str, warmup_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every backend the way by counts (kept while rows come, or counted from the rows) and the short way by numpy say the same
+    of a run, with and without a warm-up, within its own SLO and another one."""
     rows = answered(3000, 1)
     slo = "ttft<1s tpot<0.5s e2e<20s"
     with open_store(any_url) as store:
@@ -49,13 +71,24 @@ def test_sums_in_sql_are_those_of_the_rows(any_url: str, warmup_s: float, monkey
         store.add_observations(run.id, rows)
         exact = store.figures(run)
         assert exact.exact
+        assert store.bins(run) is None
         monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
-        binned = store.figures(run)
+        live = store.begin_run(replace(a_run(), slo=slo, warmup_s=warmup_s, scheduled=3000))
+        for part in (slice(0, 1700), slice(1500, 3000), slice(0, 50)):  # some come twice
+            store.add_observations(live.id, rows.take(part))
+        monkeypatch.setattr(store, "_pieces", None)  # nobody reads the rows again
+        live = store.end_run(live)
+        counted = {"live": store.figures(live)}
+        monkeypatch.undo()
+        monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
+        counted["from rows"] = store.figures(run)
+        assert repr(counted["live"]) == repr(counted["from rows"])
+        binned = counted["live"]
         assert not binned.exact
         for name in ("n", "ok", "goodput_per_s", "throughput_per_s", "output_tokens_per_s", "attainment", "span_s"):
             assert getattr(binned, name) == pytest.approx(getattr(exact, name), rel=1e-12), name
-        counted = run.counted(rows)
-        ok = counted.take(counted.ok)
+        counted_rows = run.counted(rows)
+        ok = counted_rows.take(counted_rows.ok)
         for name, quantiles in binned.quantiles.items():
             values = getattr(ok, name)
             values = np.sort(values[np.isfinite(values)])
@@ -63,6 +96,128 @@ def test_sums_in_sql_are_those_of_the_rows(any_url: str, warmup_s: float, monkey
                 true = values[int(q * (len(values) - 1))]
                 assert quantiles[word] == pytest.approx(true, rel=0.0051), (name, word)
             assert quantiles["max"] == pytest.approx(values[-1], rel=1e-12)
+        other = Slo.parse("ttft<0.1s tpot<0.2s e2e<3s")
+        held = store.bins(live, other)
+        assert held is not None
+        wanted = of_rows(rows, str(other), warmup_s)
+        assert held.counts["good"].tolist() == wanted.counts["good"].tolist()
+        assert held.figures().goodput_per_s == pytest.approx(Figures.of(counted_rows, other).goodput_per_s, rel=1e-12)
+
+
+def test_rows_of_somebody_else_are_counted_at_the_end(any_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose rows came by two processes is counted from the database when it ends; a row that comes later counts as well."""
+    rows = answered(500, 5)
+    monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
+    with open_store(any_url) as store, open_store(any_url) as other:
+        run = store.begin_run(replace(a_run(), slo="ttft<1s", scheduled=500))
+        store.add_observations(run.id, rows.take(slice(0, 200)))
+        other.add_observations(run.id, rows.take(slice(200, 450)))
+        run = store.end_run(run)
+        assert store.figures(run).n == 450
+        other.add_observations(run.id, rows.take(slice(450, 500)))
+        assert store.figures(run).n == 500
+        held = store.bins(run)
+        assert held is not None
+        assert held.rows == 500
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 1000), span=st.floats(0.01, 1e5), warmup=st.floats(0.0, 0.9), pieces=st.integers(1, 9))
+def test_counts_do_not_depend_on_the_order_of_rows(seed: int, span: float, warmup: float, pieces: int) -> None:
+    """Whatever the pieces, the counts are the same, come back from the database as they went in, and hold every request."""
+    rows = answered(60, seed)
+    rows.due_s[:] = np.random.default_rng(seed).uniform(0, span, 60)
+    found = of_rows(rows, "ttft<1s", warmup * span, pieces)
+    whole = of_rows(rows, "ttft<1s", warmup * span, 1)
+    assert np.array_equal(found.latency, whole.latency)
+    again = aggregate.Bins.unpack(json.loads(json.dumps(found.pack()[0])), found.pack()[1])
+    assert again is not None
+    for one in (whole, again):
+        assert repr(one.figures()) == repr(found.figures())
+        assert one.edges_s.tolist() == found.edges_s.tolist()
+        assert {k: v.tolist() for k, v in one.counts.items()} == {k: v.tolist() for k, v in found.counts.items()}
+    assert found.slots <= aggregate.SLOTS
+    assert found.counts["requests"].sum() == found.rows == 60
+    counted = int((rows.due_s >= warmup * span).sum())
+    assert found.total("requests") == counted
+    assert aggregate.Bins.unpack(found.pack()[0], b"not at all") is None
+
+
+def test_reports_and_comparisons_of_counts_are_those_of_the_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simulated run digested, compared and shown from its counts: rates exactly, quantiles within a bin, the same verdicts."""
+    slo = Slo.parse("ttft<0.5s tpot<50ms")
+    profile = Profile.load("demo")
+    url = f"sqlite:///{tmp_path}/a.db"
+    with open_store(url) as store:
+        runs = []
+        for fleet in (Fleet(4, 4), Fleet(2, 6)):
+            rows = simulate(lognormal(4000, 8, 1), fleet, profile).observations
+            rows.worker[:] = rows.index % 2
+            rows.status[:40] = "failed"
+            rows.detail[39] = "seen"
+            run = replace(run_of(fleet, len(rows)), id=0, trace="t", schedule_digest="d", slo=str(slo))
+            runs.append(store.begin_run(replace(run, counts={"ok": 3960, "failed": 40})))
+            store.add_observations(runs[-1].id, rows)
+        exact = [read(store, run, slo, profile) for run in runs]
+        pair = [compare.read(store, run, slo) for run in runs]
+        rows, parts = store.observations(runs[0].id), ttft_parts(store.observations(runs[0].id), [])
+        monkeypatch.setattr(traces.store, "EXACT_ROWS", 1000)
+        for run, one in zip(runs, exact, strict=True):
+            found = read(store, run, slo, profile)
+            assert not found.exact
+            assert one.exact
+            for name in ("n", "ok", "goodput_per_s", "attainment", "span_s", "e2e_mean_s"):
+                assert getattr(found.summary, name) == pytest.approx(getattr(one.summary, name)), name
+            near([found.summary.ttft_p90_s, found.summary.tpot_p99_s], [one.summary.ttft_p90_s, one.summary.tpot_p99_s])
+            for metric in ("ttft", "tpot", "e2e"):
+                inner = (QUANTILES > 0.05) & (QUANTILES < 0.999)
+                near(found.cdf[metric][inner], one.cdf[metric][inner], 0.02)  # few values a quantile
+                assert found.within.get(metric) == pytest.approx(one.within.get(metric), abs=0.002)
+            assert [f[:2] for f in found.failures] == [f[:2] for f in one.failures]
+            assert found.failures[0][2] == "seen"
+            assert found.tpot is not None
+            assert one.tpot is not None
+            assert found.tpot.error == pytest.approx(one.tpot.error)  # all rows fit in
+            width = np.diff(np.append(found.requests.at_s, one.requests.at_s[-1]))
+            assert len(width) > 100
+            rate = found.requests.values["rate_per_s"]
+            assert np.nanmean(rate) == pytest.approx(8, rel=0.1)
+        both = [compare.compare(*pair), compare.compare(*(compare.read(store, run, slo) for run in runs))]
+        for a, b in zip(both[0].differences, both[1].differences, strict=True):
+            assert b.change == pytest.approx(a.change, rel=0.03, abs=0.01), a.metric
+            assert b.verdict == a.verdict, a.metric
+        held = store.bins(runs[0])
+        assert held is not None
+        for worker, lag in lag_by_worker(rows).items():
+            assert held.lag_by_worker()[worker].requests == lag.requests
+        assert sum(lag.requests for _, _, lag in held.lag_over_time()) == len(rows)
+        assert parts_of(held.mean, []) == parts
+        assert repr(held.summary().n) == repr(summarise(rows, slo).n)
+    assert main(["runs", "show", "1", "--json", "--db", url]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["quantiles"] != "exact"
+    assert len(shown["lag_over_time"]) == 12
+    assert main(["compare", "1", "2", "--slo", "ttft<0.3s", "--json", "--db", url]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["quantiles"] != "exact"
+
+
+def test_windows_know_whom_they_miss() -> None:
+    """Batches, and who met no other prefill, are told alike from windows and from the whole run, away from the windows' edges."""
+    whole = simulate(lognormal(6000, 8, 2), Fleet(4, 4), Profile.load("demo")).observations
+    run = replace(run_of(Fleet(4, 4), len(whole)), counts={"ok": len(whole)})
+    windows = [whole.take(slice(s, s + 1000)) for s in (0, 2500, 5000)]
+    some, every = RunData.of(run, windows), RunData(run, whole)
+    assert some.finished == len(whole)
+    found, wanted = decode_rows(some, 0), decode_rows(every, 0)
+    assert len(found) > 1500
+    x = dict(zip(wanted.y.tolist(), wanted.x, strict=True))  # no two TPOTs are the same
+    alike = [np.allclose(row, x[y], rtol=1e-4) for row, y in zip(found.x, found.y.tolist(), strict=True)]
+    assert np.mean(alike) > 0.98
+    quiet = [len(quiet_rows(one, 0)) for one in (some, every)]
+    assert quiet[0] / quiet[1] == pytest.approx(len(found) / len(wanted), rel=0.1)
+    near(load_quantiles(some, 0.9)[0], load_quantiles(every, 0.9)[0], 0.15)  # of half of the time
 
 
 def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(any_url: str) -> None:
@@ -84,13 +239,11 @@ def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(any_u
 @given(values=st.lists(st.floats(1e-6, 1e5), min_size=1, max_size=200), q=st.floats(0, 1))
 def test_a_quantile_from_bins_is_within_half_a_per_cent_of_a_value(values: list[float], q: float) -> None:
     """Whatever the values, the binned quantile is next to the value that stands at its place."""
-    held: dict[int, int] = {}
-    for v in values:
-        k = math.floor(math.log(v) / aggregate.WIDTH)
-        held[k] = held.get(k, 0) + 1
-    found = aggregate.quantile([[k, n] for k, n in sorted(held.items())], q, max(values))
-    near = sorted(values)[math.floor(q * (len(values) - 1))]
-    assert found == pytest.approx(near, rel=0.0051)
+    counts = np.bincount(aggregate.bins(np.array(values)), minlength=aggregate.BINS)
+    found = float(aggregate.quantile(counts[None], q, np.array([max(values)]))[0])
+    near_by = sorted(values)[math.floor(q * (len(values) - 1))]
+    assert found == pytest.approx(near_by, rel=0.0051)
+    assert aggregate.quantiles(counts, np.array([q]), max(values))[0] == found
 
 
 def test_windows_of_a_long_run_hold_every_neighbour(any_url: str) -> None:

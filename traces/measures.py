@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -345,13 +345,22 @@ def ttft_parts(observations: Observations, histograms: Sequence[Histogram]) -> l
     parts before it leave of TTFT: the network, the router, and whatever nobody tells. Empty where no part is known.
     """
     ok = observations.take(observations.ok)
-    ttft = ok.ttft_sent_s[np.isfinite(ok.ttft_sent_s)]
-    found: list[Part] = []
-    for name in STAGES:
+
+    def mean(name: str) -> tuple[float, int]:
         values: Floats = getattr(ok, name)
         values = values[np.isfinite(values)]
-        if len(values):
-            found.append(Part(name, float(values.mean()), len(values), "answers"))
+        return (float(values.mean()) if len(values) else math.nan), len(values)
+
+    return parts_of(mean, histograms)
+
+
+def parts_of(mean: Callable[[str], tuple[float, int]], histograms: Sequence[Histogram]) -> list[Part]:
+    """:func:`ttft_parts` from means over ok requests: name of a column -> (mean in seconds, of how many)."""
+    found: list[Part] = []
+    for name in STAGES:
+        told, n = mean(name)
+        if n:
+            found.append(Part(name, told, n, "answers"))
             continue
         for histogram, role in _BY_HISTOGRAM[name]:
             held = [h for h in histograms if (h.name, h.role) == (histogram, role) and h.count > 0]
@@ -360,9 +369,10 @@ def ttft_parts(observations: Observations, histograms: Sequence[Histogram]) -> l
                 source = f"{held[0].source} of {role}"
                 found.append(Part(name, sum(h.total for h in held) / count, int(count), source))
                 break
-    if found and len(ttft):
-        rest = float(ttft.mean()) - sum(p.mean_s for p in found)
-        found.append(Part("rest", rest, len(ttft), f"TTFT {float(ttft.mean()) * 1e3:.1f} ms less the parts"))
+    ttft, n = mean("ttft_sent_s")
+    if found and n:
+        rest = ttft - sum(p.mean_s for p in found)
+        found.append(Part("rest", rest, n, f"TTFT {ttft * 1e3:.1f} ms less the parts"))
     return found
 
 

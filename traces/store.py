@@ -1,4 +1,4 @@
-"""The database: the only SQL in the project beside ``migrations/`` (its sums over rows are in :mod:`traces.aggregate`).
+"""The database: the only SQL in the project beside ``migrations/``.
 
 The contract, the same on SQLite, PostgreSQL and MariaDB
 - **Who writes.** One writer a run: the process that replays. Any number of readers, meanwhile. Several masters may
@@ -11,8 +11,9 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
   (RETRIES_S), by the replay from disk (:mod:`loadgen.spool`). Only a trace is not: it fails whole, ``ingest`` runs again.
 - **What a reader sees.** Whole batches, in any order of arrival; never half a batch. A reader never blocks a writer
   (SQLite: WAL; PostgreSQL, MariaDB: MVCC). Two writers of one SQLite file take turns, each waits up to 30 s.
-- **What is derived.** A run's figures are kept with it when it has ended (``summaries``) and thrown away by the first row
-  that comes later; whoever asks then computes them again from the rows.
+- **What is derived.** A run's figures are kept with it when it has ended, those of a long run with the counts they come from
+  (``summaries``, :mod:`traces.aggregate`), and thrown away by the first row that comes later; whoever asks then computes them
+  again from the rows. Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at most.
 - **Revisions.** A database is used at this version's revision only; an older one is refused with the command to run, a
   newer one in words. Two ``migrate`` at once: the second waits, then finds the work done. A revision that fails leaves the
   one before it, except on MariaDB, which cannot take a change of tables back: there restore a dump.
@@ -28,6 +29,7 @@ import json
 import math
 import re
 import sqlite3
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +51,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from traces import __version__, aggregate
+from traces import __version__
+from traces.aggregate import COLUMNS, Bins
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
 from traces.measures import Figures, Slo
@@ -256,7 +259,9 @@ summaries = sa.Table(
     sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("figures", sa.JSON, nullable=False),
     sa.Column("bins", sa.JSON, nullable=False),
+    sa.Column("latencies", sa.LargeBinary().with_variant(mysql.LONGBLOB, "mysql", "mariadb")),
 )
+"""bins, latencies: of a run longer than EXACT_ROWS, what :meth:`traces.aggregate.Bins.pack` makes."""
 
 recommendations = sa.Table(
     "recommendations",
@@ -300,7 +305,13 @@ RETRIES_S = (0.05, 0.4, 1.5)
 """Pauses before a transaction whose connection broke, or that a deadlock ended, is done again."""
 
 EXACT_ROWS = 100_000
-"""Up to here a run's quantiles come from its rows; beyond from bins 1 % wide."""
+"""Up to here what is said of a run comes from its rows; beyond from counts, quantiles from bins 1 % wide."""
+
+KEEP_AFTER = 0.05
+"""The counts of a long run that goes on are kept anew when they have grown by this share."""
+
+COUNTED_RUNS = 8
+"""Long runs whose rows one store counts while it stores them; of more, the oldest are counted when they end."""
 
 WORKER_CHARACTERS = 200
 """Of a server worker's name: it comes from the endpoint, and stands in a key."""
@@ -643,6 +654,9 @@ class Store:
     def __init__(self, engine: sa.Engine, shown: str) -> None:
         self._engine = engine
         self.url = shown
+        self._counting: dict[int, Bins] = {}  # of long runs that were begun here
+        self._kept: dict[int, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -893,11 +907,19 @@ class Store:
             connection.execute(_once(connection, runs), [values])
             return int(connection.execute(sa.select(runs.c.id).where(runs.c.key == values["key"])).scalar_one())
 
-        return replace(run, id=self._write(write))
+        run = replace(run, id=self._write(write))
+        if run.scheduled > EXACT_ROWS:
+            with self._lock:
+                self._counting[run.id] = Bins(run.slo, run.warmup_s)
+                while len(self._counting) > COUNTED_RUNS:
+                    self._counting.pop(next(iter(self._counting)))
+        return run
 
     def end_run(self, run: Run) -> Run:
         """Store what came of a run."""
         run = replace(run, ended=True)
+        with self._lock:
+            counted = self._counting.pop(run.id, None)
         update = runs.update().where(runs.c.id == run.id).values(_run_values(run))
 
         def write(connection: sa.Connection) -> None:
@@ -907,6 +929,10 @@ class Store:
         self._write(write)
         if run.scheduled > EXACT_ROWS:  # now, so that nobody who asks waits for it
             with suppress(StoreError):
+                # Rows that somebody else stored, or stored before, are not in what was counted here.
+                known = counted is not None and (counted.slo, counted.warmup_s) == (run.slo, run.warmup_s)
+                if counted is not None and known and EXACT_ROWS < counted.rows == self._rows(run.id):
+                    self._keep(run.id, counted.figures(), counted)
                 self.figures(run)
         return run
 
@@ -1005,12 +1031,25 @@ class Store:
         """Store a batch; a row that is there already stays as it is."""
         columns = {name: _nullable(name, getattr(rows, name)) for name in Observations.columns()}
 
+        with self._lock:
+            counted = self._counting.get(run_id)
+
         def write(connection: sa.Connection) -> None:
-            connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
+            if counted is None:
+                connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
             self._bulk(connection, observations, {"run_id": [run_id] * len(rows)} | columns)
 
-        if len(rows):
-            self._write(write)
+        if not len(rows):
+            return
+        self._write(write)
+        if counted is not None:
+            with self._lock:
+                counted.add_once(rows)
+                due = counted.rows > max(EXACT_ROWS, (1 + KEEP_AFTER) * self._kept.get(run_id, 0))
+                if due:
+                    self._kept[run_id] = counted.rows
+            if due:
+                self._keep(run_id, counted.figures(), counted)
 
     def observations(self, run_id: int) -> Observations:
         """All rows of a run, in order of due time."""
@@ -1019,8 +1058,9 @@ class Store:
     def windows(self, run_id: int, most: int = 200_000, parts: int = 20) -> list[Observations]:
         """A run's rows, or of a long one about ``most`` in ``parts`` windows spread evenly over it; each in order of due time.
 
-        A window holds every request between its first and last index (in the order of the schedule, so neighbours in time):
-        queues and batches can be told within it. Only its rows are read.
+        The first window begins where the run does, the last one ends where it does. A window holds every request between its
+        first and last index (in the order of the schedule, so neighbours in time): queues and batches can be told within it. Only
+        its rows are read.
         """
         t = observations.c
         query = sa.select(sa.func.min(t.index), sa.func.max(t.index)).where(t.run_id == run_id)
@@ -1031,57 +1071,116 @@ class Store:
         if last - first < most:
             return [self.observations(run_id)]
         width = max(1, most // parts)
-        starts = [first + (last + 1 - first) * k // parts for k in range(parts)]
-        gap = (starts[1] - starts[0] - width) // 2
+        starts = [first + (last + 1 - first - width) * k // max(1, parts - 1) for k in range(parts)]
         found = [
-            self._observations(run_id, t.run_id == run_id, t.index >= start + gap, t.index < start + gap + width)
+            self._observations(run_id, t.run_id == run_id, t.index >= start, t.index < start + width)
             for start in starts
         ]
         return [rows for rows in found if len(rows)]
 
+    def pieces(self, run_id: int, names: Sequence[str] = Observations.columns()) -> Iterator[Observations]:
+        """A run's rows piece by piece, in order of index; only the columns named are read."""
+        return self._pieces(names, observations.c.run_id == run_id, ordered=True)
+
     def _observations(self, run_id: int, *which: Any) -> Observations:
-        names = Observations.columns()
-        t = observations.c
-        query = sa.select(*(t[name] for name in names)).where(*which)
-        parts = []
+        return Observations.concat(self._pieces(Observations.columns(), *which))
+
+    def _pieces(self, names: Sequence[str], *which: Any, ordered: bool = False) -> Iterator[Observations]:
+        query = sa.select(*(observations.c[name] for name in names)).where(*which)
+        if ordered:
+            query = query.order_by(observations.c.index)
         with self._begin() as connection:
-            held = connection.execution_options(yield_per=20_000).execute(query)
+            held = connection.execution_options(yield_per=FEED_ROWS).execute(query)
             for piece in held.partitions():
                 part = Observations.empty(len(piece))
                 for name, values in zip(names, zip(*piece, strict=True), strict=True):
                     column = getattr(part, name)
                     if column.dtype == object:
                         column[:] = ["" if v is None else v for v in values]
+                    elif column.dtype == np.float64:
+                        column[:] = np.array(values, dtype=np.float64)  # None is NaN
                     else:
-                        missing = np.nan if column.dtype == np.float64 else -1
-                        column[:] = [missing if v is None else v for v in values]
-                parts.append(part)
-        return Observations.concat(parts)
+                        column[:] = [-1 if v is None else v for v in values]
+                yield part
+
+    def _rows(self, run_id: int, most: int | None = None) -> int:
+        """How many rows a run has; with most, no more than that many are counted."""
+        t = observations.c
+        which = sa.select(t.run_id).where(t.run_id == run_id)
+        query = sa.select(sa.func.count()).select_from((which.limit(most) if most else which).subquery())
+        with self._begin() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def figures(self, run: Run) -> Figures:
         """The figures of a run after its warm-up, by its own SLO. Of one that has ended they are computed once and kept.
 
-        Up to EXACT_ROWS from the rows themselves; of a longer run by sums in SQL, quantiles from bins.
+        Up to EXACT_ROWS from the rows themselves; of a longer run from its counts.
         """
         query = sa.select(summaries.c.figures).where(summaries.c.run_id == run.id)
         with self._begin() as connection:
             kept = connection.execute(query).scalar()
-        if kept is not None:
+        if kept is not None and run.ended:
             return _figures(kept)
-        slo = Slo.parse(run.slo) if run.slo else Slo()
-        held: dict[str, Any] = {}
-        if run.scheduled <= EXACT_ROWS:
-            found = Figures.of(run.counted(self.observations(run.id)), slo)
-        else:
-            with self._begin() as connection:
-                total = aggregate.totals(connection, observations, run.id, slo, run.warmup_s)
-                held = aggregate.bins(connection, observations, run.id, run.warmup_s)
-            found = aggregate.figures(total, held)
+        if (counted := self.bins(run)) is not None:
+            return counted.figures()
+        found = Figures.of(run.counted(self.observations(run.id)), Slo.parse(run.slo) if run.slo else Slo())
         if run.ended and found.n:
-            values = {"run_id": run.id, "figures": _plain(asdict(found)), "bins": held}
-            with suppress(StoreError):  # a reader without the right to write still gets its answer
-                self._write(lambda connection: connection.execute(_once(connection, summaries), [values]))
+            self._keep(run.id, found)
         return found
+
+    def bins(self, run: Run, slo: Slo | None = None) -> Bins | None:
+        """The counts of a run of more than EXACT_ROWS rows; None of a shorter one, whose rows can be read.
+
+        They are kept with the run, else counted from the rows and then kept. slo: what is counted as good [by the run's own];
+        by another one the database counts it.
+        """
+        if run.scheduled <= EXACT_ROWS:
+            return None
+        query = sa.select(summaries.c.bins, summaries.c.latencies).where(summaries.c.run_id == run.id)
+        with self._begin() as connection:
+            kept = connection.execute(query).first()
+        found = Bins.unpack(kept.bins, kept.latencies) if kept is not None and kept.latencies is not None else None
+        if found is None:
+            if self._rows(run.id, EXACT_ROWS + 1) <= EXACT_ROWS:
+                return None
+            found = Bins(run.slo, run.warmup_s)
+            for piece in self._pieces(COLUMNS, observations.c.run_id == run.id):
+                found.add(piece)
+            self._keep(run.id, found.figures(), found)
+        if slo is not None and str(slo) != str(Slo.parse(found.slo) if found.slo else Slo()):
+            found = found.within(str(slo), self._good(run.id, slo, found))
+        return found
+
+    def _good(self, run_id: int, slo: Slo, found: Bins) -> dict[int, int]:
+        """Slot of time -> requests that met the limits of an SLO; the formulas of :func:`traces.measures.met`."""
+        t = observations.c
+        tokens = sa.func.coalesce(t.output_tokens, t.requested_tokens)
+        latency: dict[str, Any] = {
+            "ttft": t.first_token_s - t.due_s,
+            "tpot": sa.case((tokens > 1, (t.last_token_s - t.first_token_s) / (tokens - 1))),
+            "e2e": t.last_token_s - t.due_s,
+        }
+        good = [t.run_id == run_id, t.status == "ok"]
+        for metric, limit in slo.limits:
+            keeps: Any = latency[metric] <= limit
+            good.append(sa.or_(keeps, tokens <= 1) if metric == "tpot" else keeps)
+        slot = sa.cast(sa.func.floor((t.due_s - found.warmup_s) / found.width_s), sa.Integer)
+        inner = sa.select(slot.label("slot")).where(*good).subquery()
+        query = sa.select(inner.c.slot, sa.func.count()).group_by(inner.c.slot)
+        with self._begin() as connection:
+            return {int(k): int(n) for k, n in connection.execute(query)}
+
+    def _keep(self, run_id: int, found: Figures, counted: Bins | None = None) -> None:
+        """Keep what was computed of a run, instead of what was kept before."""
+        plain, latencies = counted.pack() if counted is not None else ({}, None)
+        values = {"run_id": run_id, "figures": _plain(asdict(found)), "bins": _plain(plain), "latencies": latencies}
+
+        def write(connection: sa.Connection) -> None:
+            connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
+            connection.execute(_once(connection, summaries), [values])
+
+        with suppress(StoreError):  # a reader without the right to write still gets its answer
+            self._write(write)
 
     def add_samples(self, run_id: int, readings: Sequence[Sample]) -> None:
         """Store server readings; one that is there already stays as it is."""
@@ -1096,16 +1195,23 @@ class Store:
         ]
         self._write(lambda connection: connection.execute(_once(connection, samples), values))
 
-    def samples(self, run_id: int) -> list[Sample]:
-        """A run's server readings, in order of time."""
-        names = [f.name for f in fields(Sample)]
-        query = (
-            sa.select(*(samples.c[name] for name in names))
-            .where(samples.c.run_id == run_id)
-            .order_by(samples.c.at_s, samples.c.id)
-        )
+    def samples(self, run_id: int, most: int = 50_000) -> list[Sample]:
+        """A run's server readings, in order of time; of more than ``most`` every second, third, .. of each worker."""
+        t = samples.c
+        step = -(-self.readings(run_id) // most)
+        place = sa.func.row_number().over(partition_by=(t.worker, t.role), order_by=(t.at_s, t.id))
+        held = sa.select(*samples.c, *([place.label("place")] if step > 1 else [])).where(t.run_id == run_id).subquery()
+        query = sa.select(*(held.c[f.name] for f in fields(Sample))).order_by(held.c.at_s, held.c.id)
+        if step > 1:
+            query = query.where((held.c.place - 1) % step == 0)
         with self._begin() as connection:
             return [Sample(*row) for row in connection.execute(query)]
+
+    def readings(self, run_id: int) -> int:
+        """How many server readings a run has."""
+        query = sa.select(sa.func.count()).select_from(samples).where(samples.c.run_id == run_id)
+        with self._begin() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def add_histograms(self, run_id: int, found: Sequence[Histogram]) -> None:
         """Store what the servers' histograms counted during the run, instead of what was stored of it before."""

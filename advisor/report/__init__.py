@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from advisor.features import RunData
-from advisor.report.digest import Digest, digest, traffic
+from advisor.report.digest import Digest, read, traffic
 from advisor.report.markdown import markdown
 from advisor.report.page import render
 from advisor.report.parts import Report
@@ -26,7 +26,7 @@ from advisor.report.whatif import Case, what_if
 from loadgen.cluster import Profile
 from traces.errors import InputError
 from traces.measures import Slo
-from traces.records import Fleet, FleetChange, Schedule
+from traces.records import Fleet, Schedule
 from traces.shape import head, piece, to_rate, window
 from traces.store import Store
 
@@ -95,14 +95,10 @@ def gather(
 
 def digests(store: Store, runs: Iterable[int | RunData], slo: Slo, profile: Profile | None = None) -> list[Digest]:
     """The digests of runs, named by id or given with their rows."""
-    found = []
-    for one in runs:
-        changes: list[FleetChange]
-        if isinstance(one, int):
-            one = RunData(store.run(one), store.observations(one), store.samples(one))
-        changes = store.fleet_changes(one.run.id)
-        found.append(digest(one, slo, changes, profile))
-    return found
+    return [
+        read(store, store.run(one), slo, profile) if isinstance(one, int) else read(store, one.run, slo, profile, one)
+        for one in runs
+    ]
 
 
 def laws_of(answer: Mapping[str, Any]) -> Profile | None:

@@ -14,8 +14,10 @@ import numpy as np
 
 from advisor.features import RunData, decode_rows, quiet_rows
 from loadgen.cluster import Profile
+from traces.aggregate import Bins, quantile, quantiles
 from traces.measures import Slo, Summary, summarise
 from traces.records import FleetChange, Floats, Observations, Run, Sample, Schedule
+from traces.store import Store
 
 QUANTILES = np.unique(np.concatenate([np.linspace(0, 1, 161), [0.995, 0.997, 0.998, 0.999]]))
 """Cumulative shares at which a distribution is kept: even steps, and the tail that an SLO is about."""
@@ -48,7 +50,8 @@ class Fitting:
 
 @dataclass(frozen=True, eq=False)
 class Digest:
-    """One run. cdf: metric -> [len(QUANTILES)] seconds. within: metric -> share of ok requests within its SLO limit.
+    """One run. cdf: metric -> [len(QUANTILES)] seconds. within: metric -> share of ok requests within its SLO limit. exact: from
+    its rows, else from the counts that are kept of a long run.
 
     requests: arrivals, latencies and lag over time. readings: the servers' own, by role: ``prefill waiting_requests``,
     ``decode busy``, ``prefill workers``, .. tpot, ttft: the laws held against this run, where they can be.
@@ -65,6 +68,7 @@ class Digest:
     tpot: Fitting | None
     ttft: Fitting | None
     failures: Sequence[tuple[str, int, str]]
+    exact: bool = True
 
     @property
     def name(self) -> str:
@@ -72,6 +76,63 @@ class Digest:
         fleet = self.run.fleet or "fleet unknown"
         rate = f" at {self.run.rate_per_s:.3g}/s" if self.run.rate_per_s == self.run.rate_per_s else ""
         return f"run {self.run.id}: {fleet}{rate}"
+
+
+LAW_ROWS, LAW_WINDOWS = 40_000, 8
+"""Of a long run, what is held against the laws: as many rows in as many windows."""
+
+
+def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data: RunData | None = None) -> Digest:
+    """The digest of a stored run; data: its rows, where they are at hand already."""
+    changes = store.fleet_changes(run.id)
+    held = store.bins(run, slo)
+    if held is None:
+        data = data or RunData(run, store.observations(run.id), store.samples(run.id))
+        return digest(data, slo, changes, profile)
+    if profile is not None:
+        data = data or RunData.of(run, store.windows(run.id, LAW_ROWS, LAW_WINDOWS))
+    cdf, within = {}, {}
+    for metric in METRICS:
+        counts = held.of(f"{metric}_s")
+        if not counts.any():
+            continue
+        cdf[metric] = quantiles(counts, QUANTILES, held.quantile(f"{metric}_s", 1.0))
+        limit = slo.limit(metric)
+        if limit is not None:
+            within[metric] = held.share(f"{metric}_s", limit)
+    tpot, ttft = _laws(data, profile) if data is not None else (None, None)
+    failures = sorted(((kind, n, seen) for kind, (n, _, seen) in held.failures.items()), key=lambda f: -f[1])
+    return Digest(
+        run=run,
+        summary=held.summary(),
+        cdf=cdf,
+        within=within,
+        requests=_counted(held),
+        readings=_readings(store.samples(run.id)),
+        changes=changes,
+        tpot=tpot,
+        ttft=ttft,
+        failures=failures,
+        exact=False,
+    )
+
+
+def _counted(held: Bins) -> Over:
+    """As :func:`_requests`, from counts; latencies are those of finished requests."""
+    edges = held.edges_s
+    width = np.maximum(np.diff(edges), 1e-9)
+    n = {name: counts[: held.slots].astype(float) for name, counts in held.counts.items()}
+    values = {
+        "rate_per_s": n["requests"] / width,
+        "failed_per_s": (n["requests"] - n["ok"]) / width,
+        "prompt_tokens_per_s": n["prompt_tokens"] / width,
+        "output_tokens_per_s": n["tokens"] / width,
+    }
+    for name in (*METRICS, "lag"):
+        counts, most = held.over(f"{name}_s"), held.most(f"{name}_s")
+        for word, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)) if name == "lag" else (("p50", 0.5), ("p99", 0.99)):
+            values[f"{name}_{word}_s"] = quantile(counts, q, most)
+    return Over((edges[:-1] + edges[1:]) / 2, held.width_s, values)
 
 
 def digest(data: RunData, slo: Slo, changes: Sequence[FleetChange] = (), profile: Profile | None = None) -> Digest:
