@@ -8,9 +8,11 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
 
-# What measures real time has the machine to itself; the rest shares its cores. Plain pytest runs all, one by one.
+# What measures real time has the machine to itself; the rest shares its cores, and waits more than it works. Plain pytest runs
+# all, one by one.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not timed"
+	$(BIN)/python -m benchmarks.compile_kernel --where-possible
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not timed"
 	$(BIN)/python -m pytest -m timed
 
 # Kill, stop, cut, starve and fill what a replay stands on, some 300 times, and count the rows: a quarter of an hour or more.

@@ -67,7 +67,7 @@ def cell(store: object, swarm: Swarm, profile: Profile, fleet: Fleet, speed: flo
             run = replay(store, swarm, asked, url, name=f"{profile.name} {load}", timeout_s=300.0)  # type: ignore[arg-type]
             with urllib.request.urlopen(f"{url}/log", timeout=30) as answer:
                 log = list(csv.DictReader(io.StringIO(answer.read().decode())))
-        if run.verdict != "invalid" and run.counts == {"ok": n}:
+        if run.verdict == "valid" and run.counts == {"ok": n}:
             break
         print(f"  rejected: {run.reason}" + ("" if attempt else "; again"))
     else:

@@ -1,8 +1,9 @@
 """Translate the kernel to machine code with mypyc, from the source that everybody else runs.
 
-    python -m benchmarks.compile_kernel [FOLDER]
+    python -m benchmarks.compile_kernel [--where-possible]
 
-Puts ``kernel.<abi>.so`` beside ``loadgen/cluster/kernel.py`` (Python prefers it), or into FOLDER.
+Puts ``kernel.<abi>.so`` beside ``loadgen/cluster/kernel.py`` (Python prefers it). ``--where-possible`` does nothing where it is
+newer than its source, and goes on without it where there is no compiler.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -36,9 +38,24 @@ def compile_kernel(folder: Path) -> list[Path]:
         return [Path(shutil.copy(built, folder)) for built in sorted((Path(work) / CLUSTER).glob("kernel*.so"))]
 
 
+def fresh() -> bool:
+    """Whether this Python's compiled kernel stands beside its source and is newer."""
+    built = HERE / CLUSTER / f"kernel{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return built.exists() and built.stat().st_mtime >= (HERE / CLUSTER / "kernel.py").stat().st_mtime
+
+
+def can_compile() -> bool:
+    """Whether there is a C compiler, and Python's headers for it."""
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return headers.exists() and bool(shutil.which("cc") or shutil.which("gcc"))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--where-possible"] and (fresh() or not can_compile()):
+        print("the kernel is compiled" if fresh() else "no C compiler, or no Python headers: the kernel stays Python")
+        sys.exit()
     try:
-        print(*compile_kernel(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / CLUSTER), sep="\n")
+        print(*compile_kernel(HERE / CLUSTER), sep="\n")
     except subprocess.CalledProcessError as error:
         print(error.stdout[-2000:], error.stderr[-2000:], sep="\n", file=sys.stderr)
         sys.exit("the kernel was not compiled: is there a C compiler, are Python's headers installed?")

@@ -8,6 +8,8 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,52 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import settings
 
+from tests.watch import Watch
+
 # The same examples on every machine, so that a red run means a change. HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("repeat", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 _NUMBERS = itertools.count()
+
+
+class Disturbed:
+    """Whether the machine stood still while the running test ran: the condition to try a failed one again."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.since_s = time.monotonic()
+
+    def __call__(self) -> bool:
+        worst = self.watch.worst_s(self.since_s)
+        if worst:
+            print(f"the machine stood still for {worst * 1e3:.0f} ms during this test", file=sys.stderr)
+        return worst > 0
+
+
+DISTURBED = pytest.StashKey[Disturbed]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of real time that failed while the machine stood still measured the machine: it is tried again, twice at most."""
+    timed = [item for item in items if item.get_closest_marker("timed")]
+    if not timed or config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    folder = tempfile.TemporaryDirectory()
+    disturbed = config.stash[DISTURBED] = Disturbed(Watch(Path(folder.name)))
+    config.add_cleanup(folder.cleanup)
+    config.add_cleanup(disturbed.watch.close)
+    for item in timed:
+        item.add_marker(pytest.mark.flaky(reruns=2, condition=disturbed))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """From here on the test is watched."""
+    if DISTURBED in item.config.stash:
+        item.config.stash[DISTURBED].since_s = time.monotonic()
 
 
 @pytest.fixture(autouse=True, scope="session")

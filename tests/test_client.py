@@ -24,8 +24,6 @@ from loadgen.client import Client, Row, Target, target
 from loadgen.engines import Prompts, dialect
 from traces.errors import InputError
 
-pytestmark = pytest.mark.timed
-
 EVENTS = [
     b'data: {"choices":[{"text":"a","finish_reason":null}]}\n\n',
     b'data: {"choices":[{"text":"b","finish_reason":"length"}]}\n\n',

@@ -20,9 +20,8 @@ from traces.shape import head, scale_rate
 from traces.shipped import shipped
 from traces.store import head_revision, open_store
 
-pytestmark = pytest.mark.timed
 
-
+@pytest.mark.timed
 def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
     """``steelyard demo --json`` prints the promised keys, stores what it measured, and recommends what is best.
 

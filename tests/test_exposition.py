@@ -31,8 +31,6 @@ from traces.measures import Slo, met
 from traces.records import Fleet, Schedule
 from traces.store import open_store
 
-pytestmark = pytest.mark.timed
-
 ROOT = Path(__file__).parent.parent
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.faults.scenarios import SCENARIOS, lock_database_kill_master
-
-pytestmark = pytest.mark.timed
 
 
 def test_nothing_that_was_whole_is_lost(tmp_path: Path) -> None:

@@ -28,8 +28,6 @@ from traces.records import Fleet, Schedule
 from traces.shape import LogNormal, synthesize
 from traces.store import open_store
 
-pytestmark = pytest.mark.timed
-
 LOCUSTFILE = Path(__file__).parent.parent / "loadgen" / "locustfile.py"
 LENGTHS = LogNormal.parse("lognormal:median=30,sigma=0.3"), LogNormal.parse("lognormal:median=5,sigma=0.3")
 
@@ -64,6 +62,7 @@ def locust(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) -> None:
     """Alone, and with a master and two workers: every request once, on time, judged, and in Locust's statistics."""

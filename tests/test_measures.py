@@ -18,6 +18,7 @@ from traces.measures import (
     goodput_per_s,
     lag_by_worker,
     lag_over_time,
+    late_word,
     lateness,
     meets,
     met,
@@ -379,3 +380,20 @@ def test_a_run_of_half_a_second_has_rates() -> None:
     found = summarise(rows, Slo())
     assert (found.goodput_per_s, found.throughput_per_s, found.output_tokens_per_s) == (2.0, 2.0, 6.0)
     assert goodput_per_s(rows, Slo()) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("late_ms", "slo", "word"),
+    [
+        (5, None, "valid"),
+        (5.1, None, "degraded"),  # above its own bound, far below the 25 ms of the generator's lag
+        (50, None, "degraded"),
+        (51, None, "invalid"),  # a tenth of the 500 ms that stand for a TTFT limit
+        (51, Slo.parse("ttft<1s"), "degraded"),
+        (1.1, Slo.parse("ttft<20ms"), "degraded"),  # 5 % of a limit below 100 ms is the stricter bound
+        (2.1, Slo.parse("ttft<20ms"), "invalid"),
+    ],
+)
+def test_a_late_endpoint_degrades_before_it_spoils(late_ms: float, slo: Slo | None, word: str) -> None:
+    """From 5 ms at p99, or 5 % of the TTFT limit, it degrades a run; over 10 % of the limit the run is invalid."""
+    assert late_word(late_ms / 1e3, slo, degrades_s=0.005) == word

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timed
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -31,6 +29,7 @@ def test_the_two_commands_stand_at_the_top() -> None:
     assert "make test" in README.split("```")[1]
 
 
+@pytest.mark.timed
 def test_the_tour_runs_as_printed(tmp_path: Path) -> None:
     """Every command of the tour succeeds in a fresh folder, in order; the last one has written the report."""
     (tmp_path / "traces").mkdir()

@@ -43,8 +43,6 @@ from traces.shape import ramp, to_rate
 from traces.shipped import shipped
 from traces.store import Store, open_store
 
-pytestmark = pytest.mark.timed
-
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
 
 
@@ -77,6 +75,7 @@ def endpoint() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.timed
 def test_known_truth(store: Store, swarm: Swarm, endpoint: str) -> None:
     """Latencies from sent, through Locust into SQL, agree with the server's own log of the same requests."""
     asked = schedule(100, 40.0)
@@ -274,6 +273,7 @@ def test_cells_are_shuffled_and_an_anchor_stands_between_the_repeats() -> None:
     assert order[1:7] != plan(fleets, 2, seed=2, repeats=2, anchor=True)[1:7]
 
 
+@pytest.mark.timed
 def test_a_sweep_that_was_broken_off_goes_on(store: Store, swarm: Swarm) -> None:
     """Of a group that is there, complete runs are taken as they are; incomplete and invalid ones are measured again."""
     fleets = [Fleet(1, 3), Fleet(2, 2)]
@@ -294,6 +294,7 @@ def test_a_sweep_that_was_broken_off_goes_on(store: Store, swarm: Swarm) -> None
         assert {run.id for run in third} == {run.id for run in again}
 
 
+@pytest.mark.timed
 def test_the_rate_that_a_fleet_sustains_is_bracketed(store: Store, swarm: Swarm, tmp_path: Path) -> None:
     """One prefill worker with 25 ms a step (one request each): above 40/s its queue grows. Found within the tolerance."""
     profile = tmp_path / "gate.toml"
@@ -575,6 +576,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return held
 
 
+@pytest.mark.timed
 def test_replay_show_export_and_compare(
     db: str, endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -630,6 +632,7 @@ def test_replay_show_export_and_compare(
     assert "no run has id 99" in capsys.readouterr().err
 
 
+@pytest.mark.timed
 def test_a_long_trace_is_read_while_it_is_replayed(
     endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -655,6 +658,7 @@ def test_a_long_trace_is_read_while_it_is_replayed(
         np.testing.assert_allclose(rows.due_s, to_rate(store.schedule("f"), 60.0).due_s, atol=1e-6)
 
 
+@pytest.mark.timed
 def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --endpoint the sweep brings the reference endpoint along."""
     command = [
@@ -771,6 +775,7 @@ def test_a_worker_without_a_master_is_refused_its_address(capsys: pytest.Capture
     assert "HOST:PORT" in capsys.readouterr().err
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("text", [False, True])
 def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_path: Path, text: bool) -> None:
     """Prompts that begin with the trace's blocks hit the server's prefix cache as often as the simulator says; others do not."""

@@ -28,8 +28,6 @@ from traces.measures import ttft_parts
 from traces.records import Fleet, Histogram, Observations, Run, Schedule
 from traces.store import Store, open_store
 
-pytestmark = pytest.mark.timed
-
 PAIR = "cmpl-___prefill_addr_{}___decode_addr_{}_0123456789abcdef"
 
 

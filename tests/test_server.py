@@ -26,8 +26,6 @@ from loadgen.policy import next_phase
 from traces.errors import EndpointError
 from traces.records import Fleet, Schedule
 
-pytestmark = pytest.mark.timed
-
 
 @pytest.fixture(scope="module")
 def demo_url() -> Iterator[str]:
@@ -196,6 +194,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, model: str, at: float, 
         await answer.read()
 
 
+@pytest.mark.timed
 def test_the_server_keeps_the_simulators_schedule() -> None:
     """On the arrivals it saw, the server's own model times are the simulator's, and its writes follow them closely."""
     rng = np.random.default_rng(3)

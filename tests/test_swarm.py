@@ -29,8 +29,6 @@ from traces.errors import InputError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
 
-pytestmark = pytest.mark.timed
-
 
 def schedule(n: int, rate_per_s: float, output_tokens: int = 5) -> Schedule:
     gaps = np.random.default_rng(0).exponential(1 / rate_per_s, n)
@@ -128,6 +126,7 @@ def conversations() -> Schedule:
     return Schedule("chat", at, at * 0.1 / users, tokens, tokens, session=at % users, parent=parent, think_s=think)
 
 
+@pytest.mark.timed
 def test_a_turn_waits_for_the_answer_before_it(swarm: Swarm, endpoint: str) -> None:
     """Causal: due when the answer has ended and the think time is over, or at the recorded distance but not before the end;
     latency counts from there; a conversation stays on one worker."""
@@ -148,6 +147,7 @@ def test_a_turn_waits_for_the_answer_before_it(swarm: Swarm, endpoint: str) -> N
     assert set(rows.worker.tolist()) == {0, 1}
 
 
+@pytest.mark.timed
 def test_recorded_turns_do_not_wait(swarm: Swarm, endpoint: str) -> None:
     """The same conversations open loop: each turn at its recorded time, on its conversation's worker."""
     asked = conversations()
@@ -203,6 +203,7 @@ def run_feed(
     return run(swarm, asked, what, meanwhile)  # type: ignore[arg-type]
 
 
+@pytest.mark.timed
 def test_a_feed_is_read_while_it_is_replayed(swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece is read when its time comes, not before; every request ends in one row, on time, by either worker."""
     monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.6)
@@ -252,6 +253,7 @@ def test_a_feed_goes_on_without_a_dead_worker(endpoint: str, monkeypatch: pytest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_ctrl_c_is_noted_and_the_second_raised(number: int) -> None:
     """No message is cut in the middle by the first; a user who insists gets out. SIGTERM is the same."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt), _noted() as stops:  # noqa: PT012 - the point is what runs before it
         _thread.interrupt_main(number)
         time.sleep(0.05)
@@ -259,7 +261,7 @@ def test_the_first_ctrl_c_is_noted_and_the_second_raised(number: int) -> None:
         _thread.interrupt_main(number)
         time.sleep(0.05)
         raise AssertionError("the second was not raised")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 CLOCK = """import os, time
@@ -398,6 +400,7 @@ def dispersion(times: Any, window_s: float) -> float:
     return float(counts.var() / counts.mean())
 
 
+@pytest.mark.timed
 def test_poisson_from_two_workers_is_poisson_and_constant_is_constant(swarm: Swarm, endpoint: str) -> None:
     """What left is as dispersed as what was due, and gaps of a constant rate stay gaps, though two workers made them."""
     n, rate = 500, 200.0
@@ -530,6 +533,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.timed
 def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
     endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,13 +131,18 @@ def lateness(lag: Floats, unsent: int, slo: Slo | None = None) -> Verdict:
         word, words = "invalid", f"{unsent} requests were never sent"
     elif not math.isfinite(p99):
         word, words = "invalid", "nothing was sent"
-    elif p99 > 0.10 * limit:
-        word = "invalid"
-    elif p99 > 0.05 * limit:
-        word = "degraded"
     else:
-        word = "valid"
+        word = late_word(p99, slo)
     return Verdict(word, words, p50 * 1e3, p99 * 1e3, worst * 1e3)
+
+
+def late_word(p99_s: float, slo: Slo | None = None, *, degrades_s: float = math.inf) -> str:
+    """``valid``, ``degraded`` or ``invalid`` for something that was this late at p99: over 5 % of the TTFT limit, or over
+    ``degrades_s`` where that is less, and over 10 % of the limit."""
+    limit = (slo.limit("ttft") if slo else None) or LAG_LIMIT_S
+    if p99_s > 0.10 * limit:
+        return "invalid"
+    return "degraded" if p99_s > min(0.05 * limit, degrades_s) else "valid"
 
 
 def counts(rows: Observations) -> dict[str, int]:

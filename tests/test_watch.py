@@ -1,0 +1,76 @@
+"""A test of real time is tried again when, and only when, the machine stood still while it ran."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.watch import Watch
+
+CONFTEST = """
+import pytest
+from tests.conftest import DISTURBED, Disturbed, pytest_collection_modifyitems, pytest_runtest_setup
+"""
+TEST = """
+import os, signal, time
+import pytest
+from tests.conftest import DISTURBED
+@pytest.mark.timed
+def test_it(request):
+    if STALL:
+        watcher = request.config.stash[DISTURBED].watch._process
+        watcher.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        watcher.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+    assert False
+"""
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Watch]:
+    held = Watch(tmp_path)
+    yield held
+    held.close()
+
+
+def test_a_stop_is_seen_and_is_over_when_it_is_over(watch: Watch) -> None:
+    """A napping process that is stopped for 0.1 s has woken late, by about that; from then on it has not."""
+    begun = time.monotonic()
+    watch._process.send_signal(signal.SIGSTOP)
+    time.sleep(0.1)
+    watch._process.send_signal(signal.SIGCONT)
+    while watch.worst_s(begun) < 0.05:
+        assert time.monotonic() < begun + 30, "a stop of 0.1 s was not seen"
+        time.sleep(0.01)
+    assert watch.worst_s(time.monotonic() + 1) == 0
+
+
+@pytest.mark.parametrize(("stall", "tries"), [(True, 3), (False, 1)])
+def test_it_is_tried_again_only_on_a_machine_that_stood_still(tmp_path: Path, stall: bool, tries: int) -> None:
+    """Three times in all when each was disturbed, once when none was; it stays failed either way."""
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_one.py").write_text(TEST.replace("STALL", str(stall)))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = timed: x\naddopts = -p no:cacheprovider\n")
+    for _ in range(5):  # a machine that stood still by itself is no answer to the second question
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:xdist", str(tmp_path)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if stall or "stood still" not in done.stdout:
+            break
+    assert done.returncode == 1
+    assert ("2 rerun" in done.stdout) == (tries == 3), done.stdout
+    assert "1 failed" in done.stdout
