@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor bench-dynamo bench-silicon compiled docs reference lock build test-release clean test-faults mutants coverage test-engines
+.PHONY: demo test check bench bench-advisor bench-dynamo bench-silicon compiled docs reference lock build test-release clean test-faults test-dashboard mutants coverage test-engines
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -32,6 +32,10 @@ coverage: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -m timed
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+
+# The Grafana dashboard's questions, asked of a real Prometheus (Debian: apt-get install prometheus) during a real replay: a minute.
+test-dashboard: $(VENV)/.dev
+	$(BIN)/python -m tests.dashboard
 
 # Live engines on loopback, measured as a user would: sglang-router before stand-ins of SGLang's engine, NVIDIA Dynamo with mock engines.
 # Installed into .venv-engines from the package index, once (under a minute); then half a minute an engine.

@@ -11,7 +11,8 @@ from advisor.audit import audit as audit_of
 from advisor.audit import confounders
 from advisor.choose import Choice, choose
 from advisor.features import RunData
-from advisor.recommend import Note, Recommendation, recommend
+from advisor.recommend import Recommendation, recommend
+from advisor.telling import Note, silent
 from advisor.windows import Question
 from traces import __version__
 from traces.errors import InputError, NotEnoughDataError
@@ -103,7 +104,7 @@ def advise(
     current: Fleet | None = None,
     seed: int = 0,
     schedule: Schedule | None = None,
-    note: Note | None = None,
+    note: Note = silent,
     strategy: str | None = None,
     deadline_s: float | None = None,
     gpu_hour_usd: float | None = None,
@@ -153,7 +154,7 @@ def advise(
     answer.warnings.extend(confounders(used))
     extra: dict[str, Any] = {}
     if audit:
-        checked = audit_of(used, wanted, note or (lambda what, done, of: None))
+        checked = audit_of(used, wanted, note)
         extra["audit"] = checked.as_json()
         answer.warnings.extend(f"this advisor fails on your runs: {line}" for line in checked.failed)
     choice = None
@@ -168,7 +169,7 @@ def advise(
             asked=strategy,
             deadline_s=deadline_s,
             seed=seed,
-            note=note or (lambda what, done, of: None),
+            note=note,
         )
     if gpu_hour_usd is not None:
         extra["cost"] = costs.as_json(costs.cost(answer, gpu_hour_usd, per_worker))

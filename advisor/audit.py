@@ -8,7 +8,7 @@ generator, clients that wait for answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from advisor.features import RunData
 from advisor.model import METRICS, asked, fit_laws
 from advisor.parallel import each
+from advisor.telling import Note, silent
 from loadgen.cluster import simulate
 from traces.errors import NotEnoughDataError
 from traces.measures import Slo, goodput_per_s, quantile, summarise
@@ -61,7 +62,7 @@ class Audit:
         return {**asdict(self), "bars": BARS}
 
 
-def audit(data: Sequence[RunData], slo: Slo, note: Callable[[str, int, int], None] = lambda *_: None) -> Audit:
+def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
     """Of usable runs (fleets known, one engine)."""
     groups: dict[str, dict[str, list[int]]] = {"run": {}, "ratio": {}, "rate": {}}
     for k, one in enumerate(data):
@@ -97,7 +98,7 @@ def audit(data: Sequence[RunData], slo: Slo, note: Callable[[str, int, int], Non
         if unfitted:
             failed.append(f"leave-one-{name}-out: without {', '.join(unfitted)} no law can be fitted")
     decisions = _decisions(data, slo)
-    note("audit", 1, 1)
+    note("audit", 1, 1, f"{len(failed)} of its bars missed" if failed else "every bar kept")
     return Audit(schemes, failed, decisions, confounders(data))
 
 

@@ -6,14 +6,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from advisor.advise import load
 from advisor.recommend import Recommendation, assess
+from advisor.telling import Note, silent
 from loadgen.client import Target
 from loadgen.control import Endpoint
+from loadgen.live import Live
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from loadgen.sweep import keeping
@@ -64,11 +67,14 @@ def probe(
     group: str = "",
     seed: int = 0,
     note: Callable[[str], None] = lambda line: None,
+    watch: Callable[[str, Live], None] = lambda step, live: None,
+    progress: Note = silent,
 ) -> Probing:
     """Replay what :func:`advisor.recommend.next_probe` names, until the answer is sure or ``budget_s`` is spent.
 
     Every probe is a stored run of ``group``. The split that was in force is put back at the end, after Ctrl-C too, which leaves
-    what was measured and raises. EndpointError where the endpoint has no split to set.
+    what was measured and raises. EndpointError where the endpoint has no split to set. note(line): what is asked next and what
+    is known so far; watch(step, live), progress(step, done, of): a replay as it goes.
     """
     began = time.monotonic()
     if Endpoint(where).fleet() is None:
@@ -83,6 +89,8 @@ def probe(
         while True:
             left = budget_s - (time.monotonic() - began)
             answer = _assessed(store, runs, schedule, gpus, slo, gpus_per_worker, attainment, seed)
+            if answer is not None:
+                note(_known(answer))
             if answer is not None and _sure(answer) and len(runs) >= 3:
                 return Probing(group, [r.id for r in runs], True, "the answer is sure", budget_s - left)
             if left < LEAST_S:
@@ -93,6 +101,7 @@ def probe(
                     group, [r.id for r in runs], False, "the same probe twice told nothing new", budget_s - left
                 )
             done.append((fleet, rate))
+            step = f"probe {len(runs) + 1}, {fleet}"
             note(f"probe {len(runs) + 1}: {fleet} at {rate:.3g}/s, {left:.0f} s of the budget left")
             asked = _piece(schedule, rate, min(PROBE_S, left / 3), seed + len(runs))
             runs.append(
@@ -109,6 +118,8 @@ def probe(
                     seed=seed,
                     gpus_per_worker=gpus_per_worker,
                     timeout_s=min(600.0, left + PATIENCE_S),
+                    on_live=partial(watch, step),
+                    on_progress=partial(progress, step),
                 )
             )
 
@@ -138,6 +149,13 @@ def _assessed(
         return assess(load(store, runs), schedule, gpus=gpus, slo=slo, **arguments)
     except NotEnoughDataError:
         return None
+
+
+def _known(answer: Recommendation) -> str:
+    """What the runs say so far."""
+    best = answer.best
+    text = f"so far {best.fleet}, {best.figures['goodput_per_s'].value:.3g} req/s, most in {best.wins:.0%} of draws"
+    return f"{text}; not sure: {answer.refused}" if answer.refused else text
 
 
 def _sure(answer: Recommendation) -> bool:

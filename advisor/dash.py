@@ -41,7 +41,7 @@ KEPT = 32
 """Digests of ended runs that are kept."""
 
 LISTED = 200
-"""Runs and answers on the first page; every one has its own page."""
+"""Runs and answers on a page of the overview, which turns to older ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +56,23 @@ class Page:
 
 
 class Dash:
-    """Pages from a store. Its methods block; the server calls them in a thread, one at a time."""
+    """Pages from a store. Its methods block; the server calls them in a thread, one at a time. listed: rows of a page."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, listed: int = LISTED) -> None:
+        self._store, self._listed = store, listed
         self._kept: OrderedDict[int, Digest] = OrderedDict()
 
-    def overview(self) -> Page:
-        """Where one stands: the last answer, runs, traces, answers."""
-        runs = self._store.runs()
-        answers = self._store.recommendations(limit=LISTED)
+    def overview(self, runs_page: int = 1, answers_page: int = 1) -> Page:
+        """Where one stands: the last answer, runs and answers (newest first, by pages), traces."""
+        runs = self._store.runs()[::-1]
+        answers = self._store.recommendations(limit=self._listed, offset=(answers_page - 1) * self._listed)
         traces = self._store.traces()
-        last = next((a for a in answers if a["answer"].get("sentence")), None)
+        latest = answers if answers_page == 1 else self._store.recommendations(limit=self._listed)
+        last = next((a for a in latest if a["answer"].get("sentence")), None)
+        shown = runs[(runs_page - 1) * self._listed :][: self._listed]
+        for name, page, found in (("runs", runs_page, len(shown)), ("answers", answers_page, len(answers))):
+            if page > 1 and not found:
+                raise InputError(f"{name} have no page {page}. The first is 1.")
         going = [r for r in runs if not r.ended]
         body = ["<header><p>Steelyard</p>"]
         if last:
@@ -78,19 +83,23 @@ class Dash:
             body.append("<h1>No recommendation yet.</h1></header>")
             body.append("<p>Measure a run (steelyard replay), then: <code>steelyard advise</code></p>")
         if going:
-            said = ", ".join(f'<a href="/runs/{r.id}">run {r.id} ({e(r.trace)})</a>' for r in going[-8:])
+            said = ", ".join(f'<a href="/runs/{r.id}">run {r.id} ({e(r.trace)})</a>' for r in going[:8])
             body.append(f"<p>Not ended, so going on or broken off: {said}</p>")
         body.append(
             '<form action="/compare" method="get"><label>Compare runs <input name="runs" placeholder="1 2" required '
             'pattern="[0-9][0-9, ]*" autocomplete="off"></label> <button>Compare</button></form>'
         )
-        body += ["<h2>Runs</h2>", table(_runs(runs[-LISTED:][::-1])), _cut(len(runs))]
-        body += ["<h2>Answers</h2>", table(_answers(answers))]
+        turns = {"runs": runs_page, "answers": answers_page}
+        body += ['<h2 id="runs">Runs</h2>', table(_runs(shown))]
+        body.append(_pages(turns, "runs", len(shown), len(runs), self._listed))
+        body += ['<h2 id="answers">Answers</h2>', table(_answers(answers))]
+        body.append(_pages(turns, "answers", len(answers), self._store.count_recommendations(), self._listed))
         rows = [[t.name, t.format, f"{t.summary.get('rows_kept', 0):,}", t.created_at] for t in traces]
         links = [f"/traces/{quote(t.name, safe='')}" for t in traces]
         body += ["<h2>Traces</h2>", table(Table(["trace", "format", "requests", "stored"], rows, links=links))]
         data = {
-            "runs": [r.id for r in runs],
+            "runs": [r.id for r in reversed(runs)],
+            "shown": {"runs": [r.id for r in shown], "answers": [a["id"] for a in answers]},
             "going": [r.id for r in going],
             "traces": [t.name for t in traces],
             "recommendations": [a["id"] for a in answers],
@@ -127,7 +136,7 @@ class Dash:
 
     def recommendation(self, number: int) -> Page:
         """A stored answer with its evidence."""
-        found = [a for a in self._store.recommendations(limit=10_000) if a["id"] == number]
+        found = self._store.recommendations(id=number)
         if not found:
             raise InputError(f"no recommendation is stored with id {number}.")
         row = found[0]
@@ -215,8 +224,21 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     return Table(["answer", "what it says", "runs", "stored"], rows, links=links)
 
 
-def _cut(runs: int) -> str:
-    return f"<p>The newest {LISTED} of {runs} runs are listed.</p>" if runs > LISTED else ""
+def _pages(turns: Mapping[str, int], name: str, shown: int, stored: int, listed: int) -> str:
+    """Which rows of how many stand above, and links to newer and older ones; nothing where one page holds them all."""
+    if stored <= listed:
+        return ""
+    page = turns[name]
+    first = (page - 1) * listed + 1
+
+    def link(to: int, words: str) -> str:
+        asked = urlencode({k: v for k, v in (dict(turns) | {name: to}).items() if v > 1})
+        return f'<a href="/{"?" if asked else ""}{e(asked)}#{name}">{words}</a>'
+
+    newer = [link(page - 1, f"Newer {name}")] if page > 1 else []
+    older = [link(page + 1, f"Older {name}")] if first + shown - 1 < stored else []
+    said = f"{first:,} to {first + shown - 1:,} of {stored:,}, newest first."
+    return f'<nav class="pages" aria-label="Pages of {name}">{" ".join([said, *newer, *older])}</nav>'
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -273,7 +295,7 @@ def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -
         if token is not None and asked is not None:
             if not hmac.compare_digest(asked.encode(), token.encode()):
                 return refused(request, 401, "that is not the token")
-            moved = web.Response(status=303, headers=headers | {"Location": request.path})
+            moved = web.Response(status=303, headers=headers | {"Location": "/" + request.path.lstrip("/")})
             moved.set_cookie("steelyard", cookie, httponly=True, samesite="Strict")
             return moved
         if not known(request):
@@ -293,7 +315,10 @@ def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -
         return answered(page, request)
 
     async def overview(request: web.Request) -> web.StreamResponse:
-        return await made(request, dash.overview)
+        pages = [request.query.get(name, "1") for name in ("runs", "answers")]
+        if bad := next((p for p in pages if not re.fullmatch(r"[1-9]\d{0,6}", p)), None):
+            raise InputError(f"a page is a number from 1 (got {bad!r}).")
+        return await made(request, lambda: dash.overview(*map(int, pages)))
 
     async def run(request: web.Request) -> web.StreamResponse:
         number = int(request.match_info["id"])

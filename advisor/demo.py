@@ -15,6 +15,7 @@ from typing import Any
 
 from advisor.advise import Answer, advise
 from advisor.report import gather, render, write_report
+from advisor.telling import Note
 from loadgen.cluster.embedded import embedded
 from loadgen.live import Live
 from loadgen.replay import replay
@@ -76,7 +77,7 @@ def demo(
     *,
     seed: int = 0,
     workers: int = 2,
-    note: Callable[[str, int, int], None],
+    note: Note,
     watch: Callable[[str, Live], None] = lambda step, live: None,
     say: Callable[[str], Any],
     command: str = "steelyard demo",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load
 from advisor.screen import survivors
 from advisor.study import Probe, proposals, values
+from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, Summary, goodput_per_s, meets, summarise
@@ -53,8 +54,6 @@ STOP = 0.03
 
 REFUSE = 0.05
 """No answer that loses more than this share on average over what the runs leave open."""
-
-Note = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ def recommend(
     current: Fleet | None = None,
     seed: int = 0,
     draws: int = DRAWS,
-    note: Note | None = None,
+    note: Note = silent,
 ) -> Recommendation:
     """Fit the runs, simulate every split of ``gpus`` on the schedule, decide. current: the fleet in production, if any.
 
@@ -248,7 +247,7 @@ def assess(
     current: Fleet | None = None,
     seed: int = 0,
     draws: int = DRAWS,
-    note: Note | None = None,
+    note: Note = silent,
 ) -> Recommendation:
     """:func:`recommend` without its refusals: what it would say, with the reason why it must not in ``refused``.
 
@@ -262,13 +261,12 @@ def assess(
         )
     if not len(schedule):
         raise InputError(f"trace {schedule.name!r} has no request that can be replayed.")
-    tell = note or (lambda what, done, of: None)
     warnings: list[str] = []
     if used < gpus:
         each = f"{gpus_per_worker[0]} and {gpus_per_worker[1]} GPUs a worker"
         warnings.append(f"no fleet of {each} uses {gpus} GPUs: fleets of {used} were compared")
     usable = _usable(data, schedule, warnings)
-    tell("fit", 0, 1)
+    note("fit", 0, 1)
     try:
         fit = fit_laws(usable)
     except NotEnoughDataError as error:
@@ -278,7 +276,7 @@ def assess(
             f"--rate {schedule.rate_per_s * 0.2:.3g}"
         ) from None
     warnings += fit.warnings
-    tell("fit", 1, 1)
+    note("fit", 1, 1, _laws_found(fit))
 
     rng = np.random.default_rng(seed)
     laws = fit.draws(rng, draws)
@@ -287,11 +285,11 @@ def assess(
     likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
     for done, fleet in enumerate(fleets):
-        tell("splits", done, len(fleets))
+        note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
         result = simulate(whole, fleet, fit.profile)
         summary = summarise(result.observations, slo)
         points[fleet] = summary, result.utilisation, meets(summary, result.observations, slo, attainment)
-    tell("splits", len(fleets), len(fleets))
+    note("splits", len(fleets), len(fleets), _splits_found(points, slo))
     # Theory may be wrong where a simulation of the laws themselves is not.
     top = max(s.goodput_per_s for s, _, _ in points.values())
     likely = [f for f in fleets if f in likely or points[f][0].goodput_per_s >= 0.9 * top]
@@ -303,12 +301,12 @@ def assess(
     short = _window(window, SCREENED_REQUESTS)
     drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]] = {fleet: [] for fleet in fleets}
     for i, profile in enumerate(laws):
-        tell("bootstrap", i, draws)
+        note("bootstrap", i, draws, _draws_found(drawn, likely, i))
         for fleet in fleets:
             if fleet in likely or i < SCREEN_DRAWS:
                 result = simulate(window if fleet in likely else short, fleet, profile)
                 drawn[fleet].append((summarise(result.observations, slo), result.utilisation))
-    tell("bootstrap", draws, draws)
+    note("bootstrap", draws, draws, _draws_found(drawn, likely, draws))
 
     goodputs = np.array([[s.goodput_per_s for s, _ in drawn[fleet]] for fleet in likely]).T
     best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
@@ -389,6 +387,35 @@ def assess(
         break_even=break_even(window, best.fleet, runner_up.fleet, fit.profile, slo) if runner_up else {},
         simulated=likely,
     )
+
+
+def _laws_found(fit: Fit) -> str:
+    """The laws in a line, and how far they are off."""
+    p = fit.profile
+    off = fit.spread.get("goodput_per_s", 0.0) or fit.spread.get("throughput_per_s", 0.0)
+    return (
+        f"a prefill step takes {p.a_s * 1e3:.3g} ms + {p.b_s_per_token * 1e6:.3g} us a token, a decode step "
+        f"{p.c0_s * 1e3:.3g} ms + {p.c1_s * 1e3:.3g} ms a sequence; throughput of the runs is missed by {math.expm1(off):.1%}"
+    )
+
+
+def _splits_found(points: dict[Fleet, tuple[Summary, dict[str, float], bool]], slo: Slo, how: str = "") -> str:
+    """The split with the most goodput, and the one behind it."""
+    if not points:
+        return ""
+    first, *rest = sorted(points, key=lambda f: -points[f][0].goodput_per_s)
+    behind = f", then {rest[0]} with {points[rest[0]][0].goodput_per_s:.3g}" if rest else ""
+    most = f"serves most {how}".strip()
+    return f"{first} {most}, {points[first][0].goodput_per_s:.3g} req/s within {slo}{behind}"
+
+
+def _draws_found(drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]], likely: Sequence[Fleet], done: int) -> str:
+    """Which split won most of the draws so far."""
+    if not done:
+        return ""
+    wins = [max(likely, key=lambda f: drawn[f][i][0].goodput_per_s) for i in range(done)]
+    most = max(likely, key=wins.count)
+    return f"{most} serves most in {wins.count(most)} of {done} draws of the laws"
 
 
 def _p99(summary: Summary) -> float:

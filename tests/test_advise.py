@@ -110,15 +110,35 @@ def test_every_figure_lies_in_its_interval_and_every_split_is_there() -> None:
 
 
 def test_the_same_rows_and_seed_give_the_same_answer() -> None:
-    """The same rows and seed give the same answer to the last digit, and the same hash."""
+    """The same rows and seed give the same answer to the last digit, and the same hash; what is told on the way ends with it."""
     profile = Profile.load("demo")
     rate = busy_rate(profile)
+    told: list[tuple[str, int, int, str]] = []
     asked = [
-        recommend(three_runs(profile, rate), lognormal(200, rate, 5), gpus=8, slo=SLO, draws=4, attainment=0.3)
+        recommend(
+            three_runs(profile, rate),
+            lognormal(200, rate, 5),
+            gpus=8,
+            slo=SLO,
+            draws=4,
+            attainment=0.3,
+            note=lambda *said: told.append((*said, "")[:4]),
+        )
         for _ in range(2)
     ]
     assert asked[0].as_json() == asked[1].as_json()
     assert asked[0].data_hash == asked[1].data_hash
+    ended = {step: found for step, done, of, found in told if done == of}
+    laws = asked[0].fit.profile
+    assert f"a decode step {laws.c0_s * 1e3:.3g} ms + {laws.c1_s * 1e3:.3g} ms a sequence" in ended["fit"]
+    first = max(asked[0].candidates, key=lambda c: c.figures["goodput_per_s"].value)
+    assert ended["splits"].startswith(
+        f"{first.fleet} serves most, {first.figures['goodput_per_s'].value:.3g} req/s within"
+    )
+    assert f"in {max(c.wins for c in asked[0].candidates) * 4:.0f} of 4 draws" in ended["bootstrap"]
+    so_far = [found for step, done, of, found in told if step == "splits" and 0 < done < of]
+    assert len(so_far) == 2 * 6
+    assert all("serves most so far" in found for found in so_far)
 
 
 def test_no_usable_run_is_exit_five_with_the_command() -> None:

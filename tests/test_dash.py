@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 
 from advisor.advise import load
 from advisor.cli import main
+from advisor.dash import Dash
 from advisor.recommend import recommend
 from loadgen.cluster import Profile
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
 from tests.test_report import HOSTILE, add_trace, chromium, opened, stored
+from traces.errors import InputError
 from traces.records import Fleet, Run
 from traces.store import open_store
 
@@ -77,13 +80,33 @@ def ask(url: str, path: str, method: str = "GET", **headers: str) -> tuple[int, 
 def test_pages_as_data_say_what_the_database_holds(url: str, db: str) -> None:
     """Every page is JSON too: the overview's ids, a run's sections, the answer's own sentence, a comparison's reason."""
     held = json.loads(ask(url, "/?format=json")[2])
-    assert held == {"runs": [1, 2, 3, 4], "going": [4], "traces": [HOSTILE], "recommendations": [1]}
+    shown = {"runs": [4, 3, 2, 1], "answers": [1]}
+    assert held == {
+        "runs": [1, 2, 3, 4], "shown": shown, "going": [4], "traces": [HOSTILE], "recommendations": [1]
+    }  # fmt: skip
     run = json.loads(ask(url, "/runs/3?format=json")[2])
     assert {"facts", "arrivals", "latency", "ttft", "tpot", "e2e", "queues", "roles", "lag"} <= set(run["sections"])
     told = json.loads(ask(url, "/recommendations/1?format=json")[2])
     with open_store(db) as store:
         assert told["sentence"] == store.recommendation(1)["sentence"]
     assert "rate" in json.loads(ask(url, f"/traces/{quote(HOSTILE, safe='')}?format=json")[2])["sections"]
+
+
+def test_many_runs_and_answers_are_turned_over(db: str) -> None:
+    """Newest first, each once, pages linked both ways; turning one list leaves the other where it was."""
+    with open_store(db) as store:
+        dash = Dash(store, listed=3)
+        pages = [dash.overview(), dash.overview(runs_page=2)]
+        with pytest.raises(InputError, match="no page 3"):
+            dash.overview(runs_page=3)
+    assert [page.data["shown"]["runs"] for page in pages] == [[4, 3, 2], [1]]
+    first, second = ("".join(page.body) for page in pages)
+    assert "1 to 3 of 4, newest first." in first
+    assert 'href="/?runs=2#runs">Older runs' in first
+    assert "Newer runs" not in first
+    assert 'href="/#runs">Newer runs' in second
+    assert "Older runs" not in second
+    assert "answers" not in re.findall(r'aria-label="Pages of (\w+)"', first + second)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +116,8 @@ def test_pages_as_data_say_what_the_database_holds(url: str, db: str) -> None:
         ("/recommendations/99", 404, "no recommendation"),
         ("/traces/none", 404, "no trace is named"),
         ("/compare?runs=1", 404, "two runs or more"),
+        ("/?runs=7", 404, "runs have no page 7"),
+        ("/?answers=-1", 404, "a number from 1"),
         ("/../etc/passwd", 404, "Not Found"),
         ("/runs/1%0aX", 404, "Not Found"),
     ],

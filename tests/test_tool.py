@@ -19,7 +19,7 @@ from rich.console import Console
 
 from advisor.cli import VERBS, load, main, steelyard
 from advisor.cli.config import settable, tree, variables
-from advisor.cli.progress import Bars, Lines
+from advisor.cli.progress import Bars, Lines, Steps
 from loadgen.cluster.embedded import embedded
 from traces.records import Fleet, Run
 from traces.store import open_store
@@ -289,6 +289,25 @@ def test_lines_say_what_is_done_how_long_it_takes_and_what_was_found() -> None:
     assert lines[0] == "replay t: 10 of 40, 0:00, about 1:15 left; TTFT p50 3 ms"
     assert lines[-1] == "replay t: 40 of 40, 0:00; all well"
     assert not any(line.startswith("short") for line in lines)
+
+
+def test_what_a_step_found_stays_when_it_has_ended() -> None:
+    """While it goes on it stands beside the amount; at the end it is a line of its own, once; silence when quiet."""
+    lines: list[str] = []
+    with Lines(lines.append, every_s=0.05) as shown:
+        steps = Steps(shown)
+        steps("splits", 0, 3)
+        steps("splits", 2, 3, "3:5 serves most so far")
+        until = time.monotonic() + 5
+        while not lines and time.monotonic() < until:
+            time.sleep(0.01)
+        steps("splits", 3, 3, "2:6 serves most")
+        steps("windows", 1, 1)
+    assert "splits: 2 of 3, 0:00; 3:5 serves most so far" in lines
+    assert [line for line in lines if "2:6" in line] == ["splits: 2:6 serves most"]
+    assert not any(line.startswith("windows") for line in lines)
+    with Lines(None) as silent:
+        Steps(silent)("splits", 3, 3, "2:6 serves most")
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

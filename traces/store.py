@@ -1369,11 +1369,21 @@ class Store:
             ).scalars()
             return dict(row.answer) | {"id": row.id, "created_at": row.created_at, "run_ids": list(used)}
 
-    def recommendations(self, *, kind: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """The latest answers (of a kind), newest first: id, created_at, kind, version, seed, run_ids and the answer's JSON."""
-        query = sa.select(recommendations).order_by(recommendations.c.id.desc()).limit(limit)
+    def count_recommendations(self) -> int:
+        """How many answers are stored."""
+        with self._begin() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(recommendations)).scalar_one()
+
+    def recommendations(
+        self, *, kind: str | None = None, id: int | None = None, limit: int = 100, offset: int = 0
+    ) -> list[dict[str, Any]]:
+        """The latest answers (of a kind, or the one of an id), newest first: id, created_at, kind, version, seed, run_ids and the
+        answer's JSON. offset: newer ones that are passed over."""
+        query = sa.select(recommendations).order_by(recommendations.c.id.desc()).limit(limit).offset(offset)
         if kind is not None:
             query = query.where(recommendations.c.kind == kind)
+        if id is not None:
+            query = query.where(recommendations.c.id == id)
         used: dict[int, list[int]] = {}
         with self._begin() as connection:
             rows = connection.execute(query).all()

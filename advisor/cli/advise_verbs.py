@@ -172,6 +172,7 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
 
     from advisor.advise import DEFAULT_SLO
     from advisor.auto import probe
+    from advisor.cli.progress import Steps
     from loadgen.client import target
     from loadgen.control import Endpoint
     from loadgen.replay import API_KEY
@@ -199,7 +200,8 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
         if options["rate"]:
             schedule = to_rate(schedule, options["rate"])
         options["rate"] = options["rate"] or schedule.rate_per_s
-        with Swarm(workers=1) as swarm:
+        with Swarm(workers=1) as swarm, progress(as_json) as bars:
+            steps = Steps(bars)
             found = probe(
                 store,
                 swarm,
@@ -211,7 +213,9 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
                 gpus_per_worker=per,
                 attainment=options["attainment"],
                 seed=options["seed"],
-                note=lambda line: messages(as_json).print(line, markup=False),
+                note=bars.say,
+                watch=steps.watch,
+                progress=steps,
             )
     options["group"] = found.group
     return found

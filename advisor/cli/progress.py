@@ -213,11 +213,15 @@ class Steps:
         self._bars = bars
         self._known: dict[str, Any] = {}
 
-    def __call__(self, what: str, done: int, of: int) -> None:
-        """So much of a step is done."""
+    def __call__(self, what: str, done: int, of: int, found: str = "", /) -> None:
+        """So much of a step is done; what it has found stands under its bar, and stays as a line when it has ended."""
         if what not in self._known:
             self._known[what] = self._bars.add_task(what, total=of)
-        self._bars.update(self._known[what], completed=done, total=of)
+        ended = done >= of
+        noted = {"note": "" if ended else found} if found else {}  # a replay's own note stays
+        self._bars.update(self._known[what], completed=done, total=of, **noted)
+        if found and ended:
+            self._bars.say(f"{what}: {found}")
 
     def watch(self, what: str, live: Any) -> None:
         """A step that is a replay: what it has found and how long it takes stands beside it. live: :class:`loadgen.live.Live`."""
