@@ -282,6 +282,7 @@ class Keeper:
         self.journal = Journal(control.spec, control.name)
         self.before: Fleet | None = None
         self._entered = False
+        self._said: set[str] = set()
 
     def __enter__(self) -> Keeper:
         self.journal.lock(self._verb)
@@ -342,7 +343,12 @@ class Keeper:
             return Cost(standing.fleet, fleet, 0.0, 0.0)
         self.control.steps(fleet)  # a fleet that can never be reached is refused before anything moves
         self._note(fleet, standing)
-        return put(self.control, fleet, self.timeout_s, standing)
+        cost = put(self.control, fleet, self.timeout_s, standing)
+        note = getattr(self.control, "note", "")
+        if note and note not in self._said:
+            self._said.add(note)
+            self._say(note)
+        return cost
 
     def _note(self, fleet: Fleet, standing: Standing | None) -> None:
         self.bounds.check(fleet)
