@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,10 +49,16 @@ class Targets:
     workers: tuple[Worker, ...]
     engine: str = ""
 
+    @property
+    def lists(self) -> bool:
+        """Does it name the workers, or only where the router's metrics are?"""
+        return any(w.role != "router" for w in self.workers)
+
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What was found. why: by what the engine is known. by: who told of the workers. notes: what does not agree."""
+    """What was found. why: by what the engine is known. by: who told of the workers. notes: what does not agree. listed: the
+    server itself lists the workers, so it can be asked again (:func:`again`)."""
 
     engine: Engine
     why: str
@@ -60,6 +66,7 @@ class Discovery:
     workers: tuple[Worker, ...]
     by: str
     notes: tuple[str, ...] = ()
+    listed: bool = False
 
     def count(self, role: str) -> int:
         """Workers of a role that are not known to be ill; one with two pages (its engine's and its GPUs') counts once."""
@@ -111,11 +118,11 @@ def read_targets(path: Path) -> Targets:
     unknown = sorted(set(held) - _KEYS)
     if unknown:
         raise InputError(f"--targets {path}: {unknown[0]!r} is not known. Known: {', '.join(sorted(_KEYS))}.")
-    listed = held.get("workers", held.get("worker"))
-    if not isinstance(listed, list) or not listed:
+    router = held.get("router_metrics")
+    listed = held.get("workers", held.get("worker", [] if router else None))
+    if not isinstance(listed, list) or not (listed or router):
         raise InputError(f"--targets {path}: lists no worker. Write [[worker]] with role and metrics.")
     workers = [_worker(one, f"--targets {path}: worker {n}") for n, one in enumerate(listed, start=1)]
-    router = held.get("router_metrics")
     if router:
         workers.insert(0, _worker({"name": "router", "role": "router", "metrics": router}, f"--targets {path}"))
     names = [w.name for w in workers]
@@ -210,21 +217,35 @@ def discover(server: Endpoint, *, engine: str = "auto", targets: Targets | None 
         engine = targets.engine
     known, why = engines.recognise(seen) if engine == "auto" else (engines.engine(engine), "as it was named")
     notes: list[str] = []
-    if targets is None:
+    listed = targets is None or not targets.lists
+    if targets is None or listed:
         workers = _listed(server, known, seen)
         by = f"{server.shown} lists them" if workers else "nobody lists workers"
+        if targets is not None:
+            workers = [*targets.workers, *(w for w in workers if w.role != "router")]
     else:
         workers, by = _agreed(targets, known.workers(seen), notes), targets.file
         workers = _with_roles(server, known, workers, ask_all=False)
     for worker in workers:
         if worker.healthy is False:
             notes.append(f"worker {worker.name} ({worker.role or 'unknown role'}) is not healthy, says the router")
-    return Discovery(known, why, known.version(seen), tuple(workers), by, tuple(notes))
+    return Discovery(known, why, known.version(seen), tuple(workers), by, tuple(notes), listed and bool(workers))
 
 
 def again(server: Endpoint, found: Discovery) -> Discovery:
-    """The same with the workers that are listed now."""
-    return replace(found, workers=tuple(_listed(server, found.engine, glance(server))))
+    """The same with the workers that are listed now, and the router's page as it was known."""
+    now = _listed(server, found.engine, glance(server))
+    router = [w for w in found.workers if w.role == "router"]
+    return replace(found, workers=tuple([*router, *(w for w in now if w.role != "router")] if router else now))
+
+
+def with_told(found: Discovery, roles: Mapping[str, Sequence[str]]) -> Discovery:
+    """The same with the workers that whoever sets the fleet names by URL, where nobody lists any (vllm-router's discovery)."""
+    named = {url: role for role, names in roles.items() for url in names if "://" in url}
+    if not named or any(w.role != "router" for w in found.workers):
+        return found
+    workers = [Worker(address(url), role, url, url.rstrip("/") + "/metrics") for url, role in named.items()]
+    return replace(found, workers=(*found.workers, *workers), by="--control names them", listed=False)
 
 
 def _listed(server: Endpoint, known: Engine, seen: Glance) -> list[Worker]:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from loadgen.client import TIMEOUT_S, Target, target
-from loadgen.control import Control, Endpoint, Keeper, put
+from loadgen.control import Control, Endpoint, Keeper, Standing, put
 from loadgen.control.online import Controller, Steering, measured
 from loadgen.control.reference import Reference
-from loadgen.discover import Discovery, Targets, again, discover
+from loadgen.discover import Discovery, Targets, again, discover, with_told
 from loadgen.engines import EXACT
 from loadgen.live import Live
 from loadgen.policy import Dispatch
@@ -153,7 +153,8 @@ def replay(
     model, _owner = server.choose_model(model)
     if control is None and server.fleet() is not None:
         control = Reference(server)
-    in_force = control.get().fleet if control is not None else None
+    standing = control.get() if control is not None else Standing()
+    in_force = standing.fleet
     found = discover(server, engine=engine, targets=targets)
     engine = found.engine.name
     dialect = found.engine.dialect(chat=chat, text=text)
@@ -170,10 +171,12 @@ def replay(
     if control is not None:
         if fleet is not None:
             (control.put(fleet) if isinstance(control, Keeper) else put(control, fleet))
-            if found.workers and targets is None:
+            standing = control.get()
+            if found.listed:
                 found = again(server, found)  # others may serve now
         else:
             fleet = in_force
+    found = with_told(found, standing.workers)
     speed, steps = 1.0, -1
     if engine == "reference":
         known = _health(server)
@@ -269,8 +272,9 @@ def replay(
 
         def on_start(zero: float, unix: float) -> None:
             live.begin(zero)
-            find = (lambda: again(server, found).workers) if found.workers and targets is None else None
+            find = (lambda: again(server, found).workers) if found.listed else None
             scraper = Scraper(server, zero, on_samples, scrape_s, workers=found.workers, engine=dialect.name, find=find)
+            scraper.assign(standing.workers)
             scrapers.append(stack.enter_context(scraper))
             if steering is not None and control is not None:
                 stack.enter_context(
@@ -281,6 +285,7 @@ def replay(
                         zero,
                         on_change,
                         on_decision=lambda decision: on_decision(decision, unix),
+                        on_standing=lambda standing: scraper.assign(standing.workers),
                         tick_s=tick_s,
                         speed=speed,
                         stale_s=stale_s,
@@ -307,7 +312,7 @@ def replay(
     if steps >= 0:
         done_run = _on_time(done_run, server, steps, slo)
     moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
-    after = again(server, found) if found.workers and targets is None else None
+    after = again(server, found) if found.listed else None
     done_run = judged(done_run, served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved))
     if scrapers:
         done_run = replace(done_run, sources=scrapers[0].sources())

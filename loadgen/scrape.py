@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,7 +40,7 @@ FIND_S = 5.0
 """How often it is asked which workers there are."""
 
 GIVE_UP = 5
-"""A page that failed so often in a row, and never came, is asked for no more."""
+"""A page that failed so often in a row, and never came, is asked for every FIND_S only: its worker may start yet."""
 
 FAILING = 3
 """A page that came, and then failed so often in a row, has stopped."""
@@ -254,6 +254,7 @@ class _Source:
     endpoint: Endpoint
     path: str
     failures: int = 0
+    failed_at: float = -math.inf
     readings: int = 0
     busy: Future[tuple[Reading, float]] | None = None
     before: dict[tuple[str, str], dict[str, Counted]] = field(default_factory=dict)
@@ -301,6 +302,7 @@ class Scraper:
         self._on_samples, self._period_s = on_samples, period_s
         self._sources: dict[str, _Source] = {}
         self._workers: dict[str, Worker] = {}
+        self._assigned: dict[str, str] = {}
         self._fields: dict[str, dict[str, str]] = {}
         self._counted: dict[tuple[str, str, str], Counted] = {}
         self._round_s = 0.0
@@ -321,11 +323,24 @@ class Scraper:
         self._thread.join(10)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def assign(self, roles: Mapping[str, Sequence[str]]) -> None:
+        """role -> names or URLs of workers, by the word of whoever sets the fleet. It comes before a list's or a targets file's,
+        which tell of the beginning."""
+        named = {name: role for role, names in roles.items() for one in names for name in (one, address(one))}
+        if named != self._assigned:
+            with self._lock:
+                self._assigned = named
+                read = [s.worker for s in self._sources.values() if s.worker.name in self._workers]
+                self._take([*self._workers.values(), *read])  # a worker may have two pages, its engine's and its GPUs'
+
     def _take(self, workers: Sequence[Worker]) -> None:
         """These are the workers now; pages of those that went away are read on, for what they say of their end."""
         for worker in workers:
-            self._workers[worker.name] = worker
             self.names |= dict.fromkeys(worker.names, worker.name)
+        roles = {self.names[name]: role for name, role in self._assigned.items() if name in self.names}
+        for one in workers:
+            worker = replace(one, role=roles.get(one.name, one.role))
+            self._workers[worker.name] = worker
             known = self._sources.get(worker.metrics)
             if known is not None:
                 known.worker = worker
@@ -391,7 +406,7 @@ class Scraper:
         while not self._stop.is_set():
             try:
                 self._tell(self._round(self._period_s))
-                self._look()
+                self.look()
             except (RuntimeError, MemoryError):  # the machine gives no thread: this round has no reading, the next may
                 self.failures += 1
             when = max(when + self._period_s, time.monotonic())
@@ -403,7 +418,7 @@ class Scraper:
         if found:
             self._on_samples(found)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Ask now and then which workers there are."""
         if self._find is None:
             return
@@ -431,7 +446,8 @@ class Scraper:
         """Ask every page that is not asked already, wait a while, take what came; a slow page comes in a later round."""
         with self._lock:
             for source in self._sources.values():
-                if source.busy is None and (source.readings or source.failures < GIVE_UP):
+                seldom = not source.readings and source.failures >= GIVE_UP
+                if source.busy is None and not (seldom and time.monotonic() - source.failed_at < FIND_S):
                     source.busy = self._pool.submit(self._page, source)
             asked = [s.busy for s in self._sources.values() if s.busy is not None]
         wait(asked, timeout=patience_s)
@@ -443,6 +459,7 @@ class Scraper:
                 done, source.busy = source.busy, None
                 if done.exception() is not None:
                     source.failures += 1
+                    source.failed_at = time.monotonic()
                     self.failures += 1
                     continue
                 source.readings += 1

@@ -15,16 +15,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
+import zmq
 
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
-from loadgen.control import Bounds, Connect, Endpoint, Keeper, LostError, Standing, control_of, put
+from loadgen.control import Bounds, Connect, Endpoint, Keeper, LostError, Standing, control_of, put, vllm_router
 from loadgen.control.journal import Journal
 from loadgen.control.online import Controller, Planned, measured
 from loadgen.control.reference import Reference
 from loadgen.policy import CountRule, Steering
+from tests.pages import Pages
 from traces.errors import EndpointError, InputError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 from traces.store import open_store
@@ -510,6 +513,111 @@ def test_a_router_that_refuses_and_an_expired_token_are_one_line_each(routers: l
         control.get()
 
 
+# --- vllm-router
+
+
+class Registry:
+    """What vllm-router does with registrations: a ROUTER socket hears them, and forgets a worker's role that is not repeated."""
+
+    def __init__(self, forget_s: float) -> None:
+        self.heard: list[dict[str, str]] = []
+        self._last: dict[tuple[str, str], float] = {}
+        self._forget_s, self._stop = forget_s, threading.Event()
+        self._context = zmq.Context()
+        self.port = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Listen, at the same port as before."""
+        self._stop = threading.Event()
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        self.port = self.port or socket.bind_to_random_port("tcp://127.0.0.1")
+        if not socket.getsockopt(zmq.LAST_ENDPOINT):
+            socket.bind(f"tcp://127.0.0.1:{self.port}")
+        self._thread = threading.Thread(target=self._main, args=(socket, self._stop))
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop listening and forget all."""
+        self._stop.set()
+        self._thread.join()
+        self._last.clear()
+
+    def close(self) -> None:
+        self.end()
+        self._context.term()
+
+    def _main(self, socket: Any, stop: threading.Event) -> None:
+        while not stop.is_set():
+            if socket.poll(20):
+                _, message = socket.recv_multipart()
+                held = msgpack.unpackb(message)
+                self.heard.append(held)
+                self._last[held["type"], held["http_address"]] = time.monotonic()
+        socket.close()
+
+    def roles(self) -> set[tuple[str, str]]:
+        """(type, address) that it would send requests to."""
+        now = time.monotonic()
+        return {key for key, at in list(self._last.items()) if now - at < self._forget_s}
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    made = Registry(forget_s=0.8)
+    yield made
+    made.close()
+
+
+def soon(true: Any, limit_s: float = 5.0) -> None:
+    until = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_workers_of_a_vllm_router_are_registered_in_the_roles_asked_for(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again and again, in the words that the router was seen to understand; in force is when the old role is forgotten."""
+    for name, value in (("BEAT_S", 0.2), ("JOIN_S", 0.2), ("LINGER_S", 1.1)):  # the router's 5 s are less than one here
+        monkeypatch.setattr(vllm_router, name, value)
+    file = tmp_path / "vllm.toml"
+    file.write_text(
+        f'kind = "vllm-router"\ndiscovery = "tcp://127.0.0.1:{registry.port}"\n'
+        + "".join(f'[[worker]]\nhttp = "10.0.0.{n}:8000"\nzmq = "10.0.0.{n}:9000"\n' for n in (1, 2, 3))
+    )
+    control = control_of(str(file), CONNECT)
+    assert isinstance(control, vllm_router.VllmRouter)
+    with pytest.raises(LostError, match=r"nobody registers its workers\. Start: steelyard control keep"):
+        control.get()
+    end = threading.Event()
+    beating = threading.Thread(target=vllm_router.beat, args=(control, Fleet(2, 1), end.is_set))
+    beating.start()
+    first = {("P", "10.0.0.1:8000"), ("P", "10.0.0.2:8000"), ("D", "10.0.0.3:8000")}
+    soon(lambda: registry.roles() == first)
+    soon(lambda: control.get().settled(Fleet(2, 1)))
+    assert registry.heard[0] == {"type": "P", "http_address": "10.0.0.1:8000", "zmq_address": "10.0.0.1:9000"}
+    with Keeper(control, "sweep") as keeper:
+        with pytest.raises(InputError, match="cannot be reached: there are 3 workers"):
+            keeper.put(Fleet(2, 2))
+        cost = keeper.put(Fleet(1, 2))
+        assert registry.roles() == {("P", "10.0.0.1:8000"), ("D", "10.0.0.2:8000"), ("D", "10.0.0.3:8000")}
+        assert cost.joined_s < 0.8 <= cost.ready_s
+        assert control.get().workers["decode"] == ("http://10.0.0.2:8000", "http://10.0.0.3:8000")
+        registry.end()  # the router is started anew
+        registry.begin()
+        soon(lambda: ("D", "10.0.0.2:8000") in registry.roles())
+        time.sleep(0.3)
+        assert ("P", "10.0.0.2:8000") not in registry.roles()
+    assert registry.roles() == first
+    end.set()
+    beating.join(5)
+    with pytest.raises(LostError, match="nobody registers"):
+        control.get()
+
+
 # --- the online controller
 
 
@@ -658,6 +766,25 @@ def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
     assert {d["action"] for d in said["decisions"]} == {"hold"}
     with open_store(db) as store:
         assert sum(d.repeats for d in store.decisions(None)) >= 4
+
+
+def test_a_controller_reads_the_workers_of_a_targets_file(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Queues that only the workers' own pages tell move the fleet; at the end it is put back."""
+    page = "vllm:num_requests_waiting {}\n"
+    with Pages() as pages:
+        pages["/p/metrics"], pages["/d/metrics"] = page.format(9), page.format(0)
+        file = tmp_path / "targets.json"
+        workers = [{"role": role, "metrics": f"{pages.url}/{role[0]}/metrics"} for role in ("prefill", "decode")]
+        file.write_text(json.dumps({"workers": workers}))
+        arguments = ["--policy", "online-report", "--for", "1.5", "--tick", "0.2", "--max-switches-per-hour", "1"]
+        db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
+        assert main(["control", "run", server, "--targets", str(file), *arguments, "--json", *db]) == 0
+    said = json.loads(capsys.readouterr().out)
+    moved = [d for d in said["decisions"] if d["action"] == "move"]
+    assert [(d["before"], d["after"], d["reason"]) for d in moved] == [("3:3", "4:2", "9 prompts and 0 answers wait")]
+    assert endpoint(server).fleet() == Fleet(3, 3)
 
 
 def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path: Path) -> None:

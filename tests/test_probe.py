@@ -13,7 +13,7 @@ from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
-from loadgen.discover import discover, read_targets
+from loadgen.discover import again, discover, read_targets, with_told
 from loadgen.probe import Probe, clock, probe
 from tests.pages import Pages, endpoint, stream
 from traces.errors import EndpointError, InputError
@@ -182,6 +182,32 @@ def test_a_targets_file_and_the_router_may_disagree(tmp_path: Path) -> None:
     assert "lists it as decode" in found.notes[0]
     assert "which" in found.notes[1]
     assert "lacks" in found.notes[1]
+
+
+def test_a_targets_file_may_say_no_more_than_where_the_routers_metrics_are(tmp_path: Path) -> None:
+    """A router whose metrics are at a port of their own still lists its workers itself, now and later."""
+    with endpoint("sglang") as pages:
+        pages["/workers"] = pool(pages, "pd")
+        path = tmp_path / "t.toml"
+        path.write_text(f'router_metrics = "{pages.url}/router/metrics"')
+        found = discover(server(pages), targets=read_targets(path))
+        pages["/workers"] = pool(pages, "pdd")
+        later = again(server(pages), found)
+    assert (found.fleet, later.fleet) == (Fleet(1, 1), Fleet(1, 2))
+    assert found.listed
+    for one in (found, later):
+        assert [w.metrics for w in one.workers if w.role == "router"] == [f"{pages.url}/router/metrics"]
+
+
+def test_the_workers_that_a_control_names_are_read_where_nobody_lists_any() -> None:
+    with endpoint("vllm") as pages:
+        found = with_told(discover(server(pages)), {"prefill": ("http://a:1",), "decode": ("http://b:1", "http://c:1")})
+    assert [(w.role, w.metrics) for w in found.workers] == [
+        ("prefill", "http://a:1/metrics"),
+        ("decode", "http://b:1/metrics"),
+        ("decode", "http://c:1/metrics"),
+    ]
+    assert (found.fleet, found.listed) == (Fleet(1, 2), False)
 
 
 def test_a_role_that_nobody_says_is_read_from_the_metrics(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.discover import Discovery
 from loadgen.engines import Worker, engine
-from loadgen.scrape import Scraper, page_of, read, samples
+from loadgen.scrape import GIVE_UP, Scraper, page_of, read, samples
 from loadgen.served import Served
 from tests.pages import Pages
 from traces.records import Fleet, Histogram, Sample
@@ -376,6 +376,34 @@ def test_the_role_of_a_vllm_worker_follows_where_its_kv_comes_from() -> None:
     assert vllm.role(None, alone) == "mixed"
     assert vllm.role(prefill, prefill) == ""  # nothing moved
     assert vllm.role(None, sample(prompt_tokens_total=1000)) == ""  # an older release does not say
+
+
+def test_who_sets_the_fleet_says_the_roles_after_a_change(tmp_path: Path) -> None:
+    """A targets file tells of the beginning. A worker's second page (its GPUs') follows its role."""
+    found: list[Sample] = []
+    with Pages() as pages:
+        pages["/metrics"], pages["/gpu"] = "vllm:num_requests_waiting 3\n", "DCGM_FI_DEV_GPU_UTIL 50\n"
+        workers = [
+            Worker("a", "prefill", pages.url, f"{pages.url}/metrics"),
+            Worker("a", "prefill", metrics=f"{pages.url}/gpu"),
+        ]
+        scraper = scraper_of(pages, workers, found)
+        assert {s.role for s in scraper.read()} == {"prefill"}
+        scraper.assign({"prefill": ("http://elsewhere:1",), "decode": (pages.url,)})
+        (sample,) = scraper.read()
+        assert (sample.worker, sample.role, sample.waiting_requests, sample.gpu_busy_ratio) == ("a", "decode", 3, 0.5)
+
+
+def test_a_worker_that_starts_late_is_read_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadgen.scrape.FIND_S", 0.3)
+    found: list[Sample] = []
+    with Pages() as pages, scraper_of(pages, [Worker("a", "decode", metrics=f"{pages.url}/late")], found):
+        until(lambda: sum(ask.path == "/late" for ask in pages.asked) >= GIVE_UP)
+        time.sleep(0.1)
+        assert sum(ask.path == "/late" for ask in pages.asked) <= GIVE_UP + 1
+        pages["/late"] = "vllm:num_requests_waiting 3\n"
+        until(lambda: found)
+    assert found[0].worker == "a"
 
 
 def test_credentials_go_to_the_endpoint_alone() -> None:

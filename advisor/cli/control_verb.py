@@ -5,35 +5,16 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages
+from advisor.cli.reaching import connect_of, credentials, watching
+from advisor.cli.steering import rule_of, steering, thresholds
 
 HOW = "How the fleet is set: reference:URL, sglang:ROUTER_URL, kubernetes:NS/KIND/NAME,KIND/NAME, "
 HOW += 'command:["PROGRAM", "{prefill}", "{decode}"], manual:, none, or a TOML file'
-
-
-def reached(f: Any) -> Any:
-    """The options that say how an endpoint is reached."""
-    options = [
-        click.option(
-            "--api-key-file",
-            type=click.Path(path_type=Path),
-            help="File with the bearer token [default: env STEELYARD_API_KEY].",
-        ),
-        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
-        click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
-        click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
-    ]
-    for option in reversed(options):
-        f = option(f)
-    return f
 
 
 def control_options(f: Any) -> Any:
@@ -60,44 +41,6 @@ def control_options(f: Any) -> Any:
     for option in reversed(options):
         f = option(f)
     return f
-
-
-def connect_of(options: dict[str, Any]) -> Any:
-    """A :class:`loadgen.control.Connect` from the options that say how an endpoint is reached."""
-    import sys
-
-    from loadgen.client import target
-    from loadgen.control import Connect, Endpoint
-    from loadgen.replay import read_api_key
-
-    headers = {}
-    for header in options.get("headers", ()):
-        name, colon, value = header.partition(":")
-        if not colon or not name.strip():
-            raise click.UsageError("--header takes NAME:VALUE.")
-        headers[name.strip()] = value.strip()
-    key = read_api_key(options.get("api_key_file"))
-
-    def endpoint(url: str, *, bare: bool = False) -> Endpoint:
-        tls = url.startswith("https:")
-        return Endpoint(
-            target(
-                url,
-                api_key=None if bare else key,
-                headers={} if bare else headers,
-                ca_file=(options.get("ca_file") or "") if tls else "",
-                insecure=tls and bool(options.get("insecure")),
-            )
-        )
-
-    def ask_operator(question: str) -> str:
-        click.echo(question, err=True, nl=False)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.strip()
-
-    return Connect(endpoint, lambda url: endpoint(url, bare=True), ask_operator)
 
 
 def chosen(spec: str | None, url: str | None, options: dict[str, Any]) -> Any:
@@ -147,7 +90,7 @@ def control() -> None:
 @control.command(**example("steelyard control get http://127.0.0.1:8080"))
 @click.argument("url", required=False)
 @click.option("--control", "control_spec", metavar="KIND:..|FILE", help=f"{HOW}.")
-@reached
+@credentials
 @json_option
 def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any) -> int:
     """Print the fleet that is in force."""
@@ -192,7 +135,7 @@ def _fleet(fleet: Any) -> Any:
     help="Small requests to URL afterwards: when was the first answered, and were any refused?",
 )
 @click.option("--model", help="--warm: model to ask for [default: the server's first].")
-@reached
+@credentials
 @json_option
 @db_option
 def set_(
@@ -299,7 +242,7 @@ def _warm(server: Any, model: str | None, requests: int, asked: float) -> tuple[
     help="Seconds.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
-@reached
+@credentials
 @json_option
 @db_option
 def restore(
@@ -384,23 +327,12 @@ def restore(
     type=click.Choice(["online", "online-report"]),
     default="online",
     show_default=True,
-    help="online: backlog in seconds (needs --laws); online-report: 1.5x the waiting requests.",
+    help="online: by the thresholds of an answer (--recommendation, --thresholds) or by backlog in seconds (--laws); "
+    "online-report: by 1.5x counts.",
 )
-@click.option(
-    "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
-)
-@click.option(
-    "--thresholds",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="JSON of steelyard advise --json, or its thresholds.",
-)
-@click.option(
-    "--mean-prompt", type=click.FloatRange(min=1), help="online: tokens of a mean prompt [default: the thresholds']"
-)
-@click.option(
-    "--mean-output", type=click.FloatRange(min=1), help="online: tokens of a mean answer [default: the thresholds']"
-)
+@steering
+@click.option("--mean-prompt", type=click.FloatRange(min=1), help="online by --laws: tokens of a mean prompt.")
+@click.option("--mean-output", type=click.FloatRange(min=1), help="online by --laws: tokens of a mean answer.")
 @click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".')
 @click.option(
     "--tick",
@@ -428,9 +360,8 @@ def restore(
 @click.option(
     "--for", "for_s", type=click.FloatRange(min=0, min_open=True), help="End after so many seconds [default: Ctrl-C]."
 )
-@click.option("--engine", default="auto", show_default=True, help="Whose metrics URL shows.")
 @click.option("--leave", is_flag=True, help="Leave the last fleet in force at the end, instead of the one before.")
-@reached
+@watching
 @json_option
 @db_option
 def run(
@@ -450,13 +381,14 @@ def run(
     from loadgen import policy
     from loadgen.control.online import Controller
     from traces.errors import EndpointError
+    from traces.measures import Slo
     from traces.records import Decision, FleetChange
     from traces.store import open_store
 
     made = chosen(control_spec, url, options)
     if made is None:
         raise EndpointError(f"{url}: its fleet cannot be set (no /fleet). Say how with --control.")
-    steering = policy.Steering(_rule(options))
+    slo = Slo.parse(options["slo"]) if options["slo"] else None
     keeper: Any = keeper_of(made, "run", options, as_json, put_back=not leave)
     if dry_run:
         keeper = _Dry(keeper)
@@ -469,7 +401,10 @@ def run(
         moved = f"{decision.before} -> {decision.after}" if decision.after else str(decision.before or "?")
         console.print(f"{decision.at_s:8.1f} s  {decision.action:7} {moved}: {decision.reason}", markup=False)
 
-    with open_store(db) as store, readings_of(url, options, zero) as read, keeper:
+    with open_store(db) as store:
+        known = thresholds(store, options)
+        rule = rule_of(options, known, slo, options["mean_prompt"], options["mean_output"])
+        read, on_standing = _readings(url, made, options, zero)
 
         def on_decision(decision: Decision) -> None:
             decisions.append(decision)
@@ -479,19 +414,22 @@ def run(
             changes.append(change)
             store.add_fleet_change(None, change, made.name, unix)
 
-        controller = Controller(
+        with (
             keeper,
-            read,
-            steering,
-            zero,
-            on_change,
-            on_decision=on_decision,
-            on_said=say,
-            tick_s=options["tick_s"],
-            stale_s=options["stale_s"],
-            most_per_hour=options["max_switches_per_hour"],
-        )
-        with controller:
+            Controller(
+                keeper,
+                read,
+                policy.Steering(rule),
+                zero,
+                on_change,
+                on_decision=on_decision,
+                on_said=say,
+                on_standing=on_standing,
+                tick_s=float((known or {}).get("tick_s") or options["tick_s"]),
+                stale_s=options["stale_s"],
+                most_per_hour=options["max_switches_per_hour"],
+            ) as controller,
+        ):
             try:
                 threading.Event().wait(for_s)
             except KeyboardInterrupt:
@@ -550,58 +488,34 @@ class _Dry:
             click.echo(f"dry run: {step}", err=True)
 
 
-@contextmanager
-def readings_of(url: str, options: dict[str, Any], zero: float) -> Iterator[Any]:
-    """read(): one reading of every worker that the endpoint's metrics show."""
+def _readings(url: str, made: Any, options: dict[str, Any], zero: float) -> tuple[Any, Any]:
+    """(read: one reading of every worker, on_standing: what the control says of their roles).
+
+    Workers are those of --targets, otherwise those that the endpoint lists or --control names; a list is asked for now and then.
+    """
+    from loadgen.control import Standing
+    from loadgen.discover import again, discover, read_targets, with_told
     from loadgen.scrape import Scraper
 
+    server = connect_of(options).endpoint(url)
+    targets = read_targets(options["targets"]) if options["targets"] else None
+    standing: Standing = made.get()
+    found = with_told(discover(server, engine=options["engine"], targets=targets), standing.workers)
     scraper = Scraper(
-        connect_of(options).endpoint(url),
+        server,
         zero,
         lambda samples: None,
-        engine="" if options["engine"] == "auto" else options["engine"],
+        workers=found.workers,
+        engine=found.engine.name,
+        find=(lambda: again(server, found).workers) if found.listed else None,
     )
-    yield scraper.read
+    scraper.assign(standing.workers)
 
+    def read() -> Any:
+        scraper.look()
+        return scraper.read()
 
-def _rule(options: dict[str, Any]) -> Any:
-    """The policy's rule from --policy, --laws and --thresholds."""
-    import json
-
-    from loadgen import policy
-    from loadgen.cluster import Profile
-    from traces.errors import InputError
-    from traces.measures import Slo
-
-    held: dict[str, Any] = {}
-    if options["thresholds"] is not None:
-        try:
-            said = json.loads(options["thresholds"].read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--thresholds {options['thresholds']}: cannot be read as JSON ({error}).") from None
-        held = said.get("thresholds", said) if isinstance(said, dict) else {}
-        if not isinstance(held, dict) or not held:
-            raise InputError(f"--thresholds {options['thresholds']}: holds no thresholds.")
-    if options["policy"] == "online-report":
-        return policy.CountRule(float(held.get("ratio", 1.5)))
-    if not options["laws"]:
-        raise InputError(
-            "--policy online counts backlog in seconds: give --laws (steelyard advise --profile-out FILE)."
-        )
-    prompt = options["mean_prompt"] or held.get("mean_prompt")
-    output = options["mean_output"] or held.get("mean_output")
-    if not prompt or not output:
-        raise InputError("--policy online needs --mean-prompt and --mean-output, in tokens.")
-    rule = policy.BacklogRule(
-        Profile.load(options["laws"]),
-        float(prompt),
-        float(output),
-        Slo.parse(options["slo"]) if options["slo"] else Slo(),
-    )
-    for name in ("more_s", "ratio", "dwell_s", "cool_s"):
-        if held.get(name) is not None:
-            rule = replace(rule, **{name: float(held[name])})  # type: ignore[arg-type]
-    return rule
+    return read, lambda now: scraper.assign(now.workers)
 
 
 @control.command(**example("steelyard control keep --control vllm.toml --fleet 1:1"))

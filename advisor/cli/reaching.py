@@ -8,34 +8,47 @@ from typing import Any
 
 import click
 
+ENGINE = click.option("--engine", default="auto", show_default=True, help="auto, or a name of docs/engines.md.")
+MODEL = click.option("--model", help="Model to ask for [default: the server's first].")
+CHAT = click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions.")
+TARGETS = click.option(
+    "--targets",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML or JSON that names the workers, their roles and metrics pages; or kubectl get pods -o json.",
+)
+CREDENTIALS = (
+    click.option(
+        "--api-key-file",
+        type=click.Path(path_type=Path),
+        help="File with the bearer token [default: env STEELYARD_API_KEY].",
+    ),
+    click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
+    click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
+    click.option("--cert", default="", metavar="FILE", help="PEM certificate that the client shows (mutual TLS)."),
+    click.option("--key", default="", metavar="FILE", help="PEM key of --cert, if it is not in the same file."),
+    click.option("--proxy", default="", metavar="URL", help="HTTP proxy, for example http://127.0.0.1:3128."),
+    click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
+)
 
-def reaching(f: Any) -> Any:
-    """Engine, model, targets, credentials, TLS and proxy."""
-    options = [
-        click.option("--engine", default="auto", show_default=True, help="auto, or a name of docs/engines.md."),
-        click.option("--model", help="Model to ask for [default: the server's first]."),
-        click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions."),
-        click.option(
-            "--targets",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="TOML or JSON that names the workers, their roles and metrics pages; or kubectl get pods -o json.",
-        ),
-        click.option(
-            "--api-key-file",
-            type=click.Path(path_type=Path),
-            help="File with the bearer token [default: env STEELYARD_API_KEY].",
-        ),
-        click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
-        click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),
-        click.option("--cert", default="", metavar="FILE", help="PEM certificate that the client shows (mutual TLS)."),
-        click.option("--key", default="", metavar="FILE", help="PEM key of --cert, if it is not in the same file."),
-        click.option("--proxy", default="", metavar="URL", help="HTTP proxy, for example http://127.0.0.1:3128."),
-        click.option("--insecure", is_flag=True, help="Do not check the server's certificate."),
-    ]
-    for option in reversed(options):
-        f = option(f)
-    return f
+
+def _with(*options: Any) -> Any:
+    def decorated(f: Any) -> Any:
+        for option in reversed(options):
+            f = option(f)
+        return f
+
+    return decorated
+
+
+reaching = _with(ENGINE, MODEL, CHAT, TARGETS, *CREDENTIALS)
+"""Engine, model, targets, credentials, TLS and proxy."""
+
+watching = _with(ENGINE, TARGETS, *CREDENTIALS)
+"""The same without what only requests need."""
+
+credentials = _with(*CREDENTIALS)
+"""Credentials, TLS and proxy."""
 
 
 def reached(endpoints: Sequence[str], options: dict[str, Any]) -> list[Any]:
@@ -44,22 +57,54 @@ def reached(endpoints: Sequence[str], options: dict[str, Any]) -> list[Any]:
     from loadgen.replay import read_api_key
 
     headers = {}
-    for header in options["headers"]:
+    for header in options.get("headers", ()):
         name, colon, value = header.partition(":")
         if not colon or not name.strip():
             raise click.UsageError("--header takes NAME:VALUE.")
         headers[name.strip()] = value.strip()
-    key = read_api_key(options["api_key_file"])
+    key = read_api_key(options.get("api_key_file"))
     return [
         target(
             endpoint,
             api_key=key,
             headers=headers,
-            ca_file=options["ca_file"],
-            insecure=options["insecure"],
-            cert_file=options["cert"],
-            key_file=options["key"],
-            proxy=options["proxy"],
+            ca_file=options.get("ca_file", ""),
+            insecure=bool(options.get("insecure")),
+            cert_file=options.get("cert", ""),
+            key_file=options.get("key", ""),
+            proxy=options.get("proxy", ""),
         )
         for endpoint in endpoints
     ]
+
+
+def connect_of(options: dict[str, Any]) -> Any:
+    """A :class:`loadgen.control.Connect` from the same options. TLS is for https alone: a router may be asked by both."""
+    import sys
+
+    from loadgen.control import Connect, Endpoint
+
+    plain = dict(options) | dict.fromkeys(("ca_file", "cert", "key"), "") | {"insecure": False}
+
+    def endpoint(url: str) -> Endpoint:
+        return Endpoint(reached([url], options if url.startswith("https:") else plain)[0])
+
+    def bare(url: str) -> Endpoint:
+        # Workers that only a router names get no credentials.
+        from loadgen.client import target
+
+        tls = url.startswith("https:")
+        return Endpoint(
+            target(
+                url, ca_file=options.get("ca_file", "") if tls else "", insecure=tls and bool(options.get("insecure"))
+            )
+        )
+
+    def ask_operator(question: str) -> str:
+        click.echo(question, err=True, nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.strip()
+
+    return Connect(endpoint, bare, ask_operator)

@@ -14,6 +14,7 @@ from advisor.cli.common import GROUP, TRACE, db_option, emit_json, example, json
 from advisor.cli.control_verb import chosen, control_options, keeper_of, printed
 from advisor.cli.reaching import reached, reaching
 from advisor.cli.shaping import shape_options, shaped
+from advisor.cli.steering import rule_of, steering, thresholds
 
 
 def asked(f: Any) -> Any:
@@ -200,23 +201,7 @@ def result(store: Any, run: Any) -> dict[str, Any]:
     help="online: move workers during the run, by the thresholds of an answer (--recommendation, --thresholds) or by backlog "
     "in seconds (--laws); online-report: by 1.5x counts.",
 )
-@click.option(
-    "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
-)
-@click.option(
-    "--thresholds",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="online: thresholds as JSON, of advise --json or its thresholds{} alone; instead of --laws and what follows.",
-)
-@click.option("--recommendation", type=int, metavar="ID", help="online: the thresholds of a stored answer of advise.")
-@click.option(
-    "--more", type=float, default=1.0, show_default=True, help="online: seconds of backlog that move a worker."
-)
-@click.option(
-    "--ratio", type=float, default=2.0, show_default=True, help="online: and times the other queue's backlog."
-)
-@click.option("--cool", type=float, default=10.0, show_default=True, help="online: seconds before a move back.")
+@steering
 @click.option(
     "--tick", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="online: seconds."
 )
@@ -284,7 +269,7 @@ def replay(
     with open_store(db, create=False) as store:
         schedule, factor = schedule_of(store, trace, options)
         past = store.schedule(options["history"]) if options["history"] else None
-        known = _thresholds(store, options)
+        known = thresholds(store, options)
         schedule, strategy = _strategy(schedule, options, slo, known, past)
         wanted = wanted or _start(known)
         keeping = _keeping(control_spec, where[0], "replay", options, as_json, put_back=False)
@@ -348,36 +333,6 @@ def replay(
     return 0 if run.complete and run.verdict != "invalid" else 4
 
 
-def _thresholds(store: Any, options: dict[str, Any]) -> dict[str, Any] | None:
-    """The thresholds{} that --thresholds or --recommendation name, with where they came from."""
-    import json
-
-    from traces.errors import InputError
-
-    path, number = options["thresholds"], options["recommendation"]
-    if path is None and number is None:
-        return None
-    if path is not None and number is not None:
-        raise click.UsageError("give --thresholds or --recommendation, not both.")
-    if options["policy"] != "online":
-        raise click.UsageError("--thresholds and --recommendation belong to --policy online.")
-    if path is None:
-        where = f"recommendation {number}"
-        held = store.recommendation(number)
-    else:
-        where = str(path)
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{where}: is no readable JSON ({error}).") from None
-    found = held.get("thresholds", held) if isinstance(held, dict) else None
-    if not isinstance(found, dict) or not found.get("rule"):
-        raise InputError(
-            f"{where} holds no thresholds: its answer is to stand still. Ask for some: steelyard advise --strategy online"
-        )
-    return found | {"where": where}
-
-
 def _start(known: dict[str, Any] | None) -> Any:
     """The fleet that thresholds start from, where they name one."""
     from traces.records import Fleet
@@ -398,7 +353,6 @@ def _strategy(
     from loadgen import policy
     from loadgen.cluster import Profile
     from traces.errors import InputError
-    from traces.measures import Slo
 
     kind, order = options["policy"], options["order"]
     limits = {"tick_s": options["tick"], "stale_s": options["stale_s"]}
@@ -416,26 +370,10 @@ def _strategy(
             raise click.UsageError("--in-flight belongs to --order: an open loop waits for nobody.")
         if kind == "static":
             return schedule, {}
-        if known is not None:
-            rule: policy.OnlineRule = policy.rule_of(known, str(known["where"]))
-            return schedule, {
-                "steering": policy.Steering(rule),
-                "policy": kind,
-                "tick_s": float(known.get("tick_s") or options["tick"]),
-            }
-        if kind == "online-report":
-            rule = policy.CountRule()
-        elif laws is None:
-            raise InputError(
-                "--policy online needs thresholds: give --recommendation ID or --thresholds FILE (steelyard advise), "
-                "or --laws (steelyard advise --profile-out FILE)."
-            )
-        else:
-            prompt, output = float(np.mean(schedule.prompt_tokens)), float(np.mean(schedule.output_tokens))
-            rule = policy.BacklogRule(
-                laws, prompt, output, slo or Slo(), options["more"], options["ratio"], cool_s=options["cool"]
-            )
-        return schedule, {"steering": policy.Steering(rule), "policy": kind} | limits
+        prompt, output = (float(np.mean(tokens)) for tokens in (schedule.prompt_tokens, schedule.output_tokens))
+        rule = rule_of(options, known, slo, prompt, output)
+        tick_s = float((known or {}).get("tick_s") or options["tick"])
+        return schedule, {"steering": policy.Steering(rule), "policy": kind} | limits | {"tick_s": tick_s}
     if kind != "static":
         raise click.UsageError("give --order or --policy, not both: offline work does not watch queues.")
     if order == "two-stage" and laws is None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loadgen.control import Control, LostError, has_grown
+from loadgen.control import Control, LostError, Standing, has_grown
 from traces.errors import EndpointError, InputError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 
@@ -83,7 +83,7 @@ class Controller:
     read() gives one reading of all workers. zero: where seconds count from, on the monotonic clock. speed: model seconds per
     second (of the reference endpoint): the rule is asked every tick_s model seconds and sees model time. on_change gets every
     change when it is in force, or at the end with ``ready_s`` NaN. on_decision gets every decision, those that repeat
-    counted together; on_said a line when the decision is another one.
+    counted together; on_said a line when the decision is another one; on_standing what the control says at every tick.
     Nothing is moved while the last reading is older than stale_s seconds, nor when ``most_per_hour`` moves were made
     within the last hour. missed: ticks without a reading.
     """
@@ -98,6 +98,7 @@ class Controller:
         *,
         on_decision: Callable[[Decision], None] = lambda decision: None,
         on_said: Callable[[Decision], None] = lambda decision: None,
+        on_standing: Callable[[Standing], None] = lambda standing: None,
         tick_s: float = 1.0,
         speed: float = 1.0,
         stale_s: float = 10.0,
@@ -107,7 +108,7 @@ class Controller:
         self.moves = 0
         self._control, self._read, self._steering, self._zero = control, read, steering, zero
         self._on_change, self._tick_s, self._speed = on_change, tick_s / speed, speed
-        self._decisions, self._on_said = Decisions(on_decision), on_said
+        self._decisions, self._on_said, self._on_standing = Decisions(on_decision), on_said, on_standing
         self._stale_s, self._most_per_hour = stale_s, most_per_hour
         self._moved: deque[float] = deque()
         self._fresh_s = 0.0  # the controller's own beginning: a server that never answers goes stale too
@@ -150,6 +151,7 @@ class Controller:
     def _arrived(self) -> tuple[Fleet | None, int]:
         """(fleet asked for, workers on their way) as the endpoint says; changes that are in force now are handed on."""
         standing = self._control.get()
+        self._on_standing(standing)
         at = self._now()
         self._pending = [
             replace(c, joined_s=at) if math.isnan(c.joined_s) and has_grown(standing.fleet, c.after) else c
