@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from importlib.metadata import distributions
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.engines.dynamo_fleet import listed, runs
-from tests.engines.lab import Rig, environment, free_ports, get, process, run, until
+from tests.engines.lab import Rig, environment, free_ports, get, needed, process, run, tiny_model, until
 from traces.records import Fleet
 
 VERSION = "1.6.1"
@@ -23,63 +23,10 @@ LEFT_OUT = ("aisimulate", "ai-dynamo-runtime")
 """aisimulate's file on PyPI fetches itself from elsewhere; nothing here needs it."""
 
 FLEET = Path(__file__).with_name("dynamo_fleet.py")
-WORDS = 32_768
-CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-
-
-def needed(folder: Path) -> Sequence[str]:
-    """What the two wheels say they need, less what cannot be had."""
-    found = []
-    for one in distributions(path=[str(path) for path in folder.glob("lib/python*/site-packages")]):
-        if one.metadata["Name"] in ("ai-dynamo", "ai-dynamo-runtime"):
-            found += [r for r in one.requires or () if "extra ==" not in r and not r.startswith(LEFT_OUT)]
-    return found
 
 
 def install() -> Path:
-    return environment("dynamo", INSTALL, needed)
-
-
-def model(folder: Path) -> Path:
-    """A model without weights: a configuration and a tokenizer whose tokens are words. The mock engine needs no more."""
-    folder.mkdir()
-    vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{n}": n for n in range(2, WORDS)}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": n, "content": text, "special": True}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            for n, text in enumerate(("<unk>", "</s>"))
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
-    }  # fmt: skip
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": WORDS, "hidden_size": 64,
-        "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 32768, "bos_token_id": 1, "eos_token_id": 1, "torch_dtype": "float16",
-    }  # fmt: skip
-    for name, held in (
-        ("tokenizer.json", tokenizer),
-        ("config.json", config),
-        (
-            "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "unk_token": "<unk>",
-                "eos_token": "</s>",
-                "chat_template": CHAT,
-            },
-        ),
-        ("generation_config.json", {"eos_token_id": 1}),
-    ):
-        (folder / name).write_text(json.dumps(held))
-    return folder
+    return environment("dynamo", INSTALL, lambda folder: needed(folder, ("ai-dynamo", "ai-dynamo-runtime"), LEFT_OUT))
 
 
 @contextlib.contextmanager
@@ -92,7 +39,7 @@ def started(python: Path, folder: Path) -> Iterator[Rig]:
         "NATS_SERVER": f"nats://127.0.0.1:{nats}", "DYN_REQUEST_PLANE": "tcp", "DYN_TCP_RPC_HOST": "127.0.0.1",
         "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1", "DYN_SYSTEM_HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1", "DYN_LOG": "warn",
     }  # fmt: skip
-    tiny = model(folder / "tiny")
+    tiny = tiny_model(folder / "tiny")
     mocker = [
         str(python),
         "-m",
@@ -104,7 +51,7 @@ def started(python: Path, folder: Path) -> Iterator[Rig]:
         "--block-size",
         "64",
     ]
-    held = {
+    held: dict[str, Any] = {
         "health": f"{url}/health",
         "environment": environment,
         "ports": dict(zip(("prefill-1", "prefill-2", "decode-1", "decode-2"), ports, strict=True)),
@@ -136,7 +83,30 @@ def started(python: Path, folder: Path) -> Iterator[Rig]:
         control.write_text(
             f'kind = "command"\nset = {json.dumps([*fleet, "{prefill}", "{decode}"])}\nget = {json.dumps(fleet)}\n'
         )
-        yield Rig(NAME, url, "dynamo", str(control), Fleet(1, 1), Fleet(2, 1))
+        # The frontend lists its workers without their own pages, and each shows one: a targets file names those.
+        targets = folder / "targets.toml"
+        targets.write_text(
+            f'engine = "dynamo"\nrouter_metrics = "{url}/metrics"\n'
+            + "".join(
+                f'[[worker]]\nname = "{name}"\nrole = "{name[:-2]}"\nmetrics = "http://127.0.0.1:{at}/metrics"\n'
+                for name, at in held["ports"].items()
+                if name != "decode-2"
+            )
+        )
+        yield Rig(
+            NAME,
+            url,
+            "dynamo",
+            str(control),
+            Fleet(1, 1),
+            Fleet(2, 1),
+            options=["--targets", str(targets)],
+            told={
+                "prefill": ("finished_total", "waiting_tokens"),
+                "decode": ("finished_total", "kv_used_ratio"),
+                "router": (),
+            },
+        )
 
 
 def served(url: str) -> bool:

@@ -61,4 +61,19 @@ def started(python: Path, folder: Path) -> Iterator[Rig]:
             )
             + "".join(f'[[worker]]\nurl = "http://127.0.0.1:{port}"\nrole = "decode"\n' for port in decode)
         )
-        yield Rig(NAME, url, "sglang", str(control), Fleet(2, 1), Fleet(1, 2))
+        targets = folder / "router.toml"  # its workers it lists itself; its metrics are at a port of their own
+        targets.write_text(f'router_metrics = "http://127.0.0.1:{page}/metrics"\n')
+        yield Rig(
+            NAME,
+            url,
+            "sglang",
+            str(control),
+            Fleet(2, 1),
+            Fleet(1, 2),
+            reach=["--targets", str(targets)],
+            told={
+                "prefill": ("prompt_tokens_total",),
+                "decode": ("output_tokens_total", "transfers_total"),
+                "router": (),
+            },
+        )
