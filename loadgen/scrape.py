@@ -488,10 +488,13 @@ class Scraper:
             for (worker, said), values in reading.others.items():
                 name = self.names.get(worker, worker)
                 known = found.get(name)
-                role = said or (known.role if known else self._role(name, None))
+                has = known.role if known else self._role(name, None)
+                role = said or has
+                if role != has and (known is not None or has in ("prefill", "decode")):
+                    continue  # a router goes on naming a worker in the role that it has given up
                 if known is None:
                     rest.append(Sample(at_s, name, role, **values))
-                elif role == known.role:
+                else:
                     found[name] = Sample(known.at_s, name, role, **(values | _said(known)))
         told = [*found.values(), *rest]
         self.last |= {s.worker: s for s in told}

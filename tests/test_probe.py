@@ -26,6 +26,9 @@ def server(pages: Pages, **more: Any) -> Endpoint:
     return Endpoint(target(pages.url, **more))
 
 
+UNLISTED = (503, "No prefill servers available")
+
+
 def missing(found: Probe) -> str:
     """All that is missing, with costs, as one text."""
     return "\n".join(f"{one.what}: {one.costs}. {one.do}" for one in found.lacks)
@@ -281,6 +284,14 @@ def test_what_an_answer_lacks_is_said_with_its_cost(answer: Any, words: str) -> 
     assert words in missing(found)
 
 
+def test_a_router_that_lists_no_model_while_it_serves_is_probed_by_the_models_name() -> None:
+    """vllm-router in its discovery mode, as seen: 503 for the list of models, an empty list of workers, and answers."""
+    with endpoint("vllm", v1__models=UNLISTED, workers={"workers": []}) as pages:
+        found = probe(server(pages), engine="vllm", model="m")
+    assert (found.model, found.models, len(found.rows)) == ("m", (), 3)
+    assert all(row.status == "ok" for row in found.rows)
+
+
 def test_an_endpoint_of_which_nothing_is_known_is_told_what_to_give() -> None:
     """No workers, no metrics: the advice lacks most, and the file that would help is named."""
     with endpoint() as pages:
@@ -309,6 +320,7 @@ def test_a_clock_that_is_wrong_is_measured() -> None:
         # Wrong URL, model, kind of server, credentials; a router without decode workers.
         (lambda: Pages(), {}, r"no list|lists no model|HTTP 404"),
         (lambda: endpoint(), {"model": "other"}, r"does not serve the model 'other'\. It serves: m\."),
+        (lambda: endpoint(v1__models=UNLISTED), {}, r"No prefill servers available .* name the model with --model"),
         (lambda: endpoint(answer=lambda ask: "<html>hello</html>"), {}, r"web page, not with an event stream"),
         (lambda: endpoint(answer=lambda ask: {"choices": [{"text": "whole"}]}), {}, r"no event stream of tokens"),
         (lambda: endpoint(answer=lambda ask: (401, "no")), {}, r"HTTP 401, it wants credentials\. Set STEELYARD_API_KEY"),

@@ -394,6 +394,27 @@ def test_who_sets_the_fleet_says_the_roles_after_a_change(tmp_path: Path) -> Non
         assert (sample.worker, sample.role, sample.waiting_requests, sample.gpu_busy_ratio) == ("a", "decode", 3, 0.5)
 
 
+def test_a_role_that_a_worker_has_given_up_is_not_told_of_it() -> None:
+    """vllm-router names a worker that was flipped in both roles for ever; seen on a live one."""
+    with Pages() as pages:
+        label = f'worker="{pages.url}",rank="aggregate"'
+        pages["/router"] = (
+            f"vllm_router_pd_prefill_occupancy{{{label}}} 0\nvllm_router_pd_active_decode_requests{{{label}}} 3\n"
+        )
+        workers = [
+            Worker("router", "router", metrics=f"{pages.url}/router"),
+            Worker("a", "prefill", pages.url, f"{pages.url}/metrics"),
+        ]
+        scraper = scraper_of(pages, workers, [])
+        scraper.assign({"decode": (pages.url,)})
+        for page in ("vllm:num_requests_running 3\n", None):  # also in a round to which its own page does not come
+            if page:
+                pages["/metrics"] = page
+            else:
+                del pages["/metrics"]
+            assert [s.role for s in scraper.read() if s.worker == "a"] == ["decode"]
+
+
 def test_a_worker_that_starts_late_is_read_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadgen.scrape.FIND_S", 0.3)
     found: list[Sample] = []

@@ -119,11 +119,20 @@ class Endpoint:
 
     # --- is it what we take it for
 
-    def models(self) -> list[dict[str, Any]] | None:
-        """What ``/v1/models`` lists; None if the server has no such list."""
+    def models(self, *, named: bool = False) -> list[dict[str, Any]] | None:
+        """What ``/v1/models`` lists; None if the server has no such list.
+
+        named: the model is known, so a list that is not available (503) is none: vllm-router in its discovery mode answers so
+        while it serves.
+        """
         reply = self.fetch("GET", "/v1/models")
-        if reply.status in (404, 405, 501):
+        if reply.status in (404, 405, 501) or (named and reply.status == 503):
             return None
+        if reply.status == 503:
+            raise EndpointError(
+                f"{self.shown}/v1/models: HTTP 503: {printable(reply.text[:200])} A server without workers does not serve; "
+                "vllm-router with --vllm-discovery-address serves all the same: name the model with --model."
+            )
         self._must_be_json(reply, "/v1/models")
         held = reply.json()
         data = held.get("data") if isinstance(held, dict) else None
@@ -131,7 +140,7 @@ class Endpoint:
 
     def choose_model(self, model: str | None) -> tuple[str, str]:
         """(model, owner) to ask for: the one given, if the server has it, or the server's first."""
-        listed = self.models()
+        listed = self.models(named=model is not None)
         names = [str(m.get("id")) for m in listed or () if m.get("id")]
         owners = {str(m.get("id")): str(m.get("owned_by") or "") for m in listed or ()}
         if model is None:

@@ -75,7 +75,7 @@ def router(python: Path, port: int, page: int, *more: str) -> list[str]:
     return [
         str(python), "-m", "vllm_router.launch_router", "--vllm-pd-disaggregation", "--kv-connector", "nixl",
         "--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1",
-        "--prometheus-port", str(page), "--log-level", "warn", *more,
+        "--prometheus-port", str(page), "--log-level", "warning", *more,
     ]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ class Files:
                 str(control),
                 Fleet(2, 1),
                 Fleet(1, 2),
-                reach=["--targets", str(targets)],
+                reach=["--targets", str(targets), "--model", "tiny"],  # in discovery mode the router lists none
                 rate=4.0,
                 told={"prefill": ("prompt_tokens_total",), "decode": ("received_tokens_total", "output_tokens_total")},
             )
