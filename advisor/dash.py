@@ -9,12 +9,9 @@ A run is read, digested and let go, one at a time; digests of ended runs are kep
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import re
 import signal
-import socket
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -31,12 +28,12 @@ from advisor.report.page import contents, document, e, figures, policy, safe_jso
 from advisor.report.page import report_body as body_of
 from advisor.report.parts import Section, Table
 from advisor.report.sections import distributions, lag, over_time, run_facts, servers, traffic_sections
+from loadgen.ports import HERE, LOOPBACK, Door
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.measures import Slo
 from traces.records import Run
 from traces.store import Store
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEPT = 32
 """Digests of ended runs that are kept."""
 
@@ -244,10 +241,10 @@ def _pages(turns: Mapping[str, int], name: str, shown: int, stored: int, listed:
 # --- the server -----------------------------------------------------------------------------------------------------
 
 
-def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -> web.Application:
-    """The aiohttp application. token: asked for once (?token=..) or as bearer; a cookie stands for it afterwards."""
+def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
+    """The aiohttp application. The door's token is asked for once (?token=..) or as bearer; a cookie stands for it afterwards."""
     gate = asyncio.Semaphore(1)
-    cookie = hashlib.sha256(f"steelyard dash {token}".encode()).hexdigest()
+    asks = door.token is not None
     headers = {
         "Content-Security-Policy": policy(live=True),
         "X-Content-Type-Options": "nosniff",
@@ -274,13 +271,6 @@ def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -
         body = [f"<header><p>Steelyard</p><h1>{e(said)}</h1></header>"]
         return answered(Page(str(status), body, data={"error": said}), request, status)
 
-    def known(request: web.Request) -> bool:
-        if token is None:
-            return True
-        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        given = hmac.compare_digest(bearer.encode(), token.encode())
-        return given or hmac.compare_digest(request.cookies.get("steelyard", "").encode(), cookie.encode())
-
     @web.middleware
     async def guard(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -289,16 +279,20 @@ def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -
             return web.Response(status=405, headers=headers | {"Allow": "GET, HEAD"})
         # A page elsewhere whose name was made to point here (DNS rebinding) says its own name, not ours.
         name = re.sub(r":\d+$", "", request.host).strip("[]")
-        if token is None and name not in (*LOOPBACK, host):
+        if not asks and name not in (*LOOPBACK, door.host):
             return refused(request, 421, "this server answers to its own name only")
         asked = request.query.get("token")
-        if token is not None and asked is not None:
-            if not hmac.compare_digest(asked.encode(), token.encode()):
+        if asks and asked is not None:
+            if not door.knows(asked):
                 return refused(request, 401, "that is not the token")
             moved = web.Response(status=303, headers=headers | {"Location": "/" + request.path.lstrip("/")})
-            moved.set_cookie("steelyard", cookie, httponly=True, samesite="Strict")
+            value = door.cookie("dash")
+            moved.set_cookie("steelyard", value, httponly=True, samesite="Strict", secure=door.scheme == "https")
             return moved
-        if not known(request):
+        if not (
+            door.bearer(request.headers.get("Authorization", ""))
+            or door.stands(request.cookies.get("steelyard", ""), "dash")
+        ):
             return refused(request, 401, "a token is needed: open this address with ?token=.. once")
         try:
             return await handler(request)
@@ -345,29 +339,21 @@ def make_app(dash: Dash, *, host: str = "127.0.0.1", token: str | None = None) -
     return app
 
 
-async def serve(
-    store: Store, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None, ready: Callable[[str], None]
-) -> None:
+async def serve(store: Store, *, door: Door = HERE, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT. ready(url) is called when pages are answered. EndpointError when it cannot listen."""
-    if host not in LOOPBACK and token is None:
-        raise InputError(
-            f"--host {host}: other machines could read this database, so it needs a token. Set STEELYARD_DASH_TOKEN or "
-            "--token-file, or stay on 127.0.0.1."
-        )
-    runner = web.AppRunner(make_app(Dash(store), host=host, token=token), access_log=None, shutdown_timeout=1.0)
+    door.check("--host", "other machines could read this database", "Set STEELYARD_DASH_TOKEN or --token-file")
+    tls = door.context()
+    runner = web.AppRunner(make_app(Dash(store), door=door), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
+        sock = door.bind()
+    except EndpointError:
         await runner.cleanup()
-        raise EndpointError(f"cannot listen on {host}:{port} ({error.strerror}). Give another --port, or 0.") from error
-    await web.SockSite(runner, sock).start()
+        raise
+    await web.SockSite(runner, sock, ssl_context=tls).start()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    ready(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
+    ready(door.url(sock.getsockname()[1]))
     await stopping.wait()
     await runner.cleanup()

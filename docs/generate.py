@@ -95,13 +95,18 @@ def settings() -> str:
         "",
         "A key that no verb knows is an error that names its neighbour. Secrets have no place in the file: "
         + ", ".join(f"`--{name}`" for name in sorted(SECRET))
-        + " and URLs with a password are refused there. They come from files (`--api-key-file`) or from:",
+        + " and URLs with a password are refused there. They come from files (`--api-key-file`), from the "
+        "keyring (`keyring:SERVICE/USER` wherever the file of a secret is named) or from:",
         "",
         "| variable | what it is |",
         "| --- | --- |",
         "| `STEELYARD_API_KEY` | bearer token of the endpoint under test |",
         "| `STEELYARD_SERVE_TOKEN` | bearer token that `steelyard serve` asks for |",
+        "| `STEELYARD_DASH_TOKEN` | token that `steelyard dash` asks for |",
+        "| `STEELYARD_WEB_TOKEN` | token that `--web` and `--metrics-port` ask for |",
+        "| `STEELYARD_SWARM_SECRET`, `.._FILE` | what master and workers of a replay must both know |",
         "| `STEELYARD_DB` | database URL, also one with a password |",
+        "| `STEELYARD_DB_PASSWORD`, `.._FILE` | its password, or where that is |",
         "| `STEELYARD_CONFIG` | the file of options |",
         "| `NO_COLOR` | no colours, see no-color.org |",
         "| `XDG_STATE_HOME` | where rows wait while the database is away [~/.local/state] |",

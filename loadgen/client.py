@@ -35,7 +35,7 @@ import httptools
 
 from loadgen import engines
 from loadgen.engines import Prompts
-from loadgen.stream import FOLD_BYTES, MAX_EVENT_BYTES, Answer, printable
+from loadgen.stream import FOLD_BYTES, Answer, printable
 from traces.errors import InputError
 
 TIMEOUT_S = 600.0
@@ -47,6 +47,13 @@ request written into a closing connection would look like a failure of the serve
 
 BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
+
+SLICE_BYTES = 1 << 20
+"""Of a packed answer that are unpacked at once."""
+
+FREE_BYTES, MOST_RATIO = 8 << 20, 200
+"""A packed answer that unpacks to more than these bytes, and to more than so many times its own, is a bomb: streams of tokens
+unpack to ten or thirty times."""
 
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 """Errors of connecting that are this machine's: out of file handles, memory or ports."""
@@ -275,6 +282,7 @@ class _Connection(asyncio.Protocol):
         "inflate",
         "keep",
         "on_body",
+        "packed",
         "parser",
         "route",
         "transport",
@@ -295,6 +303,7 @@ class _Connection(asyncio.Protocol):
         self.encoding = b""
         self.framed = False
         self.inflate: Any = None
+        self.packed = 0
         self.complete = False
         self.keep = False
         self.header_bytes = 0
@@ -371,7 +380,7 @@ class _Connection(asyncio.Protocol):
             return
         flight.http_status = self.parser.get_status_code()
         if self.encoding in (b"gzip", b"x-gzip", b"deflate"):
-            self.inflate = zlib.decompressobj(47 if self.encoding != b"deflate" else 15)
+            self.inflate, self.packed = zlib.decompressobj(47 if self.encoding != b"deflate" else 15), 0
         elif self.encoding not in (b"", b"identity") and not flight.answer.error:
             flight.answer.error = "malformed"
             flight.answer.detail = printable(f"Content-Encoding {self.encoding.decode('latin-1')} was not asked for")
@@ -391,12 +400,31 @@ class _Connection(asyncio.Protocol):
             return
         if len(parts) > len(answer.stamps):  # the parser raised before they were stamped
             answer.stamps.extend([self.at] * (len(parts) - len(answer.stamps)))
-        if self.inflate is not None:
-            try:
-                parts[:] = [self.inflate.decompress(part, MAX_EVENT_BYTES) for part in parts]
-            except zlib.error as error:
-                if not answer.error:
+        if self.inflate is None:
+            self._take(flight)
+            return
+        packed = list(zip(parts, answer.stamps, strict=False))
+        parts.clear()
+        answer.stamps.clear()
+        for piece, at in packed:
+            while piece and not answer.error:
+                try:
+                    plain = self.inflate.decompress(piece, SLICE_BYTES)
+                except zlib.error as error:
                     answer.error, answer.detail = "malformed", printable(f"Content-Encoding: {error}")
+                    break
+                self.packed += len(piece) - len(self.inflate.unconsumed_tail)
+                piece = self.inflate.unconsumed_tail
+                parts.append(plain)
+                answer.stamps.append(at)
+                self._take(flight)
+                if flight.body_bytes > max(FREE_BYTES, MOST_RATIO * self.packed) and not answer.error:
+                    answer.error, answer.detail = "malformed", f"unpacks to more than {MOST_RATIO} times its size"
+
+    def _take(self, flight: _Flight) -> None:
+        """See at the first bytes whether it is a stream at all, hand what there is on."""
+        answer = flight.answer
+        parts = answer.parts
         if not flight.body_bytes:
             self._look(answer, b"".join(parts)[:2000], flight.http_status)
         flight.body_bytes += sum(map(len, parts))

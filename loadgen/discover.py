@@ -99,10 +99,15 @@ class Discovery:
 # --- the targets file -----------------------------------------------------------------------------------------------
 
 
+MOST_CHARACTERS = 64 << 20
+"""Of a targets file that are read."""
+
+
 def read_targets(path: Path) -> Targets:
     """Workers from TOML, JSON, or what ``kubectl get pods -o json`` printed. InputError says what is wrong where."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         words = error.strerror if isinstance(error, OSError) else "not text"
         raise InputError(f"--targets {path}: cannot be read ({words}).") from None

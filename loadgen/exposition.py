@@ -1,19 +1,24 @@
-"""A running replay's own figures at ``/metrics``, for a Prometheus that also reads the servers'. Loopback, read only.
+"""A running replay's own figures at ``/metrics``, for a Prometheus that also reads the servers'. Read only.
 
 What is there: docs/grafana/steelyard.json shows all of it beside the servers' own metrics.
 """
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from loadgen.live import Histogram, Live
+from loadgen.ports import HERE, Door
 from traces.errors import InputError
 
 HISTOGRAMS = {
@@ -90,24 +95,56 @@ class Watched(Collector):
         yield workers
 
 
+class _Handler(WSGIRequestHandler):
+    timeout = 10
+    """Seconds that a client may say nothing, in the middle of a TLS greeting too."""
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the terminal is the user's."""
+
+
+class _Server(ThreadingWSGIServer):
+    def __init__(self, door: Door, page: Any) -> None:
+        self.address_family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+        super().__init__((door.host, door.port), _Handler)
+        self.set_app(page)
+
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: a client went away, or does not speak TLS."""
+
+
 @contextmanager
-def exposed(port: int) -> Iterator[tuple[str, Callable[[Live], None]]]:
-    """Serve ``/metrics`` on loopback until the block ends: (URL, on_live for :func:`loadgen.replay.replay`). 0: a free port."""
+def exposed(door: Door = HERE) -> Iterator[tuple[str, Callable[[Live], None]]]:
+    """Serve ``/metrics`` until the block ends: (URL, on_live for :func:`loadgen.replay.replay`)."""
+    door.check("--metrics-port", "other machines could read it", "Set STEELYARD_WEB_TOKEN or --web-token-file")
+    tls = door.context()
     watched = Watched()
     registry = CollectorRegistry()
     registry.register(watched)
+    page = make_wsgi_app(registry)
+
+    def guarded(environ: Any, start_response: Any) -> Any:
+        if not door.bearer(environ.get("HTTP_AUTHORIZATION", "")):
+            start_response("401 Unauthorized", [("Content-Type", "text/plain"), ("WWW-Authenticate", "Bearer")])
+            return [b"a bearer token is needed"]
+        return page(environ, start_response)
+
     try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        server = _Server(door, guarded)
     except OSError as error:
         raise InputError(
-            f"--metrics-port {port}: cannot be used ({error.strerror}). Give another port, or 0."
+            f"--metrics-port {door.port}: cannot be used ({error.strerror}). Give another port, or 0."
         ) from None
+    if tls is not None:  # the greeting is the business of the connection's own thread
+        server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=server.serve_forever, name="steelyard-metrics", daemon=True)
+    thread.start()
 
     def watch(live: Live) -> None:
         watched.live = live
 
     try:
-        yield f"http://127.0.0.1:{server.server_port}/metrics", watch
+        yield f"{door.url(server.server_port)}/metrics", watch
     finally:
         server.shutdown()
         server.server_close()

@@ -9,7 +9,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from loadgen.served import Served, judged
 from loadgen.spool import Spool, add
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
+from traces.credentials import read_secret
 from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, Tally, late_word
 from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Observations, Run, Sample, Schedule
@@ -52,18 +53,13 @@ class Interrupted(KeyboardInterrupt):
         self.run = run
 
 
-def read_api_key(file: Path | None) -> str | None:
-    """The bearer token from a file, or from STEELYARD_API_KEY; never from the command line, where others see it."""
-    if file is None:
-        return os.environ.get(API_KEY) or None
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        words = error.strerror if isinstance(error, OSError) else "not text"
-        raise InputError(f"--api-key-file {file}: cannot be read ({words}).") from None
-    if not text or "\n" in text:
-        raise InputError(f"--api-key-file {file}: it must hold the token alone, on one line.")
-    return text
+def read_api_key(named: str | Path | None) -> str | None:
+    """The bearer token from the file or keyring that is named, else from STEELYARD_API_KEY, else from what STEELYARD_API_KEY_FILE
+    names; never from the command line, where others see it."""
+    if named is not None:
+        return read_secret(named, "--api-key-file")
+    named = os.environ.get(f"{API_KEY}_FILE")
+    return os.environ.get(API_KEY) or (read_secret(named, f"{API_KEY}_FILE") if named else None)
 
 
 def replay(
@@ -147,7 +143,7 @@ def replay(
     if not len(schedule):
         raise InputError(f"the schedule of {schedule.name!r} holds no request. Nothing to replay.")
     if isinstance(endpoint, str):
-        endpoint = target(endpoint, api_key=os.environ.get(API_KEY) or None)
+        endpoint = target(endpoint, api_key=read_api_key(None))
     where, *others = [endpoint] if isinstance(endpoint, Target) else endpoint
     server = Endpoint(where)
     model, _owner = server.choose_model(model)
@@ -267,57 +263,60 @@ def replay(
             late.append((decision, unix))
 
     steered = control.name if control is not None else ""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(writer)
+    with writer.told(lambda: _ended(run, tally, slo, outcome, reason or "interrupted")):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(writer)
 
-        def on_start(zero: float, unix: float) -> None:
-            live.begin(zero)
-            find = (lambda: again(server, found).workers) if found.listed else None
-            scraper = Scraper(server, zero, on_samples, scrape_s, workers=found.workers, engine=dialect.name, find=find)
-            scraper.assign(standing.workers)
-            scrapers.append(stack.enter_context(scraper))
-            if steering is not None and control is not None:
-                stack.enter_context(
-                    Controller(
-                        control,
-                        scraper.read,
-                        steering,
-                        zero,
-                        on_change,
-                        on_decision=lambda decision: on_decision(decision, unix),
-                        on_standing=lambda standing: scraper.assign(standing.workers),
-                        tick_s=tick_s,
-                        speed=speed,
-                        stale_s=stale_s,
-                        most_per_hour=most_per_hour,
-                    )
+            def on_start(zero: float, unix: float) -> None:
+                live.begin(zero)
+                find = (lambda: again(server, found).workers) if found.listed else None
+                scraper = Scraper(
+                    server, zero, on_samples, scrape_s, workers=found.workers, engine=dialect.name, find=find
                 )
+                scraper.assign(standing.workers)
+                scrapers.append(stack.enter_context(scraper))
+                if steering is not None and control is not None:
+                    stack.enter_context(
+                        Controller(
+                            control,
+                            scraper.read,
+                            steering,
+                            zero,
+                            on_change,
+                            on_decision=lambda decision: on_decision(decision, unix),
+                            on_standing=lambda standing: scraper.assign(standing.workers),
+                            tick_s=tick_s,
+                            speed=speed,
+                            stale_s=stale_s,
+                            most_per_hour=most_per_hour,
+                        )
+                    )
 
-        try:
-            outcome = swarm.run(schedule, job, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
-            reason = outcome.reason
-        except BaseException as error:
-            # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-            for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
-                silent = tally.silent(piece)
-                if len(silent):
-                    on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
-            stack.close()
-            writer.settle(_ended(run, tally, slo, None, reason), patience_s)
-            raise
-    if on_outcome is not None:
-        on_outcome(outcome)
-    done_run = _ended(run, tally, slo, outcome, reason)
-    if steps >= 0:
-        done_run = _on_time(done_run, server, steps, slo)
-    moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
-    after = again(server, found) if found.listed else None
-    done_run = judged(done_run, served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved))
-    if scrapers:
-        done_run = replace(done_run, sources=scrapers[0].sources())
-        _keep_histograms(store, writer.spool, run.id, scrapers[0].histograms())
-    run = writer.settle(done_run, patience_s)
+            try:
+                outcome = swarm.run(schedule, job, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
+                reason = outcome.reason
+            except BaseException as error:
+                # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
+                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+                for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
+                    silent = tally.silent(piece)
+                    if len(silent):
+                        on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
+                stack.close()
+                writer.settle(_ended(run, tally, slo, None, reason), patience_s)
+                raise
+        if on_outcome is not None:
+            on_outcome(outcome)
+        done_run = _ended(run, tally, slo, outcome, reason)
+        if steps >= 0:
+            done_run = _on_time(done_run, server, steps, slo)
+        moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
+        after = again(server, found) if found.listed else None
+        done_run = judged(done_run, served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved))
+        if scrapers:
+            done_run = replace(done_run, sources=scrapers[0].sources())
+            _keep_histograms(store, writer.spool, run.id, scrapers[0].histograms())
+        run = writer.settle(done_run, patience_s)
     if writer.error is not None:
         raise writer.error
     if changes:
@@ -422,6 +421,7 @@ class Writer:
         self._store, self._run_id, self._every_s = store, run_id, every_s
         self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._unkept: list[Batch] = []
+        self._settled = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="steelyard-writer", daemon=True)
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
@@ -441,6 +441,17 @@ class Writer:
         self._stop.set()
         self._thread.join()
 
+    @contextlib.contextmanager
+    def told(self, end: Callable[[], Run]) -> Iterator[None]:
+        """A second Ctrl-C in the block waits for no database any more; how the run ended is on disk for the next command."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self._settled:
+                with contextlib.suppress(StoreError):
+                    self.spool.end_run(end())
+            raise
+
     def settle(self, run: Run, patience_s: float) -> Run:
         """Store what came of the run, and what waits. StoreError after ``patience_s`` says where the rows are."""
         until = time.monotonic() + patience_s
@@ -457,6 +468,7 @@ class Writer:
                         raise self.error or StoreError("rows could not be kept.")
                 found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()))
                 self._work.put(None)
+                self._settled = True
                 return found
             except StoreError as error:
                 if time.monotonic() < until:

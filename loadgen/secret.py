@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from pathlib import Path
 
+from traces.credentials import read_secret
 from traces.errors import InputError
 
 SECRET = "STEELYARD_SWARM_SECRET"  # noqa: S105 - the name of the variable
@@ -23,15 +23,12 @@ LEAST = 16
 
 
 def given() -> bytes | None:
-    """The secret from STEELYARD_SWARM_SECRET, or from the file that STEELYARD_SWARM_SECRET_FILE names; None without."""
+    """The secret from STEELYARD_SWARM_SECRET, or from the file or keyring that STEELYARD_SWARM_SECRET_FILE names; None
+    without."""
     text = os.environ.get(SECRET, "")
-    file = os.environ.get(f"{SECRET}_FILE", "")
-    if not text and file:
-        try:
-            text = Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            words = error.strerror if isinstance(error, OSError) else "not text"
-            raise InputError(f"{SECRET}_FILE {file}: cannot be read ({words}).") from None
+    named = os.environ.get(f"{SECRET}_FILE", "")
+    if not text and named:
+        text = read_secret(named, f"{SECRET}_FILE")
     if text and len(text) < LEAST:
         raise InputError(
             f"{SECRET} must have at least {LEAST} characters (got {len(text)}). Make one: openssl rand -hex 32"

@@ -190,9 +190,9 @@ def _change(held: dict[str, Any]) -> FleetChange:
 
 
 def _mark(store: Store) -> str:
-    """Of the database: a SQLite file is the same from wherever it is named."""
+    """Of the database: a SQLite file is the same from wherever it is named, a server whatever file its password is in."""
     kind, slashes, file = store.url.partition(":///")
-    url = f"{kind}{slashes}{Path(file).resolve()}" if kind == "sqlite" else store.url
+    url = f"{kind}{slashes}{Path(file).resolve()}" if kind == "sqlite" else store.place
     return hashlib.sha256(url.encode()).hexdigest()[:12]
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ipaddress
 import itertools
 import json
 import logging
 import os
 import queue
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -39,6 +39,8 @@ os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
 
 import gevent
 import gevent.event
+import gevent.pywsgi
+import gevent.ssl
 import locust.runners
 from locust.env import Environment
 from locust.event import Events
@@ -48,6 +50,7 @@ from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
 from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
+from loadgen.ports import LOOPBACK, Door, loopback
 from loadgen.stream import printable
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.records import ERRORS, STATUSES, Feed, Floats, Ints, Observations, Schedule
@@ -355,12 +358,11 @@ class Swarm:
 
     workers: how many processes to start on this machine (0: none). expect: how many workers must have joined before
     a run starts, if some come from other machines (``steelyard worker --master HOST:PORT``). bind: HOST or HOST:PORT
-    for the master; the default is loopback and a free port. web: HOST:PORT of Locust's web UI, with a tab of our own; on
-    loopback only.
+    for the master; the default is loopback and a free port. web: where Locust's web UI is, with a tab of our own.
     """
 
     def __init__(
-        self, workers: int = 2, *, expect: int | None = None, bind: str = "127.0.0.1", web: str | None = None
+        self, workers: int = 2, *, expect: int | None = None, bind: str = "127.0.0.1", web: Door | None = None
     ) -> None:
         if workers < 0 or (workers == 0 and not expect):
             raise InputError(f"a swarm needs at least one worker (got {workers}).")
@@ -371,7 +373,7 @@ class Swarm:
             raise InputError(f"--bind takes HOST or HOST:PORT (got {bind!r}).")
         self._bind = host, int(port)
         known = secret.given()
-        if known is None and not (_loopback(host) and self._expect == self._local):
+        if known is None and not (loopback(host) and self._expect == self._local):
             raise InputError(
                 f"--bind {host}: workers that this command does not start itself must prove who they are, since Locust's "
                 "protocol asks nobody for a name and the endpoint's key goes to whoever joins. Set the same "
@@ -379,15 +381,10 @@ class Swarm:
             )
         self._secret = known or os.urandom(32).hex().encode()  # our own children are told it by their environment
         self._greeted: dict[str, tuple[dict[str, Any], bytes]] = {}
-        self._web: tuple[str, int] | None = None
+        self._web = web
         if web is not None:
-            at, _, number = web.rpartition(":")
-            if at not in ("127.0.0.1", "localhost", "::1") or not number.isdigit():
-                raise InputError(
-                    f"--web takes an address of this machine's own, 127.0.0.1:PORT (got {web!r}): the page asks nobody for a "
-                    "name. From elsewhere go through ssh -L 8089:127.0.0.1:8089."
-                )
-            self._web = at, int(number)
+            web.check("--web", "other machines could stop this run", "Set STEELYARD_WEB_TOKEN or --web-token-file")
+            web.context()  # what is wrong with it is better said now
         self.watched: Callable[[], list[dict[str, str]]] = list
         """Gives the rows of the web UI's tab."""
         self._inbox: queue.SimpleQueue[tuple[str, str, Any, float]] = queue.SimpleQueue()
@@ -570,15 +567,14 @@ class Swarm:
 
     def _open_web(self, runner: Any) -> None:
         """Locust's web UI on our environment: its statistics, and a tab with what :attr:`watched` says. Stop is Ctrl-C."""
-        from flask import jsonify, request
+        from flask import jsonify, redirect, request
 
+        door = self._web
         assert self.environment is not None  # noqa: S101 - made before
-        assert self._web is not None  # noqa: S101 - asked for
-        with socket.socket() as probe:  # gevent's server would fail in a greenlet of its own
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(self._web)
+        assert door is not None  # noqa: S101 - asked for
+        door.bind().close()  # gevent's server would fail in a greenlet of its own
         with _no_arguments():
-            ui = self.environment.create_web_ui(*self._web, delayed_start=True)
+            ui = self.environment.create_web_ui(door.host, door.port, delayed_start=True)
         update = ui.update_template_args
 
         def quietly() -> None:
@@ -595,10 +591,19 @@ class Swarm:
 
         def guard() -> Any:
             # Whoever opened another page in this browser must not steer the run through a rebound name.
-            if request.host.partition(":")[0].strip("[]") not in ("127.0.0.1", "localhost", "::1", ""):
+            if door.token is None and re.sub(r":\d+$", "", request.host).strip("[]") not in (*LOOPBACK, ""):
                 return "not here", 403
             if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
                 return "not from another page", 403
+            asked = request.args.get("token")
+            if door.token is not None and asked is not None and door.knows(asked):
+                moved = redirect(request.path)
+                value = door.cookie("web")
+                moved.set_cookie("steelyard-web", value, httponly=True, samesite="Strict", secure=bool(door.cert))
+                return moved
+            given = door.bearer(request.headers.get("Authorization", ""))
+            if not given and not door.stands(request.cookies.get("steelyard-web", ""), "web"):
+                return "a token is needed: open this address with ?token=.. once", 401
             if request.path == "/stop":
                 self._inbox.put(("stop", "", None, time.monotonic()))
                 return jsonify({"success": True, "message": "draining, then the run ends"})
@@ -619,6 +624,16 @@ class Swarm:
         app: Any = ui.app
         app.before_request(guard)
         app.after_request(extend)
+
+        def serve() -> (
+            None
+        ):  # as Locust does, but with a certificate's key that is not in a file of its own, and no old TLS
+            tls = door.context(gevent.ssl.SSLContext)
+            how = {"ssl_context": tls} if tls is not None else {}
+            ui.server = _Web((door.host, door.port), app, log=None, error_log=None, **how)
+            ui.server.serve_forever()
+
+        ui.start_server = serve  # type: ignore[method-assign]
         ui.start()  # type: ignore[no-untyped-call]
         runner.update_state("running")
 
@@ -953,16 +968,6 @@ def _gate(dispatch: Dispatch) -> dict[str, Any]:
     }
 
 
-def _loopback(host: str) -> bool:
-    """Is that an address that only this machine reaches?"""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def _greeting(data: Any) -> bool:
     """Is that what a worker of ours says first? Anybody can send anything."""
     kinds = (("pid", int), ("boot", str), ("nonce", bytes))
@@ -980,6 +985,13 @@ def _environment() -> Environment:
 
 
 # --- the worker ------------------------------------------------------------------------------------------------------
+
+
+class _Web(gevent.pywsgi.WSGIServer):  # type: ignore[misc]
+    def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
+        """Whoever does not speak TLS, or goes away while greeting, is no business of the terminal."""
+        with contextlib.suppress(OSError):
+            super().wrap_socket_and_handle(client_socket, address)
 
 
 class _RequestError(Exception):

@@ -24,6 +24,7 @@ from loadgen import engines
 from loadgen.cluster.embedded import embedded
 from loadgen.exposition import Watched, exposed
 from loadgen.live import EDGES_S, Histogram, Live
+from loadgen.ports import Door
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from tests.test_tool import a_run
@@ -63,7 +64,7 @@ def test_what_prometheus_reads_during_a_replay_becomes_what_is_stored(tmp_path: 
         open_store(f"sqlite:///{tmp_path}/t.db") as store,
         embedded("constant", Fleet(3, 2)) as url,
         Swarm(workers=1) as swarm,
-        exposed(0) as (metrics, watch),
+        exposed() as (metrics, watch),
     ):
         assert scrape(metrics) == {}
 
@@ -100,9 +101,9 @@ def test_what_prometheus_reads_during_a_replay_becomes_what_is_stored(tmp_path: 
 
 def test_a_port_that_is_taken_is_said() -> None:
     """One line, not a traceback."""
-    with exposed(0) as (url, _):
+    with exposed() as (url, _):
         port = int(url.split(":")[2].split("/")[0])
-        with pytest.raises(InputError, match=r"--metrics-port \d+: cannot be used"), exposed(port):
+        with pytest.raises(InputError, match=r"--metrics-port \d+: cannot be used"), exposed(Door(port=port)):
             pass
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gzip
 import resource
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +17,7 @@ import pytest
 
 from loadgen.client import target
 from loadgen.control import Endpoint
+from tests.test_client import one
 from traces.errors import EndpointError
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
@@ -79,6 +83,51 @@ def test_an_endless_answer_ends_as_one_line(what: Callable[[socket.socket], None
     assert time.monotonic() - began < 15
     assert "\n" not in str(caught.value)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100 * 1024
+
+
+def packed(plain: bytes) -> tuple[bytes, bytes]:
+    """(head of a gzip stream, a piece of it that unpacks to 16 MiB of ``plain`` and may be repeated for ever)."""
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    piece = squeeze.compress(plain * ((16 << 20) // len(plain))) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    return b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff", piece
+
+
+@pytest.mark.parametrize("status", ["200 OK", "500 Oops"])
+@pytest.mark.parametrize(
+    "plain", [b"\0", b"data: x", b'data: {"choices": [{"text": "a"}]}\n\n'], ids=["zeros", "line", "events"]
+)
+def test_a_bomb_in_a_gzip_answer_is_one_failed_request(plain: bytes, status: str) -> None:
+    """A thousand times its size when unpacked, without end: the request fails within its time, in bounded memory."""
+    head, piece = packed(plain)
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _request: bytes) -> None:
+        said = f"HTTP/1.1 {status}\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n\r\n"
+        writer.write(said.encode() + head)
+        for _ in range(100_000):
+            writer.write(piece)
+            await writer.drain()
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    row = one(answer, timeout_s=1.0)
+    assert (row.status, "\n" in row.detail, len(row.detail) <= 200) == ("failed", False, True)
+    assert time.monotonic() - began < 10
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 150 * 1024
+
+
+def test_a_packed_answer_is_read_to_its_end() -> None:
+    """Ten MiB of events, packed: what does not fit into one piece follows, every event counts."""
+    events = [b'data: {"choices": [{"text": "a"}], "x": "%d%s"}\n\n' % (k, b"y" * 400) for k in range(25_000)]
+    body = gzip.compress(b"".join(events) + b"data: [DONE]\n\n", 9)
+    assert len(body) > 60_000
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _request: bytes) -> None:
+        said = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n"
+        writer.write(f"{said}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+
+    row = one(answer)
+    assert (row.status, row.chunks) == ("ok", 25_000)
 
 
 def test_a_redirect_takes_no_credentials_along() -> None:

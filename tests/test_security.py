@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,16 @@ def test_who_listens_between_master_and_worker_hears_no_key(monkeypatch: pytest.
 def test_planted_secrets_are_in_nothing_that_is_produced(tmp_path: Path) -> None:
     """After a replay with an API key, an endpoint's password and a header's token, with a failed database and a report:
     no file, output or command line of any process holds them."""
-    planted = (KEY, PASSWORD, "hd-planted-77aa")
+    planted = (KEY, PASSWORD, "hd-planted-77aa", "kr-planted-51bd", "dp-planted-90fe")
+    ring = {
+        "PYTHON_KEYRING_BACKEND": "keyrings.alt.file.PlaintextKeyring",
+        "XDG_DATA_HOME": str(tmp_path.with_name("ring")),
+        "STEELYARD_API_KEY": "",
+    }
+    plaintext = pytest.importorskip("keyrings.alt.file")
+    held = plaintext.PlaintextKeyring()
+    held.file_path = str(tmp_path.with_name("ring") / "python_keyring" / "keyring_pass.cfg")
+    held.set_password("steelyard", "key", "kr-planted-51bd")
     db = f"sqlite:///{tmp_path / 's.db'}"
     outputs: list[str] = []
     lines: set[bytes] = set()
@@ -165,7 +175,10 @@ def test_planted_secrets_are_in_nothing_that_is_produced(tmp_path: Path) -> None
         outputs.extend((out, err))
         return process.returncode
 
-    with embedded("constant", Fleet(1, 1)) as url:
+    with (
+        embedded("constant", Fleet(1, 1)) as url,
+        embedded("constant", Fleet(1, 1), token="kr-planted-51bd") as guarded,
+    ):
         host = url.removeprefix("http://")
         times = "".join(f"2023-11-16 18:15:{46 + k / 20:09.6f}0,9,4\n" for k in range(20))
         (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + times)
@@ -174,13 +187,26 @@ def test_planted_secrets_are_in_nothing_that_is_produced(tmp_path: Path) -> None
         header = "X-Token: hd-planted-77aa"
         code = call("replay", "t", "--endpoint", secretive, "--header", header, "--workers", "1", "--json")
         assert code in (0, 4), outputs[-1]
-        call("replay", "t", "--endpoint", f"http://me:{PASSWORD}@127.0.0.1:1", "--workers", "1")
-        call("runs", env={"STEELYARD_DB": f"postgresql://me:{PASSWORD}@127.0.0.1:1/x"})
-        call("runs", "--json", env={"STEELYARD_DB": f"postgresql://127.0.0.1:1/x?user=me&password={PASSWORD}"})
-        call("runs", "show", "1", "--json")
-        call("runs", "export", "1", "--out", "run.csv")
-        call("report", "--out", "report.html")
-        call("doctor", "--json")
+        key = ("--api-key-file", "keyring:steelyard/key")
+        elsewhere = "postgresql://me@127.0.0.1:1/x"
+        none: dict[str, str] = {}
+        wanted = [
+            (1, ("replay", "t", "--endpoint", f"http://me:{PASSWORD}@127.0.0.1:1", "--workers", "1"), none),
+            (0, ("replay", "t", "--endpoint", guarded, *key, "--requests", "2", "--workers", "1"), ring),
+            (1, ("runs", "--json", "--db", elsewhere), {"STEELYARD_DB_PASSWORD": "dp-planted-90fe"}),
+            (1, ("runs", "--json", "--db", elsewhere), ring | {"STEELYARD_DB_PASSWORD_FILE": "keyring:steelyard/key"}),
+            (1, ("runs", "--db", f"{elsewhere}?password_file=keyring:steelyard/key"), ring),
+            (1, ("runs",), {"STEELYARD_DB": f"postgresql://me:{PASSWORD}@127.0.0.1:1/x"}),
+            (1, ("runs", "--json"), {"STEELYARD_DB": f"postgresql://127.0.0.1:1/x?user=me&password={PASSWORD}"}),
+            (0, ("runs", "show", "1", "--json"), none),
+            (0, ("runs", "export", "1", "--out", "run.csv"), none),
+            (5, ("report", "--out", "report.html"), none),
+            (0, ("doctor", "--json"), none),
+        ]
+        with ThreadPoolExecutor(3) as pool:
+            codes = list(pool.map(lambda one: call(*one[1], env=one[2]), wanted))
+        for code, (expected, arguments, _) in zip(codes, wanted, strict=True):
+            assert code in ((0, 4) if arguments[0] == "replay" and not expected else (expected,)), (arguments, outputs)
     for text in outputs:
         for word in (*planted, "swarm-planted-0123456789"):
             assert word not in text, text

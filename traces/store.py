@@ -27,6 +27,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import sqlite3
 import threading
@@ -51,8 +52,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from traces import __version__
+from traces import __version__, pgcopy
 from traces.aggregate import COLUMNS, Bins
+from traces.credentials import read_secret
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
 from traces.measures import Figures, Slo
@@ -301,6 +303,9 @@ FEED_PATIENCE_S = 20.0
 ROWS_A_STATEMENT = 200
 """On SQLite; more gains nothing, and the parameters of a statement are limited (32,766)."""
 
+PASSWORD_FILE = "password_file"  # noqa: S105 - the name of the parameter
+"""Parameter of a database URL: where the password is, a file or keyring:SERVICE/USER."""
+
 RETRIES_S = (0.05, 0.4, 1.5)
 """Pauses before a transaction whose connection broke, or that a deadlock ended, is done again."""
 
@@ -419,7 +424,27 @@ def redact(url: str) -> str:
     """The URL without user, password and parameters that are secrets, for messages and rows."""
     # Up to the last @: a password that was not percent-encoded may hold / and @ itself. sqlite:///a@b has no host.
     url = re.sub(r"(?<=:)//(?!/)\S*@", "//", url)
-    return re.sub(r"(?i)([?&\w]*(?:pass|pwd|secret|token|key)\w*)=[^&\s]*", r"\1=***", url)
+    # The name of a file is none: without it the command that a message tells would not run.
+    return re.sub(r"(?i)([?&\w]*(?:pass|pwd|secret|token|key)(?!\w*file=)\w*)=[^&\s]*", r"\1=***", url)
+
+
+def _credited(url: sa.URL, ours: bool) -> sa.URL:
+    """The URL with its password: from the file or keyring that ``?password_file=`` names; for our own database, when the URL
+    has none, from STEELYARD_DB_PASSWORD, or where STEELYARD_DB_PASSWORD_FILE says."""
+    named = url.query.get(PASSWORD_FILE)
+    if named is not None:
+        url = url.difference_update_query([PASSWORD_FILE])
+        return url.set(
+            password=read_secret(named if isinstance(named, str) else named[-1], f"--db ...?{PASSWORD_FILE}=")
+        )
+    if not ours or url.get_backend_name() == "sqlite" or url.password or "password" in url.query:
+        return url
+    variable = "STEELYARD_DB_PASSWORD"
+    if found := os.environ.get(variable):
+        return url.set(password=found)
+    if named := os.environ.get(f"{variable}_FILE"):
+        return url.set(password=read_secret(named, f"{variable}_FILE"))
+    return url
 
 
 def _migrations() -> Path:
@@ -470,7 +495,7 @@ def _upgrade(connection: sa.Connection) -> None:
             connection.execute(sa.text("SELECT RELEASE_LOCK('steelyard')"))
 
 
-def _engine(url: str, *, create: bool) -> sa.Engine:
+def _engine(url: str, *, create: bool, ours: bool = True) -> sa.Engine:
     shown = redact(url)
     try:
         parsed = sa.make_url(url)
@@ -478,6 +503,7 @@ def _engine(url: str, *, create: bool) -> sa.Engine:
         raise StoreError(
             f"--db {shown!r} is not a database URL. Write sqlite:///FILE or postgresql://HOST/NAME."
         ) from None
+    parsed = _credited(parsed, ours)
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername in ("mariadb", "mysql"):
@@ -620,7 +646,7 @@ def spend_logs(url: str, into: TextIO) -> int:
 
     StoreError when there is no such database or table, or it lacks what a trace needs.
     """
-    engine = _engine(url, create=False)
+    engine = _engine(url, create=False, ours=False)
     shown = redact(url)
     try:
         with _connected(engine, shown) as connection:
@@ -665,6 +691,11 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def place(self) -> str:
+        """The URL without what says where its password is."""
+        return re.sub(rf"(?<=[?&]){PASSWORD_FILE}=[^&]*&?", "", self.url).rstrip("?&")
 
     def close(self) -> None:
         """Give every connection back."""
@@ -1029,7 +1060,6 @@ class Store:
 
     def add_observations(self, run_id: int, rows: Observations) -> None:
         """Store a batch; a row that is there already stays as it is."""
-        columns = {name: _nullable(name, getattr(rows, name)) for name in Observations.columns()}
 
         with self._lock:
             counted = self._counting.get(run_id)
@@ -1037,6 +1067,9 @@ class Store:
         def write(connection: sa.Connection) -> None:
             if counted is None:
                 connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
+            if connection.dialect.name == "postgresql" and _copied(connection, run_id, rows):
+                return
+            columns = {name: _nullable(name, getattr(rows, name)) for name in Observations.columns()}
             self._bulk(connection, observations, {"run_id": [run_id] * len(rows)} | columns)
 
         if not len(rows):
@@ -1445,6 +1478,39 @@ def _rows_of(table: sa.Table, piece: Mapping[str, Sequence[Any]]) -> list[dict[s
 def _clean(text: str) -> str:
     """What every database takes: no NUL, no half of a surrogate pair."""
     return text.replace("\x00", "").encode("utf-8", "replace").decode()
+
+
+def _copied(connection: sa.Connection, run_id: int, rows: Observations) -> bool:
+    """Copy observations into PostgreSQL, in binary: three times the rate of text. False, and nothing done, when some of the
+    rows are there already, or a number is none that the column holds (the text path says which)."""
+    numbers: dict[str, tuple[Any, str, Any]] = {}
+    texts: dict[str, list[Any]] = {}
+    for column in observations.columns:
+        name, kind = column.name, column.type
+        values = np.full(len(rows), run_id) if name == "run_id" else getattr(rows, name)
+        if isinstance(kind, sa.Integer):
+            size = 2 if isinstance(kind, sa.SmallInteger) else 8 if isinstance(kind, sa.BigInteger) else 4
+            if not pgcopy.fits(values, size):
+                return False
+            numbers[name] = values, f">i{size}", values < 0 if column.nullable else np.zeros(len(rows), dtype=bool)
+        elif isinstance(kind, sa.Float):
+            numbers[name] = values, ">f8", np.isnan(values)
+        else:
+            texts[name] = _nullable(name, values)
+    names = ", ".join(f'"{name}"' for name in (*numbers, *texts))
+    driver: Any = connection.connection.driver_connection
+    try:
+        with (
+            driver.transaction(),
+            driver.cursor() as cursor,
+            cursor.copy(f"COPY observations ({names}) FROM STDIN (FORMAT BINARY)") as copy,
+        ):
+            copy.write(pgcopy.rows(list(numbers.values()), list(texts.values())))
+    except Exception as error:
+        if getattr(error, "sqlstate", "") == "23505":
+            return False
+        raise
+    return True
 
 
 def _copy_cells(values: Sequence[Any]) -> Iterable[str]:

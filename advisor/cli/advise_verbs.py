@@ -168,14 +168,13 @@ def seconds(text: str) -> float:
 
 def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[str, Any]) -> Any:
     """Run the probes that the advisor asks for; from then on the question is about their group, and its trace and rate."""
-    import os
 
     from advisor.advise import DEFAULT_SLO
     from advisor.auto import probe
     from advisor.cli.progress import Steps
     from loadgen.client import target
     from loadgen.control import Endpoint
-    from loadgen.replay import API_KEY
+    from loadgen.replay import read_api_key
     from loadgen.swarm import Swarm
     from traces.errors import EndpointError
     from traces.measures import Slo
@@ -186,7 +185,7 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
         raise click.UsageError("--auto asks the endpoint for a --trace.")
     if options["run_ids"] or options["group"]:
         raise click.UsageError("--auto learns from its own runs: not with --run or --group.")
-    where = target(url, api_key=os.environ.get(API_KEY) or None)
+    where = target(url, api_key=read_api_key(None))
     fleet = Endpoint(where).fleet()
     if fleet is None:
         raise EndpointError(f"{where.shown}: its split cannot be set by steelyard (no /fleet), so --auto cannot probe.")

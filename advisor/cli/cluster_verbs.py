@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages
+from advisor.cli.common import (
+    SECRET_FILE,
+    TRACE,
+    db_option,
+    emit_json,
+    example,
+    json_option,
+    messages,
+    tls_options,
+    token_of,
+    warn,
+)
 from advisor.cli.replay_verbs import pair
 from advisor.cli.shaping import shape_options, shaped
 
@@ -27,8 +37,9 @@ from advisor.cli.shaping import shape_options, shaped
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="Port; 0 takes a free one.")
 @click.option("--speed", type=float, default=1.0, show_default=True, help="Model seconds per second.")
 @click.option(
-    "--token-file", type=click.Path(path_type=Path), help="Bearer token to ask for [or STEELYARD_SERVE_TOKEN]."
+    "--token-file", type=SECRET_FILE, metavar="FILE", help="Bearer token to ask for [or STEELYARD_SERVE_TOKEN]."
 )
+@tls_options
 @click.option("--fail-every", type=click.IntRange(min=0), default=0, help="Let every Nth completion fail.")
 @click.option(
     "--fail-kind",
@@ -61,7 +72,9 @@ def serve(
     host: str,
     port: int,
     speed: float,
-    token_file: Path | None,
+    token_file: str | None,
+    tls_cert: str,
+    tls_key: str,
     fail_every: int,
     fail_kind: str,
     slow_start: float,
@@ -74,10 +87,14 @@ def serve(
     Prints one line when it listens, ends on Ctrl-C or SIGTERM. PUT /fleet {"prefill": 3, "decode": 5} moves workers.
     """
     from loadgen.cluster import Profile
-    from loadgen.cluster.server import read_token, run
+    from loadgen.cluster.server import run
+    from loadgen.ports import Door
     from traces.records import Fleet
 
+    door = Door(host, port, token_of(token_file, "--token-file", "STEELYARD_SERVE_TOKEN"), tls_cert, tls_key)
+
     def ready(url: str) -> None:
+        warn(door.warning)
         if as_json:
             emit_json({"url": url, "profile": profile, "fleet": fleet})
         else:
@@ -86,10 +103,8 @@ def serve(
     run(
         Profile.load(profile),
         Fleet.parse(fleet),
-        host=host,
-        port=port,
+        door=door,
         speed=speed,
-        token=read_token(token_file),
         fail_every=fail_every,
         fail_kind=fail_kind,
         slow_start_s=slow_start,

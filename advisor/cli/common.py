@@ -68,6 +68,36 @@ def _default_db() -> str:
     return str(above or os.environ.get("STEELYARD_DB") or DEFAULT_DB)
 
 
+SECRET_FILE = click.Path(path_type=str)
+"""The file of a secret, or keyring:SERVICE/USER."""
+
+
+def token_of(named: str | None, option: str, variable: str) -> str | None:
+    """The token that a port of ours asks for: from the file or keyring that is named, else from the environment."""
+    from traces.credentials import read_secret
+
+    return read_secret(named, option) if named else os.environ.get(variable) or None
+
+
+def tls_options(f: F) -> F:
+    """``--tls-cert`` and ``--tls-key``: the certificate that a port of ours shows."""
+    f = click.option("--tls-key", default="", metavar="FILE", help="PEM key of --tls-cert, if it is not in that file.")(
+        f
+    )
+    return click.option(
+        "--tls-cert",
+        default="",
+        metavar="FILE",
+        help="Speak TLS on the ports that this command opens, with this PEM certificate.",
+    )(f)
+
+
+def warn(text: str) -> None:
+    """A line on stderr, if there is one."""
+    if text:
+        click.echo(f"steelyard: {text}", err=True)
+
+
 if TYPE_CHECKING:
     _Named = click.ParamType[Any]  # no generic at run time before click 8.5
 else:

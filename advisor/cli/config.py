@@ -25,6 +25,9 @@ FILE = "steelyard.toml"
 SECRET = frozenset({"header"})
 """Options that may carry a secret: neither from the file nor from the environment."""
 
+MOST_CHARACTERS = 1 << 20
+"""Of the file that are read."""
+
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 
 
@@ -63,11 +66,12 @@ def read(path: str | None) -> tuple[Path | None, dict[str, Any]]:
     if not named and not file.is_file():
         return None, {}
     try:
-        return file, tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as held:
+            return file, tomllib.loads(held.read(MOST_CHARACTERS))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Give another --config.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: is not TOML ({error}).") from None
+    except (ValueError, RecursionError) as error:  # not all that tomllib raises is a TOMLDecodeError
+        raise InputError(f"{file}: is not TOML ({str(error)[:200]}).") from None
 
 
 def checked(file: Path, said: Mapping[str, Any], verbs: Mapping[str, click.Command]) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option
+from advisor.cli.common import SECRET_FILE, db_option, emit_json, example, json_option, tls_options, token_of, warn
 
 
 @click.command(**example("steelyard dash --port 8124"))
@@ -17,10 +14,11 @@ from advisor.cli.common import db_option, emit_json, example, json_option
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8124, show_default=True, help="Port; 0 takes a free one."
 )
-@click.option("--token-file", type=click.Path(path_type=Path), help="Token to ask for [or STEELYARD_DASH_TOKEN].")
+@click.option("--token-file", type=SECRET_FILE, metavar="FILE", help="Token to ask for [or STEELYARD_DASH_TOKEN].")
+@tls_options
 @json_option
 @db_option
-def dash(host: str, port: int, token_file: Path | None, db: str, as_json: bool) -> None:
+def dash(host: str, port: int, token_file: str | None, tls_cert: str, tls_key: str, db: str, as_json: bool) -> None:
     """Show runs, traces and recommendations as a web page on this machine: read only, live while a run is going.
 
     Prints one line when it listens, ends on Ctrl-C or SIGTERM. Every page is data too: add ?format=json.
@@ -28,16 +26,17 @@ def dash(host: str, port: int, token_file: Path | None, db: str, as_json: bool) 
     import asyncio
 
     from advisor.dash import serve
-    from loadgen.cluster.server import read_token
+    from loadgen.ports import Door
     from traces.store import open_store
 
-    token = read_token(token_file) if token_file else os.environ.get("STEELYARD_DASH_TOKEN") or None
+    door = Door(host, port, token_of(token_file, "--token-file", "STEELYARD_DASH_TOKEN"), tls_cert, tls_key)
 
     def ready(url: str) -> None:
+        warn(door.warning)
         if as_json:
             emit_json({"url": url})
         else:
             click.echo(f"listening on {url}")
 
     with open_store(db, create=False) as store:
-        asyncio.run(serve(store, host=host, port=port, token=token, ready=ready))
+        asyncio.run(serve(store, door=door, ready=ready))

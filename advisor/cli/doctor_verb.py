@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages
+from advisor.cli.common import SECRET_FILE, db_option, emit_json, example, json_option, messages
 
 
 @click.command(**example("steelyard doctor --endpoint http://127.0.0.1:8123"))
@@ -14,14 +12,15 @@ from advisor.cli.common import db_option, emit_json, example, json_option, messa
 @click.option("--model", help="Model to ask for [default: the server's first].")
 @click.option(
     "--api-key-file",
-    type=click.Path(path_type=Path),
-    help="File with the bearer token [default: env STEELYARD_API_KEY].",
+    type=SECRET_FILE,
+    metavar="FILE",
+    help="File with the bearer token, or keyring:SERVICE/USER [default: env STEELYARD_API_KEY].",
 )
 @json_option
 @db_option
 @click.pass_context
 def doctor(
-    context: click.Context, endpoint: str | None, model: str | None, api_key_file: Path | None, as_json: bool, db: str
+    context: click.Context, endpoint: str | None, model: str | None, api_key_file: str | None, as_json: bool, db: str
 ) -> int:
     """Check Python, libraries, configuration, database, open files, cores, clock and endpoint, and say what to do.
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from advisor.cli.common import SECRET_FILE
+
 ENGINE = click.option("--engine", default="auto", show_default=True, help="auto, or a name of docs/engines.md.")
 MODEL = click.option("--model", help="Model to ask for [default: the server's first].")
 CHAT = click.option("--chat", is_flag=True, help="Ask /v1/chat/completions instead of /v1/completions.")
@@ -20,8 +22,9 @@ TARGETS = click.option(
 CREDENTIALS = (
     click.option(
         "--api-key-file",
-        type=click.Path(path_type=Path),
-        help="File with the bearer token [default: env STEELYARD_API_KEY].",
+        type=SECRET_FILE,
+        metavar="FILE",
+        help="File with the bearer token, or keyring:SERVICE/USER [default: env STEELYARD_API_KEY].",
     ),
     click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="A header more (repeatable)."),
     click.option("--ca-file", default="", help="PEM file of the certificate authority to trust."),

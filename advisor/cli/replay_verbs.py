@@ -10,7 +10,20 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import GROUP, TRACE, db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.common import (
+    GROUP,
+    SECRET_FILE,
+    TRACE,
+    db_option,
+    emit_json,
+    example,
+    json_option,
+    messages,
+    progress,
+    tls_options,
+    token_of,
+    warn,
+)
 from advisor.cli.control_verb import chosen, control_options, keeper_of, printed
 from advisor.cli.reaching import reached, reaching
 from advisor.cli.shaping import shape_options, shaped
@@ -52,10 +65,17 @@ def asked(f: Any) -> Any:
         ),
         click.option(
             "--metrics-port",
-            type=click.IntRange(0, 65535),
-            metavar="PORT",
+            metavar="[HOST:]PORT",
             help="Serve live figures for Prometheus at http://127.0.0.1:PORT/metrics (0 takes a free port).",
         ),
+        click.option(
+            "--web-token-file",
+            type=SECRET_FILE,
+            metavar="FILE",
+            help="Token that --web and --metrics-port ask for [or STEELYARD_WEB_TOKEN]; on other addresses than loopback they "
+            "need one.",
+        ),
+        tls_options,
         click.option("--bind", default="127.0.0.1", show_default=True, help="HOST or HOST:PORT of the Locust master."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".'),
         click.option(
@@ -434,15 +454,28 @@ def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
     from loadgen.swarm import Swarm
 
     expect = options["expect_workers"]
-    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"], web=options["web"])
-    if options["web"]:
-        messages(as_json).print(f"Watch at http://{options['web']}/?tab=steelyard", markup=False)
+    web = door_of(options, "web") if options["web"] else None
+    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"], web=web)
+    if web is not None:
+        warn(web.warning)
+        messages(as_json).print(f"Watch at {web.url()}/?tab=steelyard", markup=False)
     if expect and expect > options["workers"]:
         swarm.on_listen = lambda address: messages(as_json).print(
             f"Waiting for {expect - options['workers']} more workers: steelyard worker --master {address}", markup=False
         )
     with swarm:
         yield swarm
+
+
+def door_of(options: dict[str, Any], name: str) -> Any:
+    """How --web or --metrics-port is reached: HOST:PORT, or PORT on loopback."""
+    from loadgen.ports import Door
+
+    host, _, port = options[name].rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise click.UsageError(f"--{name.replace('_', '-')} takes PORT or HOST:PORT (got {options[name]!r}).")
+    token = token_of(options["web_token_file"], "--web-token-file", "STEELYARD_WEB_TOKEN")
+    return Door(host.strip("[]") or "127.0.0.1", int(port), token, options["tls_cert"], options["tls_key"])
 
 
 @contextmanager
@@ -453,7 +486,9 @@ def watched(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
         return
     from loadgen.exposition import exposed
 
-    with exposed(options["metrics_port"]) as (url, watch):
+    door = door_of(options, "metrics_port")
+    with exposed(door) as (url, watch):
+        warn(door.warning)
         messages(as_json).print(f"Metrics at {url}", markup=False)
         yield watch
 

@@ -23,15 +23,17 @@ def embedded(profile: str, fleet: Fleet, **options: Any) -> Iterator[str]:
     """Start the endpoint on a free loopback port, give its base URL, stop it at the end.
 
     profile: a shipped name or a TOML file. options: those of :func:`loadgen.cluster.server.serve` (speed, fail_every,
-    fail_kind, port). EndpointError when it does not come up within START_S; the child ends with its parent.
+    fail_kind), and host, port, token, cert and key of a :class:`loadgen.ports.Door`. EndpointError when it does not come up
+    within START_S; the child ends with its parent.
     """
+    token = {"STEELYARD_EMBEDDED_TOKEN": options.pop("token")} if "token" in options else {}
     arguments = json.dumps({"profile": profile, "fleet": str(fleet), **options})
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "loadgen.cluster.server", arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"STEELYARD_WITH_PARENT": "1"},
+        env=os.environ | {"STEELYARD_WITH_PARENT": "1"} | token,
         start_new_session=True,  # Ctrl-C is the caller's to handle: answers in flight are drained first
     )
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -81,8 +80,8 @@ class Profile:
         text, where = _read(source)
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{where}: not a TOML file ({error}).") from error
+        except (ValueError, RecursionError) as error:  # not all that tomllib raises is a TOMLDecodeError
+            raise InputError(f"{where}: not a TOML file ({str(error)[:200]}).") from None
         return cls.from_table(table, where)
 
     @classmethod
@@ -92,18 +91,20 @@ class Profile:
         values: dict[str, Any] = {}
         for key, value in table.items():
             if key not in known:
-                raise InputError(f"{where}: unknown key {key!r}. Known: {', '.join(known)}.")
+                raise InputError(f"{where}: unknown key {key[:80]!r}. Known: {', '.join(known)}.")
             kind = str(known[key].type)
             good, value = _checked(kind, key, value)
             if not good:
-                raise InputError(f"{where}: {key} must be {_WANTED[kind]} (got {value!r}).")
+                raise InputError(f"{where}: {key} must be {_WANTED[kind]} (got {repr(value)[:80]}).")
             values[key] = value
         if "name" not in values:
             raise InputError(f"{where}: name is missing.")
         profile = cls(**values)
         for key, allowed in _CHOICES.items():
             if getattr(profile, key) not in allowed:
-                raise InputError(f"{where}: {key} must be one of {', '.join(allowed)} (got {getattr(profile, key)!r}).")
+                raise InputError(
+                    f"{where}: {key} must be one of {', '.join(allowed)} (got {getattr(profile, key)[:80]!r})."
+                )
         if profile.c0_s + profile.c1_s <= 0:
             raise InputError(f"{where}: a decode step must take time: give c0_s or c1_s above 0.")
         return profile
@@ -126,6 +127,12 @@ class Profile:
         return "\n".join(lines) + "\n"
 
 
+MOST = 1e15
+"""Of any value in a profile; an integer beyond is none that a float holds."""
+
+MOST_BYTES = 1 << 20
+"""Of a profile's file."""
+
 _WANTED = {
     "str": "a text",
     "bool": "true or false",
@@ -139,7 +146,7 @@ def _checked(kind: str, key: str, value: Any) -> tuple[bool, Any]:
     """(is it what this key takes, the value as stored)."""
 
     def number(x: Any, least: float) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x >= least
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x <= MOST
 
     if kind == "str":
         return isinstance(value, str), value
@@ -164,7 +171,11 @@ def _read(source: str | Path) -> tuple[str, str]:
         return (resources.files("loadgen.cluster") / "profiles" / f"{source}.toml").read_text(), f"profile {source}"
     path = Path(source)
     try:
-        return path.read_text(encoding="utf-8"), str(path)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise InputError(f"{path}: larger than {MOST_BYTES >> 20} MiB, so it is no profile.")
+        return text, str(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"profile {str(source)!r} is neither a shipped one ({', '.join(shipped_profiles())}) nor a readable file."

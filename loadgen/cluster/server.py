@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import hmac
 import io
 import itertools
 import json
 import math
 import os
 import signal
-import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from heapq import heappop, heappush
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +35,7 @@ from loadgen import engines
 from loadgen.cluster.kernel import Cluster, Job, Worker
 from loadgen.cluster.laws import Profile
 from loadgen.policy import next_phase
+from loadgen.ports import HERE, Door
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet, Sample
 
@@ -408,17 +406,15 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
-def make_app(endpoint: Endpoint, *, token: str | None = None, faults: Faults = NO_FAULTS) -> web.Application:
-    """The aiohttp application. token: needed as bearer on every path but /health."""
+def make_app(endpoint: Endpoint, *, door: Door = HERE, faults: Faults = NO_FAULTS) -> web.Application:
+    """The aiohttp application. The door's token is needed as bearer on every path but /health."""
 
     @web.middleware
     async def guard(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if token is not None and request.path != "/health":
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                return refuse("a bearer token is needed", 401, "authentication_error")
+        if request.path != "/health" and not door.bearer(request.headers.get("Authorization", "")):
+            return refuse("a bearer token is needed", 401, "authentication_error")
         return await handler(request)
 
     app = web.Application(client_max_size=MOST_BODY, middlewares=[guard])
@@ -658,11 +654,9 @@ async def serve(
     profile: Profile,
     fleet: Fleet,
     *,
-    host: str = "127.0.0.1",
-    port: int = 0,
+    door: Door = HERE,
     speed: float = 1.0,
     on_demand: bool = False,
-    token: str | None = None,
     fail_every: int = 0,
     fail_kind: str = "status",
     slow_start_s: float = 0.0,
@@ -672,32 +666,25 @@ async def serve(
     """Serve until SIGTERM or SIGINT. ready(url) is called when requests are answered. EndpointError when it cannot bind."""
     if not speed > 0:
         raise InputError(f"--speed must be above 0 (got {speed:g}).")
-    if host not in ("127.0.0.1", "::1", "localhost") and token is None:
-        raise InputError(
-            f"--host {host}: other machines could use this endpoint, so it needs a token. "
-            "Set STEELYARD_SERVE_TOKEN or --token-file, or stay on 127.0.0.1."
-        )
+    door.check("--host", "other machines could use this endpoint", "Set STEELYARD_SERVE_TOKEN or --token-file")
+    tls = door.context()
     if dialect not in SPOKEN:
         raise InputError(f"--dialect must be one of {', '.join(SPOKEN)} (got {dialect!r}).")
     endpoint = Endpoint(profile, fleet, speed=speed, on_demand=on_demand, dialect=dialect)
-    app = make_app(endpoint, token=token, faults=Faults(fail_every, fail_kind, slow_start_s))
+    app = make_app(endpoint, door=door, faults=Faults(fail_every, fail_kind, slow_start_s))
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise EndpointError(f"cannot listen on {host}:{port} ({error.strerror}). Give another --port, or 0.") from error
-    await web.SockSite(runner, sock, backlog=4096).start()
+        sock = door.bind()
+    except EndpointError:
+        await runner.cleanup()
+        raise
+    await web.SockSite(runner, sock, backlog=4096, ssl_context=tls).start()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    shown = f"[{host}]" if ":" in host else host
-    ready(f"http://{shown}:{sock.getsockname()[1]}")
+    ready(door.url(sock.getsockname()[1]))
     parent = os.getppid()
     watch = os.environ.get("STEELYARD_WITH_PARENT") == "1"
     while not stopping.is_set():
@@ -720,19 +707,9 @@ def run(profile: Profile, fleet: Fleet, **options: Any) -> None:
     uvloop.run(serve(profile, fleet, **options))
 
 
-def read_token(path: Path | None) -> str | None:
-    """The bearer token from a file, or from STEELYARD_SERVE_TOKEN; None without either."""
-    if path is None:
-        return os.environ.get("STEELYARD_SERVE_TOKEN") or None
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the token cannot be read.") from error
-    if not token:
-        raise InputError(f"{path}: holds no token.")
-    return token
-
-
 if __name__ == "__main__":
     chosen = json.loads(sys.argv[1])
-    run(Profile.load(chosen.pop("profile")), Fleet.parse(chosen.pop("fleet")), **chosen)
+    place = {name: chosen.pop(name) for name in ("host", "port", "cert", "key") if name in chosen}
+    # The token of a child comes by its environment: everybody sees a command line.
+    way = Door(**place, token=os.environ.get("STEELYARD_EMBEDDED_TOKEN"))
+    run(Profile.load(chosen.pop("profile")), Fleet.parse(chosen.pop("fleet")), door=way, **chosen)

@@ -406,7 +406,7 @@ def control_of(spec: str, connect: Connect) -> Control | None:
         raise InputError(f"--control {spec!r} is neither a kind nor a file. Give a TOML file or one of: {forms}.")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not all that tomllib raises is a TOMLDecodeError
         raise InputError(f"--control {path}: cannot be read as TOML ({error}).") from None
     kind = str(table.pop("kind", ""))
     if kind not in KINDS or kind == "none":

@@ -1,0 +1,122 @@
+"""Who may come in by a port of ours: on loopback whoever is on this machine, elsewhere whoever has the token.
+
+With a certificate the port speaks TLS. Without one a token that comes from elsewhere crosses the network in the clear, and
+that is said. Locust's worker protocol is another matter: :mod:`loadgen.secret`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import socket
+import ssl
+from dataclasses import dataclass, field
+from typing import Any
+
+from traces.errors import EndpointError, InputError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Names that a browser on this machine may call us by."""
+
+
+def loopback(host: str) -> bool:
+    """Is that an address that only this machine reaches?"""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def shown(host: str) -> str:
+    """The host as a URL has it."""
+    return f"[{host}]" if ":" in host else host
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How a server of ours is reached. token: asked of everybody; cert, key: PEM files of the certificate that it shows (key:
+    "" when it is in the same file)."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = field(default=None, repr=False)
+    cert: str = ""
+    key: str = ""
+
+    def check(self, option: str, why: str, how: str) -> None:
+        """InputError when others reach the port and there is no token. option: that names the address; how: to give one."""
+        if self.token is None and not loopback(self.host):
+            raise InputError(f"{option} {self.host}: {why}, so it needs a token. {how}, or stay on 127.0.0.1.")
+
+    @property
+    def scheme(self) -> str:
+        """http or https."""
+        return "https" if self.cert else "http"
+
+    def url(self, port: int | None = None) -> str:
+        """The base URL; port: the one that was taken."""
+        return f"{self.scheme}://{shown(self.host)}:{self.port if port is None else port}"
+
+    @property
+    def warning(self) -> str:
+        """What the user should know of it; "" when there is nothing."""
+        if self.cert or loopback(self.host):
+            return ""
+        return (
+            f"{self.url()}: the token crosses the network in the clear. Give --tls-cert and --tls-key, or use a tunnel."
+        )
+
+    def context(self, kind: type[ssl.SSLContext] = ssl.SSLContext) -> Any:
+        """TLS 1.2 or later, of ssl's kind or gevent's; None without a certificate. InputError when that cannot be used."""
+        if not self.cert:
+            if self.key:
+                raise InputError(f"--tls-key {self.key}: is of no use without --tls-cert.")
+            return None
+        made = kind(ssl.PROTOCOL_TLS_SERVER)
+        made.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            made.load_cert_chain(self.cert, self.key or None, password=lambda: "")  # else it would ask the terminal
+        except OSError as error:  # SSLError is one
+            words = (error.reason or "not PEM" if isinstance(error, ssl.SSLError) else error.strerror or "").replace(
+                "_", " "
+            )
+            files = f"--tls-cert {self.cert}" + (f", --tls-key {self.key}" if self.key else "")
+            raise InputError(
+                f"{files}: cannot be used ({words}). Give PEM files, the certificate's own key, not encrypted."
+            ) from None
+        return made
+
+    def bind(self) -> socket.socket:
+        """A socket on the address. EndpointError when it cannot be had."""
+        sock = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((self.host, self.port))
+        except OSError as error:
+            sock.close()
+            at = f"{shown(self.host)}:{self.port}"
+            raise EndpointError(f"cannot listen on {at} ({error.strerror}). Give another --port, or 0.") from None
+        return sock
+
+    def knows(self, said: str) -> bool:
+        """Is that the token? The time that the answer takes does not tell how much of it is right."""
+        return self.token is None or hmac.compare_digest(said.encode(), self.token.encode())
+
+    def bearer(self, authorization: str) -> bool:
+        """Does that header hold the token?"""
+        return self.knows(authorization.removeprefix("Bearer "))
+
+    def cookie(self, purpose: str) -> str:
+        """What a browser shows instead of the token, once it has given that."""
+        return hashlib.sha256(f"steelyard {purpose} {self.token}".encode()).hexdigest()
+
+    def stands(self, cookie: str, purpose: str) -> bool:
+        """Is that the cookie?"""
+        return hmac.compare_digest(cookie.encode(), self.cookie(purpose).encode())
+
+
+HERE = Door()
+"""Loopback, a free port, no token, no TLS."""

@@ -1,0 +1,258 @@
+"""Spoil files and answers in many ways and see what reads them: it takes them, or says on one line what is wrong.
+
+    python -m tests.fuzz [--inputs 2000] [--only WORDS] [--seed 0]
+
+For each kind of input real ones are cut, repeated, crossed and sprinkled with what breaks parsers, by seed. Counted as bad:
+another exception than a refusal, a refusal of several lines or with control codes, more than SECONDS, more than MEMORY_MIB
+above the start. The table says how many inputs there were of each kind. Exit code 1 when one was bad; its bytes are kept then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import re
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from loadgen.cluster.laws import Profile, shipped_profiles
+from loadgen.discover import Worker, read_targets
+from loadgen.imports import observations
+from loadgen.imports import read as read_results
+from loadgen.scrape import read as read_metrics
+from loadgen.stream import Answer
+from traces.errors import CONTROLS, SteelyardError
+from traces.ingest import ingest
+from traces.profiles import servegen
+from traces.store import open_store
+
+DATA = Path(__file__).parent / "data"
+SECONDS = 5.0
+MEMORY_MIB = 400
+
+BREAKERS = [
+    b"\x00", b"\xff", b"\xef\xbb\xbf", b"\x1b[2J", b"\r", b"\n", b"\r\n", b"\n\n", b'"', b"'", b"\\", b"{", b"}", b"[", b"]",
+    b",", b":", b"NaN", b"nan", b"inf", b"-inf", b"Infinity", b"1e999", b"-1", b"0", b"1e-400", b"9" * 30, b"9" * 5000,
+    b"0x10", b"1_000", b"null", b"true", b"[]", b"{}", b'""', b"[" * 3000, b'{"a":' * 3000, b"\xf0\x9f\x92\xa9",
+    b"\xed\xa0\x80", "\u202e".encode(), "\u2028".encode(), b"data:", b"data: [DONE]\n\n", b"#", b"=", b"..", b"/" * 50,
+    b"%s%n", b"{0}", b"${x}", b"<script>", b"2023-13-45 99:99:99", b"\x80" * 9, b"a" * 70000, b" " * 5000, b"\t",
+]  # fmt: skip
+
+
+def spoiled(seeds: list[bytes], rng: random.Random) -> bytes:
+    """One of the seeds after one to six accidents."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(data) + 1)
+        what = rng.randrange(8)
+        if what == 0 and data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            data[at:at] = rng.choice(BREAKERS)
+        elif what == 2:
+            del data[at : at + rng.randint(1, 1 + len(data) // 3)]
+        elif what == 3:
+            piece = data[at : at + rng.randint(1, 300)]
+            data[at:at] = piece * rng.randint(1, 20)
+        elif what == 4:
+            other = rng.choice(seeds)
+            cut = rng.randrange(len(other) + 1)
+            data[at:] = other[cut : cut + 20_000]
+        elif what == 5:
+            numbers = list(re.finditer(rb"-?\d+(\.\d+)?", bytes(data)))
+            if numbers:
+                found = rng.choice(numbers)
+                data[found.start() : found.end()] = rng.choice(BREAKERS)
+        elif what == 6:
+            lines = bytes(data).split(b"\n")
+            rng.shuffle(lines)
+            data = bytearray(b"\n".join(lines))
+        else:
+            data[at : at + 1] = rng.randbytes(rng.randint(1, 8))
+    return bytes(data[:400_000])
+
+
+# --- what reads them -----------------------------------------------------------------------------------------------------
+
+
+def traces(data: bytes, folder: Path) -> None:
+    path = folder / "t"
+    path.write_bytes(data)
+    with open_store("sqlite:///:memory:") as store:
+        report = ingest(store, [path], max_bad=1.0, name="t")
+        kept = report.rows_kept + sum(s.count for s in report.skipped.values()) + report.other_events
+        if report.rows_read != kept:
+            raise AssertionError(f"{report.rows_read} rows read, {kept} accounted for")
+        if report.rows_kept:
+            store.schedule("t", blocks=True, sessions=True)
+
+
+def profile(data: bytes, folder: Path) -> None:
+    path = folder / "p.toml"
+    path.write_bytes(data)
+    known = Profile.load(path)
+    (folder / "again.toml").write_text(known.to_toml(), encoding="utf-8")
+    if Profile.load(folder / "again.toml") != known:
+        raise AssertionError("written and read again it is another profile")
+
+
+def clients(data: bytes, folder: Path) -> None:
+    windows, lengths = folder / "chunk-1-trace.csv", folder / "chunk-1-dataset.json"
+    if data.lstrip()[:1] == b"{":
+        windows.write_text("0,1,1,Gamma,1,1\n", encoding="utf-8")
+        lengths.write_bytes(data)
+    else:
+        windows.write_bytes(data)
+        lengths.write_bytes((DATA / "servegen" / "chunk-1-dataset.json").read_bytes())
+    servegen(folder)
+
+
+def results(data: bytes, folder: Path) -> None:
+    path = folder / "r"
+    path.write_bytes(data)
+    for one in read_results(path):
+        observations(one)
+
+
+def targets(data: bytes, folder: Path) -> None:
+    path = folder / ("w.json" if data.lstrip()[:1] == b"{" else "w.toml")
+    path.write_bytes(data)
+    read_targets(path)
+
+
+def configuration(data: bytes, folder: Path) -> None:
+    from advisor.cli import VERBS, config, load
+
+    path = folder / "steelyard.toml"
+    path.write_bytes(data)
+    file, said = config.read(str(path))
+    assert file is not None
+    config.checked(file, said, {verb: load(verb) for verb in VERBS})
+
+
+def metrics(data: bytes, folder: Path) -> None:
+    del folder
+    with contextlib.suppress(ValueError):  # its refusal; whoever reads a page takes it as one
+        read_metrics(data.decode("utf-8", "replace"), Worker("w", "decode"), "vllm")
+
+
+def answer(data: bytes, folder: Path) -> None:
+    del folder
+    found = Answer(("usage", "id"))
+    for k in range(0, len(data), 700):
+        found.push(k / 700, data[k : k + 700])
+    found.finish(whole=bool(len(data) % 2))
+    if found.error not in ("", "malformed", "stream_error") or len(found.detail) > 200 or not (found.chunks >= 0):
+        raise AssertionError(f"{found.error} {found.detail} {found.chunks}")
+
+
+def files(*names: str) -> list[bytes]:
+    found = [p.read_bytes()[:60_000] for name in names for p in sorted(DATA.glob(name)) if p.is_file()]
+    assert found, names
+    return found
+
+
+TARGETS = [
+    b'engine = "vllm"\nrouter_metrics = "http://r:1/metrics"\n[[worker]]\nname = "p0"\nrole = "prefill"\n'
+    b'metrics = "http://p:1/metrics"\n[[worker]]\nrole = "decode"\nurl = "http://d:1"\nweight = 2\n',
+    b'{"workers": [{"role": "prefill", "url": "http://p:1"}, {"role": "decode", "metrics": "http://d:1/metrics"}]}',
+    b'{"items": [{"metadata": {"name": "p", "labels": {"llm-d.ai/role": "prefill"}, '
+    b'"annotations": {"prometheus.io/port": "8000"}}, "spec": {"containers": [{"ports": [{"containerPort": 8000}]}]}, '
+    b'"status": {"podIP": "10.0.0.1", "phase": "Running"}}]}',
+]
+CONFIGURATION = [
+    b'db = "sqlite:///x.db"\n[replay]\nrate = 3.5\nslo = "ttft<1s"\nworkers = 2\n[sweep]\nfleets = "1:3 2:2"\n'
+    b"[runs.show]\njson = true\n"
+]
+ANSWERS = [
+    b'data: {"id": "x", "choices": [{"index": 0, "text": "a", "finish_reason": null}]}\n\n'
+    b'data: {"choices": [{"index": 0, "delta": {"content": "b", "reasoning": "c"}, "finish_reason": "length"}]}\n\n'
+    b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}\n\ndata: [DONE]\n\n',
+    b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n' * 40 + b'data: {"error": {"message": "out of memory"}}\n\n',
+    b': keep-alive\r\n\r\nevent: x\r\ndata: {"choices"\r\ndata: :[{"text":"a"}]}\r\n\r\n',
+]
+
+KINDS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes, Path], None], float]] = {
+    # what: (real ones, what reads them, share of --inputs)
+    "trace files": (lambda: files("traces/*.csv", "traces/*.json", "traces/*.jsonl", "traces/*.gz"), traces, 1.0),
+    "profiles (TOML)": (lambda: [Profile.load(n).to_toml().encode() for n in shipped_profiles()], profile, 1.0),
+    "ServeGen clients": (lambda: files("servegen/*.csv", "servegen/*.json"), clients, 0.5),
+    "results of other clients": (lambda: files("results/*.json", "results/*.jsonl"), results, 0.5),
+    "targets files": (lambda: TARGETS, targets, 1.0),
+    "configuration (TOML)": (lambda: CONFIGURATION, configuration, 0.5),
+    "metrics pages": (lambda: [d for d in files("samples/*/*") if b"# " in d[:200]], metrics, 1.0),
+    "streamed answers": (lambda: ANSWERS, answer, 2.0),
+}
+
+
+def refused_badly(error: SteelyardError) -> str:
+    said = str(error)
+    if "\n" in said or said != said.translate(CONTROLS):
+        return f"not one plain line: {said!r}"
+    return "" if len(said) < 2000 else f"a refusal of {len(said)} characters"
+
+
+@contextlib.contextmanager
+def timed(found: list[float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    found.append(time.perf_counter() - began)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=2000, help="of each kind, about")
+    parser.add_argument("--only", default="", help="kinds whose name this regular expression finds")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    kept = Path(tempfile.mkdtemp(prefix="fuzz-bad-"))
+    bad = total = 0
+    print(
+        "| what | inputs | taken | refused | bad | longest, ms | memory grew, MiB |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    for name, (seeds, read, share) in KINDS.items():
+        if not re.search(options.only, name):
+            continue
+        rng = random.Random(f"{options.seed} {name}")
+        real = seeds()
+        taken = refused = wrong = 0
+        took: list[float] = []
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as where:
+            for number in range(round(options.inputs * share)):
+                data = spoiled(real, rng)
+                why = ""
+                with timed(took):
+                    try:
+                        read(data, Path(where))
+                        taken += 1
+                    except SteelyardError as error:
+                        refused += 1
+                        why = refused_badly(error)
+                    except BaseException:
+                        why = traceback.format_exc(limit=-3)
+                if took[-1] > SECONDS:
+                    why = f"{took[-1]:.1f} s"
+                if why:
+                    wrong += 1
+                    (kept / f"{name.split()[0]}-{number}").write_bytes(data)
+                    if wrong < 4:
+                        print(f"BAD {name} {number}: {why}", file=sys.stderr, flush=True)
+        grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        wrong += grew > MEMORY_MIB
+        bad, total = bad + wrong, total + len(took)
+        print(
+            f"| {name} | {len(took)} | {taken} | {refused} | {wrong} | {1e3 * max(took):.0f} | {grew:.0f} |", flush=True
+        )
+    print(f"\n{total} inputs, {bad} bad" + (f"; kept in {kept}" if bad else "."))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Who may come in by a port of ours: over TLS where a certificate is given, with the token where one is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from loadgen.client import target
+from loadgen.cluster.embedded import embedded
+from loadgen.control import Endpoint
+from loadgen.exposition import exposed
+from loadgen.ports import Door, loopback
+from loadgen.swarm import Swarm
+from tests.test_client import self_signed
+from traces.errors import InputError
+from traces.records import Fleet
+from traces.store import open_store
+
+TOKEN = "t0ken-of-these-tests"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(certificate, key) of localhost."""
+    certificate, key = self_signed(tmp_path_factory.mktemp("tls"))
+    return str(certificate), str(key)
+
+
+def ask(url: str, files: tuple[str, str], token: str = "", cookie: str = "") -> tuple[int, str, str]:
+    """(status, body, cookie that was set), over TLS that is checked."""
+    asked = urllib.request.Request(url.replace("127.0.0.1", "localhost"))
+    if token:
+        asked.add_header("Authorization", f"Bearer {token}")
+    if cookie:
+        asked.add_header("Cookie", cookie)
+    tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=files[0]))
+    opener = urllib.request.build_opener(
+        tls, type("Stay", (urllib.request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    )
+    try:
+        with opener.open(asked, timeout=10) as answer:
+            return answer.status, answer.read().decode(), answer.headers.get("Set-Cookie", "")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), error.headers.get("Set-Cookie", "")
+
+
+@contextmanager
+def silent(url: str) -> Iterator[None]:
+    """Somebody who connects and says nothing, meanwhile."""
+    with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0]))):
+        yield
+
+
+def dash(db: str, files: tuple[str, str]) -> subprocess.Popen[str]:
+    """The dash as a command on TLS; it prints one line when it listens."""
+    command = [
+        sys.executable,
+        "-m",
+        "advisor",
+        "dash",
+        "--port",
+        "0",
+        "--db",
+        db,
+        "--tls-cert",
+        files[0],
+        "--tls-key",
+        files[1],
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"STEELYARD_DASH_TOKEN": TOKEN}
+    )
+
+
+def test_every_port_speaks_tls_and_asks_for_the_token(files: tuple[str, str], tmp_path: Path) -> None:
+    """Reference endpoint, dash, Locust's page and the metrics: https, 401 without the token, 200 with it, held up by nobody who
+    connects and says nothing; browsers get a cookie that only goes over TLS."""
+    cert, key = files
+    db = f"sqlite:///{tmp_path / 't.db'}"
+    open_store(db).close()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    child = dash(db, files)
+    assert child.stdout is not None
+    web = Door(port=port, token=TOKEN, cert=cert, key=key)
+    with (
+        embedded("constant", Fleet(1, 1), token=TOKEN, cert=cert, key=key) as endpoint,
+        exposed(Door(token=TOKEN, cert=cert, key=key)) as (metrics, _),
+        Swarm(1, web=web),
+    ):
+        page = child.stdout.readline().split()[-1]
+        for url, path in ((endpoint, "/v1/models"), (page, "/"), (web.url(), "/stats/requests"), (metrics, "")):
+            assert url.startswith("https://"), url
+            with silent(url):
+                assert ask(url + path, files)[0] == 401, url
+                assert ask(url + path, files, token="wrong")[0] == 401, url
+                assert ask(url + path, files, token=TOKEN)[0] == 200, url
+            with pytest.raises(OSError):  # noqa: PT011 - refused, reset or not HTTP
+                urllib.request.urlopen(url.replace("https", "http") + path, timeout=5)
+        for url in (page, web.url()):
+            assert ask(f"{url}/?token=wrong", files)[0] == 401
+            status, _, cookie = ask(f"{url}/?token={TOKEN}", files)
+            assert (status in (302, 303), "Secure" in cookie, "HttpOnly" in cookie) == (True, True, True)
+            assert TOKEN not in cookie
+            assert ask(f"{url}/", files, cookie=cookie.split(";")[0])[0] == 200
+        where = target(endpoint.replace("127.0.0.1", "localhost"), api_key=TOKEN, ca_file=cert)
+        body = {
+            "model": "constant",
+            "prompt": [1, 2],
+            "max_tokens": 5,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        said = Endpoint(where).fetch("POST", "/v1/completions", json.dumps(body).encode())
+        assert said.body.count(b'" tok"') == 5
+        # Nobody reads a command line for the token.
+        lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK)]
+        assert not any(TOKEN.encode() in line for line in lines)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+    child.stdout.close()
+
+
+def test_other_addresses_need_a_token_and_are_told_of_tls() -> None:
+    """Beyond loopback: no token, no port, and the message says why; a token without TLS is warned of; both are quiet."""
+    ours = ("127.0.0.1", "::1", "localhost", "127.9.8.7")
+    others = ("0.0.0.0", "::", "10.0.0.1", "localhost.example.org", "127.0.0.1.nip.io")
+    for host, mine in [(h, True) for h in ours] + [(h, False) for h in others]:
+        assert loopback(host) is mine, host
+        door = Door(host)
+        if mine:
+            door.check("--host", "why", "How")
+        else:
+            with pytest.raises(
+                InputError, match=r"--host .*: why, so it needs a token\. How, or stay on 127\.0\.0\.1\."
+            ):
+                door.check("--host", "why", "How")
+        assert ("in the clear" in Door(host, token=TOKEN).warning) is not mine
+        assert Door(host, token=TOKEN, cert="c.pem").warning == ""
+    assert TOKEN not in repr(Door(token=TOKEN))
+    with pytest.raises(InputError, match="needs a token"), exposed(Door("0.0.0.0")):
+        pass
+
+
+def test_a_certificate_that_cannot_be_used_is_one_line(files: tuple[str, str], tmp_path: Path) -> None:
+    """Not there, not PEM, another's key, an encrypted key, a key alone: which file, why, what to give; nobody is asked."""
+    cert, key = files
+    (tmp_path / "other").mkdir()
+    other = self_signed(tmp_path / "other")[1]
+    locked = tmp_path / "locked.pem"
+    subprocess.run(
+        ["openssl", "rsa", "-aes128", "-passout", "pass:abcd", "-in", key, "-out", locked],
+        capture_output=True,
+        check=True,
+    )
+    for held, words in (
+        ((str(tmp_path / "no.pem"), key), "no.pem.*No such file"),
+        ((key, ""), "cannot be used"),
+        ((cert, str(other)), "(?i)mismatch"),
+        ((cert, str(locked)), "not encrypted"),
+        (("", key), "of no use without --tls-cert"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            Door(cert=held[0], key=held[1]).context()
+        assert "\n" not in str(caught.value)
