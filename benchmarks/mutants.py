@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
@@ -57,7 +59,7 @@ class Core:
 
 _ROWS = "journey or lost_rows or one_worker or let_go or of_pieces or stays or are_even"
 CORES = (
-    Core("schedule", "traces/shape.py", ("tests/test_shape.py",)),
+    Core("schedule", "traces/shape.py", ("tests/test_shape.py", "tests/test_schedule_stateful.py")),
     Core("accounting", "traces/records.py", ("tests/test_records.py",), ("Schedule", "Observations", "Histogram")),
     Core(
         "accounting",
@@ -264,12 +266,14 @@ def preload() -> None:
 
 
 def run(
-    jobs: Sequence[tuple[Core, int | None]], limits_s: dict[Core, float], most: int
+    jobs: Sequence[tuple[Core, int | None]], limits_s: dict[Core, float], most: int, until: float = math.inf
 ) -> Iterator[tuple[int, str, float]]:
-    """(position, killed, survived or timeout, seconds) of each job, as they end."""
+    """(position, killed, survived or timeout, seconds) of each job, as they end. until: begin none after this time."""
     waiting = list(enumerate(jobs))[::-1]
     alive: dict[int, tuple[int, float]] = {}
     while waiting or alive:
+        if time.monotonic() > until:
+            waiting.clear()
         while waiting and len(alive) < most:
             at, (core, number) = waiting.pop()
             alive[start(core, number)] = at, time.monotonic()
@@ -277,11 +281,12 @@ def run(
         for pid, (at, since) in list(alive.items()):
             took = time.monotonic() - since
             core = jobs[at][0]
-            late = took > limits_s.get(core, 120.0)
+            ended, status = os.waitpid(pid, os.WNOHANG)  # first: we may have been stopped for a while, and it has ended
+            late = not ended and took > limits_s.get(core, 120.0)
             if late:
                 os.killpg(pid, signal.SIGKILL)
-            ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
-            if not ended:
+                os.waitpid(pid, 0)
+            elif not ended:
                 continue
             del alive[pid]
             code = os.waitstatus_to_exitcode(status)
@@ -297,8 +302,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="children at once")
     parser.add_argument("--only", default="", help="a part, or a word of a module's path")
+    parser.add_argument(
+        "--keep", type=Path, help="file of what became of each mutant; those that stand there are not tried again"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no mutant after so long")
     parser.add_argument("--json", default="", help="also write the figures to this file")
     asked = parser.parse_args()
+    begin = time.monotonic()
     cores = [c for c in CORES if not asked.only or asked.only == c.part or asked.only in c.path]
     os.chdir(ROOT)
     preload()
@@ -321,10 +331,26 @@ def main() -> int:
         every = range(len(held[core]))
         drawn = random.Random(asked.seed).sample(every, min(asked.n, len(every))) if asked.n else every
         jobs += [(core, k) for k in sorted(drawn)]
-    begin = time.monotonic()
+    # A mutant is known by its module as it stands: of another version nothing is taken over.
+    texts = {c: hashlib.sha256((ROOT / c.path).read_bytes()).hexdigest()[:16] for c in cores}
+    kept: dict[tuple[str, str, int], str] = {}
+    if asked.keep and asked.keep.exists():
+        for line in asked.keep.read_text(encoding="utf-8").splitlines():
+            path, text, number, outcome = json.loads(line)
+            kept[path, text, number] = outcome
     found: dict[int, str] = {}
-    for at, outcome, _ in run(jobs, limits_s, asked.jobs):
+    for at, (core, number) in enumerate(jobs):
+        if (core.path, texts[core], number or 0) in kept:
+            found[at] = kept[core.path, texts[core], number or 0]
+    left = [at for at in range(len(jobs)) if at not in found]
+    for place, outcome, _ in run([jobs[at] for at in left], limits_s, asked.jobs, begin + 60 * asked.minutes):
+        at = left[place]
         found[at] = outcome
+        if asked.keep:
+            core, number = jobs[at]
+            with asked.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([core.path, texts[core], number or 0, outcome]) + "\n")
+    for at, outcome in sorted(found.items()):
         if outcome == "survived":
             core, number = jobs[at]
             print(
@@ -337,17 +363,19 @@ def main() -> int:
     by_part: dict[str, Counter[str]] = {}
     table = []
     for core in cores:
-        counts = Counter(found[at] for at, (c, _) in enumerate(jobs) if c == core)
+        counts = Counter(found[at] for at, (c, _) in enumerate(jobs) if c == core and at in found)
         by_part.setdefault(core.part, Counter()).update(counts)
         drawn = counts.total()
-        share = 1 - counts["survived"] / drawn
+        share = 1 - counts["survived"] / max(1, drawn)
         table.append({"part": core.part, "module": core.path, "mutants": len(held[core]), "drawn": drawn, **counts})
         print(
             f"{core.part:<12}{core.path:<24}{len(held[core]):>8}{drawn:>7}{counts['killed']:>8}{counts['timeout']:>9}"
             f"{counts['survived']:>10}{share:>8.0%}"
         )
-    shares = {part: 1 - c["survived"] / c.total() for part, c in by_part.items()}
+    shares = {part: 1 - c["survived"] / max(1, c.total()) for part, c in by_part.items()}
     print("  ".join(f"{part} {share:.1%}" for part, share in shares.items()), f"in {time.monotonic() - begin:.0f} s")
+    if len(found) < len(jobs):
+        print(f"{len(jobs) - len(found)} are left to try: run it again with --keep.")
     if asked.json:
         Path(asked.json).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0 if min(shares.values()) >= GOAL else 1

@@ -20,13 +20,20 @@ CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code)
 """For ``str.translate``: a terminal obeys these, so text from outside must not hold them where people read."""
 
 
+MOST_CHARACTERS = 1500
+"""Of a message."""
+
+
 class SteelyardError(Exception):
     """The work could not be done. ``str(error)`` is the one line the user reads."""
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()).translate(CONTROLS))
+        said = " ".join(message.split()).translate(CONTROLS)
+        if len(said) > MOST_CHARACTERS:  # what was got may be a whole file; the end says what to do
+            said = f"{said[: MOST_CHARACTERS - 500]} … {said[-500:]}"
+        super().__init__(said)
 
 
 class InputError(SteelyardError):

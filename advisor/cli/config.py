@@ -101,13 +101,16 @@ def checked(file: Path, said: Mapping[str, Any], verbs: Mapping[str, click.Comma
     for key, value in said.items():
         if isinstance(value, dict) and key not in verbs:
             near = get_close_matches(key, verbs, n=1)
-            raise InputError(f"{file}: no verb is called {key!r}." + (f" Did you mean [{near[0]}]?" if near else ""))
+            raise InputError(
+                f"{file}: no verb is called {key[:80]!r}." + (f" Did you mean [{near[0]}]?" if near else "")
+            )
         if not isinstance(value, dict) and key not in used:
             _unknown(file, "", key, known)
     return found
 
 
 def _unknown(file: Path, where: str, key: str, known: set[str]) -> None:
+    key = key[:80]
     name = key.replace("_", "-")
     if name in SECRET or name in ("api-key", "token", "password"):
         raise InputError(

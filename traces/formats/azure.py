@@ -6,8 +6,10 @@ Source: Azure/AzurePublicDataset.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
+from typing import NoReturn
 
 import numpy as np
 
@@ -46,12 +48,17 @@ class _Calendar(Columns):
             return super().moments(texts) if not zoned else self._odd()
         if max(lengths) > 26:
             texts = [text[:26] for text in texts]  # a seventh digit is cut, as above
-        moments = np.array(texts, dtype="datetime64[us]")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # numpy would apply a zone that hides among the rest, and only warn
+            try:
+                moments = np.array(texts, dtype="datetime64[us]")
+            except UserWarning:
+                self._odd()
         if bool(np.isnat(moments).any()):
             self._odd()
         return moments.astype(np.int64), zoned
 
-    def _odd(self) -> tuple[Ints, bool | None]:
+    def _odd(self) -> NoReturn:
         raise ValueError("not a plain time")
 
 
