@@ -176,13 +176,13 @@ def licence(name: str) -> str | None:
         about = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    known = about["License-Expression"]
+    known = about.get("License-Expression")
     if known:
         return str(known)
     classes = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or () if c.startswith("License :: OSI")]
     if classes:
         return ", ".join(sorted(classes))
-    text = str(about["License"] or "").strip().splitlines()
+    text = str(about.get("License") or "").strip().splitlines()
     return text[0][:80] if text else "unknown"
 
 
