@@ -597,7 +597,7 @@ class Swarm:
                 return "not from another page", 403
             asked = request.args.get("token")
             if door.token is not None and asked is not None and door.knows(asked):
-                moved = redirect(request.path)
+                moved = redirect("/" + request.path.lstrip("/"))  # not to //another.host
                 value = door.cookie("web")
                 moved.set_cookie("steelyard-web", value, httponly=True, samesite="Strict", secure=bool(door.cert))
                 return moved

@@ -67,7 +67,7 @@ def main() -> int:
         folder = Path(name)
         with (
             embedded("llama-8b-h100", Fleet(2, 2)) as endpoint,
-            exposed(0) as (metrics, watch),
+            exposed() as (metrics, watch),
             Swarm(workers=1) as swarm,
             open_store(f"sqlite:///{folder}/t.db") as store,
         ):
