@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench bench-advisor bench-dynamo bench-silicon compiled docs reference lock build test-release clean test-faults fuzz test-dashboard mutants coverage test-engines
+.PHONY: demo test check bench bench-advisor bench-dynamo bench-silicon compiled docs reference lock build test-release clean test-faults fuzz test-dashboard bench-peers mutants coverage test-engines
 
 demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
@@ -62,6 +62,10 @@ bench: compiled
 
 bench-advisor: compiled
 	$(BIN)/python -m benchmarks.advisor
+
+# aiperf and guidellm beside ours on the same load, each in an environment of its own under build/peers: some twenty minutes.
+bench-peers: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.peers
 
 # The advice held against NVIDIA Dynamo's simulator, which gets an environment of its own (build/dynamo, 0.6 GB).
 bench-dynamo: compiled
