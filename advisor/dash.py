@@ -91,7 +91,7 @@ class Dash:
         body.append(_pages(turns, "runs", len(shown), len(runs), self._listed))
         body += ['<h2 id="answers">Answers</h2>', table(_answers(answers))]
         body.append(_pages(turns, "answers", len(answers), self._store.count_recommendations(), self._listed))
-        rows = [[t.name, t.format, f"{t.summary.get('rows_kept', 0):,}", t.created_at] for t in traces]
+        rows = [[t.name, t.format, f"{t.summary.get('rows_kept', 0):,}", _minute(t.created_at)] for t in traces]
         links = [f"/traces/{quote(t.name, safe='')}" for t in traces]
         body += ["<h2>Traces</h2>", table(Table(["trace", "format", "requests", "stored"], rows, links=links))]
         data = {
@@ -208,15 +208,16 @@ def _runs(runs: Sequence[Run]) -> Table:
     return Table(head, rows, "Newest first, times in UTC.", links=[f"/runs/{r.id}" for r in runs])
 
 
-def _known(value: float) -> str:
-    return f"{value:.3g}" if value == value else "–"
+def _minute(stamp: str) -> str:
+    """``2026-11-25T20:30:15+00:00`` as 2026-11-25 20:30; stamps are in UTC."""
+    return stamp[:16].replace("T", " ")
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for a in answers:
         said = a["answer"].get("sentence") or f"{a['kind']} on {a['answer'].get('source', '?')}"
-        rows.append([f"answer {a['id']}", said, ", ".join(map(str, a["run_ids"][:12])) or "–", a["created_at"]])
+        rows.append([f"answer {a['id']}", said, ", ".join(map(str, a["run_ids"][:12])) or "–", _minute(a["created_at"])])
     links = [f"/recommendations/{a['id']}" for a in answers]
     return Table(["answer", "what it says", "runs", "stored"], rows, links=links)
 

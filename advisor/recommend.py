@@ -392,10 +392,10 @@ def assess(
 def _laws_found(fit: Fit) -> str:
     """The laws in a line, and how far they are off."""
     p = fit.profile
-    off = fit.spread.get("goodput_per_s", 0.0) or fit.spread.get("throughput_per_s", 0.0)
+    off = fit.spread.get("goodput_per_s", 0.0)
     return (
         f"a prefill step takes {p.a_s * 1e3:.3g} ms + {p.b_s_per_token * 1e6:.3g} us a token, a decode step "
-        f"{p.c0_s * 1e3:.3g} ms + {p.c1_s * 1e3:.3g} ms a sequence; throughput of the runs is missed by {math.expm1(off):.1%}"
+        f"{p.c0_s * 1e3:.3g} ms + {p.c1_s * 1e3:.3g} ms a sequence; goodput of the runs is missed by {math.expm1(off):.1%}"
     )
 
 

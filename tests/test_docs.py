@@ -18,6 +18,9 @@ import pytest
 
 from advisor.cli import VERBS, load, main, steelyard
 from docs import generate, site
+from loadgen.cluster.embedded import embedded
+from traces.records import Fleet
+from traces.store import open_store
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -62,7 +65,8 @@ def parsed(line: str) -> click.Context:
 def test_every_command_is_one_that_we_know(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Verbs, options and the kinds of their values; of verbs' own examples too (reference/cli.md)."""
     monkeypatch.chdir(tmp_path)
-    for _, kind, text in blocks(page):
+    indented = "\n".join(re.findall(r"^    (steelyard .*)$", page.read_text(encoding="utf-8"), re.M))
+    for _, kind, text in (*blocks(page), ("", "", indented)):
         for line in commands(text) if kind in ("", "bash", "sh", "console") else ():
             if "..." in line or re.search(r"\b(verb|VERB)\b|\[", line):
                 continue
@@ -160,6 +164,27 @@ def test_marked_commands_run_as_printed(
         for child in reversed(running):
             child.terminate()
             child.wait(20)
+
+
+def test_commands_for_a_cluster_run_against_a_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks marked with an engine, as printed but for the address, the amount and the CA: the reference endpoint in that
+    engine's metric names answers every request."""
+    monkeypatch.chdir(tmp_path)
+    for name in [n for n in os.environ if n.startswith("STEELYARD_")]:
+        monkeypatch.delenv(name)
+    assert main(["ingest", "azure-2023-conv", "--name", "conv"]) == 0
+    marked = [(m.partition(": ")[2], t) for p in PAGES for m, _, t in blocks(p) if m.startswith("stand-in: ")]
+    assert {dialect for dialect, _ in marked} == {"vllm", "sglang", "dynamo"}
+    for dialect in sorted({dialect for dialect, _ in marked}):
+        with embedded("constant", Fleet(2, 6), dialect=dialect) as url:
+            for line in (line for found, text in marked if found == dialect for line in text.strip().splitlines()):
+                less = re.sub(r"https?://[\w.-]+staging(:\d+)?", url, line).replace(" --ca-file ca.pem", "")
+                words = shlex.split(re.sub(r"--requests \d+ --rate \d+", "--requests 6 --rate 20", less))
+                assert main(words[1:]) in (0, 4), f"{line}\n{capsys.readouterr()}"
+    with open_store("sqlite:///steelyard.db", create=False) as store:
+        assert [run.counts for run in store.runs()] == [{"ok": 6}] * 4
 
 
 def wait_for(words: list[str]) -> None:

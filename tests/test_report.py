@@ -27,6 +27,7 @@ from advisor.report.page import asset, policy
 from advisor.report.parts import Mark, Plot, Report, Rule
 from advisor.report.pdf import BROWSERS, browser
 from advisor.report.reproduce import advise_command, replay_command
+from advisor.report.sections import _alike
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
@@ -391,6 +392,17 @@ def test_colours_have_contrast(scheme: str) -> None:
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+def test_runs_left_out_for_one_reason_are_one_line() -> None:
+    """The first's words with all the numbers; another reason, and what is said of no run, stay lines of their own, in order."""
+    late = "run {} left out: its verdict is invalid (lag p99 {} ms)"
+    unknown = "run 5 left out: its fleet is not known"
+    assert _alike([late.format(1, 61.2), "laws are old", late.format(4, 55), unknown, late.format(6, 70)]) == [
+        "runs 1, 4, 6 left out, all for the like of run 1: its verdict is invalid (lag p99 61.2 ms)",
+        "laws are old",
+        unknown,
+    ]
 
 
 def chromium() -> str:

@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -116,8 +117,13 @@ def safe_json(value: Any) -> str:
 
 def _card(title: str, lines: Sequence[str], command: str) -> str:
     said = f"<p>{e(lines[0])}</p>" if len(lines) == 1 else f"<ul>{''.join(f'<li>{e(x)}</li>' for x in lines)}</ul>"
-    code = f"<pre><code>{e(command)}</code></pre>" if command else ""
+    code = f"<pre><code>{_words(command)}</code></pre>" if command else ""
     return f'<section class="card"><h2>{e(title)}</h2>{said}{code}</section>'
+
+
+def _words(command: str) -> str:
+    """A command line whose options are not broken at their hyphens."""
+    return re.sub(r"\S+", lambda word: f"<span>{e(word[0])}</span>", command)
 
 
 def contents(sections: Sequence[Section]) -> str:
@@ -140,7 +146,7 @@ def section(s: Section) -> str:
             f"<details><summary>As a table ({len(s.table.rows)} rows)</summary>{made}</details>" if fold else made
         )
     for what, text in s.code:
-        block = f"<pre><code>{e(text)}</code></pre>"
+        block = f"<pre><code>{_words(text) if text.startswith('steelyard ') else e(text)}</code></pre>"
         if text.count("\n") > 8:
             parts.append(f"<details><summary>{e(what)}</summary>{block}</details>")
         else:

@@ -7,6 +7,7 @@ said to be missing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -209,7 +210,7 @@ def _next(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> list[str]:
 
 
 def _unmeasured(answer: Mapping[str, Any], runs: Sequence[Digest], strategies: Mapping[str, Any] | None) -> list[str]:
-    gaps = [f"{w[:1].upper()}{w[1:].rstrip('.')}." for w in map(str, answer.get("warnings", ())) if w]
+    gaps = [f"{w[:1].upper()}{w[1:].rstrip('.')}." for w in _alike(list(map(str, answer.get("warnings", ())))) if w]
     measured = {str(d.run.fleet) for d in runs}
     never = [_fleet(c) for c in answer.get("candidates", ()) if _fleet(c) not in measured]
     if never:
@@ -222,6 +223,26 @@ def _unmeasured(answer: Mapping[str, Any], runs: Sequence[Digest], strategies: M
     if strategies is None and not answer.get("strategies"):
         gaps.append("Whether a split that moves would do better: no strategies were compared on this traffic.")
     return gaps
+
+
+def _alike(warnings: Sequence[str]) -> list[str]:
+    """The warnings; those that say the same of several runs, but for figures, are one with the words of the first."""
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for w in warnings:
+        of_run = re.match(r"run (\d+) (left out|is degraded|is incomplete): (.*)", w, re.S)
+        key = re.sub(r"[\d.]+", "#", f"{of_run[2]} {of_run[3]}") if of_run else w
+        groups.setdefault(key, []).append((of_run[1], of_run[2], of_run[3]) if of_run else ("", "", w))
+    lines = []
+    for held in groups.values():
+        number, what, why = held[0]
+        if not number:
+            lines.append(why)
+        elif len(held) == 1:
+            lines.append(f"run {number} {what}: {why}")
+        else:
+            runs = ", ".join(n for n, _, _ in held)
+            lines.append(f"runs {runs} {what.replace('is ', 'are ')}, all for the like of run {number}: {why}")
+    return lines
 
 
 def _best(answer: Mapping[str, Any]) -> Mapping[str, Any]:
