@@ -149,7 +149,7 @@ def choose(
         "windows",
         1,
         1,
-        f"knowing the best split of each of {len(found.windows)} windows would serve {found.regret:.1%} more than {fixed}",
+        f"knowing the best split of every window ({len(found.windows)}) would serve {found.regret:.1%} more than {fixed}",
     )
     short = len(found.windows) < 3
     stand = _standing(schedule, fixed, question)

@@ -217,7 +217,9 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for a in answers:
         said = a["answer"].get("sentence") or f"{a['kind']} on {a['answer'].get('source', '?')}"
-        rows.append([f"answer {a['id']}", said, ", ".join(map(str, a["run_ids"][:12])) or "–", _minute(a["created_at"])])
+        rows.append(
+            [f"answer {a['id']}", said, ", ".join(map(str, a["run_ids"][:12])) or "–", _minute(a["created_at"])]
+        )
     links = [f"/recommendations/{a['id']}" for a in answers]
     return Table(["answer", "what it says", "runs", "stored"], rows, links=links)
 

@@ -220,6 +220,10 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
     return found
 
 
+WIDE = 122
+"""Columns from which on a candidate's figures and intervals stand in one line."""
+
+
 def show(recommendation: Any, as_json: bool = False) -> None:
     """Print a recommendation for people."""
     from rich.markup import escape
@@ -229,17 +233,18 @@ def show(recommendation: Any, as_json: bool = False) -> None:
     console = messages(as_json)
     console.print(f"[bold]{escape(r.sentence)}[/bold]")
     table = Table(box=None, pad_edge=False)
+    gap = " " if console.width >= WIDE else "\n"
     for name in ("P:D", "goodput/s", "within SLO", "TTFT p99 s", "TPOT p99 ms", "E2E p99 s", "best in draws", ""):
         table.add_column(name, justify="left" if name in ("P:D", "") else "right")
     for c in r.candidates:
         word = "recommended" if c is r.best else "runner-up" if c is r.runner_up else ""
         table.add_row(
             str(c.fleet),
-            interval(c, "goodput_per_s"),
+            interval(c, "goodput_per_s", gap=gap),
             f"{c.attainment:.0%}",
-            interval(c, "ttft_p99_s"),
-            interval(c, "tpot_p99_s", 1e3),
-            interval(c, "e2e_p99_s"),
+            interval(c, "ttft_p99_s", gap=gap),
+            interval(c, "tpot_p99_s", 1e3, gap),
+            interval(c, "e2e_p99_s", gap=gap),
             f"{c.wins:.0%}",
             word,
             style="bold" if word == "recommended" else None,
@@ -322,8 +327,8 @@ def show_choice(answer: Any) -> None:
         console.print(f"note: {warning}", markup=False)
 
 
-def interval(candidate: Any, name: str, unit: float = 1.0) -> str:
-    """``12.3 [11.9, 12.6]``."""
+def interval(candidate: Any, name: str, unit: float = 1.0, gap: str = " ") -> str:
+    """``12.3 [11.9, 12.6]``. gap: between value and interval."""
     import math
 
     figure = candidate.figures[name]
@@ -331,7 +336,7 @@ def interval(candidate: Any, name: str, unit: float = 1.0) -> str:
         return "-"
     text = f"{figure.value * unit:.3g}"
     if math.isfinite(figure.low) and math.isfinite(figure.high):
-        text += f" \\[{figure.low * unit:.3g}, {figure.high * unit:.3g}]"
+        text += f"{gap}\\[{figure.low * unit:.3g}, {figure.high * unit:.3g}]"
     return text
 
 
