@@ -251,12 +251,15 @@ def replay(
     reason = ""
     changes: list[FleetChange] = []
     late: list[tuple[Decision, float]] = []
+    refused: list[Decision] = []
 
     def on_change(change: FleetChange) -> None:
         changes.append(change)  # stored again at the end, with what it cost
         writer.put(change)
 
     def on_decision(decision: Decision, unix: float) -> None:
+        if decision.action == "refused":
+            refused.append(decision)
         try:
             store.add_decision(run.id, decision, steered, unix)
         except StoreError:
@@ -312,7 +315,11 @@ def replay(
             done_run = _on_time(done_run, server, steps, slo)
         moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
         after = again(server, found) if found.listed else None
-        done_run = judged(done_run, served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved))
+        reasons = served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved)
+        if refused:  # a rule may want what is out of bounds; who planned a change measured something else without it
+            word = "degraded" if policy == "planned" else "valid"
+            reasons.append((word, f"{len(refused)} changes of the fleet were refused, the first: {refused[0].reason}"))
+        done_run = judged(done_run, reasons)
         if scrapers:
             done_run = replace(done_run, sources=scrapers[0].sources())
             _keep_histograms(store, writer.spool, run.id, scrapers[0].histograms())

@@ -293,9 +293,14 @@ def replay(
         schedule, strategy = _strategy(schedule, options, slo, known, past)
         wanted = wanted or _start(known)
         keeping = _keeping(control_spec, where[0], "replay", options, as_json, put_back=False)
+        # Refused now, with nothing sent, where a fleet of the run can never be in force.
+        steps = keeping.steps(wanted) if wanted and keeping else []
+        later = [(at, fleet, keeping.steps(fleet) if keeping else []) for at, fleet in _changes(options["changes"])]
         if dry_run:
-            steps = keeping.steps(wanted) if wanted and keeping else []
             steps.append(f"send {len(schedule)} requests of {trace} to {where[0].shown}")
+            steps += [
+                f"at {at:g} s: {'; '.join(todo) or 'nothing, as it is now'} ({fleet})" for at, fleet, todo in later
+            ]
             return printed(steps, f"replay {trace}", as_json)
         with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
             task = bars.add_task(f"replay {trace}", total=len(schedule))
