@@ -11,15 +11,15 @@ from advisor.audit import audit as audit_of
 from advisor.audit import confounders
 from advisor.choose import Choice, choose
 from advisor.features import RunData
-from advisor.recommend import Recommendation, recommend
+from advisor.recommend import POINT_REQUESTS, Recommendation, recommend
 from advisor.telling import Note, silent
 from advisor.windows import Question
 from traces import __version__
 from traces.errors import InputError, NotEnoughDataError
 from traces.measures import Slo
-from traces.records import Fleet, Run, Schedule
-from traces.shape import head, to_rate
-from traces.store import Store
+from traces.records import Fleet, Observations, Run, Schedule
+from traces.shape import head, joined, to_rate
+from traces.store import EXACT_ROWS, Store
 
 DEFAULT_SLO = "ttft<0.5s tpot<50ms"
 """Used when neither the user nor the runs name one; shown as a default."""
@@ -47,9 +47,22 @@ def _merged(answer: Recommendation, choice: Choice | None, extra: dict[str, Any]
     return said
 
 
+ROWS, WINDOW_ROWS = 300_000, 5_000
+"""Rows of all runs together that are read, if they have more; rows of a window at least."""
+
+LONG_TRACE, TRACE_WINDOWS = 500_000, 8
+"""Requests of a trace that is not read whole; windows of it that are asked about."""
+
+
 def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
-    """Runs with their rows."""
-    return [RunData(run, store.observations(run.id), store.samples(run.id)) for run in runs]
+    """Runs with their rows, long ones with those of windows spread over them."""
+    most = max(20_000, ROWS // max(1, len(runs)))
+    found = []
+    for run in runs:
+        windows = store.windows(run.id, most, min(20, most // WINDOW_ROWS)) if run.scheduled > EXACT_ROWS else []
+        rows = windows or [store.observations(run.id)]
+        found.append(RunData.of(run, rows, store.samples(run.id)))
+    return found
 
 
 def choose_runs(
@@ -81,11 +94,23 @@ def choose_runs(
     return [run for run in runs if (run.engine, run.model) == (runs[-1].engine, runs[-1].model)]
 
 
-def _asked(store: Store, trace: str | None, latest: Run) -> Schedule:
-    """The trace named, else the latest run's; of a run that came without one, what its own rows asked."""
-    if trace is None and latest.trace not in {t.name for t in store.traces()}:
-        return store.observations(latest.id).asked(latest.trace)
-    return store.schedule(trace or latest.trace)
+def _asked(store: Store, trace: str | None, latest: Run, requests: int | None) -> tuple[Schedule, int]:
+    """(the trace named, else the latest run's, else what the latest run's rows asked; of how many windows it is made).
+
+    The first ``requests`` of it, if that many are wanted. A long one is represented by windows, one after the other.
+    """
+    known = {t.name: int(t.summary.get("rows_kept", 0)) for t in store.traces()}
+    if trace is None and latest.trace not in known:
+        windows = store.windows(latest.id, POINT_REQUESTS, TRACE_WINDOWS) if latest.scheduled > LONG_TRACE else []
+        if len(windows) > 1 and not requests:
+            parts = [rows.asked(latest.trace) for rows in windows]
+            return joined(parts, latest.trace, latest.scheduled, latest.rate_per_s), len(parts)
+        rows = next(iter(store.windows(latest.id, LONG_TRACE, 2)), Observations.empty())
+        return rows.asked(latest.trace), 1
+    name = trace or latest.trace
+    if known.get(name, 0) > LONG_TRACE and not requests:
+        return store.excerpt(name, POINT_REQUESTS, TRACE_WINDOWS), TRACE_WINDOWS
+    return store.schedule(name, most=requests if known.get(name, 0) > LONG_TRACE else None), 1
 
 
 def advise(
@@ -130,8 +155,9 @@ def advise(
     if gpus < 2:
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)
+    parts = 1
     if schedule is None:
-        schedule = _asked(store, trace, latest)
+        schedule, parts = _asked(store, trace, latest, requests)
         if requests:
             schedule = head(schedule, requests)
         if rate_per_s:
@@ -147,7 +173,13 @@ def advise(
         current=current,
         seed=seed,
         note=note,
+        parts=parts,
     )
+    if parts > 1:
+        answer.warnings.append(
+            f"of the traffic {parts} windows of {len(schedule) // parts} requests were simulated, spread over all of it; how "
+            "much they differ is in the intervals"
+        )
     if not (slo or latest.slo):
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
     used = [one for one in data if one.run.id in set(answer.runs)]

@@ -64,6 +64,7 @@ class Audit:
 
 def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
     """Of usable runs (fleets known, one engine)."""
+    data = [_whole(one) for one in data]
     groups: dict[str, dict[str, list[int]]] = {"run": {}, "ratio": {}, "rate": {}}
     for k, one in enumerate(data):
         groups["run"].setdefault(f"run {one.run.id}", []).append(k)
@@ -100,6 +101,11 @@ def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
     decisions = _decisions(data, slo)
     note("audit", 1, 1, f"{len(failed)} of its bars missed" if failed else "every bar kept")
     return Audit(schemes, failed, decisions, confounders(data))
+
+
+def _whole(one: RunData) -> RunData:
+    """The run; of a long one its first window, which began when the run did: runs are simulated here from their beginning."""
+    return RunData(one.run, one.windows[0], one.samples) if one.windows else one
 
 
 def _fold(data: Sequence[RunData], slo: Slo, fold: tuple[str, list[int]]) -> Fold:
@@ -183,7 +189,7 @@ def confounders(data: Sequence[RunData]) -> list[str]:
 
 
 def _of_run(one: RunData) -> list[str]:
-    rows, name = one.observations, f"run {one.run.id}"
+    rows, name = one.pieces[0], f"run {one.run.id}"
     ok = rows.take(np.flatnonzero(rows.ok))
     found = []
     ttft = quantile(ok.ttft_sent_s, 0.5)
@@ -191,7 +197,9 @@ def _of_run(one: RunData) -> list[str]:
         found.append(f"{name}: the generator was {one.run.lag_p99_ms:.1f} ms late at p99, over 10 % of the TTFT p50")
     if closed_loop(rows):
         found.append(f"{name}: a closed loop (a request is sent when one ends): it says nothing about a rate")
-    done, asked_for = _prompt_tokens(one), int(ok.prompt_lengths.sum())
+    every = one.observations
+    done = _prompt_tokens(one)
+    asked_for = float(every.prompt_lengths[every.ok].mean()) * one.finished if every.ok.any() else 0.0
     if done is not None and asked_for and done < 0.9 * asked_for:
         found.append(
             f"{name}: the servers computed {done / asked_for:.0%} of the prompt tokens that were sent: prefix hits, or prompts "

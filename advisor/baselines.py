@@ -84,14 +84,13 @@ def _mm1(laws: Profile, n: float, m: float, full_s: float, decode_tokens: float,
 def _boosted(data: Sequence[RunData], schedule: Schedule, fleets: Sequence[Fleet], slo: Slo) -> Fleet:
     """Gradient boosting of goodput on (P, D, rate), trained on the time blocks of the runs; no mechanism."""
     x, y = [], []
-    for one in data:
-        rows = one.observations
+    for run, rows in [(one, rows) for one in data for rows in one.pieces]:
         good = met(rows, slo)
         block = time_block(rows, rows.due_s)
         width = max(float(np.ptp(rows.due_s)), 1e-9) / BLOCKS
         for k in range(BLOCKS):
             mine = block == k
-            x.append([one.prefill, one.decode, float(mine.sum()) / width])
+            x.append([run.prefill, run.decode, float(mine.sum()) / width])
             y.append(float(good[mine].sum()) / width)
     model = GradientBoostingRegressor(random_state=0, n_estimators=60).fit(np.array(x), np.array(y))
     rate = len(schedule) / max(schedule.span_s, 1e-9)

@@ -23,7 +23,7 @@ from aiohttp import web
 
 from advisor import compare as study
 from advisor.report import gather
-from advisor.report.digest import Digest, read, traffic
+from advisor.report.digest import BINS, Digest, Traffic, read, traffic, traffic_of
 from advisor.report.page import contents, document, e, figures, policy, safe_json, section, table
 from advisor.report.page import report_body as body_of
 from advisor.report.parts import Section, Table
@@ -36,6 +36,9 @@ from traces.store import Store
 
 KEPT = 32
 """Digests of ended runs that are kept."""
+
+LONG_TRACE = 200_000
+"""Requests of a trace that is drawn from as many, in BINS windows."""
 
 LISTED = 200
 """Runs and answers on a page of the overview, which turns to older ones."""
@@ -122,13 +125,19 @@ class Dash:
     def trace(self, name: str) -> Page:
         """One trace: what was read, and its traffic over time."""
         info = self._store.trace(name)
-        schedule = self._store.schedule(name)
+        n = int(info.summary.get("rows_kept", 0))
+        said: Traffic | None
+        if n > LONG_TRACE:
+            said = traffic_of(self._store.trace_windows(name, LONG_TRACE, BINS))
+        else:
+            schedule = self._store.schedule(name)
+            n, said = len(schedule), traffic(schedule, None, Slo()) if len(schedule) > 1 else None
         rows = [["format", info.format], ["stored", info.created_at], ["sha256", info.sha256]]
         rows += [[k.replace("_", " "), json.dumps(v)] for k, v in info.summary.items()]
-        body = [f"<header><p>Trace</p><h1>{e(name)}: {len(schedule):,} requests</h1></header>"]
+        body = [f"<header><p>Trace</p><h1>{e(name)}: {n:,} requests</h1></header>"]
         parts = [Section("facts", "What was read", "As ingest counted it.", table=Table(["what", "value"], rows))]
-        if len(schedule) > 1:
-            parts += traffic_sections(traffic(schedule, None, Slo()), {})
+        if said is not None:
+            parts += traffic_sections(said, {})
         return _sections(name, body, parts)
 
     def recommendation(self, number: int) -> Page:

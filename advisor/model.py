@@ -175,10 +175,12 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
     seen = _seen(data, profile)
     warnings: list[str] = []
     found_residuals: list[dict[str, float]] = []
+    held: list[dict[str, float]] = []  # of a long run one for each window
     for one in data if residuals else ():
-        predicted = simulate(asked(one.observations), Fleet(one.prefill, one.decode), profile).observations
-        slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
-        found_residuals.append(log_ratios(summarise(predicted, slo), summarise(_from_sent(one.observations), slo)))
+        ratios = _misses(one, profile)
+        held += ratios
+        shared = [name for name in METRICS if any(name in r for r in ratios)]
+        found_residuals.append({n: float(np.median([r[n] for r in ratios if n in r])) for n in shared})
         worst = max(found_residuals[-1].items(), key=lambda item: abs(item[1]), default=("", 0.0))
         if abs(worst[1]) > math.log(1.25):
             warnings.append(
@@ -187,7 +189,7 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
             )
     spread = {}
     for name in METRICS:
-        values = [r[name] for r in found_residuals if name in r]
+        values = [r[name] for r in held if name in r]
         spread[name] = float(np.sqrt(np.mean(np.square(values)))) if values else 0.0
     laws = [
         replace(decode_law, coefficients={"c0_s": profile.c0_s, "c1_s": profile.c1_s, "c2_s": profile.c2_s}),
@@ -227,6 +229,33 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
         laws[0].coefficients.update(knee_batch=float(profile.knee_batch), knee_s=profile.knee_s)
     fit = Fit(profile, laws, seen, found_residuals, spread, warnings, data, found)
     return replace(fit, scores=_left_out(fit, seed)) if residuals and len(data) >= CALIBRATED_RUNS else fit
+
+
+CHECKED = 4
+"""Windows of a long run that its laws are held against."""
+
+
+def _misses(one: RunData, profile: Profile) -> list[dict[str, float]]:
+    """log(predicted / measured) of each metric; of a long run in some of its windows, away from their edges."""
+    slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
+    fleet = Fleet(one.prefill, one.decode)
+    if not one.windows:
+        predicted = simulate(asked(one.observations), fleet, profile).observations
+        return [log_ratios(summarise(predicted, slo), summarise(_from_sent(one.observations), slo))]
+    found = []
+    for rows in one.windows[:: math.ceil(len(one.windows) / CHECKED)]:
+        rows = rows.take(np.flatnonzero(np.isfinite(rows.sent_s)))
+        rows = rows.take(np.argsort(rows.sent_s, kind="stable"))
+        # The simulation begins empty: that the beginning of a window is left out serves it as well.
+        inner = one.known(rows.sent_s, rows.last_token_s)
+        if inner.sum() < LEAST_CHECKED:
+            continue
+        predicted = simulate(sent(rows), fleet, profile).observations.take(inner)
+        found.append(log_ratios(summarise(predicted, slo), summarise(_from_sent(rows.take(inner)), slo)))
+    return found
+
+
+LEAST_CHECKED = 200
 
 
 def log_ratios(ours: object, theirs: object) -> dict[str, float]:
@@ -433,9 +462,9 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
     floor = profile.c0_s + profile.c1_s
     for i, one in enumerate(data):
         quiet += len(quiet_rows(one, i))
-        rows = asked(one.observations)
-        load = load_of(profile, rows, Fleet(one.prefill, one.decode))
-        prefill = max(prefill, load.prefill)
+        for rows in one.pieces:
+            load = load_of(profile, asked(rows), Fleet(one.prefill, one.decode))
+            prefill = max(prefill, load.prefill)
         batch = max(batch, load_quantiles(one, 0.95)[0])
         tpot = one.observations.tpot_s[one.observations.ok]
         tpot = tpot[np.isfinite(tpot)]

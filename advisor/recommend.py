@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
@@ -24,7 +25,7 @@ from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, Summary, goodput_per_s, meets, summarise
-from traces.records import Fleet, Floats, Schedule
+from traces.records import Fleet, Floats, Observations, Schedule
 from traces.shape import scale_rate, scale_tokens
 
 DRAWS = 30
@@ -206,8 +207,11 @@ def recommend(
     seed: int = 0,
     draws: int = DRAWS,
     note: Note = silent,
+    parts: int = 1,
 ) -> Recommendation:
     """Fit the runs, simulate every split of ``gpus`` on the schedule, decide. current: the fleet in production, if any.
+
+    parts: of how many windows of a longer one the schedule is made; how much they differ widens the intervals.
 
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
     the SLO, InputError when there is no split.
@@ -223,6 +227,7 @@ def recommend(
         seed=seed,
         draws=draws,
         note=note,
+        parts=parts,
     )
     if answer.refused:
         raise NotEnoughDataError(f"{answer.refused}. Measure next: {answer.next_probe['command']}")
@@ -248,6 +253,7 @@ def assess(
     seed: int = 0,
     draws: int = DRAWS,
     note: Note = silent,
+    parts: int = 1,
 ) -> Recommendation:
     """:func:`recommend` without its refusals: what it would say, with the reason why it must not in ``refused``.
 
@@ -284,11 +290,13 @@ def assess(
     window = _window(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
     likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
+    sampled: dict[Fleet, dict[str, float]] = {}
     for done, fleet in enumerate(fleets):
         note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
         result = simulate(whole, fleet, fit.profile)
         summary = summarise(result.observations, slo)
         points[fleet] = summary, result.utilisation, meets(summary, result.observations, slo, attainment)
+        sampled[fleet] = _between(result.observations, slo, parts)
     note("splits", len(fleets), len(fleets), _splits_found(points, slo))
     # Theory may be wrong where a simulation of the laws themselves is not.
     top = max(s.goodput_per_s for s, _, _ in points.values())
@@ -318,7 +326,7 @@ def assess(
         candidates.append(
             Candidate(
                 fleet=fleet,
-                figures=_figures(summary, utilisation, drawn[fleet], fit, schedule),
+                figures=_figures(summary, utilisation, drawn[fleet], fit, schedule, sampled[fleet]),
                 attainment=summary.attainment,
                 utilisation=utilisation,
                 wins=wins if draws else float("nan"),
@@ -374,7 +382,7 @@ def assess(
         gpus=gpus,
         fit=fit,
         runs=[d.run.id for d in usable],
-        n=sum(int(d.observations.ok.sum()) for d in usable),
+        n=sum(d.finished for d in usable),
         current=current,
         calibrated=calibrated,
         next_probe=probe,
@@ -538,12 +546,31 @@ def _window(schedule: Schedule, most: int) -> Schedule:
     return replace(piece, due_s=piece.due_s - piece.due_s[0])
 
 
+def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
+    """Half-widths of 90 % intervals, as log ratios, since ``parts`` windows stand for all of the traffic.
+
+    Student's t of how much the windows differ. Of rates it is the shares that count: the rate is that of all of the traffic.
+    """
+    if parts < 2:
+        return {}
+    each = [summarise(rows.take(which), slo) for which in np.array_split(np.arange(len(rows)), parts)]
+    wider = float(stats.t.ppf(0.95, parts - 1)) / math.sqrt(parts)
+    found = {}
+    for name in METRICS:
+        shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
+        values = np.array(shares.get(name) or [getattr(s, name) for s in each])
+        values = values[np.isfinite(values) & (values > 0)]
+        found[name] = wider * float(np.log(values).std(ddof=1)) if len(values) > 1 else 0.0
+    return found
+
+
 def _figures(
     point: Summary,
     utilisation: dict[str, float],
     draws: Sequence[tuple[Summary, dict[str, float]]],
     fit: Fit,
     schedule: Schedule,
+    sampled: Mapping[str, float],
 ) -> dict[str, Interval]:
     """Point values with 90 % intervals, as log ratios around the point.
 
@@ -568,9 +595,9 @@ def _figures(
         factor = conformal(fit.scores.get(name, []), busiest)
         if factor is None:
             misfit = 1.645 * fit.spread.get(name, 0.0)
-            down, up = (math.hypot(w, misfit, floor) for w in (middle - low, high - middle))
+            down, up = (math.hypot(w, misfit, floor, sampled.get(name, 0.0)) for w in (middle - low, high - middle))
         else:
-            half = factor * max(float(high - low) / 2, floor)
+            half = math.hypot(factor * max(float(high - low) / 2, floor), sampled.get(name, 0.0))
             down = up = half
         low, high = value * math.exp(-down), value * math.exp(min(up, 50.0))
         if rate:

@@ -30,7 +30,7 @@ from loadgen.control import Endpoint
 from loadgen.engines import Prompts
 from loadgen.replay import read_api_key
 from loadgen.swarm import pack, unpack
-from traces.measures import Slo, counts, verdict
+from traces.measures import Slo, Tally
 from traces.records import Fleet, Observations, Run, Schedule
 from traces.shape import head, to_rate
 from traces.store import Store, open_store
@@ -210,12 +210,15 @@ def end(environment: Any, **_: Any) -> None:
     held, number = environment.parsed_options, int(SHARED.pop("run"))
     with open_store(held.db, create=False) as store:
         schedule, run = asked(held, store), store.run(number)
-        rows = store.observations(number)
-        silent = np.flatnonzero(~np.isin(schedule.index, rows.index))
+        tally = Tally(run.warmup_s)
+        for rows in store.pieces(number, ("index", "due_s", "dispatch_s", "sent_s", "status", "error")):
+            tally.add(rows)
+        silent = tally.silent(schedule)
         if len(silent):
-            store.add_observations(number, Observations.unsent(schedule.take(silent)))
-            rows = store.observations(number)
-        judged = verdict(rows, Slo.parse(run.slo) if run.slo else None)
+            unsent = Observations.unsent(schedule.take(silent))
+            store.add_observations(number, unsent)
+            tally.add(unsent)
+        judged = tally.verdict(Slo.parse(run.slo) if run.slo else None)
         run = store.end_run(
             replace(
                 run,
@@ -225,7 +228,7 @@ def end(environment: Any, **_: Any) -> None:
                 lag_p50_ms=judged.lag_p50_ms,
                 lag_p99_ms=judged.lag_p99_ms,
                 lag_max_ms=judged.lag_max_ms,
-                counts=counts(rows),
+                counts=dict(sorted(tally.counts.items())),
             )
         )
     print(f"steelyard: run {run.id} {run.counts}, {run.verdict}: {run.reason}")

@@ -327,8 +327,8 @@ def replay(
     if writer.error is not None:
         raise writer.error
     if changes:
-        rows, readings = store.observations(run.id), store.samples(run.id)
-        cost = [measured(change, rows, readings) for change in changes]
+        rows = store.pieces(run.id, ("sent_s", "first_token_s", "last_token_s", "status"))
+        cost = measured(changes, rows, store.samples(run.id))
         store.cost_fleet_changes(run.id, cost, steered, run.started_unix_s)
     for decision, unix in late:
         store.add_decision(run.id, decision, steered, unix)

@@ -16,7 +16,7 @@ from loadgen.control.reference import Reference
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
-from traces.measures import Slo, quantile, summarise
+from traces.measures import Slo
 from traces.records import Feed, Fleet, Run, Schedule
 from traces.store import Store
 
@@ -103,33 +103,25 @@ def sweep(
                 runs.append(known.pop(0))
             else:
                 note(f"fleet {what}", done)
-                runs.append(
-                    replay(
-                        store,
-                        swarm,
-                        asked,
-                        where,
-                        name=f"{group} {what}",
-                        fleet=fleet,
-                        control=keeper,
-                        group=group,
-                        seed=seed,
-                        on_progress=lambda n, _, done=done, what=what: note(f"fleet {what}", done + n),  # type: ignore[misc]
-                        **how,
-                    )
-                )
+                progress = lambda n, _, done=done, what=what: note(f"fleet {what}", done + n)  # noqa: E731
+                named: dict[str, Any] = {
+                    "name": f"{group} {what}",
+                    "group": group,
+                    "seed": seed,
+                    "on_progress": progress,
+                }
+                runs.append(replay(store, swarm, asked, where, fleet=fleet, control=keeper, **named | how))
             done += len(asked)
     return group, runs, _drift(store, runs, order) if anchor else None
 
 
 def _drift(store: Store, runs: Sequence[Run], order: Sequence[tuple[Fleet, int]]) -> Drift:
     anchors = [run for run, cell in zip(runs, order, strict=True) if cell == order[0]]
-    rows = [run.counted(store.observations(run.id)) for run in anchors]
-    rows = [r.take(r.ok) for r in rows]
+    said = [store.figures(run).quantiles for run in anchors]
     return Drift(
         tuple(run.id for run in anchors),
-        tuple(quantile(r.ttft_s, 0.5) for r in rows),
-        tuple(quantile(r.tpot_s, 0.5) for r in rows),
+        tuple(q["ttft_s"]["p50"] for q in said),
+        tuple(q["tpot_s"]["p50"] for q in said),
     )
 
 
@@ -202,18 +194,8 @@ def saturate(
             asked = at_rate(rate)
             what = f"{fleet or 'as it is'} at {rate:.3g}/s"
             note(f"fleet {what}", done)
-            run = replay(
-                store,
-                swarm,
-                asked,
-                where,
-                name=f"{group} {what}",
-                fleet=fleet,
-                control=keeper,
-                group=group,
-                slo=slo,
-                **how,
-            )
+            named: dict[str, Any] = {"name": f"{group} {what}", "group": group, "slo": slo}
+            run = replay(store, swarm, asked, where, fleet=fleet, control=keeper, **named | how)
             done += len(asked)
             runs.append(run.id)
             if run.verdict == "invalid" or not run.complete:
@@ -224,11 +206,11 @@ def saturate(
                     f"run {run.id} at {rate:.4g}/s cannot be trusted ({run.reason}): the search ends here. "
                     f"Sustained so far: {held:.4g}/s."
                 )
-            summary = summarise(run.counted(store.observations(run.id)), slo)
-            good = summary.attainment >= attainment
+            figures = store.figures(run)
+            good = figures.attainment >= attainment
             spoiled = 0
             if good:
-                held, best = rate, summary.goodput_per_s
+                held, best = rate, figures.goodput_per_s
             else:
                 failed = rate
             if math.isnan(failed):

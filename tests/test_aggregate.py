@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.store
-from advisor import compare
+from advisor import compare, model, report
 from advisor.cli import main
 from advisor.features import RunData, decode_rows, load_quantiles, quiet_rows
+from advisor.recommend import _between
 from advisor.report.digest import QUANTILES, read
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import lognormal
@@ -25,7 +27,8 @@ from tests.test_store import a_run, same, same_run, some_rows
 from traces import aggregate
 from traces.errors import InputError
 from traces.measures import Figures, Slo, lag_by_worker, parts_of, summarise, ttft_parts
-from traces.records import Fleet, FleetChange, Observations, Sample
+from traces.records import Fleet, FleetChange, Observations, Sample, Schedule
+from traces.shape import head
 from traces.store import open_store
 from traces.transfer import export_runs, import_runs
 
@@ -244,6 +247,65 @@ def test_a_quantile_from_bins_is_within_half_a_per_cent_of_a_value(values: list[
     near_by = sorted(values)[math.floor(q * (len(values) - 1))]
     assert found == pytest.approx(near_by, rel=0.0051)
     assert aggregate.quantiles(counts, np.array([q]), max(values))[0] == found
+
+
+def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traffic and misses from windows are those of all rows: rate and mix, the laws' errors, within the interval that is said."""
+    profile, slo = Profile.load("demo"), Slo.parse("ttft<1s tpot<50ms")
+    module: Any = sys.modules["advisor.advise"]
+    asked, fleet = lognormal(6000, 2, 3), Fleet(2, 2)
+    with open_store(f"sqlite:///{tmp_path}/a.db") as store:
+        batch = {"seq": asked.index, "source_line": asked.index, "arrival_us": (asked.due_s * 1e6).astype(int)}
+        batch |= {"prompt_tokens": asked.prompt_tokens, "output_tokens": asked.output_tokens, "status": 0 * asked.index}
+        store.add_trace(
+            name="t", format="x", sha256="s", files=[], options={},
+            batches=[{k: v.tolist() for k, v in batch.items()}],
+            summary=lambda: ({"rows_kept": 6000}, None, None, None),
+        )  # fmt: skip
+        rows = simulate(asked, fleet, profile).observations
+        run = store.begin_run(
+            replace(run_of(fleet, 6000), trace="t", slo=str(slo), rate_per_s=asked.rate_per_s, counts={"ok": 6000})
+        )
+        store.add_observations(run.id, rows)
+        (whole,) = module.load(store, [run])
+        assert not whole.windows
+        for name, value in (("LONG_TRACE", 1000), ("POINT_REQUESTS", 2000), ("EXACT_ROWS", 100)):
+            monkeypatch.setattr(module, name, value)
+        read = traces.store.Store.windows
+        monkeypatch.setattr(traces.store.Store, "windows", lambda self, id, most, parts: read(self, id, 3000, 3))
+        (some,) = module.load(store, [run])
+        assert len(some.windows) == 3
+        assert some.finished == whole.finished
+        slower = replace(profile, c0_s=profile.c0_s * 1.2)
+        for metric in ("tpot_p50_s", "e2e_p50_s"):
+            misses = [m[metric] for m in model._misses(some, slower)]
+            assert len(misses) == 3
+            assert np.median(misses) == pytest.approx(model._misses(whole, slower)[0][metric], abs=0.02)
+        for trace in ("t", None):
+            schedule, parts = module._asked(store, trace, run if trace else replace(run, trace="gone"), None)
+            assert (len(schedule), parts) == ((2000, 8) if trace else (3000, 3))
+            assert schedule.rate_per_s == pytest.approx(asked.rate_per_s, rel=1e-3)
+            assert schedule.prompt_tokens.mean() == pytest.approx(asked.prompt_tokens.mean(), rel=0.1)
+        schedule, parts = module._asked(store, "t", run, None)
+        again = {"trace": "t", "schedule_changes": schedule.changes, "rate_per_s": 7.0, "requests": 2000}
+        rebuilt = report.rebuilt(store, again)
+        assert rebuilt is not None
+        assert rebuilt.rate_per_s == pytest.approx(7.0)
+        assert np.array_equal(rebuilt.prompt_tokens, schedule.prompt_tokens)
+        first, one = module._asked(store, "t", run, 500)
+        assert (first.digest(), one) == (head(asked_again(asked), 500).digest(), 1)
+    found = simulate(schedule, fleet, profile).observations
+    half = _between(found, slo, parts)
+    ours, theirs = summarise(found, slo), summarise(rows, slo)
+    for metric in ("tpot_p50_s", "e2e_p50_s", "throughput_per_s"):
+        assert abs(math.log(getattr(ours, metric) / getattr(theirs, metric))) < 2 * half[metric] + 0.03, metric
+    assert _between(found, slo, 1) == {}
+
+
+def asked_again(schedule: Schedule) -> Schedule:
+    """As the database gives a trace back: to the microsecond, from its first request on."""
+    due = (schedule.due_s * 1e6).astype(int) / 1e6
+    return replace(schedule, due_s=due - due[0])
 
 
 def test_windows_of_a_long_run_hold_every_neighbour(any_url: str) -> None:

@@ -748,7 +748,7 @@ def test_what_a_change_cost_is_read_off_rows_and_readings() -> None:
         Sample(12.0, "b", "decode", steps_total=50),  # has the role, has not worked in it
         Sample(13.0, "b", "decode", steps_total=51),
     ]
-    found = measured(change, rows, readings)
+    (found,) = measured([change], [rows.take(slice(0, 2)), rows.take(slice(2, None))], readings)
     assert (found.in_flight, found.failed, found.slowed) == (3, 1, 1)
     assert found.first_served_s == 13.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -39,6 +40,21 @@ def window(schedule: Schedule, start_s: float, end_s: float) -> Schedule:
         )
     piece = schedule.take(inside)
     return _changed(replace(piece, due_s=piece.due_s - start_s), f"window {start_s:g} to {end_s:g} s")
+
+
+def joined(parts: Sequence[Schedule], name: str, of: int, rate_per_s: float) -> Schedule:
+    """Windows of a longer schedule one after the other, a window's mean gap between them, at the mean rate of the whole.
+
+    of: requests of the whole. Windows of as many requests each, evenly spread, have nearly that rate by themselves.
+    """
+    due, at = [], 0.0
+    for one in parts:
+        due.append(one.due_s - one.due_s[0] + at)
+        at = float(due[-1][-1]) + one.span_s / max(1, len(one) - 1)
+    prompt, output = (np.concatenate([getattr(one, c) for one in parts]) for c in ("prompt_tokens", "output_tokens"))
+    change = f"{len(parts)} windows of {len(parts[0])} requests of {of}"
+    made = Schedule(name, np.arange(len(prompt)), np.concatenate(due), prompt, output)
+    return replace(to_rate(made, rate_per_s), changes=(change,))
 
 
 def scale_rate(schedule: Schedule, factor: float) -> Schedule:

@@ -59,6 +59,7 @@ from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
 from traces.measures import Figures, Slo
 from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
+from traces.shape import joined
 
 T = TypeVar("T")
 
@@ -817,8 +818,41 @@ class Store:
             )
         return _info(row)
 
-    def schedule(self, name: str, *, blocks: bool = False, sessions: bool = False) -> Schedule:
-        """The trace's successful requests as a schedule at the recorded times.
+    def trace_windows(self, name: str, most: int, parts: int) -> list[Schedule]:
+        """About ``most`` of a long trace's successful requests in ``parts`` windows spread evenly over it, at the recorded times.
+
+        Only their rows are read. The first begins where the trace does, the last ends where it does.
+        """
+        info = self.trace(name)
+        t = trace_rows.c
+        width = max(1, most // parts)
+        found = []
+        with self._begin() as connection:
+            query = sa.select(sa.func.min(t.seq), sa.func.max(t.seq), sa.func.min(t.arrival_us))
+            first, last, zero = connection.execute(query.where(t.source_id == info.id)).one()
+            for k in range(0 if first is None else parts):
+                start = first + max(0, last + 1 - first - width) * k // max(1, parts - 1)
+                query = (
+                    sa.select(t.seq, t.arrival_us - zero, t.prompt_tokens, t.output_tokens)
+                    .where(t.source_id == info.id, t.seq >= start, t.seq < start + width)
+                    .where(t.status == 0, t.output_tokens >= 1)
+                    .order_by(t.seq)
+                )
+                rows = np.array(connection.execute(query).all(), dtype=np.int64).reshape(-1, 4)
+                found.append(Schedule(name, rows[:, 0], rows[:, 1] / 1e6, rows[:, 2], rows[:, 3]))
+        return [one for one in found if len(one)]
+
+    def excerpt(self, name: str, most: int, parts: int) -> Schedule:
+        """The windows of a long trace one after the other, at its mean rate."""
+        found = self.trace_windows(name, most, parts)
+        if not found:
+            return self.schedule(name)
+        n = int(found[-1].index[-1] - found[0].index[0])
+        span = float(found[-1].due_s[-1] - found[0].due_s[0])
+        return joined(found, name, n + 1, n / span if span > 0 else math.inf)
+
+    def schedule(self, name: str, *, blocks: bool = False, sessions: bool = False, most: int | None = None) -> Schedule:
+        """The trace's successful requests as a schedule at the recorded times; with most, its first.
 
         With blocks, their prefix blocks too; with sessions, which request continues which, where the trace has sessions.
         """
@@ -829,6 +863,7 @@ class Store:
             sa.select(*columns, *([t.hash_ids] if blocks else []))
             .where(t.source_id == info.id, t.status == 0, t.output_tokens >= 1)
             .order_by(t.seq)
+            .limit(most)
         )
         with self._begin() as connection:
             rows = connection.execute(query).all()

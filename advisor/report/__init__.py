@@ -114,8 +114,15 @@ def laws_of(answer: Mapping[str, Any]) -> Profile | None:
 def rebuilt(store: Store, answer: Mapping[str, Any]) -> Schedule | None:
     """The traffic that a stored answer is about, made again from its trace; None where that is not possible."""
     try:
-        schedule = store.schedule(answer["trace"])
-        for change in answer.get("schedule_changes") or ():
+        changes = answer.get("schedule_changes") or ()
+        first = re.fullmatch(r"first (\d+) of \d+ requests", changes[0]) if changes else None
+        windows = re.fullmatch(r"(\d+) windows of (\d+) requests of \d+", changes[0]) if changes else None
+        if windows:
+            k, width = map(int, windows.groups())
+            schedule, changes = store.excerpt(answer["trace"], k * width, k), changes[1:]
+        else:
+            schedule = store.schedule(answer["trace"], most=int(first[1]) if first else None)
+        for change in changes:
             if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
                 schedule = head(schedule, int(match[1]))
             elif match := re.fullmatch(r"requests (\d+) to (\d+) of \d+", change):

@@ -213,6 +213,15 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
     return Traffic(Over(_middles(k, start, width), width, values), batch)
 
 
+def traffic_of(windows: Sequence[Schedule]) -> Traffic:
+    """The same of a trace too long to be read, from windows of it: a bin for each."""
+    at = np.array([(w.due_s[0] + w.due_s[-1]) / 2 for w in windows])
+    prompts, outputs = (np.array([getattr(w, c).mean() for w in windows]) for c in ("prompt_tokens", "output_tokens"))
+    rate = np.array([w.rate_per_s for w in windows])
+    values = {"rate_per_s": rate, "prompt_tokens": prompts, "output_tokens": outputs, "ratio": prompts / outputs}
+    return Traffic(Over(at, float(np.mean([w.span_s for w in windows])), values), float("nan"))
+
+
 # --- over time ------------------------------------------------------------------------------------------------------
 
 

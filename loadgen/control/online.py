@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -205,28 +205,40 @@ class Controller:
             self._on_said(decision)
 
 
-def measured(change: FleetChange, rows: Observations, readings: Sequence[Sample]) -> FleetChange:
-    """The change with what it cost, from a run's rows and readings.
+def measured(
+    changes: Sequence[FleetChange], pieces: Iterable[Observations], readings: Sequence[Sample]
+) -> list[FleetChange]:
+    """The changes with what they cost, from a run's rows, in any pieces, and readings.
 
     First served is as fine as the readings are apart: the first in which a worker that had not the role when the change was
     asked for has it and has done work in it.
     """
-    ready = change.ready_s if change.ready_s == change.ready_s else math.inf
-    end = np.fmax(rows.last_token_s, rows.sent_s)
-    sent = ~np.isnan(rows.sent_s)
-    under_way = sent & (rows.sent_s <= ready) & ((end >= change.asked_s) | ~rows.ok)
-    # A request that failed has no end; it counts if it was sent at most a minute before.
-    under_way &= rows.ok | (rows.sent_s >= change.asked_s - 60)
-    wait = rows.first_token_s - rows.sent_s
-    before = wait[rows.ok & (end < change.asked_s)]
-    slowed = int((wait[under_way & rows.ok] > before.max()).sum()) if len(before) else -1
-    return replace(
-        change,
-        first_served_s=_first_served(change, readings),
-        in_flight=int(under_way.sum()),
-        failed=int((under_way & ~rows.ok).sum()),
-        slowed=slowed,
-    )
+    flights, failed = [0] * len(changes), [0] * len(changes)
+    longest = [-math.inf] * len(changes)  # wait of those that had ended before
+    waits: list[list[float]] = [[] for _ in changes]
+    for rows in pieces:
+        end = np.fmax(rows.last_token_s, rows.sent_s)
+        sent, ok = ~np.isnan(rows.sent_s), rows.ok
+        wait = rows.first_token_s - rows.sent_s
+        for k, change in enumerate(changes):
+            ready = change.ready_s if change.ready_s == change.ready_s else math.inf
+            under_way = sent & (rows.sent_s <= ready) & ((end >= change.asked_s) | ~ok)
+            # A request that failed has no end; it counts if it was sent at most a minute before.
+            under_way &= ok | (rows.sent_s >= change.asked_s - 60)
+            longest[k] = max(longest[k], float(wait[ok & (end < change.asked_s)].max(initial=-math.inf)))
+            waits[k] += wait[under_way & ok].tolist()
+            flights[k] += int(under_way.sum())
+            failed[k] += int((under_way & ~ok).sum())
+    return [
+        replace(
+            change,
+            first_served_s=_first_served(change, readings),
+            in_flight=flights[k],
+            failed=failed[k],
+            slowed=sum(w > longest[k] for w in waits[k]) if longest[k] > -math.inf else -1,
+        )
+        for k, change in enumerate(changes)
+    ]
 
 
 def _first_served(change: FleetChange, readings: Sequence[Sample]) -> float:
