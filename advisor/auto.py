@@ -13,6 +13,7 @@ import numpy as np
 
 from advisor.advise import load
 from advisor.recommend import Recommendation, assess
+from advisor.study import quiet
 from advisor.telling import Note, silent
 from loadgen.client import Target
 from loadgen.control import Endpoint
@@ -21,6 +22,7 @@ from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from loadgen.sweep import keeping
 from traces.errors import EndpointError, NotEnoughDataError
+from traces.fit import alike
 from traces.measures import Slo
 from traces.records import Fleet, Run, Schedule
 from traces.shape import to_rate
@@ -95,7 +97,7 @@ def probe(
                 return Probing(group, [r.id for r in runs], True, "the answer is sure", budget_s - left)
             if left < LEAST_S:
                 return Probing(group, [r.id for r in runs], False, "the budget is spent", budget_s - left)
-            fleet, rate = _next(answer, runs, schedule, gpus)
+            fleet, rate, spread = _next(answer, runs, schedule, gpus)
             if done[-2:] == [(fleet, rate)] * 2:
                 return Probing(
                     group, [r.id for r in runs], False, "the same probe twice told nothing new", budget_s - left
@@ -104,6 +106,8 @@ def probe(
             step = f"probe {len(runs) + 1}, {fleet}"
             note(f"probe {len(runs) + 1}: {fleet} at {rate:.3g}/s, {left:.0f} s of the budget left")
             asked = _piece(schedule, rate, min(PROBE_S, left / 3), seed + len(runs))
+            if spread:
+                asked = alike(asked, len(asked), name=asked.name, rate_per_s=rate, arrivals="poisson", seed=seed)
             runs.append(
                 replay(
                     store,
@@ -168,14 +172,13 @@ def _sure(answer: Recommendation) -> bool:
     return math.isfinite(mine) and abs(mine - other) <= 0.03 * max(mine, 1e-9)
 
 
-def _next(answer: Recommendation | None, runs: Sequence[Run], schedule: Schedule, gpus: int) -> tuple[Fleet, float]:
-    """The advisor's own next probe; before it can name one, those that every fit needs."""
-    if answer is not None:
-        return Fleet(answer.next_probe["prefill"], answer.next_probe["decode"]), float(answer.next_probe["rate_per_s"])
+def _next(
+    answer: Recommendation | None, runs: Sequence[Run], schedule: Schedule, gpus: int
+) -> tuple[Fleet, float, bool]:
+    """The advisor's own next probe; before it can name one, those that every fit needs. True: bunches are spread."""
     rate = schedule.rate_per_s
-    first = [
-        (Fleet(gpus // 2, gpus - gpus // 2), 0.2 * rate),
-        (Fleet(1, gpus - 1), rate),
-        (Fleet(gpus - 1, 1), 0.5 * rate),
-    ]
-    return first[len(runs)] if len(runs) < len(first) else (first[0][0], 0.1 * rate)
+    first = [(Fleet(1, gpus - 1), rate), (Fleet(gpus - 1, 1), 0.5 * rate)]
+    if answer is None and 0 < len(runs) <= len(first):
+        return *first[len(runs) - 1], False
+    probe = answer.next_probe if answer is not None else quiet(schedule, gpus, 0.1 if runs else 0.2)
+    return Fleet(probe["prefill"], probe["decode"]), float(probe["rate_per_s"]), probe["arrivals"] == "poisson"

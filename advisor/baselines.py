@@ -36,9 +36,8 @@ def baselines(
     context = mean_n + mean_m / 2
     batch, step = _decode_at(laws, context, slo.limit("tpot"))
     per_decode = batch / (mean_m * step)  # requests a second and worker
-    alone = laws.a_s + laws.b_s_per_token * mean_n + laws.c_s_per_token2 * mean_n * mean_n
-    together = float(np.clip(laws.max_batch_tokens / mean_n, 1, laws.max_batch_requests))
-    full = laws.a_s / together + alone - laws.a_s
+    alone = laws.prompt_s(mean_n)
+    full = laws.prompt_s(mean_n, laws.together(mean_n), mean_n)
     matched = max(fleets, key=lambda f: min(f.prefill / alone * 0.90, f.decode * per_decode * 0.92) / f.workers)
     h = float((n / (n + m)).mean())
     return [
@@ -60,15 +59,10 @@ def _nearest(fleets: Sequence[Fleet], share: float) -> Fleet:
 def _decode_at(laws: Profile, context: float, limit_s: float | None) -> tuple[float, float]:
     """(largest batch whose step keeps the TPOT limit, that step): what a rule takes for a decode worker's capacity."""
     most = min(float(laws.max_batch), laws.kv_tokens / context if laws.kv_tokens else math.inf, 512.0)
-
-    def step(b: float) -> float:
-        knee = laws.knee_s * max(0.0, b - laws.knee_batch) if laws.knee_batch else 0.0
-        return laws.c0_s + (laws.c1_s + laws.c2_s * context) * b + knee
-
     sizes = np.arange(1, max(2, int(most) + 1), dtype=float)
-    fits = [b for b in sizes.tolist() if limit_s is None or step(b) <= limit_s]
-    batch = max(fits, default=1.0)
-    return batch, step(batch)
+    steps = laws.step_s(sizes, sizes * context)
+    at = max(0, int((steps <= limit_s).sum()) - 1) if limit_s is not None else len(sizes) - 1
+    return float(sizes[at]), float(steps[at])
 
 
 def _mm1(laws: Profile, n: float, m: float, full_s: float, decode_tokens: float, ttft_s: float | None) -> float:

@@ -55,9 +55,13 @@ STRUCTURES: tuple[dict[str, object], ...] = (
     {"transfer_link": "sender"},
     {"transfer_link": "shared"},
     {"chunked": True},
+    {"prefill_square": "step"},
+    {"prefill_release": "drained"},
+    {"decode_join": "budget"},
     {"kv_policy": "preempt"},
 )
-"""Rules that are tried beside the default ones (least tokens, least requests, no link, whole prompts, reserve)."""
+"""Rules that are tried beside the default ones (least tokens, least requests, no link, whole prompts, each prompt its own
+square and on its way after its step, joining freely, reserve)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +154,8 @@ class Space:
 
     names: line0, line1, line2 (log of the TTFT line's coefficients), a, b (logit of the shares of intercept and slope
     that occupy a worker), tokens, requests (log of the step's limits), batch, kv (log of (limit / most seen - 1)), c0, c1, c2
-    (log), and knee (log of knee_s) where the regression found one. seen_batch, seen_kv: most that one worker was
-    seen to carry. base: everything else.
+    (log), and knee (log of knee_s), bend (log of bend_tokens) where the regression found one. seen_batch, seen_kv: most
+    that one worker was seen to carry. base: everything else.
     """
 
     base: Profile
@@ -188,6 +192,8 @@ class Space:
         }
         if "knee" in v:
             values["knee_s"] = math.exp(v["knee"])
+        if "bend" in v:
+            values["bend_tokens"] = max(1, round(math.exp(v["bend"])))
         return replace(self.base, **values, **(rules or {}))  # type: ignore[arg-type]
 
 
@@ -197,7 +203,10 @@ def _share(x: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Laws that were simulated on the runs. chi: [runs], squared misfit in standard deviations. values: [runs, statistics]."""
+    """Laws that were simulated on the runs. chi: [runs], squared misfit in standard deviations. values: [runs, statistics].
+
+    drawn: how much less likely than the best point it was drawn, as a squared distance; 0 for points that were searched.
+    """
 
     z: Floats
     rules: Mapping[str, object]
@@ -205,6 +214,7 @@ class Point:
     values: Floats
     chi: Floats
     prior: float
+    drawn: float = 0.0
 
     @property
     def cost(self) -> float:
@@ -261,14 +271,19 @@ class Calibration:
         return laws
 
     def _drawn(self, rng: np.random.Generator, n: int, points: Sequence[Point], prior: float) -> list[Point]:
-        """n of ``points`` by their misfit and ``prior`` times their distance from the prior's mean."""
+        """n of ``points`` by their misfit and ``prior`` times their distance from the prior's mean.
+
+        A candidate was drawn where it is likely; to weigh it by its whole misfit as well would count the runs twice, and
+        leave little but the best point. It counts for less only as far as it misses more than it was drawn for.
+        """
         chi = np.stack([p.chi for p in points])
         far = prior * np.array([p.prior for p in points])
+        drawn = np.array([p.drawn for p in points])
         found = []
         for _ in range(n):
             weight = rng.dirichlet(np.full(chi.shape[1], 4.0)) * chi.shape[1]
             cost = (chi @ weight) / (CORRELATED * self.excess) + far
-            likely = np.exp(-(cost - cost.min()) / 2)
+            likely = np.exp(-np.maximum(0.0, cost - cost.min() - drawn) / 2)
             found.append(points[int(rng.choice(len(likely), p=likely / likely.sum()))])
         return found
 
@@ -397,6 +412,7 @@ STARTS: tuple[dict[str, object], ...] = (
     {},
     {"prefill_route": "round_robin"},
     {"kv_policy": "preempt", "prefill_route": "least_requests"},
+    {"chunked": True, "prefill_square": "step", "prefill_release": "drained", "decode_join": "budget"},
     {"decode_route": "round_robin"},
 )
 """Rules of the ensembles that are tried in turn while the runs are not explained."""
@@ -414,10 +430,23 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     used = int(np.isfinite(search.observed).sum())
     points: list[Point] = []
     found: tuple[Point, Floats, Floats, dict[str, list[Point]]] | None = None
-    for rules in STARTS:
-        ensemble = search.smooth(rng, rules, MEMBERS, ROUNDS)
-        points += ensemble
-        attempt = search.settle(min(ensemble, key=lambda p: p.cost))
+    for turn, rules in enumerate((*STARTS, None)):
+        if turn == 0 or rules is None:
+            # At last one more ensemble, under the rules found.
+            ensemble = search.smooth(rng, found[0].rules if found else {}, MEMBERS, ROUNDS)
+            points += ensemble
+            start = min(ensemble, key=lambda p: p.cost)
+        else:
+            # Other rules from the best point first, or from what no regression told: a Gauss-Newton step costs a tenth of
+            # an ensemble. Under wrong rules the best point may lie where it must not (no limit, to feign a queue's end).
+            assert found is not None  # noqa: S101 - the first start found one
+            open_ = np.where(space.sd >= 1.0, space.mean, found[0].z)
+            starts = [search.at(z, {**found[0].rules, **rules}) for z in (found[0].z, open_, space.mean)]
+            start, _, _ = search.polish(min(starts, key=lambda p: p.cost), 2)
+            points.append(start)
+            if start.cost > found[0].cost:
+                continue
+        attempt = search.settle(start)
         if found is None or attempt[0].cost < found[0].cost:
             found = attempt
         # Good enough: no further start is needed.
@@ -429,8 +458,9 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     # Candidates: the curvature's ellipse, wider by what the fit does not explain; rules that cost little are mixed in.
     cover = np.linalg.inv(h / (CORRELATED * excess) + np.diag(1 / space.sd**2) * (1 - 1 / (CORRELATED * excess)))
     root = np.linalg.cholesky((cover + cover.T) / 2 + 1e-12 * np.eye(len(cover)))
+    candidates: list[Point] = []
     for _ in range(CANDIDATES):
-        rules = dict(point.rules)
+        rules, drawn = dict(point.rules), 0.0
         for name, held in tried.items():
             if name in point.rules:
                 continue
@@ -439,10 +469,12 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
             which = int(rng.choice(len(held) + 1, p=np.array([1.0, *likely]) / (1 + sum(likely))))
             if which:
                 rules[name] = held[which - 1].rules[name]
-        points.append(search.at(point.z + root @ rng.standard_normal(len(space.names)), rules))
+                drawn -= 2 * math.log(likely[which - 1])
+        step = rng.standard_normal(len(space.names))
+        candidates.append(replace(search.at(point.z + root @ step, rules), drawn=drawn + float(step @ step)))
     for held in tried.values():
         points += held
-    near = sorted(points, key=lambda p: p.cost)[: 3 * CANDIDATES]
+    near = candidates + sorted(points, key=lambda p: p.cost)[: 2 * CANDIDATES]
     k = len(TTFT_QUANTILES)
     misfit = float(np.nanmedian(np.abs(point.values[:, :k] - search.observed[:, :k])))
     return Calibration(space, replays, [point, *(p for p in near if p is not point)], used, slopes, misfit)

@@ -46,6 +46,9 @@ ROWS = 20_000
 CALIBRATED_RUNS = 10
 """Fewer runs than this cannot show whether a 90 % interval covers 90 %."""
 
+BENDS = (0.7, 1.0, 1.5, 2.5, 4.0)
+"""Where the cost of context is tried to end its growth: shares of the most context that was seen."""
+
 LOADED = 0.7
 """A role was loaded in a run that kept it busier than this: below it, requests hardly meet each other."""
 
@@ -162,14 +165,14 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
 
     residuals False: only the laws and what was seen, for who leaves runs out one after the other.
     """
-    decode, knee, decode_law = _decode_step(data)
+    decode, knee, bend, decode_law = _decode_step(data)
     quiet = Rows.concat([quiet_rows(one, i) for i, one in enumerate(data)])
     if len(quiet) < 8:
         raise NotEnoughDataError(
             f"only {len(quiet)} requests were answered without meeting another prefill: a run at low load is missing."
         )
     line, line_error = relative_nnls(quiet.x, quiet.y, np.ones(len(quiet)))
-    space, source = _space(data, decode, knee, line)
+    space, source = _space(data, decode, knee, bend, line)
     found = calibrate(data, space, seed=seed)
     profile = _tidy(found.best.profile, space)
     seen = _seen(data, profile)
@@ -227,6 +230,8 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
     ]
     if knee:
         laws[0].coefficients.update(knee_batch=float(profile.knee_batch), knee_s=profile.knee_s)
+    if profile.bend_tokens:
+        laws[0].coefficients.update(bend_tokens=float(profile.bend_tokens))
     fit = Fit(profile, laws, seen, found_residuals, spread, warnings, data, found)
     return replace(fit, scores=_left_out(fit, seed)) if residuals and len(data) >= CALIBRATED_RUNS else fit
 
@@ -282,16 +287,15 @@ def load_of(profile: Profile, schedule: Schedule, fleet: Fleet) -> Load:
     """The same for given laws."""
     rate = schedule.rate_per_s if math.isfinite(schedule.rate_per_s) else float("inf")
     n, m = schedule.prompt_tokens.astype(float), schedule.output_tokens.astype(float)
-    together = float(np.clip(profile.max_batch_tokens / n.mean(), 1, profile.max_batch_requests))
-    service = profile.a_s / together + profile.b_s_per_token * n.mean() + profile.c_s_per_token2 * (n * n).mean()
+    mean = float(n.mean())
+    service = float(profile.prompt_s(n, profile.together(mean), mean).mean())
     context = float((m * (n + m / 2)).sum() / m.sum())
     most = float(profile.max_batch)
     if profile.kv_tokens:
         most = min(most, max(1.0, profile.kv_tokens / context))
     batch = 1.0
     for _ in range(200):
-        step = profile.c0_s + profile.c1_s * batch + profile.c2_s * batch * context
-        step += profile.knee_s * max(0.0, batch - profile.knee_batch) if profile.knee_batch else 0.0
+        step = profile.step_s(batch, batch * context)
         ahead = min(most, max(1e-9, rate * m.mean() * step / fleet.decode))
         if abs(ahead - batch) < 1e-6 * batch:
             break
@@ -302,7 +306,7 @@ def load_of(profile: Profile, schedule: Schedule, fleet: Fleet) -> Load:
 # --- the regressions, and the prior they make -----------------------------------------------------------------------
 
 
-def _space(data: Sequence[RunData], decode: Floats, knee: int, line: Floats) -> tuple[Space, str]:
+def _space(data: Sequence[RunData], decode: Floats, knee: int, bend: int, line: Floats) -> tuple[Space, str]:
     """The prior: narrow where a regression or a reading speaks, broad where only simulation can."""
     first = float(decode[0] + decode[1])
     prompts = np.concatenate([one.observations.prompt_lengths for one in data]).astype(float)
@@ -351,6 +355,8 @@ def _space(data: Sequence[RunData], decode: Floats, knee: int, line: Floats) -> 
         prior["kv"] = Known(math.log(kv / seen_kv - 1), 0.05)
     if knee:
         prior["knee"] = Known(math.log(float(decode[3])), 0.3)
+    if bend:
+        prior["bend"] = Known(math.log(bend), 0.4)
     policy = "preempt" if any(preempted(one) for one in data) else "reserve"
     base = Profile(name="fitted", knee_batch=knee, kv_policy=policy)
     return Space(base, prior, seen_batch, seen_kv), source
@@ -366,14 +372,17 @@ def _tidy(profile: Profile, space: Space) -> Profile:
         profile = replace(profile, max_batch=NO_CAP)
     if profile.kv_tokens > 3 * space.seen_kv:
         profile = replace(profile, kv_tokens=0)
+    if profile.bend_tokens > 30 * space.seen_kv:
+        profile = replace(profile, bend_tokens=0)
     return profile
 
 
-def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, Law]:
-    """([c0, c1, c2, knee_s], knee_batch or 0, the law): TPOT against the batch and context its worker carried meanwhile.
+def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, int, Law]:
+    """([c0, c1, c2, knee_s], knee_batch or 0, bend_tokens or 0, the law): TPOT against what its worker carried meanwhile.
 
     A knee is one more feature, max(0, batch - knot), at the knot that fits best; it stays if it explains a tenth of the
-    error and more rows than a handful lie beyond it.
+    error and more rows than a handful lie beyond it. A bend is the context's feature bent, at the place that fits best; it
+    stays if it explains a tenth of the error that is left without a knee.
     """
     rows = Rows.concat([_thinned(decode_rows(one, i)) for i, one in enumerate(data)])
     if len(rows) < 8:
@@ -393,8 +402,15 @@ def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, Law]:
         bent, left = relative_nnls(np.column_stack([rows.x, np.maximum(batch - at, 0.0)]), rows.y, weight)
         if left < 0.9 * found and bent[3] > 0.1 * bent[1]:
             best, knot, found = bent, at, left
+    place, context = 0, rows.x[:, 2]
+    most, plain = float(np.quantile(context, 0.98)), found
+    for end in (max(1, round(most * share)) for share in BENDS):
+        lone = Profile(name="context", c2_s=1.0, bend_tokens=end)
+        bent, left = relative_nnls(np.column_stack([rows.x[:, :2], lone.step_s(batch, context)]), rows.y, weight)
+        if left < 0.9 * plain and left < found and bent[2] > 0:
+            best, knot, place, found = np.append(bent, 0.0), 0, end, left
     law = Law("decode step", {}, len(rows), found, "TPOT against batch and context per worker")
-    return best, knot, law
+    return best, knot, place, law
 
 
 def _thinned(rows: Rows) -> Rows:

@@ -20,7 +20,7 @@ from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load
 from advisor.screen import survivors
-from advisor.study import Probe, proposals, values
+from advisor.study import proposals, quiet, values
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -52,6 +52,12 @@ BREAK_EVEN_REQUESTS = 600
 
 STOP = 0.03
 """Enough is known when the answer loses less than this share of goodput in 95 % of the draws."""
+
+MISFIT = 4.0
+"""Laws that miss the runs by more than this (squared, as a multiple of what chance explains) are not relied on without a word."""
+
+MISSED = 10.0
+"""Laws that miss by more than this (three standard deviations on average) give no answer."""
 
 REFUSE = 0.05
 """No answer that loses more than this share on average over what the runs leave open."""
@@ -271,16 +277,12 @@ def assess(
     if used < gpus:
         each = f"{gpus_per_worker[0]} and {gpus_per_worker[1]} GPUs a worker"
         warnings.append(f"no fleet of {each} uses {gpus} GPUs: fleets of {used} were compared")
-    usable = _usable(data, schedule, warnings)
+    usable = _usable(data, schedule, gpus, warnings)
     note("fit", 0, 1)
     try:
         fit = fit_laws(usable)
     except NotEnoughDataError as error:
-        even = Fleet(max(1, gpus // 2), max(1, gpus - gpus // 2))
-        raise NotEnoughDataError(
-            f"{error} Measure next: steelyard replay {schedule.name} --endpoint URL --fleet {even} "
-            f"--rate {schedule.rate_per_s * 0.2:.3g}"
-        ) from None
+        raise NotEnoughDataError(f"{error} Measure next: {quiet(schedule, gpus)['command']}") from None
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
@@ -341,7 +343,13 @@ def assess(
     runner_up = ranked[1] if len(ranked) > 1 else None
     regret = _regret(goodputs, likely.index(best.fleet))
     unseen = _unseen(fit, candidates, best, laws, window)
-    sure = not unseen and len(usable) > 1 and regret.high <= STOP
+    excess = fit.calibration.excess
+    sure = not unseen and len(usable) > 1 and regret.high <= STOP and excess <= MISFIT
+    if excess > MISFIT:
+        warnings.append(
+            f"the laws do not explain the runs: they miss them by {math.sqrt(excess):.1f} times what chance does, so a mechanism "
+            "is missing, and the bands are wider for it. Measure the answer and its runner-up before you rely on it"
+        )
     probe = next_probe(
         fit, window, best, runner_up, used, laws[:STUDY_DRAWS], goodputs[:STUDY_DRAWS], slo, sure, gpus_per_worker
     )
@@ -353,6 +361,11 @@ def assess(
         refused = (
             f"the best split changes with what the runs leave open: {best.fleet} would lose {regret.value:.0%} of the "
             f"goodput on average, {regret.high:.0%} at worst in 20"
+        )
+    elif excess > MISSED:
+        refused = (
+            f"the laws do not explain the runs (they miss them by {math.sqrt(excess):.1f} times what chance does), so what they "
+            f"say of {best.fleet} cannot be relied on"
         )
     if best.extrapolated:
         warnings.append(f"{best.fleet}: {best.extrapolated}")
@@ -503,7 +516,7 @@ def data_hash(data: Sequence[RunData]) -> str:
     return h.hexdigest()
 
 
-def _usable(data: Sequence[RunData], schedule: Schedule, warnings: list[str]) -> list[RunData]:
+def _usable(data: Sequence[RunData], schedule: Schedule, gpus: int, warnings: list[str]) -> list[RunData]:
     """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid or of unknown fleet."""
     usable = []
     for one in data:
@@ -529,8 +542,7 @@ def _usable(data: Sequence[RunData], schedule: Schedule, warnings: list[str]) ->
     if not usable:
         why = f" ({warnings[0]})" if warnings else ""
         raise NotEnoughDataError(
-            f"no stored run can be used{why}. Measure one first: "
-            f"steelyard replay {schedule.name} --endpoint URL --fleet 4:4 --rate {schedule.rate_per_s * 0.25:.3g}"
+            f"no stored run can be used{why}. Measure one first: {quiet(schedule, gpus)['command']}"
         )
     return usable
 
@@ -646,32 +658,30 @@ def next_probe(
 ) -> dict[str, Any]:
     """The most valuable next run: what it is expected to spare; where nothing is to be spared, the stage seen least."""
     seen = fit.seen
-    rate = schedule.rate_per_s
     if seen.quiet_rows < 20:
-        half = Fleet(max(1, gpus // 2), max(1, gpus - gpus // 2))
-        chosen = Probe(half, rate * 0.2, 150, "quiet")
         why = "no run was quiet enough to show TTFT without a queue"
-    else:
-        likely = [best.fleet] + ([runner_up.fleet] if runner_up else [])
-        ideas = proposals(schedule, fit.profile, gpus, likely, per_worker, laws)
-        found = values(ideas, schedule, laws, goodputs, slo)
-        by_aim = {p.aim: p for p in reversed(found)}
-        chosen = max(found, key=lambda p: p.gain)
-        if not sure and seen.prefill < LOADED:
-            chosen = by_aim["prefill"]
-        elif not sure and not seen.decode_loaded:
-            chosen = by_aim["decode"]
-        elif chosen.gain <= 0:
-            chosen = by_aim["answer"]
-        why = {
-            "prefill": f"prefill was never more than {min(seen.prefill, 1.0):.0%} busy"
-            if seen.prefill < LOADED
-            else "how prefill behaves beyond its capacity decides",
-            "decode": f"decode batches above {seen.batch:.0f} sequences a worker were never seen",
-            "answer": "it confirms the answer where it will be used"
-            if chosen.fleet == best.fleet
-            else "it is the closest rival",
-        }[chosen.aim]
+        return quiet(schedule, gpus) | {"why": why, "gain_per_s": 0.0, "stop": sure}
+    likely = [best.fleet] + ([runner_up.fleet] if runner_up else [])
+    ideas = proposals(schedule, fit.profile, gpus, likely, per_worker, laws)
+    found = values(ideas, schedule, laws, goodputs, slo)
+    by_aim = {p.aim: p for p in reversed(found)}
+    chosen = max(found, key=lambda p: p.gain)
+    if not sure and seen.prefill < LOADED:
+        chosen = by_aim["prefill"]
+    elif not sure and not seen.decode_loaded:
+        chosen = by_aim["decode"]
+    elif chosen.gain <= 0 or fit.calibration.excess > MISFIT:
+        # Where the laws are wrong, what a run of the rivals shows is right.
+        chosen = by_aim["answer"]
+    why = {
+        "prefill": f"prefill was never more than {min(seen.prefill, 1.0):.0%} busy"
+        if seen.prefill < LOADED
+        else "how prefill behaves beyond its capacity decides",
+        "decode": f"decode batches above {seen.batch:.0f} sequences a worker were never seen",
+        "answer": "it confirms the answer where it will be used"
+        if chosen.fleet == best.fleet
+        else "it is the closest rival",
+    }[chosen.aim]
     command = (
         f"steelyard replay {schedule.name} --endpoint URL --fleet {chosen.fleet} --rate {chosen.rate_per_s:.3g} "
         f"--requests {chosen.requests}"
@@ -681,6 +691,7 @@ def next_probe(
         "decode": chosen.fleet.decode,
         "rate_per_s": chosen.rate_per_s,
         "requests": chosen.requests,
+        "arrivals": "as recorded",
         "why": why,
         "gain_per_s": chosen.gain,
         "stop": sure,

@@ -39,12 +39,13 @@ class Traffic:
 def goodput(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float:
     """Requests a second within the limits, by theory."""
     p, t = profile, traffic
-    variable = p.b_s_per_token * t.n + p.c_s_per_token2 * t.n * t.n
-    most = float(np.clip(p.max_batch_tokens / t.n.mean(), 1, p.max_batch_requests))
+    mean = float(t.n.mean())
+    most = p.together(mean)
     # A queue shares the fixed cost: as many prompts a step as keep the workers below nine tenths, if that many fit.
-    spare = 0.9 * fleet.prefill / t.rate - float(variable.mean())
-    together = float(np.clip(p.a_s / spare, 1, most)) if spare > 0 else most
-    service = p.a_s / together + variable
+    alone = p.prompt_s(t.n)
+    spare = 0.9 * fleet.prefill / t.rate - float(alone.mean()) + p.a_s
+    together = min(max(p.a_s / spare, 1.0), most) if spare > 0 else most
+    service = p.prompt_s(t.n, together, mean)
     s = float(service.mean())
     busy = t.rate * s / fleet.prefill
     cs2 = float(service.var()) / max(s * s, 1e-18)
@@ -52,8 +53,8 @@ def goodput(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float
     if p.kv_tokens:
         limit = min(limit, max(1.0, p.kv_tokens / t.context))
     batch, needed = _batch(t, fleet, p, limit)
-    step = _step(p, batch, t.context)
-    first = p.overhead_s + p.transfer_t0_s + p.transfer_s_per_token * t.n + p.a_s + variable + step
+    step = p.step_s(batch, batch * t.context)
+    first = p.overhead_s + p.transfer_t0_s + p.transfer_s_per_token * t.n + alone + step
     rows = np.linspace(0, t.span_s, len(t.n))
     late = max(0.0, 1 - 1 / busy) * rows if busy > 1 else np.zeros(len(rows))
     late = late + (max(0.0, 1 - limit / needed) * rows if needed > limit else 0.0)
@@ -74,21 +75,16 @@ def goodput(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float
     return float(t.rate * good.mean() / slowest)
 
 
-def _step(p: Profile, batch: float, context: float) -> float:
-    knee = p.knee_s * max(0.0, batch - p.knee_batch) if p.knee_batch else 0.0
-    return p.c0_s + (p.c1_s + p.c2_s * context) * batch + knee
-
-
 def _batch(t: Traffic, fleet: Fleet, p: Profile, limit: float) -> tuple[float, float]:
     """(sequences a worker holds, sequences it would have to hold at the limit's pace to keep up)."""
     asked = t.rate * float(t.m.mean()) / fleet.decode
     batch = 1.0
     for _ in range(100):
-        ahead = min(limit, max(1.0, asked * _step(p, batch, t.context)))
+        ahead = min(limit, max(1.0, asked * p.step_s(batch, batch * t.context)))
         if abs(ahead - batch) < 1e-4 * batch:
             break
         batch = ahead
-    return batch, asked * _step(p, batch, t.context)
+    return batch, asked * p.step_s(batch, batch * t.context)
 
 
 def survivors(schedule: Schedule, fleets: list[Fleet], draws: list[Profile], slo: Slo, most: int = 12) -> list[Fleet]:

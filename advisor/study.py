@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from loadgen.cluster import Profile
 from traces.measures import Slo
 from traces.records import Fleet, Floats, Schedule
 from traces.shape import to_rate
+
+QUIET = 150
+"""Requests of a run at low load."""
 
 REQUESTS = 300
 """Requests of a run that is proposed, at least."""
@@ -33,6 +37,33 @@ class Probe:
     requests: int
     aim: str
     gain: float = 0.0
+
+
+def bunched(schedule: Schedule) -> bool:
+    """Do requests come several at an instant, so that no rate is low enough for one to be alone?"""
+    return len(schedule) > 1 and float((np.diff(schedule.due_s) <= 0).mean()) > 0.3
+
+
+def quiet(schedule: Schedule, gpus: int, share: float = 0.2) -> dict[str, Any]:
+    """The first run of all: low load on the even split. Bunches are spread (arrivals: "poisson"), or all would queue."""
+    fleet = Fleet(max(1, gpus // 2), max(1, gpus - gpus // 2))
+    rate = schedule.rate_per_s * share
+    name, command, arrivals = schedule.name, "", "as recorded"
+    if bunched(schedule):
+        arrivals, name = "poisson", f"{schedule.name}-spread"
+        command = (
+            f"steelyard synth --like {schedule.name} --name {name} --lengths empirical --arrivals poisson "
+            f"--requests {QUIET} --rate {rate:.3g} && "
+        )
+    command += f"steelyard replay {name} --endpoint URL --fleet {fleet} --rate {rate:.3g} --requests {QUIET}"
+    return {
+        "prefill": fleet.prefill,
+        "decode": fleet.decode,
+        "rate_per_s": rate,
+        "requests": QUIET,
+        "arrivals": arrivals,
+        "command": command,
+    }
 
 
 def proposals(
@@ -73,7 +104,7 @@ def decode_saturating(schedule: Schedule, laws: Profile, fleet: Fleet) -> float:
     batch = min(64.0, float(laws.max_batch))
     if laws.kv_tokens:
         batch = min(batch, max(1.0, laws.kv_tokens / context))
-    step = laws.c0_s + (laws.c1_s + laws.c2_s * context) * batch
+    step = laws.step_s(batch, batch * context)
     capacity = fleet.decode * batch / step / m
     prefill = 0.8 * schedule.rate_per_s / max(load_of(laws, schedule, fleet).prefill, 1e-9)
     return min(1.3 * capacity, prefill)

@@ -14,7 +14,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ import sklearn
 from advisor.features import RunData
 from advisor.model import asked, fit_laws
 from advisor.recommend import NEAR, Recommendation, assess
+from advisor.study import quiet
 from benchmarks.worlds import World, draw, sweep
 from loadgen.cluster import kernel, simulate
 from traces.errors import NotEnoughDataError
 from traces.measures import Summary, summarise
-from traces.records import Fleet
+from traces.records import Fleet, Schedule
 
 PROBES = 3
 EASY = 0.05
@@ -43,14 +45,17 @@ HELD = {"TPOT p50": "tpot_p50_s", "TTFT p99": "ttft_p99_s", "E2E p99": "e2e_p99_
 def probe(world: World, command: dict[str, Any], number: int) -> RunData:
     """The run that the advisor asked for, on other requests of the same traffic."""
     fleet = Fleet(int(command["prefill"]), int(command["decode"]))
-    n = int(command.get("requests", 300))
-    return world.measured(world.source(n, float(command["rate_per_s"]), world.seed * 7 + 3 + number), fleet, number)
+    return world.measured(traffic(world.source, command, world.seed * 7 + 3 + number), fleet, number)
 
 
-def first_probe(world: World) -> dict[str, Any]:
-    """Low load on the even split: what the advisor names when it has nothing."""
-    half = world.gpus // 2
-    return {"prefill": half, "decode": world.gpus - half, "rate_per_s": world.asked.rate_per_s * 0.2, "requests": 150}
+def traffic(source: Callable[[int, float, int], Schedule], command: dict[str, Any], seed: int) -> Schedule:
+    """The requests of a run that the advisor asked for."""
+    n, rate = int(command.get("requests", 300)), float(command["rate_per_s"])
+    made = source(n, rate, seed)
+    if command.get("arrivals") != "poisson":
+        return made
+    gaps = np.random.default_rng(seed).exponential(1 / rate, n)
+    return replace(made, due_s=np.cumsum(gaps) - gaps[0])
 
 
 def solve(world: World, draws: int = 30) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
     """
     true = sweep(world)
     data: list[RunData] = []
-    command = first_probe(world)
+    command = quiet(world.asked, world.gpus)
     answer: Recommendation | None = None
     goodput = {f: s.goodput_per_s for f, s in true.items()}
     best = max(goodput.values())
@@ -129,7 +134,7 @@ def ten_runs(world: World, runs: int = 12, draws: int = 24) -> dict[str, Any]:
     """
     rng = np.random.default_rng([world.seed, 9])
     fleets = Fleet.splits(world.gpus)
-    data = [probe(world, first_probe(world), 1)]
+    data = [probe(world, quiet(world.asked, world.gpus), 1)]
     while len(data) < runs:
         fleet = fleets[int(rng.integers(len(fleets)))]
         rate = world.asked.rate_per_s * float(rng.uniform(0.2, 1.2))

@@ -33,7 +33,8 @@ import sklearn
 from advisor.advise import load
 from advisor.features import RunData
 from advisor.recommend import Recommendation, assess
-from benchmarks.advisor import EASY, HELD, PROBES, covered, p99_regret, percent, relative
+from advisor.study import quiet
+from benchmarks.advisor import EASY, HELD, PROBES, covered, p99_regret, percent, relative, traffic
 from benchmarks.worlds import RECORDED, lognormal, windows
 from loadgen.cluster import kernel
 from loadgen.imports import observations, read, store_run
@@ -211,7 +212,7 @@ def _draw(dynamo: Dynamo, seed: int, attempt: int) -> Scenario:
 def probe(dynamo: Dynamo, store: Store, scenario: Scenario, command: dict[str, Any], number: int) -> RunData:
     """The run the advisor asked for, on other requests of the same traffic, imported into the store and read back."""
     fleet = Fleet(int(command["prefill"]), int(command["decode"]))
-    schedule = scenario.source(int(command["requests"]), float(command["rate_per_s"]), scenario.seed * 7 + 3 + number)
+    schedule = traffic(scenario.source, command, scenario.seed * 7 + 3 + number)
     (measured,) = read(dynamo.report(schedule, fleet, scenario.engine), NAMES, "ms")
     run, _ = store_run(store, measured, name=f"probe {number}", fleet=fleet, engine="dynamo", slo=scenario.slo)
     return load(store, [run])[0]
@@ -223,13 +224,8 @@ def solve(dynamo: Dynamo, seed: int) -> dict[str, Any]:
     scenario = draw(dynamo, seed)
     goodput = {f: s.goodput_per_s for f, s in scenario.true.items()}
     best = max(goodput.values())
-    half, rate = scenario.gpus // 2, scenario.asked.rate_per_s
-    command: dict[str, Any] = {
-        "prefill": half,
-        "decode": scenario.gpus - half,
-        "rate_per_s": rate * 0.2,
-        "requests": 150,
-    }
+    rate = scenario.asked.rate_per_s
+    command = quiet(scenario.asked, scenario.gpus)
     data: list[RunData] = []
     made: list[str] = []
     answer: Recommendation | None = None
@@ -282,6 +278,8 @@ def solve(dynamo: Dynamo, seed: int) -> dict[str, Any]:
             for name, key in HELD.items()
         },
         "covered": covered(answer, scenario.true),
+        "excess": answer.fit.calibration.excess,
+        "laws": answer.fit.profile.to_toml(),
     }
 
 

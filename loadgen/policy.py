@@ -33,12 +33,6 @@ def next_phase(prefill_since_s: float | None, decode_since_s: float | None) -> s
     return "prefill" if prefill_since_s <= decode_since_s else "decode"
 
 
-def _step_s(laws: Profile, batch: float, context: float) -> float:
-    """Seconds of a decode step with a batch of sequences of one context each."""
-    knee = laws.knee_s * max(0.0, batch - laws.knee_batch) if laws.knee_batch else 0.0
-    return laws.c0_s + batch * (laws.c1_s + laws.c2_s * context) + knee
-
-
 # --- online ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,11 +151,12 @@ class BacklogRule:
         tokens = queues.prefill_waiting_tokens
         steps = max(tokens / p.max_batch_tokens, queues.prefill_waiting / p.max_batch_requests)
         steps = min(steps, queues.prefill_waiting)
-        return (tokens * (p.b_s_per_token + p.c_s_per_token2 * self.mean_prompt) + steps * p.a_s) / workers
+        square = tokens / max(steps, 1.0) if p.prefill_square == "step" else self.mean_prompt
+        return (tokens * (p.b_s_per_token + p.c_s_per_token2 * square) + steps * p.a_s) / workers
 
     def step_s(self, batch: float) -> float:
         """Seconds of a decode step with a batch of mean contexts."""
-        return _step_s(self.laws, batch, self.mean_prompt + self.mean_output / 2)
+        return self.laws.step_s(batch, batch * (self.mean_prompt + self.mean_output / 2))
 
     def decode_s(self, queues: Queues, workers: int) -> float:
         """Seconds until ``workers`` have worked off the answers that wait or that they have no place for."""
@@ -330,17 +325,15 @@ class DemandRule:
     @property
     def token_s(self) -> float:
         """Seconds of a prefill worker a prompt token of mean length takes, in a full step."""
-        p = self.laws
-        together = max(1.0, min(p.max_batch_requests, p.max_batch_tokens / max(self.mean_prompt, 1.0)))
-        step = p.a_s / (together * max(self.mean_prompt, 1.0))
-        return p.b_s_per_token + p.c_s_per_token2 * self.mean_prompt + step
+        mean = max(self.mean_prompt, 1.0)
+        return self.laws.prompt_s(mean, self.laws.together(mean), mean) / mean
 
     @property
     def step_limit_s(self) -> float:
         """How long a decode step may take: of the TPOT limit, else of the E2E limit, else twice a lone step."""
         limit, whole = self.slo.limit("tpot"), self.slo.limit("e2e")
         if limit is None:
-            alone = _step_s(self.laws, 1.0, self.mean_prompt + self.mean_output / 2)
+            alone = self.laws.step_s(1.0, self.mean_prompt + self.mean_output / 2)
             limit = max(alone, whole / self.mean_output) if whole is not None else 2 * alone
         return limit * self.tpot_share
 
@@ -352,8 +345,9 @@ class DemandRule:
         running = queues.decode_running
         context = queues.decode_context_tokens / running if running else self.mean_prompt + self.mean_output / 2
         batch = max(1.0, active / fleet.decode)
+        held = min(batch, float(p.max_batch))
         decode = max(
-            _step_s(p, min(batch, p.max_batch), context) / self.step_limit_s,
+            p.step_s(held, held * context) / self.step_limit_s,
             active / (fleet.decode * p.max_batch),
             active * context / (fleet.decode * p.kv_tokens) if p.kv_tokens else 0.0,
         )
@@ -562,9 +556,9 @@ def report_split(prompt: Ints, output: Ints, gpus: int) -> Fleet:
 def balanced(prompt: Ints, output: Ints, laws: Profile, gpus: int) -> Fleet:
     """Workers in proportion to the work of each stage; decode at the batch its workers can hold, at least one."""
     batch = min(laws.max_batch, 64)
-    step = _step_s(laws, batch, float(np.mean(prompt)) + float(np.mean(output)) / 2)
-    first = float(np.sum(laws.b_s_per_token * prompt + laws.c_s_per_token2 * prompt.astype(float) ** 2))
-    first += laws.a_s * max(len(prompt) / laws.max_batch_requests, float(np.sum(prompt)) / laws.max_batch_tokens)
+    mean = float(np.mean(prompt))
+    step = laws.step_s(float(batch), batch * (mean + float(np.mean(output)) / 2))
+    first = float(np.sum(laws.prompt_s(prompt.astype(float), laws.together(mean), mean)))
     second = float(np.sum(output)) * step / batch
     return _split(round(first / (first + second) * gpus), gpus)
 

@@ -81,6 +81,29 @@ def test_a_knee_is_found_where_there_is_one() -> None:
         assert ours == pytest.approx(true, rel=0.06)
 
 
+def test_a_step_of_all_its_tokens_squared_and_a_bend_are_found() -> None:
+    """Where a prefill step costs the square of all its tokens, and context less and less, the laws say so, within 7 %."""
+    bent = replace(
+        DEMO, c_s_per_token2=2 * DEMO.b_s_per_token / 4096, prefill_square="step", max_batch_tokens=4096,
+        c2_s=2e-6, bend_tokens=12_000,
+    )  # fmt: skip
+    rate = busy_rate(bent)
+    data = [
+        measured(bent, lognormal(100, rate * 0.2, 1), Fleet(4, 4), 1),
+        measured(bent, lognormal(300, rate, 3), Fleet(1, 7), 2),
+        measured(bent, lognormal(300, rate * 1.2, 4), Fleet(6, 2), 3),
+    ]
+    laws = fit_laws(data).profile
+    assert laws.prefill_square == "step"
+    assert laws.bend_tokens
+    schedule = lognormal(300, rate, 5)
+    assert load_of(laws, schedule, Fleet(2, 6)).prefill == pytest.approx(
+        load_of(bent, schedule, Fleet(2, 6)).prefill, rel=0.07
+    )
+    for held in (2000.0, 10_000.0):
+        assert laws.step_s(held / 500, held) == pytest.approx(bent.step_s(held / 500, held), rel=0.07)
+
+
 def test_the_rules_are_what_their_authors_wrote() -> None:
     """1:1 and 1:3 by their names; the report's formula by hand; the others move with prefill's cost."""
     fleets = Fleet.splits(8)

@@ -186,7 +186,9 @@ def stepped(schedule: Schedule, profile: Profile) -> tuple[list[float], list[flo
             now = waiting[0].due_s
             continue
         context = sum(prompt + made for _, made, prompt, _ in active)
-        now += profile.c0_s + profile.c1_s * len(active) + profile.c2_s * context
+        held = min(context, profile.bend_tokens or math.inf)
+        now += profile.c0_s + profile.c1_s * len(active)
+        now += profile.c2_s * (held - held * held / (2 * profile.bend_tokens) if profile.bend_tokens else held)
         for sequence in active:
             sequence[1] += 1
             row = int(sequence[0])
@@ -202,13 +204,14 @@ def stepped(schedule: Schedule, profile: Profile) -> tuple[list[float], list[flo
     st.lists(st.tuples(st.floats(0, 3), st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=25),
     st.integers(1, 6),
     st.sampled_from([0.0, 1e-6, 1e-5]),
+    st.sampled_from([0, 60]),
 )
 def test_the_closed_form_is_the_token_by_token_model(
-    requests: list[tuple[float, int, int]], cap: int, c2: float
+    requests: list[tuple[float, int, int]], cap: int, c2: float, bend: int
 ) -> None:
     """Decode in closed form gives every first and last token as a model that steps token by token does."""
     requests = sorted(requests)
-    profile = Profile(name="t", c0_s=0.01, c1_s=0.002, c2_s=c2, max_batch=cap)
+    profile = Profile(name="t", c0_s=0.01, c1_s=0.002, c2_s=c2, bend_tokens=bend, max_batch=cap)
     # Apart by a millisecond and a bit: of two at the same instant the first starts a step, the second waits for its end.
     schedule = schedule_of(
         np.array([r[0] + i * 1.0137e-3 for i, r in enumerate(requests)]),
@@ -231,6 +234,9 @@ def profiles(draw: st.DrawFn) -> Profile:
         a_s=draw(st.floats(0, 0.05)),
         b_s_per_token=draw(st.floats(0, 1e-3)),
         c_s_per_token2=draw(st.floats(0, 1e-7)),
+        prefill_square=draw(st.sampled_from(["prompt", "step"])),
+        prefill_release=draw(st.sampled_from(["step", "drained"])),
+        bend_tokens=draw(st.sampled_from([0, 700])),
         max_batch_tokens=draw(st.integers(1, 5000)),
         max_batch_requests=draw(st.integers(1, 16)),
         overhead_s=draw(st.floats(0, 0.1)),
@@ -249,6 +255,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         transfer_link=draw(st.sampled_from(["none", "sender", "shared"])),
         knee_batch=draw(st.sampled_from([0, 2])),
         knee_s=draw(st.sampled_from([0.0, 0.005])),
+        decode_join=draw(st.sampled_from(["free", "budget"])),
         kv_policy=draw(st.sampled_from(["reserve", "preempt"])),
         worker_speed=draw(st.sampled_from([(), (1.0, 2.0), (0.5, 1.0, 1.0, 3.0)])),
         worker_size=draw(st.sampled_from([(), (0.5,)])),
@@ -440,6 +447,65 @@ def test_a_cut_prompt_pays_the_fixed_cost_once_a_chunk() -> None:
     assert first == pytest.approx(4 * 0.01 + 1000 * 1e-4 + area * 1e-8 + 0.02)
     whole, _ = lone(replace(p, chunked=False), 1000, 1)
     assert whole == pytest.approx(0.01 + 0.1 + 1e6 * 1e-8 + 0.02)
+
+
+def test_a_step_may_pay_for_its_tokens_as_for_one_prompt() -> None:
+    """With the square of the step four prompts of 2,000 take what one of 8,000 does; with that of prompts, less."""
+    p = Profile(name="t", a_s=0.01, b_s_per_token=1e-5, c_s_per_token2=1e-9, prefill_square="step", c0_s=0.001)
+
+    def second(profile: Profile, lengths: list[int]) -> float:
+        rows = simulate(schedule_of(np.zeros(len(lengths)), lengths, [1] * len(lengths)), Fleet(1, 1), profile)
+        return float(rows.observations.first_token_s[1])
+
+    # A first prompt keeps the worker while the four gather.
+    assert second(p, [1, 2000, 2000, 2000, 2000]) == pytest.approx(second(p, [1, 8000]), abs=1e-12)
+    alone = replace(p, prefill_square="prompt")
+    assert second(alone, [1, 8000]) == second(p, [1, 8000])
+    assert second(alone, [1, 2000, 2000, 2000, 2000]) == pytest.approx(
+        second(p, [1, 8000]) - 1e-9 * 12 * 2000**2, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("square", ["prompt", "step"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_full_prefill_step_takes_what_the_laws_say(square: str, chunked: bool) -> None:
+    """Of a saturated worker the seconds for each prompt are those of a full step, cut prompts or not."""
+    p = Profile(
+        name="t", a_s=0.01, b_s_per_token=1e-5, c_s_per_token2=5e-9, prefill_square=square, chunked=chunked,
+        max_batch_tokens=4000, c0_s=0.001,
+    )  # fmt: skip
+    for length in (500, 1000, 4000):
+        rows = simulate(schedule_of(np.zeros(400), [length] * 400, [1] * 400), Fleet(1, 1), p).observations
+        each = p.prompt_s(float(length), p.together(length), float(length))
+        assert float(rows.first_token_s.max()) / 400 == pytest.approx(each, rel=0.02)
+
+
+def test_prompts_may_be_kept_until_their_worker_is_idle() -> None:
+    """Released when drained, all prompts of a busy period leave together at its end, and the next period's at its own."""
+    # The first to arrive starts a decode step, which the others wait for.
+    p = Profile(name="t", a_s=0.1, max_batch_requests=1, prefill_release="drained", c0_s=0.001)
+    rows = simulate(schedule_of(np.array([0.0, 0.05, 0.19, 9.0]), [5] * 4, [1] * 4), Fleet(1, 1), p).observations
+    np.testing.assert_allclose(rows.first_token_s, [0.301, 0.302, 0.302, 9.101], atol=1e-9)
+
+
+def test_sequences_may_join_a_decode_step_by_a_budget() -> None:
+    """With a budget of 1,000 tokens prompts of 400 join two a step; freely, all that are ready at a boundary do."""
+    p = Profile(name="t", c0_s=0.1, max_batch_tokens=1000, decode_join="budget", overhead_s=0.01)
+    schedule = schedule_of(np.array([0.0, 0.05, 0.05, 0.05, 0.05, 0.05]), [400] * 6, [9] * 6)
+    rows = simulate(schedule, Fleet(1, 1), p).observations
+    np.testing.assert_allclose(rows.first_token_s, [0.11, 0.21, 0.21, 0.31, 0.31, 0.41], atol=1e-9)
+    free = simulate(schedule, Fleet(1, 1), replace(p, decode_join="free")).observations
+    np.testing.assert_allclose(free.first_token_s, [0.11] + [0.21] * 5, atol=1e-9)
+
+
+def test_context_costs_less_and_less_where_its_cost_bends() -> None:
+    """A long answer beyond and below the bend takes the sum of its steps, to 0.5 %."""
+    for bend in (300, 2000, 50_000):
+        p = Profile(name="t", c0_s=0.001, c1_s=1e-4, c2_s=1e-5, bend_tokens=bend)
+        rows = simulate(schedule_of(np.zeros(1), [100], [1500]), Fleet(1, 1), p).observations
+        steps = sum(p.step_s(1.0, 100.0 + k) for k in range(1500))
+        assert float(rows.last_token_s[0]) == pytest.approx(steps, rel=5e-3)
+    assert p.step_s(1.0, 2e6) == p.step_s(1.0, 50_000.0) == 0.001 + 1e-4 + 1e-5 * 25_000
 
 
 def test_a_held_prefix_is_not_computed_again() -> None:

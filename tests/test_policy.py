@@ -506,9 +506,10 @@ def test_static_splits_by_hand() -> None:
     assert policy.balanced(prompt, output, replace(LAWS, max_batch=10**6), 1000) == Fleet(
         round(2.425 / (2.425 + 1000 * (0.01 + 64 * 0.00125) / 64) * 1000), 1000 - 633
     )
-    assert policy.balanced(prompt, output, replace(LAWS, max_batch_tokens=100), 1000) == Fleet(
-        510, 490
-    )  # 20 steps: 2.6 s
+    # Cut prompts take 20 steps: 2.6 s. Whole ones that are longer than a step should be take 10, one each: 2.5 s.
+    small = replace(LAWS, max_batch_tokens=100)
+    assert policy.balanced(prompt, output, replace(small, chunked=True), 1000) == Fleet(510, 490)
+    assert policy.balanced(prompt, output, small, 1000) == Fleet(500, 500)
 
 
 def test_a_rule_is_read_back_from_its_table() -> None:

@@ -185,7 +185,6 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
     rate = n / width
     prompts = np.bincount(place, weights=schedule.prompt_tokens, minlength=k)
     outputs = np.bincount(place, weights=schedule.output_tokens, minlength=k)
-    squares = np.bincount(place, weights=schedule.prompt_tokens.astype(float) ** 2, minlength=k)
     some = np.where(n > 0, n, np.nan)
     values = {
         "rate_per_s": rate,
@@ -196,13 +195,12 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
     batch = float("nan")
     if profile is not None and len(schedule):
         mean = float(schedule.prompt_tokens.mean())
-        together = float(np.clip(profile.max_batch_tokens / mean, 1, profile.max_batch_requests))
-        work = profile.a_s / together * n + profile.b_s_per_token * prompts + profile.c_s_per_token2 * squares
+        each = profile.prompt_s(schedule.prompt_tokens.astype(float), profile.together(mean), mean)
+        work = np.bincount(place, weights=each, minlength=k)
         m = schedule.output_tokens.astype(float)
         context = float((m * (schedule.prompt_tokens + m / 2)).sum() / m.sum())
         sizes = np.arange(1, min(profile.max_batch, 1024) + 1, dtype=float)
-        steps = profile.c0_s + sizes * (profile.c1_s + profile.c2_s * context)
-        steps = steps + profile.knee_s * np.maximum(0, sizes - profile.knee_batch)
+        steps = profile.step_s(sizes, sizes * context)
         limit = slo.limit("tpot")
         most = int((steps <= limit).sum()) if limit else len(sizes)
         most = max(1, most)
@@ -363,11 +361,11 @@ def _laws(data: RunData, profile: Profile | None) -> tuple[Fitting | None, Fitti
     if profile is None or fleet is None or fleet.mixed or not data.observations.ok.any():
         return None, None
     rows = decode_rows(data, 0)
-    tpot = _fitting(rows.x @ np.array([profile.c0_s, profile.c1_s, profile.c2_s]), rows.y)
+    tpot = _fitting(profile.step_s(rows.x[:, 1], rows.x[:, 2]), rows.y)
     rows = quiet_rows(data, 0)
-    first = profile.a_s + profile.overhead_s + profile.transfer_t0_s + profile.c0_s + profile.c1_s
-    law = np.array([first, profile.b_s_per_token + profile.transfer_s_per_token, profile.c_s_per_token2])
-    return tpot, _fitting(rows.x @ law, rows.y)
+    n = rows.x[:, 1]
+    between = profile.overhead_s + profile.transfer_t0_s + profile.transfer_s_per_token * n
+    return tpot, _fitting(profile.prompt_s(n) + between + profile.step_s(1.0, 0.0), rows.y)
 
 
 def _fitting(predicted: Floats, measured: Floats) -> Fitting | None:

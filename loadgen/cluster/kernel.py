@@ -14,7 +14,8 @@ Decode advances in closed form. While a worker's batch does not change, n steps 
 
 where base + B k is the context at step k (base = sum over sequences of context at joining - step of joining), and lead
 is what the first of them does besides (a prompt's chunk on a mixed worker, the recomputation of a preempted sequence).
-So the cost of a run grows with requests, not with tokens: a join and a finish each are one event.
+So the cost of a run grows with requests, not with tokens: a join and a finish each are one event. Where the cost of context
+bends (bend_tokens), its growth is that of the segment's middle, and a segment ends after a thirty-second of the bend.
 
 Roles are fixed until :meth:`Cluster.set_fleet` asks otherwise, or taken on demand (``on_demand``: an idle worker takes
 the next phase that waits anywhere, and pays the flip when that is not its role).
@@ -133,6 +134,7 @@ class Worker:
         "finished",
         "finishing",
         "growth",
+        "held",
         "id",
         "knee",
         "kv_tokens",
@@ -182,6 +184,7 @@ class Worker:
         self.queue: deque[Job] = deque()
         self.preparing: list[Job] | None = None  # the prompts in the present step, first to last
         self.batch_tokens = 0  # their new tokens
+        self.held: list[Job] = []  # prefilled, kept back until the queue is empty
         self.link_free_s = 0.0
         # decode
         self.waiting: deque[Job] = deque()
@@ -281,6 +284,10 @@ class Cluster:
         self._prefill_route, self._decode_route = profile.prefill_route, profile.decode_route
         self._step_tokens, self._step_requests = profile.max_batch_tokens, profile.max_batch_requests
         self._chunked = profile.chunked
+        self._join_tokens = profile.max_batch_tokens if profile.decode_join == "budget" and not on_demand else 0
+        self._drained = profile.prefill_release == "drained"
+        self._square_step = profile.prefill_square == "step"
+        self._bend = float(profile.bend_tokens)
         self._link = profile.transfer_link
         self._transfer_s, self._between_s = profile.transfer_s_per_token, profile.overhead_s + profile.transfer_t0_s
         self._knee = profile.knee_batch
@@ -428,7 +435,7 @@ class Cluster:
                 break
         worker.preparing = batch or None
         worker.batch_tokens = tokens
-        return worker.b * tokens + worker.c * area
+        return worker.b * tokens + worker.c * (tokens * tokens if self._square_step else area)
 
     def _start_prefill(self, worker: Worker, at: float) -> None:
         takes = self._take(worker, at)
@@ -459,16 +466,10 @@ class Cluster:
         for job in self._stepped(worker, at):
             worker.requests -= 1
             worker.finished += 1
-            if job.gone:
-                continue
-            occupies = self._transfer_s * job.prompt_tokens
-            if self._link == "none":
-                sent = at + occupies
-            elif self._link == "sender":
-                sent = worker.link_free_s = max(at, worker.link_free_s) + occupies
+            if self._drained:
+                worker.held.append(job)
             else:
-                sent = self._link_free_s = max(at, self._link_free_s) + occupies
-            self._send(worker, job, sent + self._between_s)
+                self._release(worker, job, at)
         if self._on_demand and cut is not None and cut.done < cut.prompt_tokens:
             worker.queue.appendleft(cut)  # nobody else may go on with it
             self._start_prefill(worker, at)
@@ -476,6 +477,19 @@ class Cluster:
             self._start_prefill(worker, at)
         else:
             self._idle(worker, at)
+
+    def _release(self, worker: Worker, job: Job, at: float) -> None:
+        """The prompt's KV cache leaves the prefill worker."""
+        if job.gone:
+            return
+        occupies = self._transfer_s * job.prompt_tokens
+        if self._link == "none":
+            sent = at + occupies
+        elif self._link == "sender":
+            sent = worker.link_free_s = max(at, worker.link_free_s) + occupies
+        else:
+            sent = self._link_free_s = max(at, self._link_free_s) + occupies
+        self._send(worker, job, sent + self._between_s)
 
     def _send(self, sender: Worker, job: Job, at: float) -> None:
         """The KV cache goes to a decode worker, where it is at an instant."""
@@ -496,6 +510,10 @@ class Cluster:
         if worker.busy_since == worker.busy_since:
             worker.busy_s[worker.role] += at - worker.busy_since
             worker.busy_since = math.nan
+        if worker.held:
+            held, worker.held = worker.held, []
+            for job in held:
+                self._release(worker, job, at)
         if not worker.open and worker.preparing is None and worker.size == 0:
             self._flip(worker, at)
         elif self._on_demand:
@@ -602,6 +620,7 @@ class Cluster:
         lead = 0.0
         first: list[Job] = []
         waiting = worker.waiting
+        budget, joined, again_soon = self._join_tokens, 0, False
         if not (self._preempts and self._preempt(worker)):
             again = 0.0
             while waiting:
@@ -614,6 +633,10 @@ class Cluster:
                     continue
                 if not self._fits(worker, job):
                     break
+                if budget and joined and joined + job.prompt_tokens > budget:
+                    again_soon = True
+                    break
+                joined += job.prompt_tokens
                 waiting.popleft()
                 if self._on_demand:
                     worker.requests += 1
@@ -656,6 +679,7 @@ class Cluster:
             worker.busy_since = at
         worker.one = one = self._one(worker, size, worker.base)
         worker.growth = worker.c2 * size
+        bend = self._bend
         if chunk:
             worker.lead = whole - one
             n = 1
@@ -664,6 +688,12 @@ class Cluster:
             n = worker.finishing[0][0] - worker.step
             if self._preempts and size > 1:
                 n = min(n, max(1, int((worker.kv_tokens - worker.base) // size) - worker.step))
+            if again_soon:
+                n = 1
+            if bend:
+                n = min(n, max(1, int(bend / (32 * size))))
+                middle = worker.base + size * (worker.step + n / 2)
+                worker.growth *= max(0.0, 1.0 - middle / bend)
         if first:
             end = at + worker.span_s(1)
             for job in first:
@@ -676,7 +706,11 @@ class Cluster:
 
     def _one(self, worker: Worker, size: int, base: float) -> float:
         """Seconds of the next step with a batch."""
-        one = worker.c0 + worker.c1 * size + worker.c2 * (base + size * worker.step)
+        held = base + size * worker.step
+        bend = self._bend
+        if bend:
+            held = held - held * held / (2 * bend) if held < bend else bend / 2
+        one = worker.c0 + worker.c1 * size + worker.c2 * held
         if self._knee and size > self._knee:
             one += worker.knee * (size - self._knee)
         return one

@@ -6,18 +6,27 @@ import tomllib
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+import numpy as np
 
 from traces.errors import InputError
+from traces.records import Floats
+
+Lengths = TypeVar("Lengths", float, Floats)
+"""One number, or a column of them."""
 
 _CHOICES = {
+    "prefill_square": ("prompt", "step"),
+    "prefill_release": ("step", "drained"),
     "prefill_route": ("least_tokens", "least_requests", "round_robin", "prefix"),
+    "decode_join": ("free", "budget"),
     "decode_route": ("least_tokens", "least_requests", "round_robin"),
     "transfer_link": ("none", "sender", "shared"),
     "kv_policy": ("reserve", "preempt"),
     "discipline": ("queue", "infinite"),
 }
-_MAY_BE_ZERO = ("kv_tokens", "knee_batch", "cache_tokens")
+_MAY_BE_ZERO = ("kv_tokens", "knee_batch", "bend_tokens", "cache_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +34,21 @@ class Profile:
     """How long each stage of a worker takes. Seconds, tokens, requests; per worker.
 
     Prefill: a step over prompts of which n_i tokens are new and context_i are in place when it ends takes ``a_s +
-    b_s_per_token sum(n_i) + c_s_per_token2 sum(n_i context_i)``. A step takes queued prompts in order while their new
+    b_s_per_token sum(n_i) + c_s_per_token2 sum(n_i context_i)``; with prefill_square "step" the last sum is (sum n_i)^2: the
+    step's tokens cost what one prompt of as many would. A step takes queued prompts in order while their new
     tokens fit max_batch_tokens and their number max_batch_requests (the first always fits); with ``chunked`` a prompt
-    that does not fit is cut, and goes on in the next step. cache_tokens: prefix cache of a worker, whole blocks, least
+    that does not fit is cut, and goes on in the next step. A prompt leaves after its step, or, with prefill_release
+    "drained", when its worker's queue is empty. cache_tokens: prefix cache of a worker, whole blocks, least
     recently used first out; 0 is none.
 
     Between the stages: overhead_s is latency that occupies nobody; the KV cache of n tokens takes ``transfer_t0_s +
     transfer_s_per_token n``, the second part one transfer at a time on the link (transfer_link: none, one link a
     sender, one shared by all).
 
-    Decode: a step with B sequences takes ``c0_s + c1_s B + knee_s max(0, B - knee_batch) + c2_s (context tokens)``; at
-    most max_batch sequences and, if kv_tokens > 0, at most that many tokens of context. kv_policy "reserve": prompt and
+    Decode: a step with B sequences takes ``c0_s + c1_s B + knee_s max(0, B - knee_batch) + c2_s (context tokens)``, with
+    bend_tokens > 0 less and less for each token of context: x - x^2 / (2 bend_tokens) for x, half of bend_tokens beyond it. At
+    most max_batch sequences and, if kv_tokens > 0, at most that many tokens of context. decode_join "budget": in one step
+    sequences join only while their prompts fit max_batch_tokens (the first always does). kv_policy "reserve": prompt and
     whole answer are reserved at admission; "preempt": only what is there, and when it overflows the latest sequence
     is put back and recomputed by a prefill step on the decode worker. A worker of role mixed does both in one step:
     the fixed cost once (the larger), the rest added.
@@ -49,6 +62,8 @@ class Profile:
     a_s: float = 0.0
     b_s_per_token: float = 0.0
     c_s_per_token2: float = 0.0
+    prefill_square: str = "prompt"
+    prefill_release: str = "step"
     max_batch_tokens: int = 8192
     max_batch_requests: int = 64
     chunked: bool = False
@@ -60,11 +75,13 @@ class Profile:
     c0_s: float = 0.0
     c1_s: float = 0.0
     c2_s: float = 0.0
+    bend_tokens: int = 0
     knee_batch: int = 0
     knee_s: float = 0.0
     max_batch: int = 1_000_000
     kv_tokens: int = 0
     kv_policy: str = "reserve"
+    decode_join: str = "free"
     flip_s: float = 0.0
     prefill_route: str = "least_tokens"
     decode_route: str = "least_requests"
@@ -108,6 +125,26 @@ class Profile:
         if profile.c0_s + profile.c1_s <= 0:
             raise InputError(f"{where}: a decode step must take time: give c0_s or c1_s above 0.")
         return profile
+
+    def together(self, mean_prompt: float) -> float:
+        """Prompts of a full prefill step; below 1 where prompts are cut."""
+        least = 0.0 if self.chunked else 1.0
+        return max(least, min(self.max_batch_tokens / max(mean_prompt, 1.0), float(self.max_batch_requests)))
+
+    def prompt_s(self, prompt: Lengths, together: float = 1.0, mean_prompt: float = 0.0) -> Lengths:
+        """Seconds of a prefill worker that a prompt takes in a step with ``together - 1`` others of the mean length."""
+        square = prompt * prompt
+        if self.prefill_square == "step":
+            square = prompt * (prompt * min(1.0, together) + max(0.0, together - 1.0) * mean_prompt)
+        return self.a_s / together + self.b_s_per_token * prompt + self.c_s_per_token2 * square
+
+    def step_s(self, batch: Lengths, held: Lengths) -> Lengths:
+        """Seconds of a decode step with so many sequences, and so many tokens of context in all."""
+        if self.bend_tokens:
+            held = np.minimum(held, self.bend_tokens)
+            held = held - held * held / (2 * self.bend_tokens)
+        knee = self.knee_s * np.maximum(0.0, batch - self.knee_batch) if self.knee_batch else 0.0
+        return self.c0_s + self.c1_s * batch + self.c2_s * held + knee
 
     def to_toml(self) -> str:
         """The profile as a file that :meth:`load` reads back to an equal profile."""
