@@ -195,6 +195,20 @@ def percent(values: Iterable[float]) -> str:
     return f"mean {np.mean(held):7.2%}  max {max(held):7.2%}  (n={len(held)})" if held else "none"
 
 
+def predicted(rows: Sequence[dict[str, Any]], what: str) -> list[str]:
+    """Lines: errors of what was predicted, and how often its interval held the truth."""
+    lines = []
+    for name in HELD:
+        errors = [e for r in rows for e in r.get("errors", {}).get(name, []) if math.isfinite(e)]
+        if errors:
+            middle, high = np.quantile(errors, [0.5, 0.9])
+            lines.append(f"  {what}, {name:11} median {middle:6.1%}  p90 {high:7.1%}  (n={len(errors)})")
+    for key in sorted({k for r in rows for k in r.get("covered", {})}):
+        hits = [h for r in rows for h in r.get("covered", {}).get(key, [])]
+        lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+    return lines
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Everything that was found, in words and figures."""
     lines = []
@@ -224,16 +238,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         names = sorted({name for r in hard for name in r.get("baselines", {})})
         for name in names:
             lines.append(f"  regret of {name:20}{percent(r['baselines'][name] for r in hard if 'baselines' in r)}")
-        for name in HELD:
-            values = [e for r in part for e in r.get("errors", {}).get(name, []) if math.isfinite(e)]
-            if values:
-                low, high = np.quantile(values, [0.5, 0.9])
-                lines.append(
-                    f"  error at unmeasured splits, {name:11} median {low:6.1%}  p90 {high:7.1%}  (n={len(values)})"
-                )
-        for key in sorted({k for r in part for k in r.get("covered", {})}):
-            hits = [h for r in part for h in r.get("covered", {}).get(key, [])]
-            lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+        lines += predicted(part, "error at unmeasured splits")
         took = [r["seconds"] for r in part if "seconds" in r]
         if took:
             lines.append(f"  seconds to recommend          median {np.median(took):.2f}  max {max(took):.2f}")
@@ -251,13 +256,7 @@ def ten_table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         lines.append(f"{title}, twelve runs each: {len(part)} scenarios")
         lines.append(f"  goodput regret                {percent(r['regret'] for r in part)}")
-        for name in HELD:
-            values = [e for r in part for e in r["errors"][name] if math.isfinite(e)]
-            low, high = np.quantile(values, [0.5, 0.9])
-            lines.append(f"  leave one ratio out, {name:11} median {low:6.1%}  p90 {high:7.1%}  (n={len(values)})")
-        for key in sorted({k for r in part for k in r["covered"]}):
-            hits = [h for r in part for h in r["covered"].get(key, [])]
-            lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+        lines += predicted(part, "leave one ratio out")
     return "\n".join(lines)
 
 

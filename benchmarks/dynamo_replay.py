@@ -34,7 +34,7 @@ from advisor.advise import load
 from advisor.features import RunData
 from advisor.recommend import Recommendation, assess
 from advisor.study import quiet
-from benchmarks.advisor import EASY, HELD, PROBES, covered, p99_regret, percent, relative, traffic
+from benchmarks.advisor import EASY, HELD, PROBES, covered, p99_regret, percent, predicted, relative, traffic
 from benchmarks.worlds import RECORDED, lognormal, windows
 from loadgen.cluster import kernel
 from loadgen.imports import observations, read, store_run
@@ -303,16 +303,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"  regret of {name:20}{percent(r['baselines'][name] for r in said if r in hard)}  (hard, answered)"
         )
-    for name in HELD:
-        errors = [e for r in rows for e in r.get("errors", {}).get(name, []) if math.isfinite(e)]
-        if errors:
-            middle, high = np.quantile(errors, [0.5, 0.9])
-            lines.append(
-                f"  error at unmeasured splits, {name:11} median {middle:6.1%}  p90 {high:7.1%}  (n={len(errors)})"
-            )
-    for key in sorted({k for r in rows for k in r.get("covered", {})}):
-        hits = [h for r in rows for h in r.get("covered", {}).get(key, [])]
-        lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+    lines += predicted(rows, "error at unmeasured splits")
     took = [r["seconds"] for r in said]
     if took:
         lines.append(f"  seconds to recommend          median {np.median(took):.2f}  max {max(took):.2f}")
