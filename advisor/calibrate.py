@@ -410,12 +410,16 @@ class _Search:
 
 STARTS: tuple[dict[str, object], ...] = (
     {},
+    {"prefill_square": "step"},
     {"prefill_route": "round_robin"},
     {"kv_policy": "preempt", "prefill_route": "least_requests"},
     {"chunked": True, "prefill_square": "step", "prefill_release": "drained", "decode_join": "budget"},
     {"decode_route": "round_robin"},
 )
 """Rules of the ensembles that are tried in turn while the runs are not explained."""
+
+FAR = 2.0
+"""Beyond this share of it they are so far from explained that other rules get an ensemble of their own."""
 
 SETTLED = 0.4
 """Runs are explained when the squared misfit is below this share of the number of statistics."""
@@ -442,6 +446,8 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
             assert found is not None  # noqa: S101 - the first start found one
             open_ = np.where(space.sd >= 1.0, space.mean, found[0].z)
             starts = [search.at(z, {**found[0].rules, **rules}) for z in (found[0].z, open_, space.mean)]
+            if found[0].chi.sum() > FAR * used:
+                starts += search.smooth(rng, {**found[0].rules, **rules}, MEMBERS, ROUNDS)
             start, _, _ = search.polish(min(starts, key=lambda p: p.cost), 2)
             points.append(start)
             if start.cost > found[0].cost:

@@ -101,7 +101,7 @@ def test_a_step_of_all_its_tokens_squared_and_a_bend_are_found() -> None:
         load_of(bent, schedule, Fleet(2, 6)).prefill, rel=0.07
     )
     for held in (2000.0, 10_000.0):
-        assert laws.step_s(held / 500, held) == pytest.approx(bent.step_s(held / 500, held), rel=0.07)
+        assert laws.step_s(held / 1250, held) == pytest.approx(bent.step_s(held / 1250, held), rel=0.07)
 
 
 def test_the_rules_are_what_their_authors_wrote() -> None:
