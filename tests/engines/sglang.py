@@ -71,9 +71,5 @@ def started(python: Path, folder: Path) -> Iterator[Rig]:
             Fleet(2, 1),
             Fleet(1, 2),
             reach=["--targets", str(targets)],
-            told={
-                "prefill": ("prompt_tokens_total",),
-                "decode": ("output_tokens_total", "transfers_total"),
-                "router": (),
-            },
+            told={"prefill": ("prompt_tokens_total",), "decode": ("output_tokens_total", "transfers_total")},
         )
