@@ -145,7 +145,10 @@ class Endpoint:
         owners = {str(m.get("id")): str(m.get("owned_by") or "") for m in listed or ()}
         if model is None:
             if not names:
-                raise EndpointError(f"{self.shown}/v1/models lists no model. Name one with --model.")
+                raise EndpointError(
+                    f"{self.shown}/v1/models lists no model. Has each role a worker (Dynamo lists none otherwise)? "
+                    "If so, name one with --model."
+                )
             return names[0], owners[names[0]]
         if names and model not in names:
             raise EndpointError(
