@@ -217,7 +217,8 @@ def test_secrets_are_never_stored(store: Store, swarm: Swarm, tmp_path: Path, mo
     monkeypatch.setenv("STEELYARD_API_KEY", "tok-3141592653")
     command = [sys.executable, "-c", (
         "import sys; from pathlib import Path; from loadgen.cluster.server import run; from loadgen.cluster.laws import Profile;"
-        "from traces.records import Fleet; run(Profile.load('constant'), Fleet(1, 1), token='tok-3141592653')"
+        "from loadgen.ports import Door; from traces.records import Fleet; "
+        "run(Profile.load('constant'), Fleet(1, 1), door=Door(token='tok-3141592653'))"
     )]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
@@ -245,7 +246,7 @@ def test_a_token_file_holds_a_token(tmp_path: Path) -> None:
     assert read_api_key(good) == "abc"
     for content in ("", "a\nb"):
         good.write_text(content)
-        with pytest.raises(InputError, match="token alone"):
+        with pytest.raises(InputError, match="secret alone"):
             read_api_key(good)
     with pytest.raises(InputError, match="cannot be read"):
         read_api_key(tmp_path / "none")
