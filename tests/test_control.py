@@ -553,9 +553,18 @@ class Registry:
         self._stop = threading.Event()
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
-        self.port = self.port or socket.bind_to_random_port("tcp://127.0.0.1")
-        if not socket.getsockopt(zmq.LAST_ENDPOINT):
-            socket.bind(f"tcp://127.0.0.1:{self.port}")
+        until = time.monotonic() + 15
+        while not socket.getsockopt(zmq.LAST_ENDPOINT):
+            try:
+                if self.port:
+                    socket.bind(f"tcp://127.0.0.1:{self.port}")
+                else:
+                    self.port = socket.bind_to_random_port("tcp://127.0.0.1")
+            except zmq.ZMQError:  # a closed socket lets go of its port a moment later
+                if time.monotonic() > until:
+                    socket.close()
+                    raise
+                time.sleep(0.05)
         self._thread = threading.Thread(target=self._main, args=(socket, self._stop), daemon=True)
         self._thread.start()
 
@@ -567,7 +576,7 @@ class Registry:
 
     def close(self) -> None:
         self.end()
-        self._context.term()
+        self._context.destroy(linger=0)  # term would wait for ever for a socket that a failure left open
 
     def _main(self, socket: Any, stop: threading.Event) -> None:
         while not stop.is_set():
