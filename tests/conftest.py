@@ -6,6 +6,7 @@ import getpass
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,12 @@ settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 _NUMBERS = itertools.count()
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and its children inherit that: here it means what it means in a terminal."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Disturbed:

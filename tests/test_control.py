@@ -826,11 +826,13 @@ def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path:
         [sys.executable, "-m", "advisor", "control", "run", server, "--policy", "online-report", "--tick", "0.1"],
         stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
-    assert child.stdout is not None
-    assert "hold" in child.stdout.readline()
-    child.send_signal(signal.SIGINT)
-    said = child.stdout.read()
-    assert child.wait(20) == 0
-    child.stdout.close()
-    assert "stopping" in said
+    try:
+        assert child.stdout is not None
+        assert "hold" in child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        said, _ = child.communicate(timeout=60)
+        assert child.returncode == 0
+        assert "stopping" in said
+    finally:
+        child.kill()
     assert control.get().settled(before)
