@@ -111,7 +111,6 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
             (traces.to_arrow if name == "pyarrow" else traces.to_pandas)(rows())
 
 
-@pytest.mark.timed
 def test_the_notebook_shaped_tour_runs(tmp_path: Path) -> None:
     """docs/examples/tour.py from its first cell to its last, in an empty folder; it ends with a recommendation or the next
     measurement, and with rows of three runs."""

@@ -633,7 +633,6 @@ def test_replay_show_export_and_compare(
     assert "no run has id 99" in capsys.readouterr().err
 
 
-@pytest.mark.timed
 def test_a_long_trace_is_read_while_it_is_replayed(
     endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -776,7 +775,6 @@ def test_a_worker_without_a_master_is_refused_its_address(capsys: pytest.Capture
     assert "HOST:PORT" in capsys.readouterr().err
 
 
-@pytest.mark.timed
 @pytest.mark.parametrize("text", [False, True])
 def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_path: Path, text: bool) -> None:
     """Prompts that begin with the trace's blocks hit the server's prefix cache as often as the simulator says; others do not."""
