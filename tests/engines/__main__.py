@@ -1,6 +1,6 @@
 """Install and start live engines on loopback, measure them as a user would, and print the table.
 
-    python -m tests.engines [--only WORDS] [--keep FOLDER] [--tries N] [--lenient] [--install-s SECONDS]
+    python -m tests.engines [--only WORDS] [--keep FOLDER] [--tries N] [--install-s SECONDS]
 
 Each engine has an environment of its own in ``.venv-engines/``, installed from the package index the first time. Exit code 1 when
 one could not be installed or started, when a request was lost, or when something is not as it should be.
@@ -31,9 +31,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="engines whose name this regular expression finds")
     parser.add_argument("--keep", type=Path, help="keep logs and the database in this folder [default: removed]")
     parser.add_argument("--tries", type=int, default=1, help="measure again what failed, so often in all [default: 1]")
-    parser.add_argument(
-        "--lenient", action="store_true", help="say, and do not fail, where the package index does not deliver"
-    )
     parser.add_argument(
         "--install-s", type=float, default=lab.INSTALL_S, help="seconds that an environment may take [1800]"
     )
@@ -72,7 +69,7 @@ def main() -> int:
     )
     for line in lines:
         print(line.row())
-    return 1 if any(line.wrong and not (line.absent and options.lenient) for line in lines) else 0
+    return 1 if any(line.wrong for line in lines) else 0
 
 
 if __name__ == "__main__":
