@@ -113,6 +113,11 @@ class Verdict:
     lag_max_ms: float
 
 
+def ttft_limit_s(slo: Slo | None) -> float:
+    """What lateness is measured by: the SLO's TTFT limit in seconds, LAG_LIMIT_S where it names none."""
+    return (slo.limit("ttft") if slo else None) or LAG_LIMIT_S
+
+
 def verdict(observations: Observations, slo: Slo | None = None) -> Verdict:
     """Was the generator the bottleneck?
 
@@ -123,7 +128,7 @@ def verdict(observations: Observations, slo: Slo | None = None) -> Verdict:
 
 def lateness(lag: Floats, unsent: int, slo: Slo | None = None) -> Verdict:
     """The verdict from send lags in seconds (NaN where nothing was sent) and the number of requests never sent."""
-    limit = (slo.limit("ttft") if slo else None) or LAG_LIMIT_S
+    limit = ttft_limit_s(slo)
     p50, p99 = quantile(lag, 0.5), quantile(lag, 0.99)
     worst = quantile(lag, 1.0)
     words = f"send lag p99 {p99 * 1e3:.1f} ms of {limit * 1e3:g} ms TTFT limit"
@@ -139,7 +144,7 @@ def lateness(lag: Floats, unsent: int, slo: Slo | None = None) -> Verdict:
 def late_word(p99_s: float, slo: Slo | None = None, *, degrades_s: float = math.inf) -> str:
     """``valid``, ``degraded`` or ``invalid`` for something that was this late at p99: over 5 % of the TTFT limit, or over
     ``degrades_s`` where that is less, and over 10 % of the limit."""
-    limit = (slo.limit("ttft") if slo else None) or LAG_LIMIT_S
+    limit = ttft_limit_s(slo)
     if p99_s > 0.10 * limit:
         return "invalid"
     return "degraded" if p99_s > min(0.05 * limit, degrades_s) else "valid"

@@ -17,7 +17,7 @@ from advisor.report.digest import METRICS, QUANTILES, Digest, Over, Traffic
 from advisor.report.draw import short
 from advisor.report.parts import How, Mark, Plot, Report, Rule, Section, Table
 from advisor.report.whatif import Case, turning_points
-from traces.measures import LAG_LIMIT_S, Slo
+from traces.measures import Slo, ttft_limit_s
 from traces.records import Fleet, Floats
 
 DRAWN = 12
@@ -772,7 +772,7 @@ def laws(runs: Sequence[Digest], answer: Mapping[str, Any]) -> list[Section]:
 
 def lag(runs: Sequence[Digest], slo: Slo) -> Section:
     """The generator's own lag and the verdicts."""
-    limit = slo.limit("ttft") or LAG_LIMIT_S
+    limit = ttft_limit_s(slo)
     drawn, note = _drawn([d for d in runs if np.isfinite(d.requests.values["lag_p99_s"]).any()])
     marks = [Mark(d.name, d.requests.at_s, d.requests.values["lag_p99_s"] * 1e3, look=k) for k, d in enumerate(drawn)]
     rules = [Rule("y", 0.05 * limit * 1e3, f"degraded above {0.05 * limit * 1e3:.3g} ms (p99 of the run)")]
