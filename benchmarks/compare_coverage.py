@@ -18,10 +18,11 @@ from dataclasses import replace
 import numpy as np
 
 from advisor.compare import binned, compare
+from tests.test_compare import queue
 from tests.test_features import run_of
 from traces import __version__
 from traces.measures import Slo
-from traces.records import Fleet, Observations
+from traces.records import Fleet
 
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
 METRICS = ("goodput_per_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "e2e_p90_s", "attainment")
@@ -29,30 +30,15 @@ CASES = ((0.5, 3000), (0.7, 3000), (0.7, 10_000), (0.9, 3000), (0.9, 10_000))
 """(load, requests at 10/s)."""
 
 
-def queue(seed: int, load: float, n: int, traffic: int, slower: float = 1.0) -> Observations:
-    """A single server (Lindley): done = sum of service + the most that an arrival was ahead of the work before it."""
-    due = np.cumsum(np.random.default_rng(10_000 + traffic).exponential(0.1, n))
-    service = np.random.default_rng(2_000_003 + seed).exponential(0.1 * load * slower, n)
-    work = np.cumsum(service)
-    done = work + np.maximum.accumulate(due - (work - service))
-    rows = Observations.empty(n)
-    rows.index[:] = np.arange(n)
-    rows.due_s[:] = rows.sent_s[:] = rows.dispatch_s[:] = due
-    rows.first_token_s[:] = done
-    rows.last_token_s[:] = done + 0.03 * 9
-    rows.output_tokens[:] = rows.requested_tokens[:] = 10
-    rows.prompt_tokens[:] = rows.requested_prompt_tokens[:] = 100
-    rows.status[:] = "ok"
-    return rows
-
-
 def shares(load: float, n: int, slower: float, pairs: int) -> tuple[dict[str, float], float]:
     """(metric -> share of pairs with a verdict, share of pairs that were too short for one)."""
     run = replace(run_of(Fleet(2, 2)), id=1, trace="t", schedule_digest="d", slo=str(SLO))
     told, short = dict.fromkeys(METRICS, 0), 0
     for k in range(pairs):
-        a = binned(run, queue(2 * k, load, n, k), SLO)
-        b = binned(replace(run, id=2), queue(2 * k + 1, load, n, k, slower), SLO)
+        # Draws that the tests do not use.
+        seed, traffic = 1_999_003 + 2 * k, 10_000 + k
+        a = binned(run, queue(seed, 1.0, n, load, traffic), SLO)
+        b = binned(replace(run, id=2), queue(seed + 1, slower, n, load, traffic), SLO)
         found = {d.metric: d for d in compare(a, b).differences}
         short += bool(found["ttft_p50_s"].why)
         for metric in METRICS:
