@@ -23,7 +23,7 @@ import numpy as np
 
 from advisor.features import RunData
 from loadgen.cluster import Profile, SimResult, simulate
-from traces.measures import Slo
+from traces.measures import Slo, quantiles
 from traces.records import Fleet, Floats, Observations, Schedule
 
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -137,7 +137,7 @@ def _quantiles(values: Floats, at: Sequence[float]) -> Floats:
     values = values[np.isfinite(values)]
     if len(values) < 5:
         return np.full(len(at), np.nan)
-    return np.asarray(np.log(np.maximum(np.quantile(values, at), 1e-5)), dtype=float)
+    return np.asarray(np.log(np.maximum(quantiles(values, at), 1e-5)), dtype=float)
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,6 +154,7 @@ def draw(seed: int, broken: str | None = None, gpus: int | None = None) -> World
     raise InputError(f"seed {seed} makes no scenario")
 
 
+@functools.lru_cache(maxsize=2)
 def sweep(world: World) -> dict[Fleet, Summary]:
     """The truth: every split, on the traffic asked about, with the true laws."""
     return {fleet: summarise(world.truth(world.asked, fleet), world.slo) for fleet in Fleet.splits(world.gpus)}

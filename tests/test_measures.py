@@ -22,6 +22,7 @@ from traces.measures import (
     lateness,
     meets,
     met,
+    quantiles,
     span_s,
     summarise,
     ttft_parts,
@@ -37,6 +38,12 @@ def answers(n: int, *, ttft: float = 0.1, lag: float = 0.0, gap: float = 1.0) ->
             for i in range(n)
         ]
     )
+
+
+@given(st.lists(st.floats(1e-5, 1e5), min_size=1, max_size=60), st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_quick_quantiles_are_those_of_numpy(values: list[float], at: list[float]) -> None:
+    """To the last bit: the same data and seed must give the same answer whichever is asked."""
+    assert quantiles(np.array(values), at).tolist() == np.quantile(values, at).tolist()
 
 
 @pytest.mark.parametrize(

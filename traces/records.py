@@ -14,7 +14,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -319,23 +319,23 @@ class Observations:
     @classmethod
     def empty(cls, n: int = 0) -> Observations:
         """n rows in which nothing happened: no times (NaN), no counts (-1), status ``unsent``."""
-        columns: dict[str, Any] = {}
-        for f in fields(cls):
-            if f.name.endswith("_s"):
-                columns[f.name] = np.full(n, np.nan)
-            elif f.name == "status":
-                columns[f.name] = np.full(n, "unsent", dtype=object)
-            elif f.type == "Texts":
-                columns[f.name] = np.full(n, "", dtype=object)
-            else:
-                columns[f.name] = np.full(n, 0 if f.name in ("chunks", "http_status") else -1, dtype=np.int64)
-        return cls(**columns)
+        return cls(**{f.name: cls._nothing(f, n) for f in fields(cls)})
+
+    @staticmethod
+    def _nothing(column: Field[Any], n: int) -> npt.NDArray[Any]:
+        """A column of n rows in which nothing happened."""
+        name = column.name
+        if name.endswith("_s"):
+            return np.full(n, np.nan)
+        if column.type == "Texts":
+            return np.full(n, "unsent" if name == "status" else "", dtype=object)
+        return np.full(n, 0 if name in ("chunks", "http_status") else -1, dtype=np.int64)
 
     @classmethod
     def of(cls, index: Ints, **columns: Any) -> Observations:
         """Rows of these columns; in the others nothing happened."""
-        rows = cls.empty(len(index))
-        return cls(**{name: getattr(rows, name) for name in cls.columns()} | {"index": index} | columns)
+        held = {"index": index} | columns
+        return cls(**held, **{f.name: cls._nothing(f, len(index)) for f in fields(cls) if f.name not in held})
 
     @classmethod
     def unsent(cls, schedule: Schedule) -> Observations:

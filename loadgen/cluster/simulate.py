@@ -224,25 +224,22 @@ def _held_s(cluster: Cluster, start: float, end: float) -> dict[str, float]:
 
 
 def _filled(schedule: Schedule, sent: np.ndarray, first: np.ndarray, last: np.ndarray, gap: np.ndarray) -> Observations:
-    rows = Observations.unsent(schedule)
-    n = len(rows)
+    n = len(schedule)
     return Observations.of(
-        rows.index,
+        schedule.index,
         worker=np.zeros(n, dtype=np.int64),
-        due_s=rows.due_s,
+        due_s=schedule.due_s,
         dispatch_s=sent,
         sent_s=sent,
         first_byte_s=first,
         first_token_s=first,
         last_token_s=last,
-        requested_prompt_tokens=rows.requested_prompt_tokens,
-        requested_tokens=rows.requested_tokens,
-        prompt_tokens=rows.requested_prompt_tokens,
-        output_tokens=rows.requested_tokens,
-        chunks=rows.requested_tokens,
+        requested_prompt_tokens=schedule.prompt_tokens,
+        requested_tokens=schedule.output_tokens,
+        prompt_tokens=schedule.prompt_tokens,
+        output_tokens=schedule.output_tokens,
+        chunks=schedule.output_tokens,
         max_gap_s=gap,
         http_status=np.full(n, 200, dtype=np.int64),
         status=np.full(n, "ok", dtype=object),
-        error=rows.error,
-        detail=rows.detail,
     )
