@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,11 @@ from advisor.features import RunData
 from advisor.recommend import POINT_REQUESTS, Recommendation, recommend
 from advisor.telling import Note, silent
 from advisor.windows import Question
+from loadgen.cluster import Profile
 from traces import __version__
 from traces.errors import InputError, NotEnoughDataError
 from traces.measures import Slo
-from traces.records import Fleet, Observations, Run, Schedule
+from traces.records import CLOSED_LOOP, Fleet, Observations, Run, Schedule
 from traces.shape import head, joined, to_rate
 from traces.store import EXACT_ROWS, Store
 
@@ -113,6 +115,44 @@ def _asked(store: Store, trace: str | None, latest: Run, requests: int | None) -
     return store.schedule(name, most=requests if known.get(name, 0) > LONG_TRACE else None), 1
 
 
+def _only_means(store: Store, means: Sequence[Run]) -> str:
+    """Why means of closed loops give no answer about a rate, what they can be asked, and what to measure."""
+    held = store.aggregates([run.id for run in means])
+    most = max((one.concurrency for one in held.values()), default=1.0)
+    return (
+        f"{len(means)} runs are means of closed loops, at most {most:g} requests in flight: they do not tell how requests queue "
+        f"that come at a rate. Ask what they know with --concurrency {most:g}, or measure next: steelyard replay TRACE "
+        f"--endpoint URL --fleet {means[-1].fleet}"
+    )
+
+
+APART = 0.25
+"""A mean TPOT that differs by this share from what the laws say is named."""
+
+
+def beside_means(store: Store, means: Sequence[Run], laws: Profile) -> list[str]:
+    """Means of closed loops stay out of the laws; but the decode step they saw, at the batch of Little's law, is compared."""
+    if not means:
+        return []
+    held = store.aggregates([run.id for run in means])
+    off = []
+    for run in means:
+        one = held.get(run.id)
+        if one is None or run.fleet is None:
+            continue
+        in_decode = one.concurrency * (one.output_tokens - 1) * one.tpot_s / one.e2e_s / run.fleet.decode
+        batch = max(1.0, min(in_decode, laws.max_batch))
+        told = laws.step_s(batch, batch * (one.prompt_tokens + one.output_tokens / 2))
+        if abs(math.log(told / one.tpot_s)) > math.log(1 + APART):
+            off.append(
+                f"run {run.id} ({run.fleet}, {one.concurrency:g} in flight): {one.tpot_s * 1e3:.3g} against {told * 1e3:.3g} ms"
+            )
+    said = f"{len(means)} means of closed loops are not in the laws: ask them with --concurrency"
+    if off:
+        said += f". Of {len(off)} the TPOT differs from what the laws say at that batch: {'; '.join(off[:3])}"
+    return [said]
+
+
 def advise(
     store: Store,
     *,
@@ -143,7 +183,11 @@ def advise(
     an answer may come, if requests can wait. gpu_hour_usd, target_rate_per_s: see :mod:`advisor.cost`.
     audit: leave runs out and say how far off the advisor is (:mod:`advisor.audit`); what spoils the data is said in any case.
     """
-    runs = choose_runs(store, ids=run_ids, group=group, endpoint=endpoint)
+    chosen = choose_runs(store, ids=run_ids, group=group, endpoint=endpoint)
+    means = [run for run in chosen if run.policy == CLOSED_LOOP]
+    runs = [run for run in chosen if run.policy != CLOSED_LOOP]
+    if not runs:
+        raise NotEnoughDataError(_only_means(store, means))
     latest = runs[-1]
     per_worker = gpus_per_worker or latest.gpus_per_worker
     if gpus is None:
@@ -182,6 +226,7 @@ def advise(
         )
     if not (slo or latest.slo):
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
+    answer.warnings.extend(beside_means(store, means, answer.fit.profile))
     used = [one for one in data if one.run.id in set(answer.runs)]
     answer.warnings.extend(confounders(used))
     extra: dict[str, Any] = {}

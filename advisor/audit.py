@@ -177,6 +177,8 @@ def confounders(data: Sequence[RunData]) -> list[str]:
     found = []
     for word, values in (
         ("engines", {one.run.engine for one in data}),
+        # The reference endpoint gives its profile for a version.
+        ("engine versions", {one.run.engine_version for one in data if one.run.engine_version and not one.run.profile}),
         ("models", {one.run.model for one in data}),
         ("reference profiles", {one.run.profile for one in data if one.run.profile}),
         ("sizes of worker", {"{},{} GPUs".format(*one.run.gpus_per_worker) for one in data}),

@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,14 @@ from traces.formats import BadRowError
 from traces.formats.generic import UNITS
 from traces.formats.jsonl import at, parse
 from traces.measures import Slo, counts, verdict
-from traces.records import STATUSES, Fleet, Observations, Run
+from traces.records import CLOSED_LOOP, STATUSES, Aggregate, Fleet, Observations, Run
 from traces.store import Store
+
+AGGREGATES = ("concurrency", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s")
+"""Names of a CSV or JSONL of means at a fixed concurrency, all of them needed."""
+
+OF_AGGREGATES = ("prefill", "decode", "prefill_gpus", "decode_gpus", "engine", "engine_version", "model", "endpoint")
+"""What else such a row may say; without it the options of ``runs import`` hold. endpoint: where it ran, e.g. a GPU's name."""
 
 COLUMNS = ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status")
 """Names of a CSV or JSONL of rows; ``--map due_s=COLUMN,...`` renames. ``status`` and one of due_s and sent_s may be missing."""
@@ -68,6 +74,18 @@ class Measured:
 
 def read(path: Path, names: Mapping[str, str] | None = None, unit: str = "s") -> list[Measured]:
     """The runs of a file, recognised by its content, or by the user's names. InputError says what it is not."""
+    text = _text(path)
+    try:
+        found = _read(text, names, unit)
+    except BadRowError as bad:
+        raise InputError(f"{path}: {bad}. Nothing was stored.") from None
+    for one in found:
+        if not one.rows:
+            raise InputError(f"{path}: holds a run without a request. Nothing was stored.")
+    return found
+
+
+def _text(path: Path) -> str:
     try:
         if not path.is_file():
             raise InputError(
@@ -77,18 +95,10 @@ def read(path: Path, names: Mapping[str, str] | None = None, unit: str = "s") ->
             raise InputError(
                 f"{path}: is larger than {MOST_BYTES >> 30} GiB. Split it, or import rows as CSV with --map."
             )
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         words = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({words}).") from None
-    try:
-        found = _read(text, names, unit)
-    except BadRowError as bad:
-        raise InputError(f"{path}: {bad}. Nothing was stored.") from None
-    for one in found:
-        if not one.rows:
-            raise InputError(f"{path}: holds a run without a request. Nothing was stored.")
-    return found
 
 
 def _read(text: str, names: Mapping[str, str] | None, unit: str) -> list[Measured]:
@@ -232,13 +242,13 @@ def _vllm(result: dict[str, Any]) -> Measured:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def parse_names(text: str) -> dict[str, str]:
+def parse_names(text: str, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
     """``due_s=start,first_token_s=ttft_at`` as a dict of ours -> theirs. InputError names what is unknown."""
     found: dict[str, str] = {}
     for term in filter(None, (t.strip() for t in text.split(","))):
         ours, _, theirs = term.partition("=")
-        if ours.strip() not in COLUMNS or not theirs.strip():
-            raise InputError(f"--map takes {', '.join(f'{c}=..' for c in COLUMNS)} (got {term!r}).")
+        if ours.strip() not in columns or not theirs.strip():
+            raise InputError(f"--map takes {', '.join(f'{c}=..' for c in columns)} (got {term!r}).")
         found[ours.strip()] = theirs.strip()
     return found
 
@@ -333,6 +343,138 @@ def _count(*values: Any) -> int:
     return -1
 
 
+# --- means at a fixed concurrency -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """One row of means, with what it says of the system; None and "" where it does not."""
+
+    held: Aggregate
+    fleet: Fleet | None
+    gpus_per_worker: tuple[int | None, int | None]
+    words: dict[str, str]
+
+
+def read_aggregates(path: Path, names: Mapping[str, str] | None = None, unit: str = "s") -> list[Mean]:
+    """The rows of a CSV or JSONL of :data:`AGGREGATES`. unit: of TTFT and TPOT. InputError says which line is wrong."""
+    text = _text(path)
+    try:
+        if not text.strip():
+            raise BadRowError("empty", "the file is empty")
+        if text.lstrip().startswith("{"):
+            records: Iterator[tuple[int, Any]] = _records(text)
+        else:
+            reader = csv.DictReader(text.splitlines())
+            reader.fieldnames = [c.strip() for c in reader.fieldnames or ()]
+            records = ((reader.line_num, record) for record in reader)
+        found = [_mean(record, number, names or {}, 1e6 / UNITS[unit]) for number, record in records]
+        if not found:
+            raise BadRowError("empty", "the file holds no row")
+    except BadRowError as bad:
+        raise InputError(f"{path}: {bad}. Nothing was stored.") from None
+    return found
+
+
+def _mean(record: Any, number: int, names: Mapping[str, str], per_s: float) -> Mean:
+    def held(ours: str, least: float = 0.0, per: float = 1.0) -> float:
+        theirs = names.get(ours, ours)
+        value = _number(at(record, theirs), per, number, theirs)
+        if not value > least and not (value == least > 0):
+            said = f"at least {least:g}" if least else "above 0"
+            got = at(record, theirs)
+            if got is None:
+                raise BadRowError(
+                    "no_column", f"line {number}: no {theirs}: rename with --map, e.g. --map {ours}=COLUMN"
+                )
+            raise BadRowError("bad_row", f"line {number}: {theirs} must be {said} (got {str(got)[:40]!r})")
+        return value
+
+    def whole(ours: str) -> int | None:
+        theirs = names.get(ours, ours)
+        value = _number(at(record, theirs), 1.0, number, theirs)
+        if math.isnan(value):
+            return None
+        if value < 1 or value != int(value):
+            raise BadRowError("bad_row", f"line {number}: {theirs} must be an integer >= 1 (got {value:g})")
+        return int(value)
+
+    times = {"ttft_s": per_s, "tpot_s": per_s}
+    numbers = [held(name, 1.0 if name.endswith("tokens") else 0.0, times.get(name, 1.0)) for name in AGGREGATES]
+    prefill, decode = whole("prefill"), whole("decode")
+    if (prefill is None) != (decode is None):
+        raise BadRowError("bad_row", f"line {number}: prefill without decode workers, or the other way round")
+    words = {
+        name: printable(str(value)).strip()[:200]
+        for name in OF_AGGREGATES[4:]
+        if (value := at(record, names.get(name, name))) not in (None, "")
+    }
+    fleet = Fleet(prefill, decode) if prefill is not None and decode is not None else None
+    return Mean(Aggregate(*numbers), fleet, (whole("prefill_gpus"), whole("decode_gpus")), words)
+
+
+def store_aggregates(
+    store: Store,
+    means: Sequence[Mean],
+    *,
+    name: str,
+    fleet: Fleet | None = None,
+    endpoint: str = "",
+    engine: str = "openai",
+    engine_version: str = "",
+    model: str = "",
+    group: str = "",
+    slo: Slo | None = None,
+    gpus_per_worker: tuple[int, int] = (1, 1),
+) -> list[Run]:
+    """Store each row as a run of its own, all or none; the same rows again change nothing. Options hold where a row is silent."""
+    if any(one.fleet is None for one in means) and fleet is None:
+        raise InputError(
+            "a row does not say its prefill and decode workers: name the columns with --map, or give --fleet."
+        )
+    made: list[tuple[Run, Aggregate]] = []
+    whole = hashlib.sha256()
+    for one in means:
+        run = Run(
+            name=name,
+            trace=name,
+            schedule_digest="",
+            scheduled=0,
+            endpoint=one.words.get("endpoint", endpoint),
+            engine=one.words.get("engine", engine)[:40],
+            model=one.words.get("model", model),
+            fleet=one.fleet or fleet,
+            started_unix_s=time.time(),
+            workers=0,
+            gpus_per_worker=(
+                one.gpus_per_worker[0] or gpus_per_worker[0],
+                one.gpus_per_worker[1] or gpus_per_worker[1],
+            ),
+            changes=("imported from means at a fixed concurrency",),
+            policy=CLOSED_LOOP,
+            slo=str(slo) if slo else "",
+            version=__version__,
+            engine_version=one.words.get("engine_version", engine_version)[:80],
+            complete=True,
+            verdict="degraded",
+            reason=f"means of a closed loop, {one.held.concurrency:g} requests in flight: it says nothing about a rate",
+        )
+        said = (
+            asdict(one.held),
+            str(run.fleet),
+            run.gpus_per_worker,
+            run.engine,
+            run.engine_version,
+            run.model,
+            run.endpoint,
+        )
+        digest = hashlib.sha256(repr(said).encode())
+        whole.update(digest.digest())
+        made.append((replace(run, schedule_digest=digest.hexdigest()), one.held))
+    group = group or f"import {whole.hexdigest()[:16]}"
+    return store.add_aggregates([(replace(run, group=group), held) for run, held in made])
+
+
 # --- into the database -----------------------------------------------------------------------------------------------
 
 
@@ -366,6 +508,7 @@ def store_run(
     fleet: Fleet,
     endpoint: str = "",
     engine: str = "openai",
+    engine_version: str = "",
     model: str = "",
     group: str = "",
     slo: Slo | None = None,
@@ -402,6 +545,7 @@ def store_run(
         slo=str(slo) if slo else "",
         group=group,
         version=__version__,
+        engine_version=engine_version[:80],
     )
     run = store.begin_run(run)
     store.add_observations(run.id, rows)

@@ -207,6 +207,7 @@ def replay(
         group=group,
         profile=profile,
         version=__version__,
+        engine_version=found.version[:80],
     )
     # Nothing is cached by accident: the salt differs from run to run. The seed decides what is asked, not its filler.
     salt = random.SystemRandom().getrandbits(60)

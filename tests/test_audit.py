@@ -77,6 +77,8 @@ def test_what_spoils_the_data_is_named(runs: list[RunData]) -> None:
     assert confounders(runs) == []
     mixed = [*runs[:2], replace(runs[2], run=replace(runs[2].run, engine="sglang"))]
     assert any("mixed engines" in line for line in confounders(mixed))
+    said = [replace(one, run=replace(one.run, engine_version=f"0.{31 + k}")) for k, one in enumerate(runs[:2])]
+    assert any("mixed engine versions: 0.31, 0.32" in line for line in confounders([*said, runs[2]]))
     late = replace(runs[0], run=replace(runs[0].run, lag_p99_ms=400.0))
     assert any("late at p99" in line for line in confounders([late]))
     half = float(runs[0].observations.prompt_lengths.sum()) / 2

@@ -84,6 +84,7 @@ def test_known_truth(store: Store, swarm: Swarm, endpoint: str) -> None:
     assert run.counts == {"ok": 100}
     assert run.complete
     assert (run.engine, run.model, run.profile, run.fleet) == ("reference", "constant", "constant", Fleet(4, 4))
+    assert run.engine_version == "profile constant"  # what the reference endpoint says of itself
     with urllib.request.urlopen(endpoint + "/log", timeout=10) as answer:
         log = list(csv.DictReader(io.StringIO(answer.read().decode())))
     theirs = {int(r["id"].rpartition("-")[2]): r for r in log[-100:]}

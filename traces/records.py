@@ -559,6 +559,35 @@ class Decision:
     repeats: int = 1
 
 
+CLOSED_LOOP = "closed-loop"
+"""Policy of a run that is an :class:`Aggregate`: a fixed number of requests in flight, no arrivals, no rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Means of a run in which ``concurrency`` requests were always in flight: a request is sent when one ends.
+
+    prompt_tokens, output_tokens: mean lengths, at least 1. ttft_s, tpot_s: means, > 0. Nothing here says how requests queue that
+    arrive at a rate of their own.
+    """
+
+    concurrency: float
+    prompt_tokens: float
+    output_tokens: float
+    ttft_s: float
+    tpot_s: float
+
+    @property
+    def e2e_s(self) -> float:
+        """Mean seconds of a request: TTFT + (output_tokens - 1) TPOT."""
+        return self.ttft_s + (self.output_tokens - 1) * self.tpot_s
+
+    @property
+    def throughput_per_s(self) -> float:
+        """Requests a second by Little's law: concurrency / E2E."""
+        return self.concurrency / self.e2e_s
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One replay of one schedule against one fleet; what is known before, and, when it has ended, what came of it.
@@ -605,6 +634,9 @@ class Run:
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     """Load worker -> cpu_s, CPU seconds of its process during the run, and max_stall_s, the longest its loop stood still;
     of a worker elsewhere clock_drift_s, by how much its clock and the master's drifted apart."""
+
+    engine_version: str = ""
+    """Of the engine that was measured, as its server or the user said it; "" where nobody did."""
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Server worker -> its role, weight, URLs, id, and fields: what was read -> the engine's own name for it."""

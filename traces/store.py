@@ -38,6 +38,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +59,19 @@ from traces.credentials import read_secret
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import unpack
 from traces.measures import Figures, Slo
-from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Ints, Observations, Run, Sample, Schedule
+from traces.records import (
+    Aggregate,
+    Decision,
+    Feed,
+    Fleet,
+    FleetChange,
+    Histogram,
+    Ints,
+    Observations,
+    Run,
+    Sample,
+    Schedule,
+)
 from traces.shape import joined
 
 T = TypeVar("T")
@@ -146,7 +159,16 @@ runs = sa.Table(
     sa.Column("counts", sa.JSON, nullable=False),
     sa.Column("costs", sa.JSON, nullable=False, server_default="{}"),
     sa.Column("sources", sa.JSON, nullable=False, server_default="{}"),
+    sa.Column("engine_version", sa.String(80), nullable=False, server_default=""),
 )
+
+aggregates = sa.Table(
+    "aggregates",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    *(sa.Column(f.name, sa.Double, nullable=False) for f in fields(Aggregate)),
+)
+"""Of runs that are means at a fixed concurrency; they have no other rows."""
 
 observations = sa.Table(
     "observations",
@@ -1002,6 +1024,37 @@ class Store:
                 self.figures(run)
         return run
 
+    def add_aggregates(self, measured: Sequence[tuple[Run, Aggregate]]) -> list[Run]:
+        """Store runs that are means, all or none; those of the same group and digest that are there stay as they are."""
+        keys = [sha256(f"{run.group}\0{run.schedule_digest}".encode()).hexdigest()[:32] for run, _ in measured]
+        rows = [
+            _run_values(replace(run, ended=True)) | {"key": key} for key, (run, _) in zip(keys, measured, strict=True)
+        ]
+
+        def write(connection: sa.Connection) -> dict[str, int]:
+            for row in rows:
+                connection.execute(_once(connection, runs), [row])
+            known: dict[str, int] = {}
+            for at in range(0, len(keys), ROWS_A_STATEMENT):
+                query = sa.select(runs.c.key, runs.c.id).where(runs.c.key.in_(keys[at : at + ROWS_A_STATEMENT]))
+                known |= {key: int(number) for key, number in connection.execute(query)}
+            for key, (_, held) in zip(keys, measured, strict=True):
+                connection.execute(_once(connection, aggregates), [{"run_id": known[key]} | asdict(held)])
+            return known
+
+        ids = self._write(write)
+        return [replace(run, id=ids[key], ended=True) for key, (run, _) in zip(keys, measured, strict=True)]
+
+    def aggregates(self, ids: Sequence[int]) -> dict[int, Aggregate]:
+        """Run -> its means, of those runs that have them."""
+        found = {}
+        with self._begin() as connection:
+            for at in range(0, len(ids), ROWS_A_STATEMENT):
+                query = sa.select(aggregates).where(aggregates.c.run_id.in_(list(ids[at : at + ROWS_A_STATEMENT])))
+                for row in connection.execute(query):
+                    found[int(row.run_id)] = Aggregate(*(getattr(row, f.name) for f in fields(Aggregate)))
+        return found
+
     def runs(self, *, group: str | None = None, ids: Sequence[int] | None = None) -> list[Run]:
         """Runs in the order in which they were begun; of one group, or those named."""
         query = sa.select(runs).order_by(runs.c.id)
@@ -1026,7 +1079,16 @@ class Store:
         self.run(id)
 
         def write(connection: sa.Connection) -> None:
-            for table in (observations, samples, histograms, fleet_changes, decisions, summaries, recommendation_runs):
+            for table in (
+                aggregates,
+                observations,
+                samples,
+                histograms,
+                fleet_changes,
+                decisions,
+                summaries,
+                recommendation_runs,
+            ):
                 connection.execute(table.delete().where(table.c.run_id == id))
             connection.execute(runs.delete().where(runs.c.id == id))
 

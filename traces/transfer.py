@@ -59,6 +59,8 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
     try:
         for table in ("runs", *OF_A_RUN):
             wanted = set(store.columns(table))
+            if table not in ("runs", "observations") and not (folder / f"{table}.parquet").exists():
+                continue  # an older steelyard had no such table
             with pq.ParquetFile(folder / f"{table}.parquet") as file:
                 unknown = set(file.schema_arrow.names) - wanted
                 if unknown:

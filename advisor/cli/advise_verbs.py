@@ -70,6 +70,12 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     help="Whether the split should stand still, move by thresholds, or work be collected and ordered; auto chooses.",
 )
 @click.option(
+    "--concurrency",
+    type=click.FloatRange(min=1),
+    metavar="N",
+    help="Ask means of closed loops (runs import --aggregate) instead: which split serves most with N requests in flight?",
+)
+@click.option(
     "--deadline",
     "deadline_s",
     type=click.FloatRange(min=0, min_open=True),
@@ -118,6 +124,7 @@ def advise(
     auto: bool,
     url: str | None,
     budget: str,
+    concurrency: float | None,
     **options: Any,
 ) -> None:
     """Recommend a P:D ratio from stored runs: fitted laws, every split simulated on the trace, with intervals.
@@ -125,6 +132,9 @@ def advise(
     And whether it should ever move: the thresholds of the answer run as they are with replay --policy online
     --recommendation ID.
     """
+    if concurrency is not None:
+        ask_closed(db, as_json, concurrency, options)
+        return
     if auto and not url:
         raise click.UsageError("--auto measures: give the --endpoint URL.")
     if url and not auto:
@@ -151,6 +161,72 @@ def advise(
     else:
         show(answer.recommendation)
         show_choice(answer)
+
+
+def ask_closed(db: str, as_json: bool, concurrency: float, options: dict[str, Any]) -> None:
+    """The question of a closed loop: answer it from means, and print that."""
+    from advisor.advise import choose_runs
+    from advisor.closed import advise_closed
+    from traces.measures import Slo
+    from traces.store import open_store
+
+    context = click.get_current_context()
+    takes = ("gpus", "slo", "trace", "run_ids", "group", "endpoint", "gpus_per_worker", "seed")
+    other = [name for name in context.params if _given(context, name)]
+    for name in other:
+        if name not in (*takes, "concurrency", "as_json", "db"):
+            word = next(p.opts[0] for p in context.command.params if p.name == name)
+            raise click.UsageError(f"{word} asks about traffic that comes at a rate: not with --concurrency.")
+    lengths = None
+    with open_store(db, create=False) as store:
+        runs = choose_runs(store, ids=options["run_ids"], group=options["group"], endpoint=options["endpoint"])
+        if options["trace"]:
+            asked = store.schedule(options["trace"])
+            lengths = float(asked.prompt_tokens.mean()), float(asked.output_tokens.mean())
+        answer = advise_closed(
+            store,
+            runs,
+            concurrency,
+            gpus=options["gpus"],
+            slo=Slo.parse(options["slo"]) if options["slo"] else None,
+            gpus_per_worker=pair(options["gpus_per_worker"]) if options["gpus_per_worker"] else None,
+            lengths=lengths,
+            seed=options["seed"],
+        )
+    if as_json:
+        emit_json(answer.as_json() | {"recommendation": answer.id})
+    else:
+        show_closed(answer)
+
+
+def show_closed(answer: Any) -> None:
+    """Print an answer about a closed loop for people."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = messages()
+    console.print(f"[bold]{escape(answer.sentence)}[/bold]")
+    table = Table(box=None, pad_edge=False)
+    for name in ("P:D", "req/s", "mean TTFT s", "mean TPOT ms", "mean E2E s", "within SLO", "measured", ""):
+        table.add_column(name, justify="left" if name in ("P:D", "") else "right")
+    for c in answer.candidates:
+        cells = []
+        for name, unit in (("throughput_per_s", 1.0), ("ttft_s", 1.0), ("tpot_s", 1e3), ("e2e_s", 1.0)):
+            f = c.figures[name]
+            between = f" \\[{f['low'] * unit:.3g}, {f['high'] * unit:.3g}]" if f["low"] == f["low"] else ""
+            cells.append(f"{f['value'] * unit:.3g}{between}")
+        word = "recommended" if c is answer.best else "runner-up" if c is answer.runner_up else ""
+        said = ("yes" if c.meets else "no", "yes" if c.measured else "no", word or c.extrapolated)
+        table.add_row(str(c.fleet), *cells, *said, style="bold" if word == "recommended" else None)
+    console.print(table)
+    errors = ", ".join(f"{name} {error:.1%}" for name, error in answer.errors.items())
+    console.print(
+        f"Evidence: {len(answer.runs)} means of {answer.splits} splits; left-out splits are missed by (median): {errors}",
+        markup=False,
+    )
+    for warning in answer.warnings:
+        console.print(f"note: {warning}", markup=False)
+    console.print(f"Next: {answer.next_probe['command']}  ({answer.next_probe['why']})", markup=False)
 
 
 def seconds(text: str) -> float:
@@ -420,7 +496,7 @@ def _stored(store: Any, number: str) -> dict[str, Any]:
     """A stored answer about a split, by number or the latest. InputError when there is none."""
     from traces.errors import InputError
 
-    known = [row for row in store.recommendations() if row["answer"].get("candidates")]
+    known = [row for row in store.recommendations() if row["answer"].get("candidates") and row["kind"] == "static"]
     wanted = [row for row in known if number in ("latest", str(row["id"]))]
     if not wanted:
         ids = ", ".join(str(row["id"]) for row in known[:10]) or "none"

@@ -52,6 +52,7 @@ def figures(run: Any, held: Any) -> dict[str, Any]:
         "rate_per_s": run.rate_per_s,
         "endpoint": run.endpoint,
         "engine": run.engine,
+        "engine_version": run.engine_version,
         "model": run.model,
         "profile": run.profile,
         "group": run.group,
@@ -111,6 +112,7 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
     from rich.markup import escape
     from rich.table import Table
 
+    from traces.records import CLOSED_LOOP
     from traces.store import open_store
 
     with open_store(db, create=False) as store:
@@ -128,7 +130,7 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
             escape(run.name),
             escape(run.trace),
             str(run.fleet or "?"),
-            f"{run.rate_per_s:.3g}",
+            run.policy if run.policy == CLOSED_LOOP else f"{run.rate_per_s:.3g}",
             f"{run.counts.get('ok', 0)}/{run.scheduled}",
             f"{run.lag_p99_ms:.1f}",
             state if run.complete or not run.ended else f"{state}, incomplete",
@@ -158,6 +160,7 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         run = store.run(run_id)
         said = store.figures(run)
         found = {"run": run.id} | figures(run, said)
+        mean = store.aggregates([run.id]).get(run.id)
         readings = store.readings(run.id)
         histograms = store.histograms(run.id)
         counts = store.bins(run)
@@ -166,6 +169,9 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         parts, late, lags = ttft_parts(run.counted(rows), histograms), lag_by_worker(rows), lag_over_time(rows)
     elif counts is not None:
         parts, late, lags = parts_of(counts.mean, histograms), counts.lag_by_worker(), counts.lag_over_time()
+    if mean is not None:
+        _show_mean(found, mean, as_json)
+        return
     workers = {str(w): plain(lag) | run.costs.get(str(w), {}) for w, lag in late.items()}
     stretches = [{"from_s": a, "to_s": b} | plain(lag) for a, b, lag in lags]
     if as_json:
@@ -227,6 +233,23 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         console.print(f"  {APPROXIMATE}", markup=False)
 
 
+def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:
+    """A run that is means: it has no rows to say more of."""
+    from advisor.closed import as_dict
+
+    if as_json:
+        emit_json(found | {"aggregate": as_dict(mean)})
+        return
+    fleet = f"{found['fleet']['prefill']}:{found['fleet']['decode']}" if found["fleet"] else "?"
+    messages().print(
+        f"run {found['run']} {found['name']} ({fleet}): means with {mean.concurrency:g} requests in flight, "
+        f"{mean.prompt_tokens:g} prompt and {mean.output_tokens:g} output tokens: TTFT {mean.ttft_s * 1e3:.4g} ms, TPOT "
+        f"{mean.tpot_s * 1e3:.4g} ms, E2E {mean.e2e_s:.4g} s, {mean.throughput_per_s:.4g} req/s by Little's law\n"
+        f"  model {found['model']}, engine {found['engine']} {found['engine_version']}, {found['endpoint']}; {found['reason']}",
+        markup=False,
+    )
+
+
 @runs.command("export", **example("steelyard runs export 1 --out run-1.csv"))
 @click.argument("run_id", metavar="RUN", type=RUN)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="CSV file to write.")
@@ -267,13 +290,17 @@ def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
 
 @runs.command("import", **example("steelyard runs import profile_export.jsonl --fleet 3:5 --slo 'ttft<0.5s tpot<50ms'"))
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--fleet", required=True, metavar="P:D", help="Prefill and decode workers that were measured.")
+@click.option("--fleet", metavar="P:D", help="Prefill and decode workers that were measured.")
+@click.option(
+    "--aggregate", is_flag=True, help="The rows of a CSV or JSONL are means, each of a run at a fixed concurrency."
+)
 @click.option("--name", help="Name of the run [default: the file's].")
 @click.option("--group", default="", help="Group that the runs belong to [default: one a file].")
 @click.option(
     "--endpoint-name", default="", help="What was measured, as --endpoint-name of advise [default: the file's]."
 )
 @click.option("--engine", default="openai", show_default=True, help="Engine that was measured.")
+@click.option("--engine-version", default="", help="Version of it: runs of different versions are told apart.")
 @click.option("--model", default="", help="Model that was measured [default: the file's].")
 @click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".')
 @click.option("--gpus-per-worker", metavar="P,D", default="1,1", show_default=True, help="GPUs a worker uses.")
@@ -287,11 +314,13 @@ def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
 @db_option
 def import_runs(
     files: tuple[Path, ...],
-    fleet: str,
+    fleet: str | None,
+    aggregate: bool,
     name: str | None,
     group: str,
     endpoint_name: str,
     engine: str,
+    engine_version: str,
     model: str,
     slo: str | None,
     gpus_per_worker: str,
@@ -304,7 +333,11 @@ def import_runs(
     JSON, or any CSV or JSONL of requests.
 
     A CSV or JSONL names due_s, sent_s, first_token_s, last_token_s, prompt_tokens, output_tokens, status (--map for other
-    names). A run without due times is degraded: its client's lateness is not known. The same file again changes nothing.
+    names. A run without due times is degraded: its client's lateness is not known. The same file again changes nothing.
+
+    --aggregate: a line a run, its means: concurrency, prompt_tokens, output_tokens, ttft_s, tpot_s, and where they differ
+    prefill, decode, prefill_gpus, decode_gpus, engine, engine_version, model, endpoint (where it ran). advise --concurrency
+    asks them; about a rate they say nothing.
     """
     from advisor.cli.replay_verbs import pair
     from loadgen import imports
@@ -312,8 +345,30 @@ def import_runs(
     from traces.records import Fleet
     from traces.store import open_store
 
+    limits, per = Slo.parse(slo) if slo else None, pair(gpus_per_worker)
+    if aggregate:
+        columns = imports.AGGREGATES + imports.OF_AGGREGATES
+        said = imports.parse_names(names, columns) if names else None
+        means = [(path, imports.read_aggregates(path, said, time_unit)) for path in files]
+        _store_aggregates(
+            means,
+            as_json,
+            db,
+            name=name,
+            fleet=Fleet.parse(fleet) if fleet else None,
+            endpoint=endpoint_name,
+            engine=engine,
+            engine_version=engine_version,
+            model=model,
+            group=group,
+            slo=limits,
+            gpus_per_worker=per,
+        )
+        return
+    if not fleet:
+        raise click.UsageError("give the --fleet that was measured.")
     renamed = imports.parse_names(names) if names else None
-    wanted, limits, per = Fleet.parse(fleet), Slo.parse(slo) if slo else None, pair(gpus_per_worker)
+    wanted = Fleet.parse(fleet)
     # All files are read before the first is stored: a bad one leaves nothing behind.
     measured = [(path, imports.read(path, renamed, time_unit)) for path in files]
     found = []
@@ -328,6 +383,7 @@ def import_runs(
                     fleet=wanted,
                     endpoint=endpoint_name,
                     engine=engine,
+                    engine_version=engine_version,
                     model=model,
                     group=group,
                     slo=limits,
@@ -344,6 +400,41 @@ def import_runs(
         messages().print(
             f"{held['name']} ({held['client']}): {held['ok']} of {held['scheduled']} ok, {state} run {held['run']}; "
             f"{held['verdict']}: {held['reason']}",
+            markup=False,
+        )
+
+
+def _store_aggregates(
+    means: list[tuple[Path, list[Any]]], as_json: bool, db: str, *, name: str | None, **options: Any
+) -> None:
+    """Store rows of means, all of a file or none, and say what became of them."""
+    from advisor.closed import as_dict
+    from loadgen import imports
+    from traces.store import open_store
+
+    found: list[dict[str, Any]] = []
+    with open_store(db) as store:
+        for path, rows in means:
+            before = {run.id for run in store.runs()}
+            for run, one in zip(
+                imports.store_aggregates(store, rows, name=name or path.stem, **options), rows, strict=True
+            ):
+                held = {"client": "aggregate", "already": run.id in before, "run": run.id, "name": run.name}
+                fleet = {"prefill": run.fleet.prefill, "decode": run.fleet.decode} if run.fleet else None
+                told = {"verdict": run.verdict, "reason": run.reason, "group": run.group, "fleet": fleet}
+                found.append(held | told | as_dict(one.held))
+    if as_json:
+        emit_json({"runs": found})
+        return
+    for group in dict.fromkeys(held["group"] for held in found):
+        mine = [held for held in found if held["group"] == group]
+        new = [held["run"] for held in mine if not held["already"]]
+        flights = [held["concurrency"] for held in mine]
+        splits = len({(held["fleet"]["prefill"], held["fleet"]["decode"]) for held in mine})
+        state = f"stored as runs {min(new)} to {max(new)}" if new else "were there already"
+        messages().print(
+            f"{mine[0]['name']}: {len(mine)} means of {splits} splits, {min(flights):g} to {max(flights):g} requests in flight, "
+            f"{state}; group {group}. Ask: steelyard advise --group '{group}' --concurrency {max(flights):g}",
             markup=False,
         )
 

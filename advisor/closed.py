@@ -1,0 +1,446 @@
+"""What means at a fixed concurrency can tell: which split serves most with so many requests in flight, by regression.
+
+Rows are :class:`traces.records.Aggregate`, such as vendors publish: no arrivals, no quantiles, no single request. They cannot
+say how requests queue that come at a rate of their own, and nothing here does. They can say how mean TPOT and TTFT move with
+the split. Two ridge regressions on logarithms:
+
+- TPOT on concurrency per worker and per GPU of either role, mean lengths, widths, and the system that was measured;
+- TTFT on the same and on the prompt tokens a second that reach a prefill worker, which Little's law gives from
+  concurrency, answer length and TPOT (of a row that is asked about, the predicted one).
+
+Penalty and scale of each are those that make the relative error of splits left out among the rows smallest. Every split is then
+left out in turn, and how far those predictions were off is the interval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from traces import __version__
+from traces.errors import InputError, NoFleetError, NotEnoughDataError
+from traces.measures import Slo
+from traces.records import CLOSED_LOOP, Aggregate, Fleet, Floats, Run
+from traces.store import Store
+
+SPLITS = 3
+"""Splits that must have been measured: what a fourth would do cannot be told from two points of a curve."""
+
+SCALES = np.linspace(0.5, 1.1, 25)
+PENALTIES = (0.1, 1.0, 10.0)
+
+FAR = 2.0
+"""A concurrency, or a number of workers of a role, that many times beyond what was measured is not answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One aggregate as the regressions see it. widths: GPUs of a prefill and of a decode worker. system: engine, its model and
+    where it ran. held: what was measured; of a point that is asked about its TTFT and TPOT are not looked at."""
+
+    fleet: Fleet
+    widths: tuple[int, int]
+    system: tuple[str, ...]
+    held: Aggregate
+
+    @classmethod
+    def of(cls, run: Run, held: Aggregate) -> Point:
+        """From what the store has."""
+        assert run.fleet is not None  # noqa: S101 - an aggregate is not stored without
+        return cls(run.fleet, run.gpus_per_worker, (run.engine, run.model, run.endpoint), held)
+
+    @property
+    def split(self) -> str:
+        """What is left out together."""
+        return str(self.fleet)
+
+
+def _features(points: Sequence[Point], systems: Sequence[tuple[str, ...]]) -> Floats:
+    """[n, k]: logarithms of the numbers, then which engine, model and place it was, each by itself."""
+    flight = np.array([p.held.concurrency for p in points])
+    p, d = (np.array([getattr(q.fleet, role) for q in points], dtype=float) for role in ("prefill", "decode"))
+    wide_p, wide_d = (np.array([q.widths[k] for q in points], dtype=float) for k in (0, 1))
+    n, m = (np.array([getattr(q.held, f"{word}_tokens") for q in points]) for word in ("prompt", "output"))
+    numbers = [flight, flight / d, flight / p, flight / (d * wide_d), flight / (p * wide_p)]
+    numbers += [n, m, wide_p, wide_d, p * wide_p, d * wide_d]
+    words = [
+        np.array([float(q.system[k] == value) for q in points])
+        for k in range(len(systems[0]))
+        for value in sorted({s[k] for s in systems})
+    ]
+    return np.asarray(np.hstack([np.log(np.array(numbers)).T, np.array(words).T]))
+
+
+def _reach(points: Sequence[Point], tpot: Floats) -> Floats:
+    """[n, 3]: logarithms of prompt tokens a second a prefill worker gets, of the same a GPU, of requests a second."""
+    rate = np.array([p.held.concurrency / (p.held.output_tokens * s) for p, s in zip(points, tpot, strict=True)])
+    tokens = rate * np.array([p.held.prompt_tokens / p.fleet.prefill for p in points])
+    wide = np.array([p.widths[0] for p in points], dtype=float)
+    return np.asarray(np.log(np.array([tokens, tokens / wide, rate / np.array([p.fleet.prefill for p in points])]).T))
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    """A ridge on log y, times a scale."""
+
+    model: Any
+    scale: float
+
+    def predict(self, x: Floats) -> Floats:
+        return np.asarray(np.exp(self.model.predict(x)) * self.scale)
+
+
+def _fitted(x: Floats, y: Floats, groups: Sequence[str]) -> _Scaled:
+    folds = GroupKFold(min(5, len(set(groups))))
+    best: tuple[float, float, float] | None = None
+    for penalty in PENALTIES:
+        model = make_pipeline(StandardScaler(), Ridge(penalty))
+        apart = np.exp(cross_val_predict(model, x, np.log(y), groups=groups, cv=folds))
+        for scale in SCALES:
+            error = float(np.mean(np.abs(apart * scale / y - 1)))
+            if best is None or error < best[0]:
+                best = error, penalty, float(scale)
+    assert best is not None  # noqa: S101 - there are penalties
+    return _Scaled(make_pipeline(StandardScaler(), Ridge(best[1])).fit(x, np.log(y)), best[2])
+
+
+@dataclass(frozen=True, eq=False)
+class Closed:
+    """Fitted on points."""
+
+    systems: tuple[tuple[str, ...], ...]
+    tpot: _Scaled
+    ttft: _Scaled
+
+    @classmethod
+    def fit(cls, points: Sequence[Point]) -> Closed:
+        """Of at least two splits."""
+        systems = tuple(sorted({p.system for p in points}))
+        groups = [p.split for p in points]
+        x = _features(points, systems)
+        tpot, ttft = (np.array([getattr(p.held, name) for p in points]) for name in ("tpot_s", "ttft_s"))
+        more = np.hstack([x, _reach(points, tpot)])
+        return cls(systems, _fitted(x, tpot, groups), _fitted(more, ttft, groups))
+
+    def predict(self, points: Sequence[Point]) -> list[Aggregate]:
+        """What each would measure."""
+        x = _features(points, self.systems)
+        tpot = self.tpot.predict(x)
+        ttft = self.ttft.predict(np.hstack([x, _reach(points, tpot)]))
+        return [replace(p.held, ttft_s=float(a), tpot_s=float(b)) for p, a, b in zip(points, ttft, tpot, strict=True)]
+
+
+def left_out(points: Sequence[Point]) -> list[Aggregate]:
+    """Each point as the points of other splits predict it."""
+    found: list[Aggregate] = [p.held for p in points]
+    for train, held in LeaveOneGroupOut().split(points, groups=[p.split for p in points]):
+        told = Closed.fit([points[k] for k in train]).predict([points[k] for k in held])
+        for k, one in zip(held, told, strict=True):
+            found[int(k)] = one
+    return found
+
+
+# --- an answer ------------------------------------------------------------------------------------------------------
+
+METRICS = ("throughput_per_s", "ttft_s", "tpot_s", "e2e_s")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One split, predicted: means, as {value, low, high}; low and high are NaN of one measurement.
+
+    measured: with as many in flight and lengths as long, so its figures are what was measured. extrapolated: what of it lies
+    outside of what was measured, or "".
+    """
+
+    fleet: Fleet
+    figures: dict[str, dict[str, float]]
+    meets: bool
+    measured: bool
+    extrapolated: str
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedAnswer:
+    """Which split serves most at a concurrency. errors: median relative error at splits left out."""
+
+    best: Candidate
+    runner_up: Candidate | None
+    candidates: list[Candidate]
+    asked: Aggregate
+    slo: Slo
+    gpus: int
+    runs: list[int]
+    errors: dict[str, float]
+    splits: int
+    next_probe: dict[str, Any]
+    sure: bool
+    warnings: list[str] = field(default_factory=list)
+    id: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """The answer in one sentence."""
+        f = self.best.figures
+        served = f["throughput_per_s"]
+        between = " (measured)" if self.best.measured else f" [{served['low']:.3g}, {served['high']:.3g}]"
+        return (
+            f"With {self.asked.concurrency:g} requests in flight run {self.best.fleet.prefill} prefill : "
+            f"{self.best.fleet.decode} decode: {served['value']:.3g} req/s{between}, mean TTFT "
+            f"{f['ttft_s']['value']:.3g} s, mean TPOT {f['tpot_s']['value'] * 1e3:.3g} ms. "
+            "Nothing is known of an open-loop rate."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of ``advise --json``; goodput is null: means do not tell which request met its limits."""
+
+        def one(c: Candidate) -> dict[str, Any]:
+            return {
+                "prefill": c.fleet.prefill,
+                "decode": c.fleet.decode,
+                **c.figures,
+                "goodput_per_s": None,
+                "meets_slo": c.meets,
+                "measured": c.measured,
+                "extrapolated": c.extrapolated,
+            }
+
+        best = one(self.best)
+        return {
+            "sentence": self.sentence,
+            "question": "closed loop",
+            "strategy": "static",
+            **{k: best[k] for k in ("prefill", "decode", "goodput_per_s", *METRICS)},
+            "concurrency": self.asked.concurrency,
+            "prompt_tokens": self.asked.prompt_tokens,
+            "output_tokens": self.asked.output_tokens,
+            "runner_up": one(self.runner_up) if self.runner_up else None,
+            "candidates": [one(c) for c in self.candidates],
+            "thresholds": None,
+            "next_probe": self.next_probe,
+            "runs": self.runs,
+            "splits": self.splits,
+            "left_out_errors": self.errors,
+            "sure": self.sure,
+            "warnings": self.warnings,
+            "slo": str(self.slo),
+            "gpus": self.gpus,
+        }
+
+
+def advise_closed(
+    store: Store,
+    runs: Sequence[Run],
+    concurrency: float,
+    *,
+    gpus: int | None = None,
+    slo: Slo | None = None,
+    gpus_per_worker: tuple[int, int] | None = None,
+    lengths: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> ClosedAnswer:
+    """The split of ``gpus`` that serves most with so many requests in flight, from stored aggregates; kept as a row.
+
+    The system asked about is that of the last run; rows of others help to tell how splits matter. lengths: mean prompt and
+    answer [those of the last run]. NotEnoughDataError names what is missing, NoFleetError when no split keeps the limits.
+    """
+    known = [run for run in runs if run.policy == CLOSED_LOOP]
+    found = store.aggregates([run.id for run in known])
+    points = [Point.of(run, found[run.id]) for run in known if run.id in found]
+    if not points:
+        raise NotEnoughDataError(
+            "no stored run is a mean at a fixed concurrency. Import some: steelyard runs import FILE --aggregate; or leave out "
+            "--concurrency to ask about a rate."
+        )
+    last = points[-1]
+    prompt, output = lengths or (last.held.prompt_tokens, last.held.output_tokens)
+    asked = Aggregate(concurrency, prompt, output, math.nan, math.nan)
+    wanted = slo or (Slo.parse(known[-1].slo) if known[-1].slo else Slo())
+    widths = gpus_per_worker or last.widths
+    gpus = gpus or last.fleet.gpus(last.widths)
+    splits = Fleet.splits(gpus, widths)
+    if not splits:
+        raise InputError(
+            f"{gpus} GPUs at {widths[0]} and {widths[1]} GPUs a worker make no fleet with both roles that uses them all. Give "
+            "another --gpus or --gpus-per-worker."
+        )
+    mine = [p for p in points if p.system == last.system]
+    _enough(points, mine, asked, splits)
+    errors, spreads = _spreads(points)
+    model = Closed.fit(points)
+    told = model.predict([Point(f, widths, last.system, asked) for f in splits])
+    candidates = [_candidate(f, widths, one, spreads, mine, wanted) for f, one in zip(splits, told, strict=True)]
+    near = [c for c in candidates if _near(c.fleet, mine)]
+    ranked = sorted((c for c in near if c.meets), key=lambda c: -c.figures["throughput_per_s"]["value"])
+    if not ranked:
+        least = min(near, key=lambda c: c.figures["tpot_s"]["value"] / (wanted.limit("tpot") or math.inf))
+        raise NoFleetError(
+            f"no split of {gpus} GPUs keeps {wanted} in the mean with {concurrency:g} requests in flight: {least.fleet} has a "
+            f"TTFT of {least.figures['ttft_s']['value']:.3g} s and a TPOT of {least.figures['tpot_s']['value'] * 1e3:.3g} ms. "
+            "Lower --concurrency, loosen --slo, or give more --gpus."
+        )
+    best, *rest = ranked
+    unseen = next((c for c in ranked[:2] if not c.measured), None) or best
+    answer = ClosedAnswer(
+        best,
+        rest[0] if rest else None,
+        candidates,
+        asked,
+        wanted,
+        gpus,
+        [run.id for run in known if run.id in found],
+        errors,
+        len({p.split for p in points}),
+        _probe(unseen.fleet, concurrency, "it is the answer" if unseen is best else "it is the closest rival"),
+        not (rest and _close(best, rest[0])),
+        _words(best, rest, known, wanted, errors, near, candidates),
+    )
+    digest = hashlib.sha256("".join(sorted(run.schedule_digest for run in known)).encode()).hexdigest()
+    said = answer.as_json() | {"version": __version__}
+    number = store.add_recommendation("closed loop", said, answer.runs, digest, seed)
+    return replace(answer, id=number)
+
+
+def _probe(fleet: Fleet, concurrency: float, why: str) -> dict[str, Any]:
+    return {
+        "prefill": fleet.prefill,
+        "decode": fleet.decode,
+        "concurrency": concurrency,
+        "why": why,
+        "command": f"steelyard runs import FILE --aggregate, with a row of {fleet} at {concurrency:g} requests in flight",
+    }
+
+
+def _enough(points: Sequence[Point], mine: Sequence[Point], asked: Aggregate, splits: Sequence[Fleet]) -> None:
+    """NotEnoughDataError, with the measurement that is missing."""
+    seen = Counter(p.fleet for p in points)
+    if len(seen) < SPLITS:
+        other = [f for f in splits if f not in seen] or list(splits)
+        most = max(other, key=lambda f: min(abs(math.log(f.prefill / f.decode * q.decode / q.prefill)) for q in seen))
+        raise NotEnoughDataError(
+            f"the aggregates know {len(seen)} splits ({', '.join(map(str, sorted(seen)))}), {SPLITS} are needed to tell what "
+            f"another would do. Measure next: {_probe(most, asked.concurrency, '')['command']}"
+        )
+    low, high = (pick(p.held.concurrency for p in mine) for pick in (min, max))
+    if not low / FAR <= asked.concurrency <= high * FAR:
+        nearest = max(mine, key=lambda p: -abs(math.log(p.held.concurrency / asked.concurrency))).fleet
+        raise NotEnoughDataError(
+            f"the aggregates were measured with {low:g} to {high:g} requests in flight, {asked.concurrency:g} is too far from "
+            f"that. Measure next: {_probe(nearest, asked.concurrency, '')['command']}"
+        )
+    if not any(_near(f, mine) for f in splits):
+        shown = sorted({str(p.fleet) for p in mine})
+        raise NotEnoughDataError(
+            f"no split of these GPUs is near to one that was measured ({', '.join(shown)}). Measure next: "
+            f"{_probe(splits[len(splits) // 2], asked.concurrency, '')['command']}"
+        )
+
+
+def _near(fleet: Fleet, mine: Sequence[Point]) -> bool:
+    """Are there measured splits with as many workers of each role, to a factor?"""
+    for role in ("prefill", "decode"):
+        counts = [getattr(p.fleet, role) for p in mine]
+        if not min(counts) / FAR <= getattr(fleet, role) <= max(counts) * FAR:
+            return False
+    return True
+
+
+def _spreads(points: Sequence[Point]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """(median relative errors of splits left out; 5 % and 95 % quantiles of log(measured / predicted)), by metric."""
+    told = left_out(points)
+    off = {
+        name: np.array([math.log(getattr(p.held, name) / getattr(t, name)) for p, t in zip(points, told, strict=True)])
+        for name in METRICS
+    }
+    errors = {name: float(np.median(np.abs(np.expm1(-v)))) for name, v in off.items()}
+    # Split conformal on either side: of n errors the ceil((n + 1) q)-th smallest, the outermost of few.
+    n = len(points)
+    rank = min(n - 1, math.ceil((n + 1) * 0.95) - 1)
+    spreads = {
+        name: (min(0.0, float(np.sort(v)[n - 1 - rank])), max(0.0, float(np.sort(v)[rank]))) for name, v in off.items()
+    }
+    return errors, spreads
+
+
+def _candidate(
+    fleet: Fleet,
+    widths: tuple[int, int],
+    told: Aggregate,
+    spreads: dict[str, tuple[float, float]],
+    mine: Sequence[Point],
+    slo: Slo,
+) -> Candidate:
+    ours = [p.held for p in mine if p.fleet == fleet and p.widths == widths]
+    same = [one for one in ours if _same(one, told)]
+    figures = {}
+    for name, (low, high) in spreads.items():
+        value = float(getattr(told, name))
+        figures[name] = {"value": value, "low": value * math.exp(low), "high": value * math.exp(high)}
+        if same:  # what was measured is not predicted; of one measurement nobody knows how it would repeat
+            each = [float(getattr(one, name)) for one in same]
+            low, high = (min(each), max(each)) if len(each) > 1 else (math.nan, math.nan)
+            figures[name] = {"value": float(np.mean(each)), "low": low, "high": high}
+    meets = all(figures[f"{word}_s"]["value"] <= limit for word, limit in slo.limits)
+    outside = "" if ours else "this split was not measured"
+    return Candidate(fleet, figures, meets, bool(same), outside)
+
+
+def _close(best: Candidate, rival: Candidate) -> bool:
+    """May the rival serve more, by the interval of the one of them that is predicted?"""
+    a, b = (c.figures["throughput_per_s"] for c in (best, rival))
+    return b["value"] > a["low"] or b["high"] > a["value"]
+
+
+SAME = 0.02
+"""Mean lengths that differ by this share at most are the same lengths."""
+
+
+def _same(one: Aggregate, asked: Aggregate) -> bool:
+    """Was it measured with as many in flight, and lengths as long?"""
+    lengths = ((one.prompt_tokens, asked.prompt_tokens), (one.output_tokens, asked.output_tokens))
+    return one.concurrency == asked.concurrency and all(abs(a / b - 1) <= SAME for a, b in lengths)
+
+
+def _words(
+    best: Candidate,
+    rest: Sequence[Candidate],
+    runs: Sequence[Run],
+    slo: Slo,
+    errors: dict[str, float],
+    near: Sequence[Candidate],
+    every: Sequence[Candidate],
+) -> list[str]:
+    found = [
+        "these are means of closed loops: they say nothing about queueing at an open-loop rate, and nothing about percentiles. "
+        "For that measure: steelyard replay TRACE --endpoint URL --fleet " + str(best.fleet)
+    ]
+    if rest and _close(best, rest[0]):
+        found.append(f"{rest[0].fleet} is within the interval: measure both before you rely on the difference")
+    if errors["ttft_s"] > 0.15 or errors["tpot_s"] > 0.05:
+        found.append(
+            f"splits left out are missed by {errors['tpot_s']:.0%} (TPOT), {errors['ttft_s']:.0%} (TTFT) and "
+            f"{errors['throughput_per_s']:.0%} (throughput) in the median"
+        )
+    if len(near) < len(every):
+        found.append(f"{len(every) - len(near)} of {len(every)} splits are too far from those measured to be judged")
+    if slo.constraints:
+        found.append(f"of {slo} the percentiles were not judged: means do not tell them")
+    versions = sorted({run.engine_version for run in runs if run.engine_version})
+    if len(versions) > 1:
+        found.append(f"mixed engine versions: {', '.join(versions)}")
+    return found
+
+
+def as_dict(held: Aggregate) -> dict[str, float]:
+    """An aggregate with what follows from it, for ``runs show --json``."""
+    return asdict(held) | {"e2e_s": held.e2e_s, "throughput_per_s": held.throughput_per_s}
