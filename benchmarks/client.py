@@ -3,10 +3,12 @@
 ``truth_server.c`` is an endpoint in its own process whose token times are set, and which logs when each request
 really arrived and when each token was really written. 400-token prompts, 50-token answers, one event a token, 20 ms
 apart, Poisson arrivals. Lag is arrival *at the server* minus due; the TTFT error is the client's figure from sent minus
-the server's own. Rows go through Locust into SQLite. A run in which the truth server itself was late (its p99 over
-2 ms), or in which other processes used the client's core, says nothing about the client and is not counted.
+the server's own. Rows go through Locust into SQLite. Every run is followed by one of a reference on the same arrivals: the least
+that a Python client can do. A run in which the truth server itself was late (its p99 over 2 ms), or in which other processes
+used the client's core, says nothing about the client and is not counted.
 
     python -m benchmarks.client [--rates 400,800,1600] [--seconds 6] [--repeats 3] [--client steelyard|aiohttp]
+                                [--reference bare|aiohttp|none]
 """
 
 from __future__ import annotations
@@ -196,7 +198,82 @@ def aiohttp_lines(port: int, due: Any, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-CLIENTS = {"steelyard": steelyard, "aiohttp": aiohttp_lines}
+class _Bare(asyncio.Protocol):
+    """Keeps what arrives and when; sees an answer's end by its last bytes. Nothing else."""
+
+    def __init__(self, done: Any) -> None:
+        self.done, self.pieces, self.stamps, self.transport = done, [], [], None  # type: ignore[var-annotated]
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.stamps.append(time.monotonic())
+        self.pieces.append(data)
+        if data.endswith(b"\r\n0\r\n\r\n"):
+            self.done(self)
+
+
+def bare(port: int, due: Any, folder: Path) -> dict[str, Any]:
+    """The least that a Python client can do, so what a token costs on this machine: it stamps pieces. No rows, no Locust."""
+    import gc
+
+    import uvloop
+
+    os.sched_setaffinity(0, {1})
+    n = len(due)
+    ttft = np.full(n, np.nan)
+    prompt = (
+        b'{"model":"truth","prompt":[' + b",".join([b"1234"] * PROMPT) + b'],"max_tokens":%d,"stream":true}' % OUTPUT
+    )
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nX-Request-Id: b-%%d\r\n\r\n" % len(
+        prompt
+    )
+
+    async def main() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        free: list[Any] = []
+        sent: dict[Any, tuple[int, float]] = {}
+        left, ended = n, loop.create_future()
+
+        def done(protocol: Any) -> None:
+            nonlocal left
+            number, at = sent.pop(protocol)
+            ttft[number] = protocol.stamps[1] - at  # after the headers
+            protocol.pieces, protocol.stamps = [], []
+            free.append(protocol)
+            left -= 1
+            if not left:
+                ended.set_result(None)
+
+        for _ in range(int(n / due[-1])):
+            _transport, protocol = await loop.create_connection(lambda: _Bare(done), "127.0.0.1", port)
+            free.append(protocol)
+        zero, unix = time.monotonic() + 0.5, time.time() + 0.5
+        before = time.process_time()
+        for number, d in enumerate(due):
+            if (wait := zero + d - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            if not free:
+                free.append((await loop.create_connection(lambda: _Bare(done), "127.0.0.1", port))[1])
+            protocol = free.pop()
+            sent[protocol] = number, time.monotonic()
+            protocol.transport.write(request % number + prompt)
+        await ended
+        return unix, time.process_time() - before
+
+    gc.collect()
+    gc.disable()
+    with Quiet(os.getpid()) as quiet:
+        unix, cpu = uvloop.run(main())
+    gc.enable()
+    return {
+        "ok": int(np.isfinite(ttft).sum()), "unsent": 0, "unix": unix, "index": np.arange(n),
+        "ttft": ttft, "cpu": cpu, "stall": float("nan"), "master": 0.0, "others": quiet.others,
+    }  # fmt: skip
+
+
+CLIENTS = {"steelyard": steelyard, "aiohttp": aiohttp_lines, "bare": bare}
 
 
 def measure(truth: Truth, client: Any, rate: float, seconds: float, seed: int, folder: Path) -> dict[str, float] | None:
@@ -239,12 +316,32 @@ def measure(truth: Truth, client: Any, rate: float, seconds: float, seed: int, f
     return result
 
 
+def tell(name: str, rate: float, runs: list[dict[str, float]]) -> float:
+    """Print the medians of the runs that count; returns CPU seconds a 1000 tokens, of worker and master."""
+    if not runs:
+        print(f"{rate * OUTPUT:8,.0f} tok/s: no run of {name} counts, the machine is not quiet")
+        return float("nan")
+
+    def spread(key: str) -> str:
+        values = [run[key] for run in runs]
+        return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+    print(
+        f"{rate * OUTPUT:8,.0f} tok/s: {name} n {len(runs)}  lag ms p50 {spread('lag_p50')} p99 {spread('lag_p99')}  "
+        f"TTFT error ms p50 {spread('error_p50')} p99 {spread('error_p99')}  "
+        f"CPU-s per 1000 tokens {spread('cpu')} client, {spread('master')} master",
+        flush=True,
+    )
+    return statistics.median(run["cpu"] + run["master"] for run in runs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", default="400,800,1600", help="requests per second")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--client", choices=sorted(CLIENTS), default="steelyard")
+    parser.add_argument("--reference", choices=[*sorted(CLIENTS), "none"], default="bare")
     options = parser.parse_args()
     cores = os.cpu_count() or 1
     if cores < 2:
@@ -263,28 +360,20 @@ def main() -> None:
         folder = Path(name)
         truth = Truth(folder)
         try:
+            names = [options.client] + [options.reference] * (options.reference != "none")
             for rate in map(float, options.rates.split(",")):
-                counted: list[dict[str, float]] = []
+                counted: dict[str, list[dict[str, float]]] = {name: [] for name in names}
                 for k in range(options.repeats * TRIES):
-                    if len(counted) == options.repeats:
-                        break
-                    found = measure(truth, CLIENTS[options.client], rate, options.seconds, k, folder)
-                    if found is not None:
-                        counted.append(found)
-                if not counted:
-                    print(f"{rate * OUTPUT:8,.0f} tok/s: no run counts, the machine is not quiet")
-                    continue
-
-                def spread(key: str, runs: list[dict[str, float]] = counted) -> str:
-                    values = [run[key] for run in runs]
-                    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
-
-                print(
-                    f"{rate * OUTPUT:8,.0f} tok/s: n {len(counted)}  lag ms p50 {spread('lag_p50')} p99 {spread('lag_p99')}  "
-                    f"TTFT error ms p50 {spread('error_p50')} p99 {spread('error_p99')}  "
-                    f"CPU-s per 1000 tokens {spread('cpu')} worker, {spread('master')} master",
-                    flush=True,
-                )
+                    for name in names:
+                        if len(counted[name]) < options.repeats:
+                            found = measure(truth, CLIENTS[name], rate, options.seconds, k, folder)
+                            counted[name] += [found] if found is not None else []
+                costs = {name: tell(name, rate, runs) for name, runs in counted.items()}
+                if len(costs) == 2:
+                    print(
+                        f"{'':12s} cost, master included, is {costs[names[0]] / costs[names[1]]:.2f} of {names[1]}'s",
+                        flush=True,
+                    )
         finally:
             truth.stop()
 

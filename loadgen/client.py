@@ -64,6 +64,22 @@ FOLD_PIECES = 96
 """Pieces of an answer kept unread at most."""
 
 
+def _sizes_of_pieces(longest: int) -> list[bytes]:
+    """What a piece of so many bytes begins with if it is one whole chunk of HTTP's chunked coding, the usual way to write it."""
+    never = bytes(longest + 1)
+    found = [never] * (longest + 1)
+    for n in range(1, longest):
+        size = b"%x\r\n" % n
+        whole = len(size) + n + 2
+        if whole <= longest:
+            found[whole] = size
+    return found
+
+
+_MOST_CHUNK = 2048
+_SIZES = _sizes_of_pieces(_MOST_CHUNK)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where requests go. headers hold credentials: a Target is never stored, printed or logged.
@@ -272,7 +288,9 @@ class _Connection(asyncio.Protocol):
 
     __slots__ = (
         "at",
+        "between",
         "client",
+        "clock",
         "complete",
         "content_type",
         "encoding",
@@ -284,7 +302,9 @@ class _Connection(asyncio.Protocol):
         "on_body",
         "packed",
         "parser",
+        "parts",
         "route",
+        "stamps",
         "transport",
     )
 
@@ -294,7 +314,10 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.parser: Any = None
         self.flight: _Flight | None = None
+        self.clock = client.clock
         self.at = client.clock()
+        self.parts: list[bytes] = []
+        self.stamps: list[float] = []
         self.reset()
 
     def reset(self) -> None:
@@ -307,6 +330,7 @@ class _Connection(asyncio.Protocol):
         self.complete = False
         self.keep = False
         self.header_bytes = 0
+        self.between = False
 
     # --- asyncio
 
@@ -316,7 +340,18 @@ class _Connection(asyncio.Protocol):
         self.client._open.add(self)
 
     def data_received(self, data: bytes) -> None:
-        self.at = at = self.client.clock()
+        at = self.clock()
+        # Nearly every piece is one whole chunk, one event. Between two chunks such a piece leaves the parser where it is.
+        if self.between and (n := len(data)) <= _MOST_CHUNK:
+            size = _SIZES[n]
+            if data.startswith(size) and data.endswith(b"\r\n"):
+                stamps = self.stamps
+                self.parts.append(data[len(size) : -2])
+                stamps.append(at)
+                if len(stamps) > FOLD_PIECES and self.flight is not None:
+                    self.digest(self.flight)
+                return
+        self.at = at
         flight = self.flight
         if flight is None:  # a server that speaks unasked, or goes on after the end
             self.close()
@@ -334,8 +369,10 @@ class _Connection(asyncio.Protocol):
             self.client._end(flight, "failed", "malformed", "HTTP: the server switched protocols")
             self.close()
             return
-        stamps = flight.answer.stamps
-        k = len(flight.answer.parts) - len(stamps)
+        if not data.endswith(b"\r\n"):
+            self.between = False
+        stamps = self.stamps
+        k = len(self.parts) - len(stamps)
         if k:
             stamps.extend([at] * k)
             if len(stamps) > FOLD_PIECES or len(data) > FOLD_BYTES:
@@ -384,6 +421,12 @@ class _Connection(asyncio.Protocol):
         elif self.encoding not in (b"", b"identity") and not flight.answer.error:
             flight.answer.error = "malformed"
             flight.answer.detail = printable(f"Content-Encoding {self.encoding.decode('latin-1')} was not asked for")
+
+    def on_chunk_header(self) -> None:
+        self.between = False
+
+    def on_chunk_complete(self) -> None:
+        self.between = True
 
     def on_message_complete(self) -> None:
         if self.flight is not None and self.flight.http_status >= 200:
@@ -455,7 +498,8 @@ class _Connection(asyncio.Protocol):
         """Write a request."""
         self.reset()
         # The parser puts body pieces straight into the answer's list: no Python runs for a token but data_received.
-        self.on_body = flight.answer.parts.append
+        self.parts, self.stamps = flight.answer.parts, flight.answer.stamps
+        self.on_body = self.parts.append
         self.parser = httptools.HttpResponseParser(self)
         self.flight = flight
         flight.connection = self
@@ -871,6 +915,7 @@ class Client:
     def _release(self, connection: _Connection) -> None:
         connection.flight = None
         connection.parser = None
+        connection.between = False
         connection.at = self.clock()
         if connection.transport is None or connection.transport.is_closing():
             return

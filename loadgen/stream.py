@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from itertools import accumulate
 from operator import sub
 from typing import Any
 
@@ -45,8 +44,11 @@ _NOTHING = object()
 _ALIKE = 8
 """Pieces from which on it pays to look for events that differ in their text alone."""
 
+_SEARCHED = 4
+"""Pieces among which the first of such events is looked for: the first may tell a role alone."""
+
 _TEXT_KEYS = (b'"text":', b'"content":', b'"reasoning_content":', b'"reasoning":')
-_NOT_PLAIN = re.compile(rb'["\\\x00-\x1f]')
+_NOT_PLAIN = b'"\\' + bytes(range(32))
 
 
 class Answer:
@@ -124,29 +126,31 @@ class Answer:
             self._rest = b""
         if not parts:
             return
+        last = stamps[-1]
         if self._rest:
             parts.insert(0, self._rest)
             stamps.insert(0, self._rest_at)
+        while len(parts) > _ALIKE and (n := self._alike()):
+            del parts[:n], stamps[:n]
         data = b"".join(parts)
-        end = self._alike(data) if len(parts) > _ALIKE and b"\r" not in data else 0
-        if not self.error:
-            end = self._events(data, end)
+        end = self._events(data) if data and not self.error else len(data)
         rest = data[end:]
         if len(rest) > MAX_EVENT_BYTES:
             self._fail("malformed", f"an event of more than {MAX_EVENT_BYTES} bytes")
             rest = b""
-        self._rest, self._rest_at = rest, stamps[-1]
+        self._rest, self._rest_at = rest, last
         parts.clear()
         stamps.clear()
         # A large rest counts as read for the limit, or every further piece of a large event would be joined anew.
         self._size = 0 if len(rest) < FOLD_BYTES else -len(rest)
 
-    def _events(self, data: bytes, end: int) -> int:
-        """Read every finished event from byte ``end`` on; returns where the last one ends."""
+    def _events(self, data: bytes) -> int:
+        """Read every finished event; returns where the last one ends."""
         payloads: list[bytes] = []
         ends: list[int] = []
+        end = 0
         if b"\r" not in data:
-            blocks = data[end:].split(b"\n\n")
+            blocks = data.split(b"\n\n")
             blocks.pop()
             for block in blocks:
                 end += len(block) + 2
@@ -157,7 +161,7 @@ class Answer:
                     payloads.append(payload)
                     ends.append(end)
         else:
-            for match in _BLANK.finditer(data, end):
+            for match in _BLANK.finditer(data):
                 if (payload := _data(data[end : match.start()])) is not None:
                     payloads.append(payload)
                     ends.append(match.end())
@@ -166,48 +170,45 @@ class Answer:
             self._read(payloads, self._ends(ends))
         return end
 
-    def _alike(self, data: bytes) -> int:
-        """Read a run of events that are the same but for one string, the text; returns where the run ends (0: none).
+    def _alike(self) -> int:
+        """Read leading pieces that are an event each, the same but for one string, the text; returns how many were read.
 
         Engines write such runs, and parsing each event as JSON would be most of what this reader costs. It is exact: the
         first event is parsed and known to hold text and neither usage, error nor end; the others are the same bytes around
         another string, which is checked to be one and not empty. Whatever is different is left to :meth:`_events`.
         """
-        like = self._like or _template(data)
-        self._like = None
-        if like is None:
-            return 0
+        parts, stamps = self.parts, self.stamps
+        begin, like = 0, self._like
+        if like is None or not parts[0].startswith(like[0]):
+            like = _template(parts[0])
+            while like is None and begin + 1 < _SEARCHED and parts[begin].endswith(b"\n\n"):
+                begin += 1
+                like = _template(parts[begin])
+            self._like = like
+            if like is None:
+                return 0
         head, tail = like
-        begin = data.find(head)
-        if begin < 0 or (begin and data[begin - 2 : begin] != b"\n\n"):
+        before, after = len(head), -len(tail)
+        texts = []
+        for part in parts[begin:] if begin else parts:
+            if not (part.startswith(head) and part.endswith(tail)):
+                break
+            texts.append(part[before:after])
+        n, end = len(texts), begin + len(texts)
+        if n < _ALIKE or not all(texts) or not _are_strings(texts):
             return 0
-        texts = data[begin + len(head) :].split(tail + head)
-        last, found, _ = texts[-1].partition(tail)
-        if found:
-            texts[-1] = last
-        else:
-            texts.pop()  # not finished, or another kind of event
-        if len(texts) < _ALIKE or not all(texts) or not _are_strings(texts):
-            return 0
-        if begin and self._events(data[:begin], 0) != begin:
-            return begin
-        if self.error:
-            return begin
-        self._like = like
-        around = len(head) + len(tail)
-        ends = list(accumulate((len(text) + around for text in texts), initial=begin))[1:]
-        stamps = self.stamps
-        if begin or list(accumulate(map(len, self.parts[: len(ends)]))) != ends:
-            stamps = self._ends(ends)
-        n = len(ends)
+        if begin:
+            self._events(b"".join(parts[:begin]))
+            if self.error:
+                return begin
         if self.chunks:
-            self.max_gap = max(self.max_gap, stamps[0] - self.last_token)
+            self.max_gap = max(self.max_gap, stamps[begin] - self.last_token)
         else:
-            self.first_token = stamps[0]
-        self.max_gap = max(self.max_gap, max(map(sub, stamps[1:n], stamps)))
-        self.last_token = stamps[n - 1]
+            self.first_token = stamps[begin]
+        self.max_gap = max(self.max_gap, max(map(sub, stamps[begin + 1 : end], stamps[begin:end])))
+        self.last_token = stamps[end - 1]
         self.chunks += n
-        return ends[-1]
+        return end
 
     def _ends(self, ends: list[int]) -> list[float]:
         """The stamp of the piece that holds the last byte of each event."""
@@ -320,46 +321,37 @@ class Answer:
         self.detail = printable(detail)
 
 
-def _template(data: bytes) -> tuple[bytes, bytes] | None:
-    """What stands before and after the text of an event, with its line ends, from the first one that has plain text."""
-    at = 0
-    for _ in range(4):
-        end = data.find(b"\n\n", at)
-        if end < 0:
-            return None
-        block, at = data[at:end], end + 2
-        keys = [key for key in _TEXT_KEYS if block.count(key) == 1]
-        if not keys or not block.startswith(b"data: {") or b"\n" in block:
+def _template(piece: bytes) -> tuple[bytes, bytes] | None:
+    """What stands before and after the text of an event, with its line ends, if the piece is one event with plain text."""
+    if not piece.startswith(b"data: {") or piece.find(b"\n") != len(piece) - 2 or b"\r" in piece:
+        return None
+    try:
+        event = orjson.loads(piece[6:])
+    except ValueError:
+        return None
+    choices = event.get("choices")
+    if event.get("usage") or event.get("error") or type(choices) is not list or len(choices) != 1:
+        return None
+    if type(choices[0]) is not dict or choices[0].get("finish_reason") or not _content(choices[0]):
+        return None
+    for key in _TEXT_KEYS:
+        if piece.count(key) != 1:
             continue
-        try:
-            event = orjson.loads(block[6:])
-        except ValueError:
-            return None
-        choices = event.get("choices")
-        if event.get("usage") or event.get("error") or type(choices) is not list or len(choices) != 1:
-            continue
-        if type(choices[0]) is not dict or choices[0].get("finish_reason") or not _content(choices[0]):
-            continue
-        for key in keys:
-            opening = block.index(key) + len(key)
-            opening += block[opening : opening + 1] == b" "
-            closing = block.find(b'"', opening + 1)
-            if block[opening : opening + 1] == b'"' and closing > opening + 1 and b"\\" not in block[opening:closing]:
-                return block[: opening + 1], block[closing:] + b"\n\n"
+        opening = piece.index(key) + len(key)
+        opening += piece[opening : opening + 1] == b" "
+        closing = piece.find(b'"', opening + 1)
+        if piece[opening : opening + 1] == b'"' and closing > opening + 1 and b"\\" not in piece[opening:closing]:
+            return piece[: opening + 1], piece[closing:]
     return None
 
 
 def _are_strings(texts: list[bytes]) -> bool:
-    """Is each the inside of a JSON string, and not empty?"""
-    joined = b"\x7f".join(texts)
-    if _NOT_PLAIN.search(joined) is None:
-        if joined.isascii():
-            return True
-        odd = texts
-    else:
-        odd = [text for text in texts if not text.isascii() or _NOT_PLAIN.search(text)]
+    """Is each the inside of a JSON string? None is empty."""
+    joined = b"".join(texts)
+    if joined.isascii() and len(joined.translate(None, _NOT_PLAIN)) == len(joined):
+        return True
     try:
-        return all(orjson.loads(b'"' + text + b'"') for text in odd)
+        return all(orjson.loads(b'"' + text + b'"') for text in texts)
     except ValueError:
         return False
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import gzip
+import itertools
 import json
 import math
 import socket
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from loadgen.client import Client, Row, Target, target
+from loadgen.client import Client, Row, Target, _Connection, target
 from loadgen.engines import Prompts, dialect
 from traces.errors import InputError
 
@@ -144,6 +147,80 @@ GOOD = [
     # said that it had ended, then lost its last chunk
     replies(SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS, end=False), then="close"),
 ]
+
+
+class Wire(asyncio.Transport):
+    """The far end of a connection that a test holds: what is written goes nowhere, what arrives the test says."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Requests are not answered here."""
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        """Nothing to close."""
+
+
+class PieceByPiece(_Connection):
+    """Every piece goes through the parser."""
+
+    def data_received(self, data: bytes) -> None:
+        self.between = False
+        super().data_received(data)
+
+
+async def fed(kind: type[_Connection], pieces: list[bytes]) -> list[Row]:
+    """What a connection makes of an answer that arrives in these pieces, a second apart."""
+    rows: list[Row] = []
+    now = itertools.count(100.0)
+    prompts = Prompts(dialect("openai"), "m", 100, 1)
+    client = Client(Target("http", "127.0.0.1", 1), "/v1/completions", prompts, rows.append, clock=lambda: 0.0)
+    connection = kind(client, client._routes[0])
+    connection.transport = Wire()
+    client._routes[0].idle.append(connection)
+    client._positions, client._sizes = [0], ([5], [2])
+    client._more = True
+    client._send(0)
+    connection.clock = lambda: next(now)
+    for piece in pieces:
+        connection.data_received(piece)
+        if rows:
+            break
+    connection.connection_lost(None)
+    return rows
+
+
+FRAMES = st.sampled_from(
+    [b"%x\r\n%s\r\n", b"%X\r\n%s\r\n", b"0%x\r\n%s\r\n", b"%x;a=b\r\n%s\r\n", b"%x\n%s\n", b"%x\r\n%s\n\n"]
+)
+SPOILED = st.sampled_from(
+    [b"3\r\nabcd\r\n", b"5\r\nabc\r\n", b"\r\n", b"x\r\n", b"0\r\nA: b\r\n\r\n", b"1\r\n\r\r\n", b"7"]
+)
+EVENT_BYTES = st.one_of(
+    st.sampled_from(EVENTS), st.integers(1, 2500).map(lambda n: b'data: {"choices":[{"text":"%s"}]}\n\n' % (b"a" * n))
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.one_of(*[st.tuples(FRAMES, EVENT_BYTES)] * 6, SPOILED), max_size=12),
+    st.lists(st.floats(0, 1, exclude_max=True), max_size=12),
+)
+@example([(b"%x\r\n%s\r\n", EVENTS[0]), b"1", b"5\r\nhello\r\n", b" and what comes\r\n"], [])
+def test_a_piece_that_is_one_chunk_is_read_as_the_parser_reads_it(
+    items: list[bytes | tuple[bytes, bytes]], cuts: list[float]
+) -> None:
+    """Whole chunks pass the parser by; the row is the same to the last stamp, whatever the framing and wherever it is cut."""
+    body = [i if isinstance(i, bytes) else i[0] % (len(i[1]), i[1]) for i in items]
+    pieces = [SSE + b"Transfer-Encoding: chunked\r\n\r\n", *body, chunked(EVENTS[-1])]
+    if cuts:
+        joined = b"".join(pieces)
+        at = sorted(int(cut * len(joined)) for cut in cuts)
+        pieces = [joined[a:b] for a, b in itertools.pairwise([0, *at, len(joined)]) if a < b]
+    quick, slow = asyncio.run(fed(_Connection, pieces)), asyncio.run(fed(PieceByPiece, pieces))
+    assert len(quick) == len(slow) == 1
+    assert str(quick) == str(slow)  # NaN is not NaN
 
 
 @pytest.mark.parametrize("answer", GOOD, ids=range(len(GOOD)))
