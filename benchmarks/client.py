@@ -135,8 +135,8 @@ def steelyard(port: int, due: Any, folder: Path) -> dict[str, Any]:
         os.sched_setaffinity(0, {0})
         for task in os.listdir("/proc/self/task"):  # threads that were started meanwhile
             os.sched_setaffinity(int(task), {0})
-        master = time.process_time()
         with open_store(f"sqlite:///{folder}/bench-{time.monotonic_ns()}.db") as store:
+            master = time.process_time()
             with Quiet(swarm.processes[0]) as quiet:
                 run = replay(store, swarm, schedule, f"http://127.0.0.1:{port}", on_outcome=outcomes.append)
             master = time.process_time() - master
