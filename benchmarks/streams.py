@@ -1,12 +1,14 @@
 """How many streams can be open at once, what does one hold, and what do two workers cost beside one?
 
     python -m benchmarks.streams [--open 10000] [--repeats 3]
+    python -m benchmarks.streams --minutes 60
 
 First: one worker on core 1 opens ``--open`` streams against the ground-truth server of :mod:`benchmarks.client` (a token each
 200 ms); memory is the worker's peak resident set less what it held before the run, over the streams that were open at
 once by the server's log. The schedule and the finished rows are in it. Then: the same 800 requests/s from one worker and
 from two, both on core 1, in turn; CPU seconds of all workers per 1000 tokens, and the ratio of the medians. (How much
-faster two workers are on two cores follows from that ratio; it is derived, not measured.)
+faster two workers are on two cores follows from that ratio; it is derived, not measured.) With ``--minutes``: one replay of
+that length at 50 requests/s instead, and the memory of worker and master at its tenths.
 """
 
 from __future__ import annotations
@@ -49,12 +51,14 @@ def run(port: int, due: Any, output: int, workers: int, folder: Path) -> dict[st
             os.sched_setaffinity(int(task), {0})
         pids = list(swarm.processes.values())
         peak: list[float] = []
+        own: list[float] = []
         before = sum(map(resident, pids))
         stop = threading.Event()
 
         def watch() -> None:
             while not stop.wait(0.25):
                 peak.append(sum(map(resident, pids)))
+                own.append(resident(os.getpid()))
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -70,16 +74,32 @@ def run(port: int, due: Any, output: int, workers: int, folder: Path) -> dict[st
     return {
         "run": done,
         "at_once": at_once,
+        "worker": peak,
+        "master": own,
         "grown": max(peak) - before,
         "before": before,
         "cpu": cpu / (n * output) * 1000,
     }
 
 
+def long(port: int, minutes: float, folder: Path) -> None:
+    """One replay at 50 requests/s, and what worker and master held at its tenths."""
+    due = np.cumsum(np.random.default_rng(0).exponential(1 / 50, int(minutes * 3000)))
+    found = run(port, due - due[0], 16, 1, folder)
+    done = found["run"]
+    print(f"{len(due):,} requests in {due[-1] / 60:.0f} min at 50/s: {done.counts}, {done.verdict}, lag p99", end=" ")
+    print(f"{done.lag_p99_ms:.2f} ms")
+    for name in ("worker", "master"):
+        held = np.array(found[name])
+        tenths = " ".join(f"{np.median(part):.0f}" for part in np.array_split(held, 10))
+        print(f"{name}: MiB, the median of each tenth of the run: {tenths}; at most {held.max():.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, help="one long replay instead")
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -88,6 +108,13 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.minutes:
+            truth = Truth(folder)
+            try:
+                long(truth.port, options.minutes, folder)
+            finally:
+                truth.stop()
+            return
         truth = Truth(folder, ITL_MS)
         try:
             n = options.open
