@@ -347,10 +347,11 @@ def _template(piece: bytes) -> tuple[bytes, bytes] | None:
 
 def _are_strings(texts: list[bytes]) -> bool:
     """Is each the inside of a JSON string? None is empty."""
-    joined = b"".join(texts)
-    if joined.isascii() and len(joined.translate(None, _NOT_PLAIN)) == len(joined):
-        return True
+    joined = b"\x7f".join(texts)
     try:
+        if len(joined.translate(None, _NOT_PLAIN)) == len(joined):
+            joined.decode()
+            return True
         return all(orjson.loads(b'"' + text + b'"') for text in texts)
     except ValueError:
         return False
