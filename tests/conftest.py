@@ -9,10 +9,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,10 +43,7 @@ class Disturbed:
         self.since_s = time.monotonic()
 
     def __call__(self) -> bool:
-        worst = self.watch.worst_s(self.since_s)
-        if worst:
-            print(f"the machine stood still for {worst * 1e3:.0f} ms during this test", file=sys.stderr)
-        return worst > 0
+        return self.watch.worst_s(self.since_s) > 0
 
 
 DISTURBED = pytest.StashKey[Disturbed]()
@@ -56,8 +52,8 @@ DISTURBED = pytest.StashKey[Disturbed]()
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test of real time that failed while the machine stood still measured the machine: it is tried again, twice at most."""
-    timed = [item for item in items if item.get_closest_marker("timed")]
-    if not timed or config.option.collectonly or hasattr(config, "workerinput"):
+    timed = [item for item in items if any(item.iter_markers("timed")) or any(item.iter_markers("paced"))]
+    if not timed or config.option.collectonly:
         return
     folder = tempfile.TemporaryDirectory()
     disturbed = config.stash[DISTURBED] = Disturbed(Watch(Path(folder.name)))
@@ -72,6 +68,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """From here on the test is watched."""
     if DISTURBED in item.config.stash:
         item.config.stash[DISTURBED].since_s = time.monotonic()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test of real time that failed says whether the machine kept time."""
+    report = yield
+    if report.failed and DISTURBED in item.config.stash:
+        disturbed = item.config.stash[DISTURBED]
+        worst = disturbed.watch.worst_s(disturbed.since_s)
+        if worst:
+            report.sections.append(("clock", f"the machine stood still for {worst * 1e3:.0f} ms during this test"))
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -144,7 +144,7 @@ def fleet_of(endpoint: str) -> dict[str, int]:
     return held
 
 
-@pytest.mark.timed
+@pytest.mark.paced
 def test_auto_measures_until_its_budget_and_puts_the_split_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from traces.shipped import shipped
 from traces.store import head_revision, open_store
 
 
-@pytest.mark.timed
+@pytest.mark.paced
 def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
     """``steelyard demo --json`` prints the promised keys, stores what it measured, and recommends what is best.
 

@@ -129,7 +129,7 @@ def runnable() -> list[Path]:
     return [page for page in PAGES if any(mark.startswith("run") for mark, _, _ in blocks(page))]
 
 
-@pytest.mark.timed
+@pytest.mark.paced
 @pytest.mark.parametrize("page", runnable(), ids=named)
 def test_marked_commands_run_as_printed(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

@@ -29,7 +29,7 @@ def test_the_two_commands_stand_at_the_top() -> None:
     assert "make test" in README.split("```")[1]
 
 
-@pytest.mark.timed
+@pytest.mark.paced
 def test_the_tour_runs_as_printed(tmp_path: Path) -> None:
     """Every command of the tour succeeds in a fresh folder, in order; the last one has written the report."""
     (tmp_path / "traces").mkdir()

@@ -16,7 +16,9 @@ from tests.watch import Watch
 
 CONFTEST = """
 import pytest
-from tests.conftest import DISTURBED, Disturbed, pytest_collection_modifyitems, pytest_runtest_setup
+from tests.conftest import (
+    DISTURBED, Disturbed, pytest_collection_modifyitems, pytest_runtest_makereport, pytest_runtest_setup,
+)
 """
 TEST = """
 import os, signal, time
@@ -72,5 +74,5 @@ def test_it_is_tried_again_only_on_a_machine_that_stood_still(tmp_path: Path, st
         if stall or "stood still" not in done.stdout:
             break
     assert done.returncode == 1
-    assert ("2 rerun" in done.stdout) == (tries == 3), done.stdout
+    assert ("2 rerun" in done.stdout) == ("stood still" in done.stdout) == (tries == 3), done.stdout
     assert "1 failed" in done.stdout

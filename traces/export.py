@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from traces.errors import InputError
 from traces.records import Schedule
 from traces.store import Store
+from traces.whole import whole
 
 MOONCAKE_BLOCK = 512
 
@@ -28,21 +27,15 @@ def export(store: Store, name: str, format: str, out: Path) -> dict[str, Any]:
     schedule = store.schedule(name, blocks=format == "mooncake")
     info = store.trace(name)
     notes: list[str] = []
-    beside = out.with_name(out.name + ".part")
-    try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            if format == "mooncake":
-                _mooncake(file, schedule, notes)
-            elif format == "azure":
-                _azure(file, schedule, info.origin_utc, notes)
-            else:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(("arrival_s", "prompt_tokens", "output_tokens"))
-                writer.writerows((f"{r.due_s:.6f}", r.prompt_tokens, r.output_tokens) for r in schedule)
-        os.replace(beside, out)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
+    with whole(out) as file:
+        if format == "mooncake":
+            _mooncake(file, schedule, notes)
+        elif format == "azure":
+            _azure(file, schedule, info.origin_utc, notes)
+        else:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("arrival_s", "prompt_tokens", "output_tokens"))
+            writer.writerows((f"{r.due_s:.6f}", r.prompt_tokens, r.output_tokens) for r in schedule)
     left = info.summary["rows_kept"] - len(schedule)
     if left:
         notes.append(f"{left} failed requests of the trace are left out")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,31 +255,20 @@ def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:
 @db_option
 def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
     """Write one line a request, with the names of traces/records.py; what did not come is empty."""
-    from traces.errors import InputError
     from traces.records import Observations
     from traces.store import open_store
+    from traces.whole import whole
 
     names, n = Observations.columns(), 0
     with open_store(db, create=False) as store:
         run = store.run(run_id)
-        try:
-            # Written beside and moved: a full disk leaves no half file under the name that was asked for.
-            handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-            try:
-                with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-                    writer = csv.writer(file)
-                    writer.writerow(names)
-                    for rows in store.pieces(run.id):
-                        for row in zip(*(getattr(rows, name).tolist() for name in names), strict=True):
-                            writer.writerow(["" if v is None or v != v else _guarded(v) for v in row])
-                        n += len(rows)
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, out)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
+        with whole(out) as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            for rows in store.pieces(run.id):
+                for row in zip(*(getattr(rows, name).tolist() for name in names), strict=True):
+                    writer.writerow(["" if v is None or v != v else _guarded(v) for v in row])
+                n += len(rows)
     if as_json:
         emit_json({"run": run.id, "rows": n, "out": str(out)})
     else:

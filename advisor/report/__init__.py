@@ -7,9 +7,7 @@ the plots' data, ``draw`` and ``page`` put them on a page, ``whatif`` asks the f
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from traces.measures import Slo
 from traces.records import Fleet, Schedule
 from traces.shape import head, piece, to_rate, window
 from traces.store import Store
+from traces.whole import whole
 
 FORMATS = ("html", "md", "json", "pdf")
 
@@ -164,16 +163,5 @@ def _finite(value: Any) -> Any:
 
 def write_report(path: Path, page: str | bytes) -> None:
     """Write the page whole or not at all. InputError when the place cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as f:
-                f.write(page.encode() if isinstance(page, str) else page)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"{path}: the report cannot be written ({error.strerror}). Give another --out.") from error
+    with whole(path, "wb", folders=True) as file:
+        file.write(page.encode() if isinstance(page, str) else page)
