@@ -100,6 +100,7 @@ def test_counts_say_what_the_rows_say(any_url: str, warmup_s: float, monkeypatch
                 assert quantiles[word] == pytest.approx(true, rel=0.0051), (name, word)
             assert quantiles["max"] == pytest.approx(values[-1], rel=1e-12)
         other = Slo.parse("ttft<0.1s tpot<0.2s e2e<3s")
+        monkeypatch.setattr(traces.store, "BATCH", 7)  # many pieces, within one slot of time and across
         held = store.bins(live, other)
         assert held is not None
         wanted = of_rows(rows, str(other), warmup_s)
