@@ -4,8 +4,10 @@ Run: ``make mutants``, or ``python -m benchmarks.mutants --n 40 --seed 0 --jobs 
 
 A mutant is the module with one change: a comparison turned or moved by its boundary, an operator exchanged, a number one
 higher, True for False, and for or, a condition negated, a sign or ``not`` left out, None returned. Messages, annotations,
-decorators and texts stay as they are. A child forked for each mutant runs pytest ``-x`` with the changed module; nothing is
-written into the tree. What tests start as processes of their own sees the unchanged module, which counts against us.
+decorators and texts stay as they are. Nothing is written into the tree. Where the change is inside a function, a process that has
+collected the tests forks a child for each mutant, which puts the changed code into that function and runs them; every other
+mutant, and each that survives this, gets a child that imports the changed module. Both run pytest ``-x``. What tests start as
+processes of their own sees the unchanged module, which counts against us.
 A mutant that runs into the time limit counts as killed, as usual, and is shown apart. Of all, n a module are drawn by seed.
 """
 
@@ -13,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import hashlib
 import importlib.machinery
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -30,7 +34,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -231,20 +235,118 @@ def start(core: Core, number: int | None) -> int:
     if pid:
         return pid
     try:
-        os.setsid()
-        quiet = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(quiet, stream)
+        alone()
         sys.meta_path.insert(0, Finder(core.module, ROOT / core.path, code))  # type: ignore[arg-type]
-        import pytest
-
-        found = int(pytest.main(["-x", "-q", "-p", "no:xdist", "--no-header", *core.tests]))
+        found = tests(core)
         held = sys.modules.get(core.module)
         if found == SURVIVED and not isinstance(getattr(held, "__loader__", None), Changed):
             found = ABSENT
     except BaseException:
         found = 1
     os._exit(found)
+
+
+def alone() -> None:
+    """A group of our own, to be ended as one (not a session: Linux would share the cores out by those), and silence."""
+    os.setpgid(0, 0)
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(quiet, stream)
+
+
+def tests(core: Core, *plugins: object) -> int:
+    """Exit code of pytest."""
+    import pytest
+
+    return int(pytest.main(["-x", "-q", "-p", "no:xdist", "--no-header", *core.tests], plugins=list(plugins)))
+
+
+# --- children of a process that has collected the tests -------------------------------------------------------------
+
+
+def swaps(core: Core, number: int) -> list[tuple[FunctionType, CodeType]]:
+    """Functions that are loaded, and their code with one change; none where the change is outside of functions."""
+    new = mutant(core, number)
+    changed = list(_changed(mutant(core, None), new))
+    if None in changed:
+        return []
+    by = {(code.co_qualname, code.co_firstlineno): code for code in changed if code is not None}
+    path = str(ROOT / core.path)
+    found = []
+    for held in gc.get_objects():
+        if isinstance(held, FunctionType) and held.__code__.co_filename == path:
+            code = by.get((held.__code__.co_qualname, held.__code__.co_firstlineno))
+            if code is not None:
+                found.append((held, code))
+    return found if len({code for _, code in found}) == len(by) else []
+
+
+def _changed(old: CodeType, new: CodeType) -> Iterator[CodeType | None]:
+    """Outermost functions of the new code that are not the old ones; None where a module's or a class's own code is not."""
+    inner = [[c for c in code.co_consts if isinstance(c, CodeType)] for code in (old, new)]
+    if len(inner[0]) != len(inner[1]) or _own(old) != _own(new):
+        yield None
+        return
+    for a, b in zip(*inner, strict=True):
+        if not b.co_flags & inspect.CO_OPTIMIZED:
+            yield from _changed(a, b)
+        elif a != b:
+            yield b
+
+
+def _own(code: CodeType) -> tuple[object, ...]:
+    return code.co_code, code.co_names, [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]
+
+
+class Child(BaseException):
+    """We are the child: run the tests."""
+
+
+class Here:
+    """Plugin of pytest: when the tests are collected, fork a child for each mutant, which goes on to run them."""
+
+    def __init__(self, core: Core, numbers: Sequence[int], limit_s: float, most: int, until: float, told: int) -> None:
+        self.jobs: list[tuple[Core, int | None]] = [(core, number) for number in numbers]
+        self.limits_s, self.most, self.until, self.told = {core: limit_s}, most, until, told
+
+    def fork(self, core: Core, number: int | None) -> int:
+        pid = os.fork()
+        if not pid:
+            alone()
+            for function, code in swaps(core, number or 0):
+                function.__code__ = code
+            raise Child
+        return pid
+
+    def pytest_runtestloop(self) -> None:
+        gc.collect()
+        self.jobs = [(core, number) for core, number in self.jobs if swaps(core, number or 0)]
+        try:
+            for at, outcome, _ in run(self.jobs, self.limits_s, self.most, self.until, self.fork):
+                os.write(self.told, f"{self.jobs[at][1]} {outcome}\n".encode())
+        except Child:
+            return
+        os._exit(0)
+
+
+def collected(core: Core, numbers: Sequence[int], limit_s: float, most: int, until: float) -> Iterator[tuple[int, str]]:
+    """(mutant, killed or timeout) of those mutants that a child of a process with collected tests could kill."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.close(ours)
+            alone()
+            os._exit(tests(core, Here(core, numbers, limit_s, most, until, theirs)))
+        except BaseException:
+            os._exit(1)
+    os.close(theirs)
+    with os.fdopen(ours) as lines:
+        for line in lines:
+            number, outcome = line.split()
+            if outcome != "survived":
+                yield int(number), outcome
+    os.waitpid(pid, 0)
 
 
 def preload() -> None:
@@ -266,7 +368,11 @@ def preload() -> None:
 
 
 def run(
-    jobs: Sequence[tuple[Core, int | None]], limits_s: dict[Core, float], most: int, until: float = math.inf
+    jobs: Sequence[tuple[Core, int | None]],
+    limits_s: dict[Core, float],
+    most: int,
+    until: float = math.inf,
+    start: Callable[[Core, int | None], int] = start,
 ) -> Iterator[tuple[int, str, float]]:
     """(position, killed, survived or timeout, seconds) of each job, as they end. until: begin none after this time."""
     waiting = list(enumerate(jobs))[::-1]
@@ -342,14 +448,23 @@ def main() -> int:
     for at, (core, number) in enumerate(jobs):
         if (core.path, texts[core], number or 0) in kept:
             found[at] = kept[core.path, texts[core], number or 0]
-    left = [at for at in range(len(jobs)) if at not in found]
-    for place, outcome, _ in run([jobs[at] for at in left], limits_s, asked.jobs, begin + 60 * asked.minutes):
-        at = left[place]
+    until = begin + 60 * asked.minutes
+
+    def learn(at: int, outcome: str) -> None:
         found[at] = outcome
         if asked.keep:
             core, number = jobs[at]
             with asked.keep.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([core.path, texts[core], number or 0, outcome]) + "\n")
+
+    for core in cores:
+        places = {number or 0: at for at, (c, number) in enumerate(jobs) if c == core and at not in found}
+        for number, outcome in collected(core, list(places), limits_s[core], asked.jobs, until) if places else ():
+            learn(places[number], outcome)
+        print(f"  {core.path}: {time.monotonic() - begin:.0f} s", flush=True)
+    left = [at for at in range(len(jobs)) if at not in found]
+    for place, outcome, _ in run([jobs[at] for at in left], limits_s, asked.jobs, until):
+        learn(left[place], outcome)
     for at, outcome in sorted(found.items()):
         if outcome == "survived":
             core, number = jobs[at]
