@@ -531,8 +531,10 @@ class Writer:
                     self._unkept.append(batch)
                 else:
                     readings.extend(batch)
-            if rows:
-                self._unkept.append(Observations.concat(rows))
+            try:
+                self._unkept += [Observations.concat(rows)] if rows else []
+            except MemoryError:  # as they came: this thread must live, or nothing that comes later is kept
+                self._unkept += rows
             if readings:
                 self._unkept.append(readings)
             self._keep()
@@ -560,6 +562,9 @@ class Writer:
                     kept(batch)
             except StoreError as full:  # no room on the disk either
                 self.error = full
+                return
+            except MemoryError:
+                self.error = StoreError("out of memory: rows can be neither stored nor kept on disk.")
                 return
         if isinstance(self.error, StoreError):
             self.error = None

@@ -503,6 +503,24 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(store: Store, tmp_p
     assert not list(folder().iterdir())
 
 
+def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by tests.faults: the thread that gathers rows died of a MemoryError, and what came later was stored by nobody."""
+    run, rows = begun(store), held_rows(4)
+
+    def denied(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with Writer(store, run.id, every_s=0.1) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "concatenate", denied)
+            for k in range(2):
+                writer.put(rows.take(np.array([k])))
+            time.sleep(0.4)
+        writer.put(rows.take(np.array([2, 3])))
+    assert writer.settle(run, 5.0).ended
+    assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
+
+
 def test_rows_that_neither_database_nor_disk_takes_wait_in_memory(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
