@@ -224,16 +224,15 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What came of it. points: every candidate, the best first. used: statistics that counted. curvature: [k, k].
+    """What came of it. points: every candidate, the best first. used: statistics that counted.
 
-    jacobian: [runs, statistics, k] at the best point. misfit: median |log ratio| of the TTFT quantiles there.
+    misfit: median |log ratio| of the TTFT quantiles at the best point.
     """
 
     space: Space
     replays: Sequence[Replay]
     points: list[Point]
     used: int
-    jacobian: Floats
     misfit: float
 
     @property
@@ -245,6 +244,12 @@ class Calibration:
     def excess(self) -> float:
         """How much worse than expected the best laws fit, as a variance factor; at least 1."""
         return max(1.0, float(self.best.chi.sum()) / max(self.used - len(self.space.names), self.used / 2, 1))
+
+    @property
+    def optimism(self) -> float:
+        """How much farther from the laws other runs lie than those that they were fitted to: degrees of freedom, as a factor."""
+        n, k = self.used / CORRELATED, len(self.space.names)
+        return math.sqrt(n / max(n - k, n / 2))
 
     def draws(self, rng: np.random.Generator, n: int, hidden: Sequence[str] = ()) -> list[Profile]:
         """Laws that are possible: candidates drawn by their misfit, with the runs weighed at random (Bayesian bootstrap).
@@ -286,19 +291,6 @@ class Calibration:
             likely = np.exp(-np.maximum(0.0, cost - cost.min() - drawn) / 2)
             found.append(points[int(rng.choice(len(likely), p=likely / likely.sum()))])
         return found
-
-    def without(self, run: int) -> Profile:
-        """The laws as they would have come out without one run: a Gauss-Newton step back from it."""
-        j, r = self.jacobian, np.stack([p.observed for p in self.replays]) - self.best.values
-        left = [i for i in range(len(self.replays)) if i != run]
-        h, g = np.diag(1 / self.space.sd**2), (self.space.mean - self.best.z) / self.space.sd**2
-        for i in left:
-            good = np.isfinite(r[i])
-            scaled = j[i][good] / STATISTIC_SD[good, None]
-            h = h + scaled.T @ scaled
-            g = g + scaled.T @ np.clip(r[i][good] / STATISTIC_SD[good], -3, 3)
-        step = np.clip(np.linalg.solve(h, g), -self.space.sd, self.space.sd)
-        return self.space.profile(self.best.z + step, self.best.rules)
 
 
 CORRELATED = 4.0
@@ -358,10 +350,9 @@ class _Search:
             columns.append((other.values - point.values) / (moved[i] - point.z[i]))
         return np.stack(columns, axis=-1)
 
-    def polish(self, point: Point, steps: int) -> tuple[Point, Floats, Floats]:
-        """(after Gauss-Newton steps, the slopes there or at the last point that had some, curvature)."""
+    def polish(self, point: Point, steps: int) -> tuple[Point, Floats]:
+        """(after Gauss-Newton steps, the curvature there or at the last point that had one)."""
         space = self.space
-        slopes = np.zeros((*self.observed.shape, len(space.names)))
         h = np.diag(1 / space.sd**2)
         for turn in range(steps + 1):
             slopes = self.slopes(point)
@@ -381,14 +372,14 @@ class _Search:
                     point = best
                 break
             point = best
-        return point, slopes, h
+        return point, h
 
-    def settle(self, point: Point) -> tuple[Point, Floats, Floats, dict[str, list[Point]]]:
+    def settle(self, point: Point) -> tuple[Point, Floats, dict[str, list[Point]]]:
         """Polish a point, try the other rules there, polish again with those that explain clearly more.
 
-        Returns (point, slopes, curvature, what was tried by name of the rule).
+        Returns (point, curvature, what was tried by name of the rule).
         """
-        point, slopes, h = self.polish(point, POLISH)
+        point, h = self.polish(point, POLISH)
         tried: dict[str, list[Point]] = {}
         for rules in STRUCTURES:
             name = next(iter(rules))
@@ -404,8 +395,8 @@ class _Search:
             if together.cost < point.cost - worth:
                 chosen, point = dict(together.rules), together
         if point is not start:
-            point, slopes, h = self.polish(point, POLISH)
-        return point, slopes, h, tried
+            point, h = self.polish(point, POLISH)
+        return point, h, tried
 
 
 STARTS: tuple[dict[str, object], ...] = (
@@ -433,7 +424,7 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     rng = np.random.default_rng(seed)
     used = int(np.isfinite(search.observed).sum())
     points: list[Point] = []
-    found: tuple[Point, Floats, Floats, dict[str, list[Point]]] | None = None
+    found: tuple[Point, Floats, dict[str, list[Point]]] | None = None
     for turn, rules in enumerate((*STARTS, None)):
         if turn == 0 or rules is None:
             # At last one more ensemble, under the rules found.
@@ -448,7 +439,7 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
             starts = [search.at(z, {**found[0].rules, **rules}) for z in (found[0].z, open_, space.mean)]
             if found[0].chi.sum() > FAR * used:
                 starts += search.smooth(rng, {**found[0].rules, **rules}, MEMBERS, ROUNDS)
-            start, _, _ = search.polish(min(starts, key=lambda p: p.cost), 2)
+            start, _ = search.polish(min(starts, key=lambda p: p.cost), 2)
             points.append(start)
             if start.cost > found[0].cost:
                 continue
@@ -459,7 +450,7 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
         if found[0].chi.sum() < SETTLED * used:
             break
     assert found is not None  # noqa: S101 - there are starts
-    point, slopes, h, tried = found
+    point, h, tried = found
     excess = max(1.0, float(point.chi.sum()) / max(used - len(space.names), used / 2, 1))
     # Candidates: the curvature's ellipse, wider by what the fit does not explain; rules that cost little are mixed in.
     cover = np.linalg.inv(h / (CORRELATED * excess) + np.diag(1 / space.sd**2) * (1 - 1 / (CORRELATED * excess)))
@@ -483,4 +474,4 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     near = candidates + sorted(points, key=lambda p: p.cost)[: 2 * CANDIDATES]
     k = len(TTFT_QUANTILES)
     misfit = float(np.nanmedian(np.abs(point.values[:, :k] - search.observed[:, :k])))
-    return Calibration(space, replays, [point, *(p for p in near if p is not point)], used, slopes, misfit)
+    return Calibration(space, replays, [point, *(p for p in near if p is not point)], used, misfit)

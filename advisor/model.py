@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from advisor.calibrate import Calibration, Known, Replay, Space, calibrate, sent
@@ -86,6 +87,27 @@ FLOORS = {
 }
 """A half-width of a 90 % interval, as a log ratio, that no figure goes below: the details of a queue are chaotic."""
 
+LEAST = {
+    "goodput_per_s": 0.004,
+    "throughput_per_s": 0.003,
+    "ttft_p50_s": 0.015,
+    "ttft_p90_s": 0.02,
+    "ttft_p99_s": 0.035,
+    "tpot_p50_s": 0.006,
+    "tpot_p90_s": 0.008,
+    "tpot_p99_s": 0.015,
+    "e2e_p50_s": 0.006,
+    "e2e_p90_s": 0.008,
+    "e2e_p99_s": 0.012,
+}
+"""The same where there are CALIBRATED_RUNS, which say themselves how far off the laws are: what the stamps' noise makes."""
+
+SCORE_DRAWS = 12
+"""Draws of the laws that every run is scored by."""
+
+FEW = 20
+"""Fewer draws than this do not show their 5 and 95 % quantiles."""
+
 
 @dataclass(frozen=True, slots=True)
 class Law:
@@ -128,8 +150,8 @@ class Fit:
     """Fitted laws with what they rest on.
 
     residuals: per run, log(predicted / measured) of each run-level metric. spread: their root mean square by metric.
-    scores: per metric, (highest utilisation of a stage, |log ratio| left out / half-width expected) of every run, when
-    there are CALIBRATED_RUNS; empty below.
+    scores: per metric, (highest utilisation of a stage, |log ratio| / half-width of the draws) of every run, when there are
+    CALIBRATED_RUNS; empty below.
     """
 
     profile: Profile
@@ -233,7 +255,7 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
     if profile.bend_tokens:
         laws[0].coefficients.update(bend_tokens=float(profile.bend_tokens))
     fit = Fit(profile, laws, seen, found_residuals, spread, warnings, data, found)
-    return replace(fit, scores=_left_out(fit, seed)) if residuals and len(data) >= CALIBRATED_RUNS else fit
+    return replace(fit, scores=_scores(fit, seed)) if residuals and len(data) >= CALIBRATED_RUNS else fit
 
 
 CHECKED = 4
@@ -443,32 +465,45 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
     return coefficients, float(np.median(np.abs(1 - scaled @ coefficients)))
 
 
-def _left_out(fit: Fit, seed: int) -> dict[str, list[tuple[float, float]]]:
-    """Every run predicted by laws that stepped back from it: how far off, in half-widths that were expected of it."""
+def _scores(fit: Fit, seed: int) -> dict[str, list[tuple[float, float]]]:
+    """Every run as the laws have it: how far off, in the half-widths that draws of the laws have there.
+
+    Runs that were left out instead (by refits, or by a Gauss-Newton step back) were tried: what they miss is what the one
+    run had told, which the draws' width holds already, and counted twice it made bands five times as wide.
+    """
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in METRICS}
-    draws = fit.draws(np.random.default_rng(seed), 12)
+    draws = fit.draws(np.random.default_rng(seed), SCORE_DRAWS)
     for i, one in enumerate(fit.data):
         replay: Replay = fit.calibration.replays[i]
         slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
         rows = one.observations.take(np.flatnonzero(np.isfinite(one.observations.sent_s)))
         rows = _from_sent(rows.take(np.argsort(rows.sent_s, kind="stable")[: len(replay.schedule)]))
-        result = replay.simulated(_tidy(fit.calibration.without(i), fit.calibration.space))
-        ratios = log_ratios(summarise(result.observations, slo), summarise(rows, slo))
+        result = replay.simulated(fit.profile)
+        ours, theirs = summarise(result.observations, slo), summarise(rows, slo)
         drawn = [summarise(replay.simulated(p).observations, slo) for p in draws]
         busiest = max(result.utilisation["prefill"], result.utilisation["decode"])
-        for name, ratio in ratios.items():
-            width = half_width([getattr(d, name) for d in drawn])
-            scores[name].append((busiest, abs(ratio) / max(width, FLOORS[name])))
+        for name, ratio in log_ratios(ours, theirs).items():
+            down, up = reach(getattr(ours, name), [getattr(d, name) for d in drawn])
+            scores[name].append(
+                (busiest, fit.calibration.optimism * abs(ratio) / max(down if ratio > 0 else up, LEAST[name]))
+            )
     return scores
 
 
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 5 to 95 % range of the logarithms; 0 where there are too few."""
-    held = np.array([v for v in values if v > 0 and math.isfinite(v)])
+def reach(point: float, drawn: Sequence[float]) -> tuple[float, float]:
+    """How far below and above a point, as log ratios, 90 % of the draws reach; (0, 0) where there are too few.
+
+    Of few draws the 5 and 95 % quantiles are nearly their extremes, which hold less: their spread by Student's t counts too.
+    """
+    held = np.array([v for v in drawn if v > 0 and math.isfinite(v)])
     if len(held) < 3:
-        return 0.0
-    low, high = np.quantile(np.log(held), [0.05, 0.95])
-    return float(high - low) / 2
+        return 0.0, 0.0
+    off = np.log(held / point)
+    wide = float(stats.t.ppf(0.95, len(off) - 1)) * math.sqrt(1 + 1 / len(off)) * float(off.std(ddof=1))
+    low, high = np.quantile(off, [0.05, 0.95])
+    if len(off) < FEW:
+        low, high = min(low, off.mean() - wide), max(high, off.mean() + wide)
+    return max(0.0, -float(low)), max(0.0, float(high))
 
 
 def _seen(data: Sequence[RunData], profile: Profile) -> Seen:

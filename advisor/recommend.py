@@ -18,7 +18,7 @@ from scipy import stats
 
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
-from advisor.model import CALIBRATED_RUNS, FLOORS, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load
+from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
 from advisor.screen import survivors
 from advisor.study import proposals, quiet, values
 from advisor.telling import Note, silent
@@ -309,12 +309,19 @@ def assess(
     )
     likely = [f for f in fleets if f in by_point[:LIKELY]]
     short = _window(window, SCREENED_REQUESTS)
+    windows = {fleet: window if fleet in likely else short for fleet in fleets}
+    anchors = {
+        fleet: points[fleet][0]
+        if len(windows[fleet]) == len(whole)
+        else summarise(simulate(windows[fleet], fleet, fit.profile).observations, slo)
+        for fleet in fleets
+    }
     drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]] = {fleet: [] for fleet in fleets}
     for i, profile in enumerate(laws):
         note("bootstrap", i, draws, _draws_found(drawn, likely, i))
         for fleet in fleets:
             if fleet in likely or i < SCREEN_DRAWS:
-                result = simulate(window if fleet in likely else short, fleet, profile)
+                result = simulate(windows[fleet], fleet, profile)
                 drawn[fleet].append((summarise(result.observations, slo), result.utilisation))
     note("bootstrap", draws, draws, _draws_found(drawn, likely, draws))
 
@@ -328,7 +335,7 @@ def assess(
         candidates.append(
             Candidate(
                 fleet=fleet,
-                figures=_figures(summary, utilisation, drawn[fleet], fit, schedule, sampled[fleet]),
+                figures=_figures(summary, anchors[fleet], utilisation, drawn[fleet], fit, schedule, sampled[fleet]),
                 attainment=summary.attainment,
                 utilisation=utilisation,
                 wins=wins if draws else float("nan"),
@@ -578,23 +585,24 @@ def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
 
 def _figures(
     point: Summary,
+    anchor: Summary,
     utilisation: dict[str, float],
     draws: Sequence[tuple[Summary, dict[str, float]]],
     fit: Fit,
     schedule: Schedule,
     sampled: Mapping[str, float],
 ) -> dict[str, Interval]:
-    """Point values with 90 % intervals, as log ratios around the point.
+    """Point values with 90 % intervals, as log ratios around the point. anchor: the point's laws on the window of the draws.
 
-    The draws' width is taken around the draws' median, so that a window shorter than the trace widens nothing by being
-    another window. With enough runs it is multiplied by the conformal quantile of how many widths left-out runs of the
-    same regime were off; with fewer, the laws' misfit on the runs is added in quadrature.
+    With enough runs the width is how far the draws reach below and above the laws on the same window, times the conformal
+    quantile of how far off the runs are in such reaches. With fewer the draws' width is taken around their median, so
+    that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature.
     """
     offered = len(schedule) / max(schedule.span_s, 1e-9)
     busiest = max(utilisation["prefill"], utilisation["decode"])
     figures = {}
     for name in METRICS:
-        value = float(getattr(point, name))
+        value, beside = float(getattr(point, name)), float(getattr(anchor, name))
         drawn = np.array([getattr(d, name) for d, _ in draws], dtype=float)
         drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
         rate = name.endswith("per_s")
@@ -602,15 +610,16 @@ def _figures(
             high = value if value == 0 else float("nan")
             figures[name] = Interval(value, 0.0, offered) if rate else Interval(value, float("nan"), high)
             continue
-        floor = FLOORS[name]
-        low, middle, high = np.quantile(np.log(drawn), [0.05, 0.5, 0.95])
         factor = conformal(fit.scores.get(name, []), busiest)
         if factor is None:
+            low, middle, high = np.quantile(np.log(drawn), [0.05, 0.5, 0.95])
             misfit = 1.645 * fit.spread.get(name, 0.0)
-            down, up = (math.hypot(w, misfit, floor, sampled.get(name, 0.0)) for w in (middle - low, high - middle))
+            down, up = (
+                math.hypot(w, misfit, FLOORS[name], sampled.get(name, 0.0)) for w in (middle - low, high - middle)
+            )
         else:
-            half = math.hypot(factor * max(float(high - low) / 2, floor), sampled.get(name, 0.0))
-            down = up = half
+            reaches = reach(beside if beside > 0 else value, drawn)
+            down, up = (math.hypot(max(max(factor, 1.0) * w, LEAST[name]), sampled.get(name, 0.0)) for w in reaches)
         low, high = value * math.exp(-down), value * math.exp(min(up, 50.0))
         if rate:
             high = max(value, min(high, offered))
@@ -627,12 +636,15 @@ def _figures(
     return figures
 
 
+TRUSTED = 0.7
+"""Runs that lie nearer to the laws than draws reach narrow a band to this share at most: the laws were fitted to these runs."""
+
 REGIMES = (0.7, 0.95)
 """Bounds between regimes of the busier stage: quiet, busy, saturated. A run says little of another regime's error."""
 
 
 def conformal(scores: Sequence[tuple[float, float]], busiest: float, level: float = 0.9) -> float | None:
-    """The factor on expected half-widths that covers ``level`` of left-out runs, of the same regime where five were.
+    """The factor on expected half-widths that covers ``level`` of the runs, of the same regime where nine were.
 
     Split conformal: of n scores the ceil((n + 1) level)-th smallest. None without scores.
     """

@@ -121,7 +121,7 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
         if candidate.fleet not in measured:
             for name, key in HELD.items():
                 row["errors"][name].append(relative(candidate.figures[key].value, getattr(summary, key)))
-    row["covered"] = covered(answer, true)
+    row |= intervals(answer, true)
     row["excess"] = answer.fit.calibration.excess
     return row
 
@@ -158,20 +158,21 @@ def ten_runs(world: World, runs: int = 12, draws: int = 24) -> dict[str, Any]:
     best = max(s.goodput_per_s for s in true.values())
     row |= {"errors": errors, "regret": 1 - true[answer.best.fleet].goodput_per_s / best, "refused": answer.refused}
     measured = {d.run.fleet for d in data}
-    row["covered"] = covered(answer, {f: s for f, s in true.items() if f not in measured})
-    return row
+    return row | intervals(answer, {f: s for f, s in true.items() if f not in measured})
 
 
-def covered(answer: Recommendation, true: dict[Fleet, Summary]) -> dict[str, list[bool]]:
-    """Metric -> does the interval of each split hold the truth?"""
-    found: dict[str, list[bool]] = {}
+def intervals(answer: Recommendation, true: dict[Fleet, Summary]) -> dict[str, dict[str, list[Any]]]:
+    """covered: metric -> does the interval of each split hold the truth? width: metric -> its width over its value."""
+    held: dict[str, list[Any]] = {}
+    wide: dict[str, list[Any]] = {}
     for candidate in answer.candidates:
         for key, figure in candidate.figures.items():
             value = getattr(true.get(candidate.fleet), key, None)
             if value is None or not (math.isfinite(value) and value > 0 and math.isfinite(figure.low)):
                 continue
-            found.setdefault(key, []).append(bool(figure.low * (1 - 1e-9) <= value <= figure.high * (1 + 1e-9)))
-    return found
+            held.setdefault(key, []).append(bool(figure.low * (1 - 1e-9) <= value <= figure.high * (1 + 1e-9)))
+            wide.setdefault(key, []).append(float((figure.high - figure.low) / max(figure.value, 1e-12)))
+    return {"covered": held, "width": wide}
 
 
 def p99_regret(true: dict[Fleet, Summary], chosen: Fleet) -> float:
@@ -205,7 +206,9 @@ def predicted(rows: Sequence[dict[str, Any]], what: str) -> list[str]:
             lines.append(f"  {what}, {name:11} median {middle:6.1%}  p90 {high:7.1%}  (n={len(errors)})")
     for key in sorted({k for r in rows for k in r.get("covered", {})}):
         hits = [h for r in rows for h in r.get("covered", {}).get(key, [])]
-        lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}  (n={len(hits)})")
+        wide = [w for r in rows for w in r.get("width", {}).get(key, [])]
+        width = f"  median width {np.median(wide):6.1%}" if wide else ""
+        lines.append(f"  90 % interval of {key:18} covers {np.mean(hits):6.1%}{width}  (n={len(hits)})")
     return lines
 
 

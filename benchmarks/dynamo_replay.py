@@ -34,7 +34,7 @@ from advisor.advise import load
 from advisor.features import RunData
 from advisor.recommend import Recommendation, assess
 from advisor.study import quiet
-from benchmarks.advisor import EASY, HELD, PROBES, covered, p99_regret, percent, predicted, relative, traffic
+from benchmarks.advisor import EASY, HELD, PROBES, intervals, p99_regret, percent, predicted, relative, traffic
 from benchmarks.worlds import RECORDED, lognormal, windows
 from loadgen.cluster import kernel
 from loadgen.imports import observations, read, store_run
@@ -277,7 +277,7 @@ def solve(dynamo: Dynamo, seed: int) -> dict[str, Any]:
             name: [relative(c.figures[key].value, getattr(scenario.true[c.fleet], key)) for c in unmeasured]
             for name, key in HELD.items()
         },
-        "covered": covered(answer, scenario.true),
+        **intervals(answer, scenario.true),
         "excess": answer.fit.calibration.excess,
         "laws": answer.fit.profile.to_toml(),
     }

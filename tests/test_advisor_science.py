@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from advisor.baselines import baselines
-from advisor.model import fit_laws, load_of
-from advisor.recommend import break_even, conformal
+from advisor.model import METRICS, fit_laws, load_of, reach
+from advisor.recommend import assess, break_even, conformal
 from advisor.screen import Traffic, goodput, survivors
 from advisor.study import proposals, values
 from benchmarks.advisor import solve
 from benchmarks.worlds import draw, sweep
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, measured, three_runs
-from traces.measures import goodput_per_s
+from traces.measures import goodput_per_s, summarise
 from traces.records import Fleet
 
 DEMO = Profile.load("demo")
@@ -175,6 +176,50 @@ def test_intervals_cover_what_they_say_when_scores_are_exchangeable() -> None:
         assert factor is not None
         hits += scores[-1] <= factor
     assert hits / 2000 == pytest.approx(12 / 13, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "reaches"),
+    [
+        # too few draws say nothing
+        ([1.0, 2.0], (0.0, 0.0)),
+        # all above: nothing reaches below the point
+        (np.exp(np.linspace(0, 1, 101)), (0.0, 0.95)),
+        # each side for itself
+        (np.exp(np.linspace(-1, 3, 101)), (0.8, 2.8)),
+        # what cannot be is no draw
+        ([math.nan, 0.0, *np.exp(np.linspace(-1, 1, 101))], (0.9, 0.9)),
+        # of three draws Student's t, 2.92 standard deviations and the mean's own doubt
+        (np.exp([-1.0, 0.0, 1.0]), (2.92 * math.sqrt(4 / 3), 2.92 * math.sqrt(4 / 3))),
+    ],
+)
+def test_draws_reach_below_and_above_the_point(drawn: list[float], reaches: tuple[float, float]) -> None:
+    """5 and 95 % quantiles of log ratios, at least the point itself; few draws by Student's t."""
+    assert reach(1.0, drawn) == pytest.approx(reaches, abs=1e-3)
+
+
+def test_from_ten_runs_on_bands_hold_what_no_run_showed_and_are_no_wider_than_that() -> None:
+    """Ten short runs on few splits: of the figures of the others most lie in their bands, which are narrow where TPOT is."""
+    rate = busy_rate(DEMO)
+    asked = lognormal(300, rate * 0.9, 77)
+    cells = [(f, share) for f in (Fleet(4, 4), Fleet(2, 6), Fleet(6, 2)) for share in (0.15, 0.5, 0.9)] + [
+        (Fleet(1, 7), 0.5)
+    ]
+    data = [measured(DEMO, lognormal(120, rate * share, k), fleet, k + 1) for k, (fleet, share) in enumerate(cells)]
+    answer = assess(data, asked, gpus=8, slo=SLO, attainment=0.0, draws=20)
+    assert answer.calibrated
+    held, wide = [], []
+    for candidate in answer.candidates:
+        if candidate.fleet in {f for f, _ in cells}:
+            continue
+        true = summarise(simulate(asked, candidate.fleet, DEMO).observations, SLO)
+        wide.append(candidate.figures["tpot_p50_s"].high / candidate.figures["tpot_p50_s"].low - 1)
+        for name in METRICS:
+            figure, value = candidate.figures[name], getattr(true, name)
+            if value > 0:
+                held.append(figure.low <= value * (1 + 1e-9) and value <= figure.high * (1 + 1e-9))
+    assert np.mean(held) >= 0.75
+    assert np.median(wide) < 0.1
 
 
 def test_a_long_run_teaches_what_a_short_one_does() -> None:
