@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from advisor.cli import main
 from loadgen import secret
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
@@ -127,7 +128,9 @@ def test_who_listens_between_master_and_worker_hears_no_key(monkeypatch: pytest.
         assert planted not in ears[0].heard
 
 
-def test_planted_secrets_are_in_nothing_that_is_produced(tmp_path: Path) -> None:
+def test_planted_secrets_are_in_nothing_that_is_produced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """After a replay with an API key, an endpoint's password and a header's token, with a failed database and a report:
     no file, output or command line of any process holds them."""
     planted = (KEY, PASSWORD, "hd-planted-77aa", "kr-planted-51bd", "dp-planted-90fe")
@@ -193,20 +196,28 @@ def test_planted_secrets_are_in_nothing_that_is_produced(tmp_path: Path) -> None
         wanted = [
             (1, ("replay", "t", "--endpoint", f"http://me:{PASSWORD}@127.0.0.1:1", "--workers", "1"), none),
             (0, ("replay", "t", "--endpoint", guarded, *key, "--requests", "2", "--workers", "1"), ring),
-            (1, ("runs", "--json", "--db", elsewhere), {"STEELYARD_DB_PASSWORD": "dp-planted-90fe"}),
-            (1, ("runs", "--json", "--db", elsewhere), ring | {"STEELYARD_DB_PASSWORD_FILE": "keyring:steelyard/key"}),
             (1, ("runs", "--db", f"{elsewhere}?password_file=keyring:steelyard/key"), ring),
-            (1, ("runs",), {"STEELYARD_DB": f"postgresql://me:{PASSWORD}@127.0.0.1:1/x"}),
-            (1, ("runs", "--json"), {"STEELYARD_DB": f"postgresql://127.0.0.1:1/x?user=me&password={PASSWORD}"}),
-            (0, ("runs", "show", "1", "--json"), none),
-            (0, ("runs", "export", "1", "--out", "run.csv"), none),
-            (5, ("report", "--out", "report.html"), none),
             (0, ("doctor", "--json"), none),
         ]
         with ThreadPoolExecutor(3) as pool:
             codes = list(pool.map(lambda one: call(*one[1], env=one[2]), wanted))
         for code, (expected, arguments, _) in zip(codes, wanted, strict=True):
             assert code in ((0, 4) if arguments[0] == "replay" and not expected else (expected,)), (arguments, outputs)
+    monkeypatch.chdir(tmp_path)
+    for expected, arguments, more in (  # what starts no process and has nothing secret on its command line
+        (1, ("runs", "--json", "--db", elsewhere), {"STEELYARD_DB_PASSWORD": "dp-planted-90fe"}),
+        (1, ("runs", "--json", "--db", elsewhere), ring | {"STEELYARD_DB_PASSWORD_FILE": "keyring:steelyard/key"}),
+        (1, ("runs",), {"STEELYARD_DB": f"postgresql://me:{PASSWORD}@127.0.0.1:1/x"}),
+        (1, ("runs", "--json"), {"STEELYARD_DB": f"postgresql://127.0.0.1:1/x?user=me&password={PASSWORD}"}),
+        (0, ("runs", "show", "1", "--json"), none),
+        (0, ("runs", "export", "1", "--out", "run.csv"), none),
+        (5, ("report", "--out", "report.html"), none),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in (environment | more).items():
+                patch.setenv(name, value)
+            assert main(list(arguments)) == expected, (arguments, outputs)
+        outputs.extend(capsys.readouterr())
     for text in outputs:
         for word in (*planted, "swarm-planted-0123456789"):
             assert word not in text, text
