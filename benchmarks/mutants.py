@@ -5,8 +5,8 @@ Run: ``make mutants``, or ``python -m benchmarks.mutants --n 40 --seed 0 --jobs 
 A mutant is the module with one change: a comparison turned or moved by its boundary, an operator exchanged, a number one
 higher, True for False, and for or, a condition negated, a sign or ``not`` left out, None returned. Messages, annotations,
 decorators and texts stay as they are. Nothing is written into the tree. Where the change is inside a function, a process that has
-collected the tests forks a child for each mutant, which puts the changed code into that function and runs them; every other
-mutant, and each that survives this, gets a child that imports the changed module. Both run pytest ``-x``. What tests start as
+collected the tests forks a child for each mutant, which puts the changed code into it and runs those that call it; every other
+mutant gets a child that imports the changed module. Both run pytest ``-x``. What tests start as
 processes of their own sees the unchanged module, which counts against us.
 A mutant that runs into the time limit counts as killed, as usual, and is shown apart. Of all, n a module are drawn by seed.
 """
@@ -27,6 +27,8 @@ import platform
 import random
 import signal
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +37,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -264,21 +267,13 @@ def tests(core: Core, *plugins: object) -> int:
 # --- children of a process that has collected the tests -------------------------------------------------------------
 
 
-def swaps(core: Core, number: int) -> list[tuple[FunctionType, CodeType]]:
-    """Functions that are loaded, and their code with one change; none where the change is outside of functions."""
-    new = mutant(core, number)
-    changed = list(_changed(mutant(core, None), new))
-    if None in changed:
-        return []
-    by = {(code.co_qualname, code.co_firstlineno): code for code in changed if code is not None}
-    path = str(ROOT / core.path)
-    found = []
+def functions(core: Core) -> dict[tuple[str, int], list[FunctionType]]:
+    """The module's functions that are loaded, by name and line."""
+    found: dict[tuple[str, int], list[FunctionType]] = {}
     for held in gc.get_objects():
-        if isinstance(held, FunctionType) and held.__code__.co_filename == path:
-            code = by.get((held.__code__.co_qualname, held.__code__.co_firstlineno))
-            if code is not None:
-                found.append((held, code))
-    return found if len({code for _, code in found}) == len(by) else []
+        if isinstance(held, FunctionType) and held.__code__.co_filename == str(ROOT / core.path):
+            found.setdefault((held.__code__.co_qualname, held.__code__.co_firstlineno), []).append(held)
+    return found
 
 
 def _changed(old: CodeType, new: CodeType) -> Iterator[CodeType | None]:
@@ -302,35 +297,93 @@ class Child(BaseException):
     """We are the child: run the tests."""
 
 
+Name = tuple[str, int]
+"""Of a function: its qualified name and first line."""
+
+
 class Here:
-    """Plugin of pytest: when the tests are collected, fork a child for each mutant, which goes on to run them."""
+    """Plugin of pytest: when the tests are collected, fork a child for each mutant, which goes on to run those that call it."""
 
     def __init__(self, core: Core, numbers: Sequence[int], limit_s: float, most: int, until: float, told: int) -> None:
-        self.jobs: list[tuple[Core, int | None]] = [(core, number) for number in numbers]
-        self.limits_s, self.most, self.until, self.told = {core: limit_s}, most, until, told
+        self.core, self.numbers, self.told = core, numbers, told
+        self.limits_s, self.most, self.until = {core: limit_s}, most, until
+        self.survey: dict[str, tuple[float, list[Name]]] | None = None
 
     def fork(self, core: Core, number: int | None) -> int:
         pid = os.fork()
         if not pid:
             alone()
-            for function, code in swaps(core, number or 0):
-                function.__code__ = code
+            names = {(code.co_qualname, code.co_firstlineno) for code in self.codes[number]}
+            for code in self.codes[number]:
+                for function in self.loaded[code.co_qualname, code.co_firstlineno]:
+                    function.__code__ = code
+            calls = [item for item in self.session.items if names & set(self.called[item.nodeid][1])]
+            self.session.items[:] = sorted(calls, key=lambda item: self.called[item.nodeid][0])  # the quick ones first
             raise Child
         return pid
 
-    def pytest_runtestloop(self) -> None:
-        gc.collect()
-        self.jobs = [(core, number) for core, number in self.jobs if swaps(core, number or 0)]
+    def look(self) -> dict[str, tuple[float, list[Name]]]:
+        """Test -> seconds, and the module's functions that it called, by a child that runs all."""
+        with tempfile.TemporaryDirectory() as folder:
+            seen = Path(folder) / "seen"
+            pid = os.fork()
+            if not pid:
+                self.survey, self.seen = {}, seen
+                raise Child
+            os.waitpid(pid, 0)
+            held = json.loads(seen.read_text())
+        return {test: (took, [(name, line) for name, line in names]) for test, (took, names) in held.items()}
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        """In the child that looks: from here on this test is watched."""
+        if self.survey is None:
+            return
+        path, found, start = str(ROOT / self.core.path), set[Name](), time.perf_counter()
+
+        def note(frame: Any, event: str, _: object) -> None:
+            if event == "call" and frame.f_code.co_filename == path:
+                found.add((frame.f_code.co_qualname, frame.f_code.co_firstlineno))
+
+        self.survey[item.nodeid] = 0.0, []
+        self.ended = lambda: (time.perf_counter() - start, sorted(found))
+        threading.setprofile(note)
+        sys.setprofile(note)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if self.survey is not None:
+            sys.setprofile(None)
+            threading.setprofile(None)
+            self.survey[nodeid] = self.ended()
+
+    def pytest_sessionfinish(self) -> None:
+        if self.survey is not None:
+            self.seen.write_text(json.dumps(self.survey))
+
+    def pytest_runtestloop(self, session: Any) -> None:
+        self.session, self.loaded, old = session, functions(self.core), mutant(self.core, None)
+        self.codes: dict[int | None, list[CodeType]] = {}
+        for number in self.numbers:
+            changed = list(_changed(old, mutant(self.core, number)))
+            codes = [c for c in changed if c is not None and (c.co_qualname, c.co_firstlineno) in self.loaded]
+            if codes and len(codes) == len(changed):
+                self.codes[number] = codes
         try:
-            for at, outcome, _ in run(self.jobs, self.limits_s, self.most, self.until, self.fork):
-                os.write(self.told, f"{self.jobs[at][1]} {outcome}\n".encode())
+            self.called = self.look()
+            known = {name for _, names in self.called.values() for name in names}
+            jobs = [
+                (self.core, number)
+                for number, codes in self.codes.items()
+                if known & {(code.co_qualname, code.co_firstlineno) for code in codes}
+            ]
+            for at, outcome, _ in run(jobs, self.limits_s, self.most, self.until, self.fork):
+                os.write(self.told, f"{jobs[at][1]} {outcome}\n".encode())
         except Child:
             return
         os._exit(0)
 
 
 def collected(core: Core, numbers: Sequence[int], limit_s: float, most: int, until: float) -> Iterator[tuple[int, str]]:
-    """(mutant, killed or timeout) of those mutants that a child of a process with collected tests could kill."""
+    """(mutant, killed, survived or timeout) of those mutants that a child of a process with collected tests can try."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if not pid:
@@ -344,8 +397,7 @@ def collected(core: Core, numbers: Sequence[int], limit_s: float, most: int, unt
     with os.fdopen(ours) as lines:
         for line in lines:
             number, outcome = line.split()
-            if outcome != "survived":
-                yield int(number), outcome
+            yield int(number), outcome
     os.waitpid(pid, 0)
 
 
