@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.ensemble import GradientBoostingRegressor
 
 from advisor.features import BLOCKS, RunData, time_block
 from loadgen.cluster import Profile
@@ -77,6 +76,8 @@ def _mm1(laws: Profile, n: float, m: float, full_s: float, decode_tokens: float,
 
 def _boosted(data: Sequence[RunData], schedule: Schedule, fleets: Sequence[Fleet], slo: Slo) -> Fleet:
     """Gradient boosting of goodput on (P, D, rate), trained on the time blocks of the runs; no mechanism."""
+    from sklearn.ensemble import GradientBoostingRegressor  # what it brings along takes a third of a second to import
+
     x, y = [], []
     for run, rows in [(one, rows) for one in data for rows in one.pieces]:
         good = met(rows, slo)

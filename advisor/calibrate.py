@@ -18,10 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from advisor.features import RunData
+from advisor.parallel import shared
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.measures import Slo, quantiles
 from traces.records import Fleet, Floats, Observations, Schedule
@@ -324,7 +326,7 @@ class _Search:
         noise = np.tile(STATISTIC_SD, len(self.replays))[good]
         everything: list[Point] = []
         for _ in range(rounds):
-            points = [self.at(row, rules) for row in z]
+            points = shared(lambda row: self.at(row, rules), z)
             everything += points
             seen = np.stack([p.values.ravel()[good] for p in points])
             seen = np.where(np.isfinite(seen), seen, target)
@@ -336,19 +338,21 @@ class _Search:
             off = np.clip(off, -25, 25)
             solved = np.linalg.solve(gram + rounds * np.eye(members), dy)
             z = z + (off @ solved.T) @ dz / k
-        everything += [self.at(row, rules) for row in z]
+        everything += shared(lambda row: self.at(row, rules), z)
         return everything
 
     def slopes(self, point: Point) -> Floats:
         """[runs, statistics, k]: change of every statistic with every parameter, by a step of a fifth."""
-        columns = []
-        for i, sd in enumerate(self.space.sd):
+
+        def column(i: int) -> Floats:
+            sd = self.space.sd[i]
             step = min(0.2, 0.5 * float(sd))
             moved = point.z.copy()
             moved[i] += step if moved[i] < self.space.mean[i] + 3 * sd else -step
             other = self.at(moved, point.rules)
-            columns.append((other.values - point.values) / (moved[i] - point.z[i]))
-        return np.stack(columns, axis=-1)
+            return np.asarray((other.values - point.values) / (moved[i] - point.z[i]))
+
+        return np.stack(shared(column, range(len(self.space.sd))), axis=-1)
 
     def polish(self, point: Point, steps: int) -> tuple[Point, Floats]:
         """(after Gauss-Newton steps, the curvature there or at the last point that had one)."""
@@ -365,7 +369,7 @@ class _Search:
                 break
             g = j.T @ (weight * r[good]) + (space.mean - point.z) / space.sd**2
             step = np.clip(np.linalg.solve(h, g), -1.5 * space.sd, 1.5 * space.sd)
-            tried = [self.at(point.z + share * step, point.rules) for share in (1.0, 0.4)]
+            tried = shared(partial(self.at, rules=point.rules), [point.z + share * step for share in (1.0, 0.4)])
             best = min(tried, key=lambda p: p.cost)
             if best.cost >= point.cost * 0.995:
                 if best.cost < point.cost:
@@ -381,10 +385,10 @@ class _Search:
         """
         point, h = self.polish(point, POLISH)
         tried: dict[str, list[Point]] = {}
-        for rules in STRUCTURES:
-            name = next(iter(rules))
-            if name not in point.rules:
-                tried.setdefault(name, []).append(self.at(point.z, {**point.rules, **rules}))
+        others = [rules for rules in STRUCTURES if next(iter(rules)) not in point.rules]
+        each = shared(partial(self.at, point.z), [{**point.rules, **rules} for rules in others])
+        for rules, one in zip(others, each, strict=True):
+            tried.setdefault(next(iter(rules)), []).append(one)
         worth = CORRELATED * max(1.0, float(point.chi.sum()) / max(np.isfinite(self.observed).sum(), 1))
         chosen, start = dict(point.rules), point
         for name, held in sorted(tried.items(), key=lambda item: min(p.cost for p in item[1])):
@@ -455,7 +459,7 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     # Candidates: the curvature's ellipse, wider by what the fit does not explain; rules that cost little are mixed in.
     cover = np.linalg.inv(h / (CORRELATED * excess) + np.diag(1 / space.sd**2) * (1 - 1 / (CORRELATED * excess)))
     root = np.linalg.cholesky((cover + cover.T) / 2 + 1e-12 * np.eye(len(cover)))
-    candidates: list[Point] = []
+    wanted: list[tuple[Floats, dict[str, object], float]] = []
     for _ in range(CANDIDATES):
         rules, drawn = dict(point.rules), 0.0
         for name, held in tried.items():
@@ -468,7 +472,8 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
                 rules[name] = held[which - 1].rules[name]
                 drawn -= 2 * math.log(likely[which - 1])
         step = rng.standard_normal(len(space.names))
-        candidates.append(replace(search.at(point.z + root @ step, rules), drawn=drawn + float(step @ step)))
+        wanted.append((point.z + root @ step, rules, drawn + float(step @ step)))
+    candidates = shared(lambda one: replace(search.at(one[0], one[1]), drawn=one[2]), wanted)
     for held in tried.values():
         points += held
     near = candidates + sorted(points, key=lambda p: p.cost)[: 2 * CANDIDATES]

@@ -456,8 +456,11 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
     robust = np.ones(len(y))
     coefficients = np.zeros(x.shape[1])
     for _ in range(5):
+        # Rows only count through the triangle of their QR: the same minimum from k + 1 rows as from thousands.
+        root = np.sqrt(weight * robust)
+        triangle = np.asarray(np.linalg.qr(np.column_stack([scaled / size * root[:, None], root]), mode="r"))
         model = LinearRegression(positive=True, fit_intercept=False)
-        model.fit(scaled / size, np.ones(len(y)), sample_weight=weight * robust)
+        model.fit(triangle[:, :-1], triangle[:, -1])
         coefficients = np.asarray(model.coef_, dtype=float) / size
         residual = np.abs(1 - scaled @ coefficients)
         scale = max(1.4826 * float(np.median(residual)), 1e-6)

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
+from advisor.parallel import at_once, shared
 from advisor.screen import survivors
 from advisor.study import proposals, quiet, values
 from advisor.telling import Note, silent
@@ -293,12 +294,18 @@ def assess(
     likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
-    for done, fleet in enumerate(fleets):
-        note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
+
+    def point(fleet: Fleet) -> tuple[tuple[Summary, dict[str, float], bool], dict[str, float]]:
         result = simulate(whole, fleet, fit.profile)
         summary = summarise(result.observations, slo)
-        points[fleet] = summary, result.utilisation, meets(summary, result.observations, slo, attainment)
-        sampled[fleet] = _between(result.observations, slo, parts)
+        kept = meets(summary, result.observations, slo, attainment)
+        return (summary, result.utilisation, kept), _between(result.observations, slo, parts)
+
+    for done in range(0, len(fleets), at_once()):
+        note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
+        some = fleets[done : done + at_once()]
+        for fleet, (found, between) in zip(some, shared(point, some), strict=True):
+            points[fleet], sampled[fleet] = found, between
     note("splits", len(fleets), len(fleets), _splits_found(points, slo))
     # Theory may be wrong where a simulation of the laws themselves is not.
     top = max(s.goodput_per_s for s, _, _ in points.values())
@@ -317,12 +324,20 @@ def assess(
         for fleet in fleets
     }
     drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]] = {fleet: [] for fleet in fleets}
-    for i, profile in enumerate(laws):
-        note("bootstrap", i, draws, _draws_found(drawn, likely, i))
+
+    def draw(i: int) -> dict[Fleet, tuple[Summary, dict[str, float]]]:
+        made = {}
         for fleet in fleets:
             if fleet in likely or i < SCREEN_DRAWS:
-                result = simulate(windows[fleet], fleet, profile)
-                drawn[fleet].append((summarise(result.observations, slo), result.utilisation))
+                result = simulate(windows[fleet], fleet, laws[i])
+                made[fleet] = summarise(result.observations, slo), result.utilisation
+        return made
+
+    for done in range(0, len(laws), at_once()):
+        note("bootstrap", done, draws, _draws_found(drawn, likely, done))
+        for made in shared(draw, range(done, min(done + at_once(), len(laws)))):
+            for fleet, figures in made.items():
+                drawn[fleet].append(figures)
     note("bootstrap", draws, draws, _draws_found(drawn, likely, draws))
 
     goodputs = np.array([[s.goodput_per_s for s, _ in drawn[fleet]] for fleet in likely]).T
@@ -573,7 +588,7 @@ def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
     if parts < 2:
         return {}
     each = [summarise(rows.take(which), slo) for which in np.array_split(np.arange(len(rows)), parts)]
-    wider = float(stats.t.ppf(0.95, parts - 1)) / math.sqrt(parts)
+    wider = float(special.stdtrit(parts - 1, 0.95)) / math.sqrt(parts)
     found = {}
     for name in METRICS:
         shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
