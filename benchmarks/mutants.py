@@ -307,7 +307,7 @@ class Here:
     def __init__(self, core: Core, numbers: Sequence[int], limit_s: float, most: int, until: float, told: int) -> None:
         self.core, self.numbers, self.told = core, numbers, told
         self.limits_s, self.most, self.until = {core: limit_s}, most, until
-        self.survey: dict[str, tuple[float, list[Name]]] | None = None
+        self.survey: dict[str, tuple[float, list[Name]]] | None = None  # of the child that looks
 
     def fork(self, core: Core, number: int | None) -> int:
         pid = os.fork()
@@ -324,14 +324,16 @@ class Here:
 
     def look(self) -> dict[str, tuple[float, list[Name]]]:
         """Test -> seconds, and the module's functions that it called, by a child that runs all."""
-        with tempfile.TemporaryDirectory() as folder:
-            seen = Path(folder) / "seen"
-            pid = os.fork()
-            if not pid:
-                self.survey, self.seen = {}, seen
-                raise Child
-            os.waitpid(pid, 0)
-            held = json.loads(seen.read_text())
+        handle, name = tempfile.mkstemp()  # no folder of a with: the child leaves this frame, too
+        os.close(handle)
+        self.seen = Path(name)
+        pid = os.fork()
+        if not pid:
+            self.survey = {}
+            raise Child
+        os.waitpid(pid, 0)
+        held = json.loads(self.seen.read_text())
+        self.seen.unlink()
         return {test: (took, [(name, line) for name, line in names]) for test, (took, names) in held.items()}
 
     def pytest_runtest_protocol(self, item: Any) -> None:
