@@ -471,6 +471,7 @@ def main() -> int:
     begin = time.monotonic()
     cores = [c for c in CORES if not asked.only or asked.only == c.part or asked.only in c.path]
     os.chdir(ROOT)
+    os.environ["HYPOTHESIS_PROFILE"] = "unshrunk"
     preload()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, pytest {version('pytest')}, "

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from tests.watch import Watch
 
-# The same examples on every machine, so that a red run means a change. HYPOTHESIS_PROFILE=explore looks for new ones.
+# The same examples on every machine, so that a red run means a change. HYPOTHESIS_PROFILE=explore looks for new ones; unshrunk
+# fails with the first that it finds, where nobody reads it (make mutants).
 settings.register_profile("repeat", derandomize=True)
+settings.register_profile("unshrunk", derandomize=True, phases=(Phase.explicit, Phase.generate))
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 

@@ -1299,20 +1299,19 @@ class Store:
         # Rows follow one another as they were due, nearly, so most pieces of the key lie within one slot. To group all of them
         # takes SQLite a sort, which costs as much as reading them.
         most = sa.select(sa.func.max(t.index)).where(t.run_id == run_id)
+        good += [t.index >= sa.bindparam("start"), t.index < sa.bindparam("end")]
+        ends = sa.select(sa.func.count(), sa.func.min(due), sa.func.max(due)).where(*good)
+        inner = sa.select(slot.label("slot")).where(*good).subquery()
+        by_slot = sa.select(inner.c.slot, sa.func.count()).group_by(inner.c.slot)
         counted: dict[int, int] = {}
         with self._begin() as connection:
-            end = (connection.execute(most).scalar() or 0) + 1
-            size = max(BATCH, end // (5 * SLOTS))
-            for start in range(0, end, size):
-                mine = [*good, t.index >= start, t.index < start + size]
-                n, *ends = connection.execute(
-                    sa.select(sa.func.count(), sa.func.min(due), sa.func.max(due)).where(*mine)
-                ).one()
-                low, high = (math.floor((at - found.warmup_s) / found.width_s) if n else 0 for at in ends)
-                held: Iterable[Any] = [(low, n)] if n else []
-                if low != high:
-                    inner = sa.select(slot.label("slot")).where(*mine).subquery()
-                    held = connection.execute(sa.select(inner.c.slot, sa.func.count()).group_by(inner.c.slot))
+            rows = (connection.execute(most).scalar() or 0) + 1
+            size = max(BATCH, rows // (5 * SLOTS))
+            for start in range(0, rows, size):
+                piece = {"start": start, "end": start + size}
+                n, *at = connection.execute(ends, piece).one()
+                low, high = (math.floor((due_s - found.warmup_s) / found.width_s) if n else 0 for due_s in at)
+                held: Iterable[Any] = [(low, n)] if low == high else connection.execute(by_slot, piece)
                 for k, more in held:
                     counted[int(k)] = counted.get(int(k), 0) + int(more)
         return counted
