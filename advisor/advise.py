@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from advisor import cost as costs
@@ -12,6 +12,7 @@ from advisor.audit import audit as audit_of
 from advisor.audit import confounders
 from advisor.choose import Choice, choose
 from advisor.features import RunData
+from advisor.moves import flip_law
 from advisor.recommend import POINT_REQUESTS, Recommendation, recommend
 from advisor.telling import Note, silent
 from advisor.windows import Question
@@ -219,6 +220,17 @@ def advise(
         note=note,
         parts=parts,
     )
+    flip = flip_law(
+        [(one, changes) for one in data if (changes := store.fleet_changes(one.run.id))], answer.fit.profile
+    )
+    if flip is not None:
+        profile = replace(answer.fit.profile, flip_s=flip.coefficients["flip_s"])
+        answer = replace(answer, fit=replace(answer.fit, profile=profile, laws=[*answer.fit.laws, flip]))
+    elif strategy in ("auto", "online"):
+        answer.warnings.append(
+            "no stored run changed roles, so a change is taken to cost its drain and no more: measure one with "
+            "steelyard replay --control --change"
+        )
     if parts > 1:
         answer.warnings.append(
             f"of the traffic {parts} windows of {len(schedule) // parts} requests were simulated, spread over all of it; how "

@@ -1,8 +1,9 @@
 """Which fleet: simulate every split on the trace with the fitted laws, decide by what is sure, say what is not.
 
-The decision (lexicographic): the goodput within 1 % of the best, by its lower bound and by its value; then the smallest P99 E2E;
-then the fewest GPUs; then nearest to the fleet that runs. Without the second step a tie at low load would pick an
-absurd edge split.
+The decision (lexicographic): the goodput within 1 % of the best, by its lower bound and by its value; then the P99 E2E within
+5 % of the smallest, and of those the goodput within 1 % of the best with either role a tenth slower; then the fewest GPUs; then
+nearest to the fleet that runs. Without the second step a tie at low load would pick an absurd edge split; without the third
+one, of a plateau of splits, that which a small error of the laws has fall off it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ DRAW_REQUESTS = 2000
 
 NEAR = 0.01
 """Fleets whose goodput differs by less than this share are as good as each other."""
+
+TOLD = 0.05
+"""P99s E2E that differ by less than this share are not told apart by the laws."""
+
+STRESS = 1.1
+"""How much longer the steps of either role are made in turn, to see how near to a cliff a split stands."""
 
 POINT_REQUESTS = 20_000
 """Requests of the trace that the point estimate simulates at most."""
@@ -79,7 +86,7 @@ class Candidate:
 
     wins: share of the draws in which it has the most goodput. feasible: it meets the SLO at the point estimate.
     prefill_load, decode_batch: predicted utilisation of prefill and sequences per decode worker. extrapolated: why the
-    figures lie outside what the runs have shown, or "".
+    figures lie outside what the runs have shown, or "". stressed: goodput with either role slower by STRESS (NaN: no).
     """
 
     fleet: Fleet
@@ -91,6 +98,7 @@ class Candidate:
     prefill_load: float
     decode_batch: float
     extrapolated: str = ""
+    stressed: float = math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,6 +366,7 @@ def assess(
                 prefill_load=load.prefill,
                 decode_batch=load.batch,
                 extrapolated=fit.outside(load),
+                stressed=stressed(window, fleet, fit.profile, slo) if fleet in likely else math.nan,
             )
         )
     ranked = rank([c for c in candidates if c.fleet in likely], current, gpus_per_worker)
@@ -517,15 +526,37 @@ def rank(candidates: Sequence[Candidate], current: Fleet | None, gpus_per_worker
         most = max(c.figures["goodput_per_s"].value for c in near)
         near = [c for c in near if c.figures["goodput_per_s"].value >= most * (1 - NEAR)]
 
-        def key(c: Candidate) -> tuple[float, int, int]:
+        least = min(_p99_of(c) for c in near)
+        near = [c for c in near if _p99_of(c) <= least * (1 + TOLD)]
+        firm = max(_firm(c) for c in near)
+        near = [c for c in near if _firm(c) >= firm * (1 - NEAR)]
+
+        def key(c: Candidate) -> tuple[int, int, float, float]:
             away = abs(c.fleet.prefill - current.prefill) if current else 0
-            p99 = c.figures["e2e_p99_s"].value
-            return (p99 if math.isfinite(p99) else math.inf, c.fleet.gpus(gpus_per_worker), away)
+            return (c.fleet.gpus(gpus_per_worker), away, -_firm(c), _p99_of(c))
 
         chosen = min(near, key=key)
         ranked.append(chosen)
         left.remove(chosen)
     return ranked
+
+
+def _p99_of(c: Candidate) -> float:
+    value = c.figures["e2e_p99_s"].value
+    return value if math.isfinite(value) else math.inf
+
+
+def _firm(c: Candidate) -> float:
+    return c.stressed if math.isfinite(c.stressed) else c.figures["goodput_per_s"].value
+
+
+def stressed(schedule: Schedule, fleet: Fleet, laws: Profile, slo: Slo) -> float:
+    """Goodput with the laws' prefill slower by STRESS and with their decode slower, mean of the two."""
+    found = []
+    for names in (("a_s", "b_s_per_token", "c_s_per_token2"), ("c0_s", "c1_s", "c2_s", "knee_s")):
+        slower = replace(laws, **{name: getattr(laws, name) * STRESS for name in names})
+        found.append(goodput_per_s(simulate(schedule, fleet, slower).observations, slo))
+    return float(np.mean(found))
 
 
 def data_hash(data: Sequence[RunData]) -> str:
@@ -549,7 +580,7 @@ def _usable(data: Sequence[RunData], schedule: Schedule, gpus: int, warnings: li
             warnings.append(f"run {run.id} left out: its fleet is not known (replay with --fleet P:D)")
         elif run.fleet.mixed:
             warnings.append(f"run {run.id} left out: {run.fleet.mixed} of its workers were mixed, not of one stage")
-        elif run.policy.startswith(("baseline", "online", "offline")):
+        elif run.policy.startswith(("baseline", "online", "offline", "planned")):
             warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
         elif any(change.startswith("clock x") for change in run.changes):
             warnings.append(f"run {run.id} left out: it ran at another speed than life")

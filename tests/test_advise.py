@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from advisor.advise import advise
 from advisor.cli import main
 from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
-from advisor.recommend import Candidate, Interval, _regret, assess, rank, recommend
+from advisor.moves import flip_law
+from advisor.recommend import Candidate, Interval, _regret, assess, rank, recommend, stressed
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.ingest import ingest
 from traces.measures import Slo, summarise
-from traces.records import Fleet, Sample, Schedule
+from traces.records import Fleet, FleetChange, Sample, Schedule
 from traces.shape import head, scale_rate, to_rate
 from traces.shipped import shipped
 from traces.store import open_store
@@ -155,6 +157,7 @@ def test_no_usable_run_is_exit_five_with_the_command() -> None:
 ODD: dict[str, dict[str, Any]] = {
     "2 of its workers were mixed": {"fleet": Fleet(2, 4, 2)},
     "policy online moved roles": {"policy": "online"},
+    "policy planned moved roles": {"policy": "planned"},
     "held requests back": {"policy": "offline-groups"},
     "another speed than life": {"changes": ("rate x2", "clock x10")},
 }
@@ -288,13 +291,13 @@ def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
         assert found @ [1, at, at * at] == pytest.approx(0.02 + 1e-4 * at + 2e-8 * at * at, rel=0.02)
 
 
-def candidate(fleet: str, goodput: tuple[float, float], p99: float) -> Candidate:
+def candidate(fleet: str, goodput: tuple[float, float], p99: float, stressed: float = math.nan) -> Candidate:
     """goodput: (value, low)."""
     figures = {
         "goodput_per_s": Interval(goodput[0], goodput[1], goodput[0] * 1.1),
         "e2e_p99_s": Interval(p99, p99, p99),
     }
-    return Candidate(Fleet.parse(fleet), figures, 0.9, {}, 0.5, True, 0.5, 4.0)
+    return Candidate(Fleet.parse(fleet), figures, 0.9, {}, 0.5, True, 0.5, 4.0, stressed=stressed)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +312,10 @@ def candidate(fleet: str, goodput: tuple[float, float], p99: float) -> Candidate
         ),
         # a P99 that is not known loses a tie
         ([candidate("1:7", (10, 10), math.nan), candidate("3:5", (10, 10), 5)], "3:5 1:7"),
+        # P99s that the laws do not tell apart: the split that slower roles hurt less
+        ([candidate("2:6", (10, 10), 5, 8), candidate("3:5", (10, 10), 5.2, 9)], "3:5 2:6"),
+        # of P99s that they do tell apart the smaller one
+        ([candidate("2:6", (10, 10), 5, 8), candidate("3:5", (10, 10), 5.3, 9)], "2:6 3:5"),
     ],
 )
 def test_the_decision_is_lexicographic(candidates: list[Candidate], order: str) -> None:
@@ -317,9 +324,18 @@ def test_the_decision_is_lexicographic(candidates: list[Candidate], order: str) 
 
 
 def test_equal_fleets_are_told_apart_by_what_runs_today() -> None:
-    """Of two equal candidates the one nearer to the running fleet wins."""
-    equal = [candidate("2:6", (10, 10), 1), candidate("5:3", (10, 10), 1)]
+    """Of two equal candidates the one nearer to the running fleet wins; one that slower roles hurt is not equal."""
+    equal = [candidate("2:6", (10, 10), 1, 9), candidate("5:3", (10, 10), 1, 8.92)]
     assert rank(equal, Fleet(6, 2), (1, 1))[0].fleet == Fleet(5, 3)
+    assert rank([equal[0], replace(equal[1], stressed=8.0)], Fleet(6, 2), (1, 1))[0].fleet == Fleet(2, 6)
+
+
+def test_slower_roles_hurt_the_split_that_stands_near_a_cliff() -> None:
+    """At full load the balanced split keeps more of its goodput than one with a worker too few on either side."""
+    demo = Profile.load("demo")
+    asked = lognormal(400, busy_rate(demo), 3)
+    held = [stressed(asked, f, demo, SLO) for f in (Fleet(1, 7), Fleet(2, 6), Fleet(7, 1))]
+    assert max(held) == held[1]
 
 
 def test_of_equal_fleets_fewest_gpus_then_nearest() -> None:
@@ -370,3 +386,52 @@ def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys
     goodput = truth(profile, schedule)
     chosen = Fleet(answer["prefill"], answer["decode"])
     assert goodput[chosen] >= 0.98 * max(goodput.values())
+
+
+# --- what a change of roles costs -------------------------------------------------------------------------------------
+
+
+def moved(profile: Profile, number: int) -> tuple[RunData, list[FleetChange]]:
+    """A run that went from 4:4 to 2:6 and back, with what its control saw of it, readings a tenth of a second apart."""
+    schedule = lognormal(300, busy_rate(profile) * 0.6, number)
+    half, late = float(schedule.due_s[100]), float(schedule.due_s[200])
+    there, back = Fleet(4, 4), Fleet(2, 6)
+    made = simulate(schedule, there, profile, changes=[(half, back), (late, there)])
+    run = replace(run_of(there, len(schedule)), id=number, trace=schedule.name, policy="planned")
+    changes = []
+    for at, before, after in ((half, there, back), (late, back, there)):
+        ready = max(s.ready_s for s in made.switches if s.asked_s == at)
+        seen = math.ceil(ready * 10) / 10
+        changes.append(FleetChange(at, seen, before, after, "planned", joined_s=seen))
+    return RunData(run, made.observations), changes
+
+
+@pytest.mark.parametrize("flip_s", [0.0, 0.5, 4.0])
+def test_the_flip_is_what_a_move_takes_beyond_its_drain(flip_s: float) -> None:
+    """Found to a poll of the control; a change that never was in force tells nothing, nor does no change."""
+    true = replace(Profile.load("demo"), flip_s=flip_s)
+    one, changes = moved(true, 31)
+    law = flip_law([(one, changes)], Profile.load("demo"))
+    assert law is not None
+    assert law.coefficients["flip_s"] == pytest.approx(flip_s, abs=0.1)
+    assert law.n == 1
+    never = [replace(c, ready_s=math.nan, joined_s=math.nan) for c in changes]
+    assert flip_law([(one, never)], true) is None
+    assert flip_law([(one, [])], true) is None
+
+
+def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path) -> None:
+    """From the database: the run stays out of the other laws, its changes are in the answer's laws and profile."""
+    true = replace(Profile.load("demo"), flip_s=3.0)
+    schedule = lognormal(150, busy_rate(true) * 0.8, 8)
+    with open_store(f"sqlite:///{tmp_path}/a.db") as store:
+        for one, changes in [*((d, []) for d in three_runs(true, busy_rate(true))), moved(true, 4)]:
+            run = store.begin_run(one.run)
+            store.add_observations(run.id, one.observations)
+            for change in changes:
+                store.add_fleet_change(run.id, change)
+            store.end_run(run)
+        answer = advise(store, gpus=8, slo=str(SLO), schedule=schedule, attainment=0.0)
+    assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
+    assert answer.recommendation.fit.laws[-1].stage == "role change"
+    assert any(w.startswith("run 4 left out: policy planned") for w in answer.recommendation.warnings)
