@@ -149,6 +149,10 @@ def test_who_continued_a_row_that_is_gone_continues_its_parent() -> None:
     later = held.take(np.arange(1, 6)).parent
     assert later is not None
     assert later.tolist() == [-1, -1, 0, -1, 2]
+    assert held.parent is not None
+    all_ = held.take(np.arange(6)).parent
+    assert all_ is not None
+    assert all_.tolist() == held.parent.tolist()
     bare = schedule_of([0.0, 1.0]).take(np.array([1]))
     assert (bare.parent, bare.blocks, bare.session, bare.think_s) == (None, None, None, None)
 

@@ -279,8 +279,8 @@ def test_caps_hold_at_the_cap() -> None:
 
 def test_a_ramp_is_linear_in_the_rate() -> None:
     """t = sqrt(2 R u) below R / 2, u + R / 2 after; the rate at the ramp's middle is half the trace's."""
-    held = ramp(plain([0.0, 0.5, 2.0, 2.5, 10.0]), 4.0)
-    assert held.due_s.tolist() == [0.0, 2.0, 4.0, 4.5, 12.0]
+    held = ramp(plain([0.0, 0.5, 1.62, 2.0, 2.5, 10.0]), 4.0)
+    assert held.due_s.tolist() == [0.0, 2.0, math.sqrt(8 * 1.62), 4.0, 4.5, 12.0]
     for wrong in (0, -1, math.inf, math.nan):
         with pytest.raises(InputError, match="ramp"):
             ramp(held, wrong)
@@ -338,6 +338,9 @@ def test_copies_turn_round_the_span() -> None:
     assert held.blocks.tolist() == [b for _, _, b in wanted]
     once = superpose(plain([2.0, 2.0], [1, 2]), 3)
     assert (once.due_s.tolist(), once.prompt_tokens.tolist()) == ([2.0] * 6, [1, 2] * 3)
+    shift = float(np.random.default_rng(5).uniform(0, 4, 1)[0])  # two requests 2 s apart come round every 4 s
+    pair = superpose(plain([1.0, 3.0], [1, 2]), 2, 5)
+    assert pair.due_s.tolist() == pytest.approx(sorted([0.0, 2.0, shift, (2 + shift) % 4]))
     with pytest.raises(InputError, match="at least once"):
         superpose(first, 0)
 
@@ -419,6 +422,7 @@ def test_arrivals_have_the_rate_asked_for() -> None:
     even = due("uniform", 4000)
     assert float(even.max()) == pytest.approx(1000, rel=0.01)
     assert float(even.mean()) == pytest.approx(500, rel=0.05)
+    assert 0 <= float(even.min()) < 1
     times = due("poisson", 100)
     assert np.allclose(times * 1e6, np.rint(times * 1e6), rtol=0, atol=1e-3)
     one = synthesize(1, ORIGIN_PROMPT, ORIGIN_OUTPUT, rate_per_s=4.0)
