@@ -136,6 +136,11 @@ def test_a_constraint_is_about_a_quantile_of_all_requests() -> None:
     assert not meets(summarise(rows, Slo.parse("ttft_p99<0.05s")), rows, Slo.parse("ttft_p99<0.05s"), 0.9)
     rows.status[0] = "failed"
     assert not meets(summarise(rows, slo), rows, slo, 0.9)
+    rows = answers(201)
+    rows.first_token_s[:] = rows.due_s + 0.01 * np.arange(201)  # p98 is 1.96 s, p99 1.98 s
+    for limit, holds in (("1.97s", False), ("1.981s", True)):
+        slo = Slo.parse(f"ttft_p99<{limit}")
+        assert meets(summarise(rows, slo), rows, slo, 0.9) is holds
 
 
 def test_the_summary_of_nothing_is_nan_not_an_error() -> None:

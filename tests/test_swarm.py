@@ -389,6 +389,8 @@ def test_shares_are_even() -> None:
     some = replace(plain, session=np.array([4, 0, -1, 4, 0, -1, 4]))
     assert [p.tolist() for p in shares(some, 2)] == [[0, 3, 5, 6], [1, 2, 4]]
     assert [p.tolist() for p in shares(some, 1)] == [list(range(7))]
+    mixed = replace(plain, session=np.array([-1, 0, 0, -1, -1, 1, -1]))  # one alone weighs one, a session its size
+    assert [p.tolist() for p in shares(mixed, 2)] == [[0, 3, 4, 6], [1, 2, 5]]
     alone = replace(plain, session=np.full(7, -1))
     assert [p.tolist() for p in shares(alone, 2)] == [[0, 2, 4, 6], [1, 3, 5]]
 
