@@ -253,6 +253,10 @@ def test_backlogs_are_seconds_of_work() -> None:
     assert rule.decode_s(queues(dw=3, dr=20), 2) == pytest.approx(7 * 100 * 0.02 / (8 * 2))
     assert rule.decode_s(queues(dw=1), 4) == pytest.approx(100 * 0.01125 / 4)
     assert rule.decode_s(queues(dr=16), 2) == 0.0
+    assert rule.decode_s(queues(dw=3, dr=6), 2) == pytest.approx(3 * 100 * 0.01375 / (3 * 2))  # at the batch that runs
+    step = BacklogRule(replace(LAWS, prefill_square="step"), 200, 100)  # squares of a step's tokens, not of a prompt's
+    assert step.prefill_s(queues(pw=6, pt=1200), 2) == pytest.approx((1200 * (1e-3 + 1e-6 * 800) + 1.5 * 0.01) / 2)
+    assert step.prefill_s(queues(pw=1, pt=200), 1) == pytest.approx(200 * (1e-3 + 1e-6 * 200) + 0.25 * 0.01)
     knee = BacklogRule(Profile(name="k", c0_s=0.01, c1_s=0.001, knee_batch=4, knee_s=0.002), 200, 100)
     assert knee.step_s(6) == pytest.approx(0.01 + 0.006 + 0.004)
     assert knee.step_s(3) == pytest.approx(0.013)
@@ -271,6 +275,9 @@ def test_limits_of_the_backlog_rule_are_limits() -> None:
     assert target(Fleet(2, 1), dw=2, dr=1) is None
     assert target(Fleet(2, 1), dw=3, dr=1) == Fleet(1, 2)
     assert target(Fleet(1, 2), pw=1, pt=4000, dw=4) is None  # 4 s is not more than twice 2 s
+    assert target(Fleet(2, 1), pw=1, pt=2000, dw=3, dr=1) is None  # 3 s is not more than twice the 2 s it would leave
+    why = rule.decide(State(), queues(pw=1, pt=3800, dw=3, dr=1), Fleet(2, 1), 0, 0.0)[2]
+    assert why == "the backlogs are within the limits"  # nor more than twice the 1.9 s that there are
     assert target(Fleet(1, 3), pw=1, pt=9000) == Fleet(3, 1)  # as many as are of use
     assert target(Fleet(1, 3), BacklogRule(unit, 200, 100, floor=(1, 2)), pw=1, pt=9000) == Fleet(2, 2)
     assert target(Fleet(3, 1), BacklogRule(unit, 200, 100, floor=(2, 1)), dw=9, dr=1) == Fleet(2, 2)
