@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from advisor.features import RunData
+from advisor.features import STAYED, RunData
 from advisor.model import METRICS, asked, fit_laws
 from advisor.parallel import each
 from advisor.telling import Note, silent
-from loadgen.cluster import simulate
+from loadgen.cluster import Profile, simulate
 from traces.errors import NotEnoughDataError
-from traces.measures import Slo, goodput_per_s, quantile, summarise
+from traces.measures import Slo, Summary, quantile, summarise
 from traces.records import Fleet, Observations
 
 BARS = {"tpot_p50_s": 0.05, "ttft_p99_s": 0.15, "e2e_p99_s": 0.10, "throughput_per_s": 0.04}
@@ -64,12 +64,11 @@ class Audit:
 
 def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
     """Of usable runs (fleets known, one engine)."""
-    data = [_whole(one) for one in data]
     groups: dict[str, dict[str, list[int]]] = {"run": {}, "ratio": {}, "rate": {}}
     for k, one in enumerate(data):
         groups["run"].setdefault(f"run {one.run.id}", []).append(k)
         groups["ratio"].setdefault(str(one.run.fleet), []).append(k)
-        rate = asked(one.observations).rate_per_s
+        rate = asked(one.pieces[0]).rate_per_s
         near = f"{rate:.1g}" if math.isfinite(rate) else "burst"
         groups["rate"].setdefault(f"{near}/s", []).append(k)
     schemes: dict[str, dict[str, Any]] = {}
@@ -103,9 +102,39 @@ def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
     return Audit(schemes, failed, decisions, confounders(data))
 
 
-def _whole(one: RunData) -> RunData:
-    """The run; of a long one its first window, which began when the run did: runs are simulated here from their beginning."""
-    return RunData(one.run, one.windows[0], one.samples) if one.windows else one
+def _stretches(one: RunData) -> list[tuple[Observations, float]]:
+    """(rows, due time from which they are compared): the run, or of a long one each window that an empty cluster can begin.
+
+    The first window began when the run did. A later one is compared from when those who were there before it have gone, and
+    left out where that takes more than half of it: its queue is older than the window.
+    """
+    found = [(one.pieces[0], -math.inf)]
+    for rows in one.windows[1:]:
+        stay = np.fmax(rows.last_token_s, rows.sent_s) - rows.sent_s
+        stay = stay[np.isfinite(stay)]
+        first, last = float(rows.due_s.min()), float(rows.due_s.max())
+        begin = first + (float(np.quantile(stay, STAYED)) if len(stay) else 0.0)
+        if begin <= (first + last) / 2:
+            found.append((rows, begin))
+    return found
+
+
+def _measured(one: RunData, slo: Slo) -> list[Summary]:
+    """What each stretch of a run showed."""
+    held = []
+    for rows, begin in _stretches(one):
+        sent = _from_sent(rows)
+        held.append(summarise(sent.take(np.flatnonzero(sent.due_s >= begin)), slo))
+    return held
+
+
+def _predicted(one: RunData, fleet: Fleet, laws: Profile, slo: Slo) -> list[Summary]:
+    """What each would have shown on a fleet under these laws."""
+    held = []
+    for rows, begin in _stretches(one):
+        told = simulate(asked(rows), fleet, laws).observations
+        held.append(summarise(told.take(np.flatnonzero(told.due_s >= begin)), slo))
+    return held
 
 
 def _fold(data: Sequence[RunData], slo: Slo, fold: tuple[str, list[int]]) -> Fold:
@@ -118,23 +147,25 @@ def _fold(data: Sequence[RunData], slo: Slo, fold: tuple[str, list[int]]) -> Fol
     found = []
     for k in left:
         one = data[k]
-        ours = summarise(
-            simulate(asked(one.observations), Fleet(one.prefill, one.decode), fit.profile).observations, slo
-        )
-        theirs = summarise(_from_sent(one.observations), slo)
-        found.append(
-            {
-                m: math.log(getattr(ours, m) / getattr(theirs, m))
-                for m in METRICS
-                if getattr(ours, m) > 0 and getattr(theirs, m) > 0
-            }
-        )
+        ours, theirs = _predicted(one, Fleet(one.prefill, one.decode), fit.profile, slo), _measured(one, slo)
+        errors = {}
+        for m in METRICS:
+            pairs = [(getattr(a, m), getattr(b, m)) for a, b in zip(ours, theirs, strict=True)]
+            logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
+            if logs:
+                errors[m] = float(np.mean(logs))
+        found.append(errors)
     return Fold(name, ids, tuple(found))
 
 
 def _from_sent(rows: Observations) -> Observations:
     """Judged from the moment of sending: the laws are the server's, not the generator's."""
     return replace(rows, due_s=np.where(np.isfinite(rows.sent_s), rows.sent_s, rows.due_s))
+
+
+def _goodput(stretches: Sequence[Summary]) -> float:
+    """Mean of the stretches', in requests a second."""
+    return float(np.mean([s.goodput_per_s for s in stretches]))
 
 
 def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
@@ -154,10 +185,8 @@ def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
         measured: dict[Fleet, list[float]] = {}
         for one in runs:
             assert one.run.fleet is not None  # noqa: S101 - callers keep runs of unknown fleet out
-            measured.setdefault(one.run.fleet, []).append(goodput_per_s(_from_sent(one.observations), slo))
-        predicted = {
-            f: goodput_per_s(simulate(asked(runs[0].observations), f, fit.profile).observations, slo) for f in measured
-        }
+            measured.setdefault(one.run.fleet, []).append(_goodput(_measured(one, slo)))
+        predicted = {f: _goodput(_predicted(runs[0], f, fit.profile, slo)) for f in measured}
         chosen = max(predicted, key=lambda f: predicted[f])
         means = {f: float(np.mean(v)) for f, v in measured.items()}
         best = max(means, key=lambda f: means[f])

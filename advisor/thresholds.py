@@ -43,6 +43,9 @@ MOST_LATER = 60_000
 """Requests of the later part that are replayed, its first."""
 
 
+NOTHING = "nothing that moves, and holds still under constant load, did better than the fixed split on the earlier part"
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """What a rule did, over draws: goodput in requests a second (mean, and the worst difference to never moving as a share),
@@ -60,6 +63,7 @@ class Found:
     rule: None where nothing that moves did better than standing still on the earlier part. pareto: (goodput, switches an
     hour, rule) from fewest switches to most goodput, on the earlier part. compared: name -> {goodput_per_s, switches_per_h,
     regret against the paid oracle}, on the later part. predictive: whether the rule looks ahead by a fitted forecast.
+    constant: mixes of the earlier part on which the rule, were they to last, makes no move but one to begin with.
     """
 
     start: Fleet
@@ -75,6 +79,7 @@ class Found:
     tried: int
     seeds: int
     forecast_note: str
+    constant: int
 
     @property
     def gain(self) -> float:
@@ -85,11 +90,12 @@ class Found:
     def as_json(self) -> dict[str, Any]:
         """The ``thresholds{}`` of an answer; ``steelyard replay --policy online --thresholds FILE`` runs it as it is."""
         if self.rule is None:
-            return {"rule": None, "why": "nothing that moves did better than the fixed split on the earlier part"}
+            return {"rule": None, "why": NOTHING}
         return policy.table_of(self.rule) | {
             "start": {"prefill": self.start.prefill, "decode": self.start.decode},
             "tick_s": self.tick_s,
             "post_move_check": True,
+            "constant_loads": self.constant,
             "predictive": self.predictive,
             "forecast_note": self.forecast_note,
             **backlog_thresholds(self.rule, self.start),
@@ -261,6 +267,55 @@ def replayed(
     return goodput_per_s(done.observations, question.limits), float(len(done.switches))
 
 
+# --- constant load --------------------------------------------------------------------------------------------------
+
+CONSTANT_S = 900.0
+CONSTANT_MOVES = 40.0
+"""Constant traffic lasts that long, or that many drains and flips if that is longer."""
+
+CONSTANT_REQUESTS = (500, 8000)
+CONSTANT_DRAWS = 3
+
+CALMER_GAINS = (0.2, 0.35, 0.5)
+"""Hysteresis that is tried where a rule moves to and fro under constant load."""
+
+Constant = Sequence[tuple[Schedule, Fleet]]
+
+
+def constant(history: Schedule, found: Study, seed: int = 0) -> list[tuple[Schedule, Fleet]]:
+    """Traffic whose mix does not change, with the split that suits it: some draws for each split that windows of a study want.
+
+    Requests of those windows in an order of chance, arriving at their mean rate (Poisson). Nothing in it is worth a move.
+    """
+    made = []
+    for k, fleet in enumerate(sorted({w.best for w in found.windows})):
+        mine = [w for w in found.windows if w.best == fleet]
+        which = np.concatenate([np.flatnonzero((history.due_s >= w.start_s) & (history.due_s < w.end_s)) for w in mine])
+        rate = len(which) / max(sum(w.end_s - w.start_s for w in mine), 1e-9)
+        if len(which) < 50:
+            continue
+        n = int(np.clip(rate * max(CONSTANT_S, CONSTANT_MOVES * found.move_s), *CONSTANT_REQUESTS))
+        for draw in range(CONSTANT_DRAWS):
+            rng = np.random.default_rng([seed, k, draw, 11])
+            drawn = rng.choice(which, n)
+            due = np.cumsum(rng.exponential(1 / rate, n))
+            lengths = history.prompt_tokens[drawn], history.output_tokens[drawn]
+            made.append((Schedule(f"{history.name}, constant", np.arange(n), due, *lengths), fleet))
+    return made
+
+
+def needless(rule: policy.OnlineRule, loads: Constant, question: Question) -> int:
+    """Moves of a rule on the first constant traffic that moves it more than once: the first may correct where it began."""
+    most = 0
+    for schedule, fleet in loads:
+        steering = policy.Steering(rule)
+        simulate(schedule, fleet, question.profile, controller=steering, tick_s=question.tick_s)
+        most += max(0, len(steering.moves) - 1)
+        if most:
+            break  # how many more does not matter
+    return most
+
+
 def _on_draws(
     rule: policy.OnlineRule | None, draws: Sequence[Schedule], start: Fleet, question: Question
 ) -> list[tuple[float, float]]:
@@ -268,11 +323,19 @@ def _on_draws(
 
 
 def search(
-    history: Schedule, start: Fleet, question: Question, move_s: float, seed: int = 0, seeds: int = SEEDS
+    history: Schedule,
+    start: Fleet,
+    question: Question,
+    move_s: float,
+    seed: int = 0,
+    seeds: int = SEEDS,
+    loads: Constant = (),
 ) -> tuple[policy.DemandRule | policy.BacklogRule | None, list[tuple[Score, policy.DemandRule | policy.BacklogRule]]]:
     """(rule or None for never moving, everything tried): one number after another, each on all draws of the history.
 
-    A number is changed only where that serves clearly more: a search over few shifts of the mix finds their noise too.
+    A number is changed only where that serves clearly more: a search over few shifts of the mix finds their noise too. Of what
+    serves more than standing still, the best that holds still on constant loads is taken; rules with more hysteresis are tried
+    where the best does not.
     """
     draws = [history, *(redrawn(history, seed * 1000 + k) for k in range(1, seeds))]
     still = _on_draws(None, draws, start, question)
@@ -302,12 +365,34 @@ def search(
         if at == before:
             break
     stand = float(np.mean([g for g, _ in still]))
-    safe = {r: s for r, s in tried.items() if s.goodput_per_s >= (1 + WORTH) * stand and s.against_static > -WORTH}
+
+    def safe() -> list[policy.DemandRule | policy.BacklogRule]:
+        """What serves more than standing still: those as good as the best first, of them the fewest switches."""
+        held = {r: s for r, s in tried.items() if s.goodput_per_s >= (1 + WORTH) * stand and s.against_static > -WORTH}
+        most = max((s.goodput_per_s for s in held.values()), default=0.0)
+
+        def place(rule: policy.DemandRule | policy.BacklogRule) -> tuple[bool, float, float]:
+            score = held[rule]
+            near = score.goodput_per_s >= (1 - WORTH) * most
+            return (not near, score.switches_per_h if near else 0.0, -score.goodput_per_s)
+
+        return sorted(held, key=place)
+
+    restless: dict[policy.DemandRule | policy.BacklogRule, int] = {}
+    first = next(iter(safe()), None)
+    if first is not None and loads:
+        restless[first] = needless(first, loads, question)
+        base = first if isinstance(first, policy.DemandRule) else at
+        if restless[first]:
+            dwells = dict.fromkeys((base.dwell_s, 2 * question.tick_s, max(2 * question.tick_s, move_s / 2)))
+            look([replace(base, gain=gain, dwell_s=dwell) for gain in CALMER_GAINS for dwell in dwells])
     chosen = None
-    if safe:
-        most = max(s.goodput_per_s for s in safe.values())
-        near = [r for r, s in safe.items() if s.goodput_per_s >= (1 - WORTH) * most]
-        chosen = min(near, key=lambda r: (safe[r].switches_per_h, -safe[r].goodput_per_s))
+    for rule in safe():
+        if rule not in restless:
+            restless[rule] = needless(rule, loads, question)
+        if not restless[rule]:
+            chosen = rule
+            break
     return chosen, [(score, rule) for rule, score in tried.items()]
 
 
@@ -448,11 +533,14 @@ def find(
     before = study(earlier, question, fixed=fixed)
     note("thresholds", 1, 4)
     start = before.fixed
-    rule, tried = search(earlier, start, question, before.move_s, seed, seeds)
+    loads = constant(earlier, before, seed)
+    rule, tried = search(earlier, start, question, before.move_s, seed, seeds, loads)
     note("thresholds", 2, 4, f"{len(tried)} rules tried on the earlier half of the traffic, from {start}")
     ahead, words = None, "nothing moves, so nothing is forecast"
     if isinstance(rule, policy.DemandRule):
         ahead, words = predictive(earlier, start, rule, question, before.move_s)
+        if ahead is not None and needless(ahead, loads, question):
+            ahead, words = None, f"reactive: with a forecast it moves under constant load; {words}"
     elif rule is not None:
         words = "the rule of backlog takes no forecast"
     note("thresholds", 3, 4)
@@ -497,13 +585,14 @@ def find(
         len(tried),
         seeds,
         words,
+        len(loads),
     )
 
 
 def pays(found: Found, eps: float) -> tuple[bool, str]:
     """(should it move?, why): it must gain more than eps on the later part, and the mix last long enough for a move."""
     if found.rule is None:
-        return False, "nothing that moves did better than the fixed split on the earlier part of the traffic"
+        return False, NOTHING
     last = found.earlier.lasts_s
     if last < LASTS * found.earlier.move_s:
         return (

@@ -5,9 +5,10 @@ of what the best split of each mix can serve, on fitted profiles of real workers
 first 60 % of each trace and scored on the rest: what the product would do there (stand still where moving does not pay), the
 same rule in any case, never moving, the report's 1.5x, Dynamo's easy mode. Paid oracle: each window's best split, known
 beforehand, moves drained and flipped, asked at the best of four leads, or standing still if that serves more. Free oracle:
-the same with moves that cost nothing. Then constant load: moves of the chosen rule where nothing changes.
+the same with moves that cost nothing. Then constant load (another draw than the search saw): moves of the chosen rule where
+nothing changes, beyond the first.
 
-    python -m benchmarks.online [--jobs 2]
+    python -m benchmarks.online [--jobs 2] [--only demo]
 """
 
 from __future__ import annotations
@@ -104,16 +105,19 @@ def one(case: Case) -> tuple[Case, Found, bool, str, int, float]:
     steering = policy.Steering(found.rule) if found.rule else None
     if steering:
         simulate(still, best_fixed(still, q), q.profile, controller=steering, tick_s=q.tick_s)
-    return case, found, moves, why, len(steering.moves) if steering else 0, seconds
+    return case, found, moves, why, max(0, len(steering.moves) - 1) if steering else 0, seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    jobs = parser.parse_args().jobs
+    parser.add_argument("--only", default="", help="traces whose name (profile mix seconds) holds this")
+    given = parser.parse_args()
+    jobs = given.jobs
     cases = [
         Case(profile, mix, every, share)
         for profile, mix, (every, share) in itertools.product(SYSTEMS, MIXES, ((120.0, 0.7), (300.0, 0.85)))
+        if given.only in f"{profile} {mix} {every:g}"
     ]
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {len(cases)} traces")
     print(
@@ -125,7 +129,7 @@ def main() -> None:
         head
         + f" {'static':>7} {'1.5x':>6} {'easy':>6} {'low-lat':>7} | {'sw/h':>6} {'paid sw':>7} {'const':>5} {'s':>5}"
     )
-    shares, against = [], []
+    shares, against, frees, restless = [], [], [], 0
     with joblib.parallel_config(n_jobs=jobs):
         for case, found, moves, why, constant, seconds in each(one, cases):
             paid, free = found.oracle.paid_per_s, found.oracle.free_per_s
@@ -136,18 +140,25 @@ def main() -> None:
             product = share("online") if moves else share("never moving")
             shares.append(product)
             against.append(product / share("never moving") - 1)
+            frees.append(product * paid / free)
+            restless += constant > 0
             print(
                 f"{case.profile:16} {case.mix:5} {case.every_s:6g} {case.share:5g} | {'online' if moves else 'static':8} "
                 f"{product:8.1%} {share('online'):6.1%} {product * paid / free:6.1%} {share('never moving'):7.1%} "
                 + f"{share(REPORTS):6.1%} {share('Dynamo easy, throughput'):6.1%} "
                 f"{share('Dynamo easy, latency'):7.1%} | {found.compared['online']['switches_per_h']:6.0f} "
-                f"{found.oracle.switches:7d} {constant:5d} {seconds:5.1f}  {'predictive' if found.predictive else ''}"
+                f"{found.oracle.switches:7d} {constant:5d} {seconds:5.1f}  {'predictive' if found.predictive else ''}",
+                flush=True,
             )
             print(f"{'':17}{why}")
     good = sum(s >= 0.95 for s in shares)
     print(
         f"at least 95 % of the paid oracle: {good} of {len(shares)}; mean {np.mean(shares):.1%}, least {min(shares):.1%}"
     )
+    print(
+        f"at least 95 % of the free oracle: {sum(s >= 0.95 for s in frees)} of {len(frees)}; mean {np.mean(frees):.1%}"
+    )
+    print(f"moves under constant load beyond the first: on {restless} of {len(shares)}")
     print(f"against never moving: least {min(against):+.1%} (bar -1 %), mean {np.mean(against):+.1%}")
 
 

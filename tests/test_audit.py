@@ -12,7 +12,7 @@ import joblib
 import numpy as np
 import pytest
 
-from advisor.audit import Audit, _fold, audit, closed_loop, confounders, cusum
+from advisor.audit import Audit, _fold, _measured, _predicted, _stretches, audit, closed_loop, confounders, cusum
 from advisor.cli import main
 from advisor.cli.advise_verbs import seconds
 from advisor.features import RunData
@@ -62,6 +62,26 @@ def test_an_advisor_that_fails_says_so(runs: list[RunData]) -> None:
     slow = replace(rows, last_token_s=rows.first_token_s + 2.5 * (rows.last_token_s - rows.first_token_s))
     found = audit([*runs[:3], RunData(runs[3].run, slow)], SLO)
     assert any("tpot_p50_s is off by" in line for line in found.failed)
+
+
+def test_a_long_run_is_judged_by_its_later_windows_too() -> None:
+    """A run whose servers became slow after its first window: the first says nothing, all of them say by how much."""
+    whole = measured(DEMO, lognormal(3000, 4.0, 8), Fleet(3, 5), 1)
+    rows = whole.observations
+    late = rows.due_s > rows.due_s[1000]
+    stretched = rows.first_token_s + np.where(late, 2.0, 1.0) * (rows.last_token_s - rows.first_token_s)
+    rows = replace(rows, last_token_s=stretched)
+    windows = [rows.take(np.arange(at, at + 600)) for at in (0, 1200, 2400)]
+    slow = RunData.of(whole.run, windows)
+    assert [begin > one.due_s.min() for one, begin in _stretches(slow)] == [False, True, True]
+    fast = RunData.of(whole.run, [whole.observations.take(np.arange(at, at + 600)) for at in (0, 1200, 2400)])
+    for one, ratios in ((slow, (1.0, 2.0, 2.0)), (fast, (1.0, 1.0, 1.0))):
+        ours, theirs = _predicted(one, Fleet(3, 5), DEMO, SLO), _measured(one, SLO)
+        for a, b, ratio in zip(ours, theirs, ratios, strict=True):
+            assert b.tpot_p50_s / a.tpot_p50_s == pytest.approx(ratio, rel=0.03)
+    full = measured(DEMO, lognormal(3000, 40.0, 8), Fleet(1, 1), 2)  # its queue only grows
+    held = RunData.of(full.run, [full.observations.take(np.arange(at, at + 600)) for at in (0, 1200, 2400)])
+    assert len(_stretches(held)) == 1
 
 
 def test_the_audit_is_the_same_on_another_backend(runs: list[RunData], checked: Audit) -> None:
