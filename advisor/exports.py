@@ -11,10 +11,12 @@ import math
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loadgen.cluster import Profile
 from traces import __version__
 from traces.errors import InputError
 
@@ -134,24 +136,51 @@ def dynamo(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
     notes = ["A patch: merge it into your deployment (images, models, resources are yours)."]
     if answer["strategy"] == "online":
         limits = _thresholds(answer, "dynamo")
-        context = limits["mean_prompt"] + limits["mean_output"]
-        found.append(
-            {
-                "planner": {
-                    "max_gpu_budget": sum(roles.values()),
-                    "min_endpoint": min(limits["floor"].values()),
-                    "load_adjustment_interval": max(5, _whole_s(limits["dwell_s"])),
-                    "prefill_queue_scale_up_contexts": limits["prefill"]["up_waiting_tokens"] / context,
-                    "prefill_queue_scale_down_contexts": limits["prefill"]["down_waiting_tokens"] / context,
-                    "decode_running_scale_up": limits["decode"]["up_running_requests"],
-                    "decode_running_scale_down": limits["decode"]["down_running_requests"],
-                }
-            }
-        )
-        notes.append(
-            "The second document holds the thresholds in the planner's units (contexts queued, sequences a worker)."
-        )
+        planner, said = _planner(answer, limits)
+        found.append(planner)
+        notes += said
     return found, notes
+
+
+def _planner(answer: Mapping[str, Any], limits: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings of Dynamo's planner (``PlannerConfig`` of ai-dynamo 1.6.1): queued tokens and KV use as thresholds, GPUs kept.
+
+    Its decode thresholds are per cent of the KV cache: sequences times their mean context, of what the fitted laws hold.
+    """
+    gpus = int(answer.get("gpus") or sum(_roles(answer).values()))
+    settings: dict[str, Any] = {
+        "mode": "disagg",
+        "max_gpu_budget": gpus,
+        "min_gpu_budget": gpus,
+        "prefill_min_endpoint": int(limits["floor"]["prefill"]),
+        "decode_min_endpoint": int(limits["floor"]["decode"]),
+        "load_adjustment_interval_seconds": max(5, _whole_s(limits["dwell_s"])),
+    }
+    notes = [
+        "The second document is the planner's configuration, in the names of ai-dynamo 1.6.1's PlannerConfig; equal budgets make "
+        "it move workers between the roles instead of adding some. It knows no cool-down and no check of what a move leaves."
+    ]
+    kv = Profile.from_table(tomllib.loads(str(limits["laws"])), "thresholds").kv_tokens
+    if not kv:
+        settings["optimization_target"] = "throughput"
+        notes.append(
+            "How many tokens the KV cache holds is not known, and its decode thresholds are shares of that: its own "
+            "(throughput) are left in force."
+        )
+        return settings, notes
+    context = limits["mean_prompt"] + limits["mean_output"] / 2
+    up, down = (
+        min(100.0, 100 * limits["decode"][f"{word}_running_requests"] * context / kv) for word in ("up", "down")
+    )
+    queued = max(1, round(limits["prefill"]["up_waiting_tokens"]))
+    settings |= {
+        "optimization_target": "load",
+        "prefill_scale_up_queue_tokens": queued,
+        "prefill_scale_down_queue_tokens": min(queued - 1, round(limits["prefill"]["down_waiting_tokens"])),
+        "decode_scale_up_kv_rate": round(up, 2),
+        "decode_scale_down_kv_rate": round(min(down, 0.99 * up), 2),
+    }
+    return settings, notes
 
 
 def llm_d(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,30 @@ def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:
         assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 7)
         assert spec["metrics"][0]["pods"]["target"]["averageValue"] == str(round(value))
         assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 8
+
+
+def test_dynamos_planner_gets_its_own_names_and_keeps_the_gpus() -> None:
+    """Queued tokens and per cent of the KV cache, up above down; without a known cache its own thresholds stay."""
+    _, planner = read(export(answer("online") | {"gpus": 16}, "dynamo"))
+    limits = backlog_thresholds(RULE, Fleet(3, 5))
+    assert (planner["min_gpu_budget"], planner["max_gpu_budget"]) == (16, 16)
+    assert (planner["prefill_min_endpoint"], planner["decode_min_endpoint"]) == (1, 1)
+    kv = RULE.laws.kv_tokens
+    if kv:
+        assert planner["optimization_target"] == "load"
+        rate = 100 * limits["decode"]["up_running_requests"] * (900 + 250 / 2) / kv
+        assert planner["decode_scale_up_kv_rate"] == pytest.approx(min(100, rate), abs=0.01)
+    roomy = answer("online")
+    roomy["thresholds"] |= {"laws": replace(RULE.laws, kv_tokens=400_000).to_toml()}
+    _, planner = read(export(roomy, "dynamo"))
+    assert planner["prefill_scale_up_queue_tokens"] == round(limits["prefill"]["up_waiting_tokens"])
+    assert planner["prefill_scale_up_queue_tokens"] > planner["prefill_scale_down_queue_tokens"] >= 0
+    assert 100 >= planner["decode_scale_up_kv_rate"] > planner["decode_scale_down_kv_rate"] >= 0
+    unknown = answer("online")
+    unknown["thresholds"] |= {"laws": replace(RULE.laws, kv_tokens=0).to_toml()}
+    _, planner = read(export(unknown, "dynamo"))
+    assert planner["optimization_target"] == "throughput"
+    assert not any("kv_rate" in key or "queue_tokens" in key for key in planner)
 
 
 def test_rules_alert_above_and_below_the_thresholds() -> None:
