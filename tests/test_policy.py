@@ -196,6 +196,20 @@ def test_johnsons_rule_is_the_best_order_for_two_machines(lengths: list[tuple[in
     assert makespan(policy.order("two-stage", prompt, output, ORIGIN)) == pytest.approx(best)
 
 
+def test_johnsons_rule_counts_what_a_request_alone_costs() -> None:
+    """A prefill step's fixed and quadratic parts, and both parts of a decode step: each decides an order of its own."""
+    laws = replace(ORIGIN, a_s=0.5, b_s_per_token=1e-3, c_s_per_token2=1e-6, c0_s=0.01, c1_s=0.01)
+    prompt = np.array([100, 1000, 100, 1000])
+    # prefill 0.61, 2.5, 0.61, 2.5 s; decode 0.6, 2.4, 0.62, 2.52 s: the last two are decode's
+    assert policy.order("two-stage", prompt, np.array([30, 120, 31, 126]), laws) == [2, 3, 1, 0]
+    assert policy.order("two-stage", prompt, np.array([31, 125, 31, 125]), laws) == [
+        0,
+        2,
+        1,
+        3,
+    ]  # 2.5 is no shorter than 2.5
+
+
 def test_history_foretells_answers_where_it_can() -> None:
     """Answers that follow from prompts are foretold, and the order is the oracle's; others are foretold as their mean."""
     rng = np.random.default_rng(0)
@@ -330,6 +344,9 @@ def test_demand_is_smoothed_over_two_memories() -> None:
     assert third.growth == pytest.approx(short * 4)
     assert third.slow_active == pytest.approx(6 + long * 4)
     assert third.next(4.0, 0.0, 10.0, 2.0).rate == pytest.approx(third.rate * (1 - short))
+    assert third.next(5.0, 700.0, 14.0, 2.0).growth == pytest.approx(
+        third.growth + (1 - math.exp(-1)) * (2 - third.growth)
+    )
     assert third.next(4.0, 700.0, 8.0, 2.0).growth == pytest.approx(third.growth + short * (-2 - third.growth))
 
 
@@ -404,6 +421,9 @@ def test_the_demand_rule_moves_to_the_split_that_demand_wants() -> None:
 def test_the_demand_rule_looks_ahead() -> None:
     """Sequences that grow are met before they are there, those that are there are never forecast away."""
     rule = policy.DemandRule(LAWS, 200, 100, memory_s=1e-3, ahead_s=4.0)
+    held = Queues(2, 300, 2, 5, 900, prompt_tokens_total=1000)
+    first = rule.decide(State(), held, Fleet(2, 1), 0, 3.0)[0].seen
+    assert first == policy.Demand(3.0, 1300.0, 7.0)  # processed and waiting, running and waiting
     state = State(seen=policy.Demand(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     assert rule.decide(state, queues(dr=7), Fleet(2, 1), 0, 1.0)[1] == Fleet(1, 2)  # 35 by then
     assert replace(rule, ahead_s=0.0).decide(state, queues(dr=1), Fleet(2, 1), 0, 1.0)[1] is None
@@ -431,6 +451,9 @@ def test_dynamos_easy_mode_has_its_thresholds() -> None:
     assert target(rule, Fleet(2, 2), decode_context_tokens=2001) == Fleet(1, 3)
     assert target(rule, Fleet(2, 2), decode_context_tokens=2000) is None
     assert target(rule, Fleet(2, 2), decode_context_tokens=1951, decode_waiting=1) == Fleet(1, 3)
+    assert (
+        target(rule, Fleet(2, 2), decode_context_tokens=1950, decode_waiting=1) is None
+    )  # a waiting one is half a context
     assert target(rule, Fleet(1, 3), decode_context_tokens=9000) is None
     assert target(rule, Fleet(2, 2), decode_context_tokens=2001, prefill_waiting_tokens=20) == Fleet(1, 3)
     assert target(rule, Fleet(2, 2), decode_context_tokens=2001, prefill_waiting_tokens=21) is None
