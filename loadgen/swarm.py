@@ -1144,7 +1144,9 @@ class _WorkerSide:
         prompts = Prompts(dialect, job["model"], job["longest"], job["salt"], measure, job["words"])
         prompts.share(shared, job["block_tokens"])
         # As many as are due in the first second: opening them costs more than sending on them.
-        connections = min(1000, bisect.bisect_right(sorted(self._columns[1]), 1.0))
+        connections = min(4000, bisect.bisect_right(sorted(self._columns[1]), 1.0))
+        if job.get("gate") and job["gate"]["in_flight"]:
+            connections = min(connections, job["gate"]["in_flight"])
         wait = self.engine.submit(
             self.engine.prepare(
                 [_target(one) for one in json.loads(secret.unseal(self.key, job["where"]))],
