@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,10 @@ def question(f: Any) -> Any:
     return f
 
 
-def available() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def ask(db: str, as_json: bool, **options: Any) -> Any:
     """Open the database and advise, with a progress bar for each step."""
+    from joblib import cpu_count
+
     from advisor.advise import advise as answer_for
     from advisor.cli.progress import Steps
     from advisor.parallel import cores
@@ -63,7 +59,7 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
     options["gpus_per_worker"] = pair(text) if text else None
     options["rate_per_s"] = options.pop("rate")
     options["current"] = Fleet.parse(options["current"]) if options["current"] else None
-    with open_store(db, create=False) as store, progress(as_json) as bars, cores(available()):
+    with open_store(db, create=False) as store, progress(as_json) as bars, cores(cpu_count()):
         return answer_for(store, note=Steps(bars), **options)
 
 
