@@ -7,14 +7,17 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from sqlalchemy import make_url
 
 from advisor.advise import load
 from advisor.cli import main
@@ -23,7 +26,7 @@ from advisor.recommend import recommend
 from loadgen.cluster import Profile
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
-from tests.test_report import HOSTILE, add_trace, chromium, opened, stored
+from tests.test_report import HOSTILE, add_trace, opened, stored
 from traces.errors import InputError
 from traces.records import Fleet, Run
 from traces.store import open_store
@@ -33,7 +36,7 @@ __all__ = ["opened"]
 
 @pytest.fixture(scope="module")
 def db(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Three runs of a hostile trace, an answer, and a run that goes on with half of its rows."""
+    """Three runs of a hostile trace, an answer, and a run that goes on with half of its rows. A test that writes takes a copy."""
     url = f"sqlite:///{tmp_path_factory.mktemp('dash') / 'steelyard.db'}"
     profile = Profile.load("demo")
     rate = busy_rate(profile)
@@ -50,21 +53,27 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
+@contextmanager
 def served(db: str, *arguments: str, **environment: str) -> Iterator[str]:
     command = [sys.executable, "-m", "advisor", "dash", "--port", "0", "--db", db, *arguments]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     assert child.stdout is not None
-    line = child.stdout.readline()
-    assert line.startswith("listening on "), line
-    yield line.split()[-1]
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
-    child.stdout.close()
+    try:
+        line = child.stdout.readline()
+        assert line.startswith("listening on "), line
+        yield line.split()[-1]
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 0
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def url(db: str) -> Iterator[str]:
-    yield from served(db)
+    with served(db) as where:
+        yield where
 
 
 def ask(url: str, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
@@ -147,7 +156,7 @@ def test_elsewhere_it_needs_a_token(db: str, capsys: Any) -> None:
     """Without a token it does not listen beyond loopback; with one every page asks for it, once a browser."""
     assert main(["dash", "--host", "0.0.0.0", "--port", "0", "--db", db]) == 1
     assert "needs a token" in capsys.readouterr().err
-    for url in served(db, STEELYARD_DASH_TOKEN="s3cret"):
+    with served(db, STEELYARD_DASH_TOKEN="s3cret") as url:
         assert ask(url, "/")[0] == 401
         assert ask(url, "/?token=wrong")[0] == 401
         assert ask(url, "/runs/1", Authorization="Bearer s3cret")[0] == 200
@@ -160,9 +169,22 @@ def test_elsewhere_it_needs_a_token(db: str, capsys: Any) -> None:
         assert ask(url, "/", Cookie="steelyard=other")[0] == 401
 
 
-def test_a_browser_shows_the_pages_and_a_run_that_grows(opened: Any, url: str, db: str) -> None:
+@pytest.fixture
+def growing(db: str, sqlite_url: str) -> str:
+    """A copy of the database, for a test that adds to it."""
+    source, copy = (str(make_url(url).database) for url in (db, sqlite_url))
+    with closing(sqlite3.connect(source)) as held, closing(sqlite3.connect(copy)) as own:
+        held.backup(own)
+    return sqlite_url
+
+
+def test_a_browser_shows_the_pages_and_a_run_that_grows(opened: Any, growing: str) -> None:
     """Drill-down by links and keyboard, plots drawn, nothing hostile runs, no outside request; new rows appear by themselves."""
-    chromium()
+    with served(growing) as url:
+        browse(opened, url, growing)
+
+
+def browse(opened: Any, url: str, db: str) -> None:
     tab = opened.new_page(viewport={"width": 1100, "height": 800})
     errors: list[str] = []
     asked: list[str] = []

@@ -414,8 +414,9 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def opened() -> Iterator[Any]:
+    """A browser of this test's own: while playwright is started, no other test of this process could run an event loop."""
     path = chromium()
     from playwright.sync_api import sync_playwright
 
