@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import joblib
 import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -167,8 +168,8 @@ def ports() -> Check:
 
 
 def cores() -> Iterator[Check]:
-    """Cores this process may use, and how busy the machine is."""
-    count = len(os.sched_getaffinity(0))
+    """Cores this process may use (its affinity and its container's share), and how busy the machine is."""
+    count = joblib.cpu_count()
     yield Check(
         "cores",
         "ok" if count > 1 else "warning",

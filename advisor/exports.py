@@ -1,7 +1,7 @@
 """An answer as what other tools read: replicas, planner settings, autoscaler objects, alert rules.
 
-Each file says what it was checked with, or that it was not. Names of services, metrics and labels are defaults of the engines'
-own manifests: look them over before you apply anything.
+Each file says what every document in it was checked with, or that it was not: ``schemas/`` holds the schemas that can be had.
+Names of services, metrics and labels are defaults of the engines' own manifests: look them over before you apply anything.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import fastjsonschema
+
 from loadgen.cluster import Profile
 from traces import __version__
 from traces.errors import InputError
 
 Documents = list[dict[str, Any]]
+
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
 def export(answer: Mapping[str, Any], kind: str) -> str:
@@ -29,14 +33,32 @@ def export(answer: Mapping[str, Any], kind: str) -> str:
         raise InputError(f"export must be one of {', '.join(KINDS)} (got {kind!r}).")
     documents, notes = KINDS[kind](answer)
     text = "---\n".join(_yaml(one) for one in documents)
-    checked = _promtool(text) if kind == "prometheus-rules" else ""
+    checked = [validated(one) for one in documents]
+    if kind == "prometheus-rules" and (said := _promtool(text)):
+        checked.append(said)
     head = [
         f"Written by steelyard {__version__} from recommendation {answer.get('recommendation', answer.get('id', '?'))}: "
         f"{answer['strategy']}, {answer['prefill']} prefill : {answer['decode']} decode, {answer['slo']}.",
-        checked or "unvalidated: no schema of this kind was at hand when it was written.",
+        *dict.fromkeys(checked),
         *notes,
     ]
     return "".join(f"# {line}\n" for line in head) + text
+
+
+def validated(document: Mapping[str, Any]) -> str:
+    """What a document was checked against, or that it was not, in a line; InputError where its schema refuses it."""
+    kind = str(document.get("kind") or ("rules" if "groups" in document else "PlannerConfig"))
+    file = SCHEMAS / f"{kind}.json"
+    if not file.is_file():
+        return f"{kind}: unvalidated, its schema cannot be had from a package index."
+    schema = json.loads(file.read_bytes())
+    try:
+        fastjsonschema.validate(schema, document)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise InputError(
+            f"this answer cannot be written as {kind}: {schema['title']} refuses it: {error.message}."
+        ) from None
+    return f"{kind}: validated against the schema of {schema['title']}."
 
 
 def _roles(answer: Mapping[str, Any]) -> dict[str, int]:
@@ -298,7 +320,7 @@ def _promtool(text: str) -> str:
         )
     if done.returncode != 0:
         raise InputError(f"promtool refuses these rules: {done.stderr.strip()[:200]}")
-    return "checked with promtool check rules."
+    return "rules: checked with promtool check rules."
 
 
 def _yaml(value: Any, indent: int = 0) -> str:

@@ -9,7 +9,6 @@ offline means. It therefore starts when the last has arrived, and its latencies 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import joblib
 import numpy as np
 from scipy import stats
 
@@ -457,7 +457,7 @@ def study(
     """All strategies over seeds 1..n: {"arrivals": table, "burst": table, "ours_against_report", "regret_by_sample"}."""
     numbers = list(range(1, seeds + 1))
     done = []
-    processes = processes or min(os.cpu_count() or 1, seeds)
+    processes = processes or min(joblib.cpu_count(), seeds)
     if processes > 1:
         with ProcessPoolExecutor(processes) as pool:
             for result in pool.map(one_seed, [question] * seeds, numbers):

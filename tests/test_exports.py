@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from advisor.exports import KINDS, export
+from advisor.exports import KINDS, export, validated
 from advisor.thresholds import backlog_thresholds
 from loadgen import policy
 from loadgen.cluster import Profile
@@ -113,14 +113,75 @@ def test_rules_alert_above_and_below_the_thresholds() -> None:
     assert [r["for"] for r in rules[:2]] == ["2s", "8s"]
 
 
+CHECKED = {
+    "kubernetes": ["# HorizontalPodAutoscaler: validated against the schema of Kubernetes 1.37 autoscaling/v2."],
+    "dynamo": [
+        "# DynamoGraphDeployment: unvalidated, its schema cannot be had from a package index.",
+        "# PlannerConfig: validated against the schema of NVIDIA Dynamo 1.6.1.",
+    ],
+    "llm-d": ["# LLMInferenceService: unvalidated, its schema cannot be had from a package index."],
+    "keda": ["# ScaledObject: validated against the schema of KEDA 2.16.1."],
+    "prometheus-rules": ["# rules: validated against the schema of Prometheus Operator 0.80.1."],
+}
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_file_says_what_it_was_checked_with(kind: str) -> None:
-    """A comment on top: checked, with what, or unvalidated."""
+    """Comments on top: for each kind of document the schema that it was validated against, or unvalidated."""
     text = export(answer("online"), kind)
     head = [line for line in text.splitlines() if line.startswith("#")]
     assert "recommendation 7" in head[0]
-    promtool = kind == "prometheus-rules" and shutil.which("promtool")
-    assert head[1].startswith("# checked with promtool" if promtool else "# unvalidated")
+    expected = list(CHECKED[kind])
+    if kind == "prometheus-rules" and shutil.which("promtool"):
+        expected.append("# rules: checked with promtool check rules.")
+    assert head[1 : 1 + len(expected)] == expected
+    assert not any("validated" in line for line in head[1 + len(expected) :])
     assert read(text)
     with pytest.raises(InputError, match="must be one of"):
         export(answer("online"), "helm")
+
+
+def test_what_a_schema_refuses_is_not_written() -> None:
+    """A field of another type, a name it does not know, one that is missing: refused with the field's name, for every schema."""
+    for kind in ("kubernetes", "dynamo", "keda", "prometheus-rules"):
+        document = read(export(answer("online"), kind))[-1]
+        assert ": validated" in validated(document)
+        for spoil in (_number_as_text, _unknown_name):
+            with pytest.raises(InputError, match="refuses it: data"):
+                validated(spoil(document))
+    document = read(export(answer("online"), "keda"))[0]
+    del document["spec"]["scaleTargetRef"]
+    with pytest.raises(InputError, match="scaleTargetRef"):
+        validated(document)
+
+
+def _number_as_text(document: dict[str, Any]) -> dict[str, Any]:
+    """The first number, or in rules the first text, of another type."""
+    found, done = _spoilt(document)
+    assert done
+    return dict(found)
+
+
+def _spoilt(value: Any) -> tuple[Any, bool]:
+    if isinstance(value, dict):
+        for key, held in value.items():
+            changed, done = _spoilt(held)
+            if done:
+                return value | {key: changed}, True
+            if key == "interval" or (isinstance(held, int) and not isinstance(held, bool)):
+                return value | {key: [held]}, True
+    if isinstance(value, list):
+        for i, held in enumerate(value):
+            changed, done = _spoilt(held)
+            if done:
+                return [*value[:i], changed, *value[i + 1 :]], True
+    return value, False
+
+
+def _unknown_name(document: dict[str, Any]) -> dict[str, Any]:
+    """A name more where the settings are."""
+    if "spec" in document:
+        return document | {"spec": document["spec"] | {"minReplica": 1}}
+    if "groups" in document:
+        return {"groups": [document["groups"][0] | {"every": "1s"}]}
+    return document | {"max_gpus": 8}
