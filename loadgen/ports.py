@@ -98,7 +98,7 @@ class Door:
         except OSError as error:
             sock.close()
             at = f"{shown(self.host)}:{self.port}"
-            raise EndpointError(f"cannot listen on {at} ({error.strerror}). Give another --port, or 0.") from None
+            raise EndpointError(f"cannot listen on {at} ({error.strerror}). Give another port, or 0.") from None
         return sock
 
     def knows(self, said: str) -> bool:

@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -431,6 +431,12 @@ class Swarm:
         return f"{self._bind[0]}:{self.port}"
 
     @property
+    def web(self) -> str:
+        """The address of the web UI's own tab."""
+        assert self._web is not None  # noqa: S101 - asked for
+        return f"{self._web.url()}/?tab=steelyard"
+
+    @property
     def processes(self) -> dict[int, int]:
         """Worker index -> process id, for the workers that are alive."""
         return {w.index: w.pid for w in self._workers.values() if not w.gone}
@@ -523,6 +529,9 @@ class Swarm:
             runner.master_bind_port = runner.server.port
             if self._web is not None:
                 self._open_web(runner)
+        except SteelyardError as error:  # the web UI's
+            started.set_exception(error)
+            return
         except (SystemExit, Exception) as error:
             started.set_exception(
                 SteelyardError(f"the Locust master cannot listen on {self._bind[0]}:{self._bind[1]} ({error}).")
@@ -572,7 +581,8 @@ class Swarm:
         door = self._web
         assert self.environment is not None  # noqa: S101 - made before
         assert door is not None  # noqa: S101 - asked for
-        door.bind().close()  # gevent's server would fail in a greenlet of its own
+        with door.bind() as free:  # gevent's server would fail in a greenlet of its own
+            door = self._web = replace(door, port=free.getsockname()[1])
         with _no_arguments():
             ui = self.environment.create_web_ui(door.host, door.port, delayed_start=True)
         update = ui.update_template_args

@@ -24,7 +24,7 @@ from loadgen.exposition import exposed
 from loadgen.ports import Door, loopback
 from loadgen.swarm import Swarm
 from tests.test_client import self_signed
-from traces.errors import InputError
+from traces.errors import EndpointError, InputError
 from traces.records import Fleet
 from traces.store import open_store
 
@@ -90,19 +90,16 @@ def test_every_port_speaks_tls_and_asks_for_the_token(files: tuple[str, str], tm
     cert, key = files
     db = f"sqlite:///{tmp_path / 't.db'}"
     open_store(db).close()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     child = dash(db, files)
     assert child.stdout is not None
-    web = Door(port=port, token=TOKEN, cert=cert, key=key)
     with (
         embedded("constant", Fleet(1, 1), token=TOKEN, cert=cert, key=key) as endpoint,
         exposed(Door(token=TOKEN, cert=cert, key=key)) as (metrics, _),
-        Swarm(1, web=web),
+        Swarm(1, web=Door(token=TOKEN, cert=cert, key=key)) as swarm,
     ):
         page = child.stdout.readline().split()[-1]
-        for url, path in ((endpoint, "/v1/models"), (page, "/"), (web.url(), "/stats/requests"), (metrics, "")):
+        web = swarm.web.partition("/?")[0]  # port 0 was asked for: it says which it took
+        for url, path in ((endpoint, "/v1/models"), (page, "/"), (web, "/stats/requests"), (metrics, "")):
             assert url.startswith("https://"), url
             with silent(url):
                 assert ask(url + path, files)[0] == 401, url
@@ -110,7 +107,7 @@ def test_every_port_speaks_tls_and_asks_for_the_token(files: tuple[str, str], tm
                 assert ask(url + path, files, token=TOKEN)[0] == 200, url
             with pytest.raises(OSError):  # noqa: PT011 - refused, reset or not HTTP
                 urllib.request.urlopen(url.replace("https", "http") + path, timeout=5)
-        for url in (page, web.url()):
+        for url in (page, web):
             assert ask(f"{url}/?token=wrong", files)[0] == 401
             status, _, cookie = ask(f"{url}/?token={TOKEN}", files)
             assert (status in (302, 303), "Secure" in cookie, "HttpOnly" in cookie) == (True, True, True)
@@ -153,6 +150,15 @@ def test_other_addresses_need_a_token_and_are_told_of_tls() -> None:
     assert TOKEN not in repr(Door(token=TOKEN))
     with pytest.raises(InputError, match="needs a token"), exposed(Door("0.0.0.0")):
         pass
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    """The web UI's, not the Locust master's beside it, with what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = rf"^cannot listen on 127\.0\.0\.1:{port} \(Address already in use\)\. Give another port, or 0\.$"
+        with pytest.raises(EndpointError, match=words), Swarm(1, web=Door(port=port)):
+            pass
 
 
 def test_a_certificate_that_cannot_be_used_is_one_line(files: tuple[str, str], tmp_path: Path) -> None:

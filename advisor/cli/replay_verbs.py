@@ -461,13 +461,16 @@ def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
     expect = options["expect_workers"]
     web = door_of(options, "web") if options["web"] else None
     swarm = Swarm(options["workers"], expect=expect, bind=options["bind"], web=web)
-    if web is not None:
-        warn(web.warning)
-        messages(as_json).print(f"Watch at {web.url()}/?tab=steelyard", markup=False)
-    if expect and expect > options["workers"]:
-        swarm.on_listen = lambda address: messages(as_json).print(
-            f"Waiting for {expect - options['workers']} more workers: steelyard worker --master {address}", markup=False
-        )
+
+    def listening(address: str) -> None:
+        if web is not None:
+            warn(web.warning)
+            messages(as_json).print(f"Watch at {swarm.web}", markup=False)
+        if expect and expect > options["workers"]:
+            joining = f"Waiting for {expect - options['workers']} more workers: steelyard worker --master {address}"
+            messages(as_json).print(joining, markup=False)
+
+    swarm.on_listen = listening
     with swarm:
         yield swarm
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loadgen.client import Target, tls_words
-from loadgen.engines import EXACT, Dialect, Measure, Prompts
+from loadgen.engines import EXACT, Dialect, Measure, Prompts, trial_sizes
 from loadgen.stream import Answer, printable
 from traces.errors import EndpointError
 from traces.records import Fleet
@@ -174,10 +174,13 @@ class Endpoint:
 
         One token an id or word, nothing added, where it sends no usage or does not answer.
         """
-        sizes = sorted({8, min(64, max(9, longest)), min(1024, max(10, longest))})
+        sizes = trial_sizes(longest, words)
+        prompts = Prompts(
+            dialect, model, sizes[-1], time.time_ns(), words=words
+        )  # the same salt in each: it cancels out
         found: list[int] = []
         for size in sizes:
-            body = Prompts(dialect, model, size, time.time_ns(), words=words).body(0, size, 1)
+            body = prompts.body(0, size, 1)
             tokens = -1
             for _ in range(3):
                 answer = Answer()

@@ -25,6 +25,7 @@ __all__ = [
     "Prompts",
     "Server",
     "Worker",
+    "trial_sizes",
 ]
 
 _COMMON = (
@@ -62,6 +63,15 @@ EXACT = Measure()
 """A token an id or word, and nothing more."""
 
 LEAST_WORDS = 64
+
+
+def trial_sizes(longest: int, words: Sequence[str] = ()) -> list[int]:
+    """Units of the prompts that a server is asked to count: far apart, where that can be by whole rounds of the words."""
+    n = len(words or WORDS)
+    rounds = (min(1024, longest) - 4) // n
+    if rounds >= 2:
+        return [4 + n, 4 + rounds * n]
+    return sorted({8, min(64, max(9, longest)), min(1024, max(10, longest))})
 
 
 def single_token_words(folder: Path) -> tuple[str, ...]:
@@ -131,7 +141,7 @@ class Prompts:
             self._text = ",".join(map(str, rng.choices(range(1000, 10_000), k=n))).encode() + b","
             self._starts: list[int] = []
         else:
-            drawn = rng.choices(self._words, k=n)
+            drawn = _shuffles(self._words, n, rng)
             self._text = (" " + " ".join(drawn) + " ").encode()
             self._starts = [0]
             for word in drawn:
@@ -195,11 +205,23 @@ class Prompts:
             if tokens <= 4:
                 return salt[: tokens * 5 - 1]
             return salt + b"," + self._text[start * 5 : (start + tokens - 4) * 5 - 1]
-        words = (mixed, mixed >> 16, mixed >> 32, number)
+        # The first word, with no space before it, counts otherwise than inside a text: always the same, it is part of the offset.
+        words = (0, mixed, mixed >> 16, mixed >> 32 ^ number)
         salt = " ".join(self._words[w % len(self._words)] for w in words).encode()
         if tokens <= 4:
             return b" ".join(salt.split()[:tokens])
+        start -= start % len(self._words)  # a round begins
         return salt + self._text[self._starts[start] : self._starts[start + tokens - 4]]
+
+
+def _shuffles(words: Sequence[str], n: int, rng: random.Random) -> list[str]:
+    """So many words, each once before any comes again: what words count evens out over every stretch of a text."""
+    drawn: list[str] = []
+    order = list(words)
+    while len(drawn) < n:
+        rng.shuffle(order)
+        drawn += order
+    return drawn[:n]
 
 
 @cache
