@@ -35,7 +35,13 @@ def compile_kernel(folder: Path) -> list[Path]:
             text=True,
         )
         # the module, and beside it the code it loads
-        return [Path(shutil.copy(built, folder)) for built in sorted((Path(work) / CLUSTER).glob("kernel*.so"))]
+        return [put(built, folder) for built in sorted((Path(work) / CLUSTER).glob("kernel*.so"))]
+
+
+def put(built: Path, folder: Path) -> Path:
+    """A copy in ``folder``, as a new file: one that is written over breaks the processes that have loaded it."""
+    beside = Path(shutil.copy(built, folder / f"{built.name}.new"))
+    return beside.replace(folder / built.name)
 
 
 def fresh() -> bool:

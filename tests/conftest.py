@@ -128,10 +128,14 @@ def mariadb(data: Path) -> Iterator[str]:
     assert programs, "no MariaDB on this machine"
     server, install = programs
     user = getpass.getuser()
+    # A server that starts clears the folder of temporary tables, those of a neighbour that runs there included.
+    temporary = tempfile.TemporaryDirectory()
+    own = os.environ | {"TMPDIR": temporary.name}
     subprocess.run(
         [install, "--no-defaults", f"--datadir={data}", f"--user={user}", "--auth-root-authentication-method=normal"],
         check=True,
         capture_output=True,
+        env=own,
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -141,6 +145,7 @@ def mariadb(data: Path) -> Iterator[str]:
          f"--socket={data}/s", "--innodb-flush-log-at-trx-commit=2"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=own,
     )  # fmt: skip
     try:
         until = time.monotonic() + 60
@@ -155,6 +160,7 @@ def mariadb(data: Path) -> Iterator[str]:
     finally:
         process.kill()  # a clean end takes seconds, and nobody needs the data
         process.wait(30)
+        temporary.cleanup()
 
 
 @pytest.fixture(scope="session")
