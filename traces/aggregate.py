@@ -49,6 +49,9 @@ MEANS = (*STAGES, "ttft_sent_s", "e2e_s")
 KINDS = 200
 """Kinds of failure that are told apart."""
 
+OTHERS = 8
+"""SLOs other than the run's own that are remembered."""
+
 COLUMNS = (
     "index", "worker", "due_s", "dispatch_s", "sent_s", "first_token_s", "last_token_s", "requested_prompt_tokens",
     "requested_tokens", "prompt_tokens", "output_tokens", "status", "error", "detail", *STAGES,
@@ -63,7 +66,7 @@ class Bins:
 
     latency: [measure, slot, bin]. largest: [measure, slot], -inf where there is nothing. counts: name -> [slot]. rows: how many
     are counted. means: name -> [sum, number] over finished requests. by_worker: load worker -> its lags' [bin]. failures:
-    kind -> [how many, when the first was due, what was seen then].
+    kind -> [how many, when the first was due, what was seen then]. others: limits of another SLO -> what :meth:`within` takes.
     """
 
     def __init__(self, slo: str, warmup_s: float = 0.0) -> None:
@@ -80,6 +83,7 @@ class Bins:
         self.by_worker: dict[int, Counts] = {}
         self.worker_largest: dict[int, float] = {}
         self.failures: dict[str, list[Any]] = {}
+        self.others: dict[str, dict[int, int]] = {}
         self._heard = np.zeros(0, dtype=np.bool_)
 
     def add_once(self, rows: Observations) -> None:
@@ -300,6 +304,12 @@ class Bins:
         other.slo, other.counts = slo, self.counts | {"good": counted}
         return other
 
+    def keep_other(self, limits: str, good: Mapping[int, int]) -> dict[str, dict[int, int]]:
+        """Know what :meth:`within` takes of another SLO as well; of more than OTHERS the one known for longest is dropped."""
+        known = {other: held for other, held in self.others.items() if other != limits} | {limits: dict(good)}
+        self.others = dict(list(known.items())[-OTHERS:])
+        return self.others
+
     # --- kept ------------------------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[dict[str, Any], bytes]:
@@ -312,7 +322,7 @@ class Bins:
             [w, self.worker_largest[w], np.flatnonzero(n).tolist(), n[n > 0].tolist()]
             for w, n in self.by_worker.items()
         ]
-        held |= {"means": self.means, "failures": self.failures}
+        held |= {"means": self.means, "failures": self.failures, "others": self.others}
         body = np.ascontiguousarray(self.latency[:, :k], dtype="<u4").tobytes()
         return held, zlib.compress(body, 1)
 
@@ -337,6 +347,8 @@ class Bins:
                 made.by_worker[int(worker)][places] = n
                 made.worker_largest[int(worker)] = float(most)
             made.means = {name: [float(v) for v in held["means"][name]] for name in MEANS}
+            for limits, good in held.get("others", {}).items():
+                made.others[str(limits)] = {int(slot): int(n) for slot, n in good.items()}
             made.failures = {str(kind): list(seen) for kind, seen in held["failures"].items()}
         except (KeyError, TypeError, ValueError, IndexError, zlib.error):
             return None

@@ -33,7 +33,9 @@ import sqlite3
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -337,6 +339,9 @@ EXACT_ROWS = 100_000
 
 KEEP_AFTER = 0.05
 """The counts of a long run that goes on are kept anew when they have grown by this share."""
+
+READERS = 4
+"""Threads that count the rows of a run at once, each with a connection. More than there are cores do no harm."""
 
 COUNTED_RUNS = 8
 """Long runs whose rows one store counts while it stores them; of more, the oldest are counted when they end."""
@@ -1262,7 +1267,7 @@ class Store:
         """The counts of a run of more than EXACT_ROWS rows; None of a shorter one, whose rows can be read.
 
         They are kept with the run, else counted from the rows and then kept. slo: what is counted as good [by the run's own];
-        by another one the database counts it.
+        by another one the database counts it, and of an ended run that is kept as well.
         """
         if run.scheduled <= EXACT_ROWS:
             return None
@@ -1278,7 +1283,13 @@ class Store:
                 found.add(piece)
             self._keep(run.id, found.figures(), found)
         if slo is not None and str(slo) != str(Slo.parse(found.slo) if found.slo else Slo()):
-            found = found.within(str(slo), self._good(run.id, slo, found))
+            limits = " ".join(f"{metric}<{limit!r}" for metric, limit in sorted(slo.limits))
+            good = found.others.get(limits) if run.ended else None
+            if good is None:
+                good = self._good(run.id, slo, found)
+                if run.ended:
+                    self._keep_other(run.id, found, limits, good)
+            found = found.within(str(slo), good)
         return found
 
     def _good(self, run_id: int, slo: Slo, found: Bins) -> dict[int, int]:
@@ -1297,24 +1308,46 @@ class Store:
         due = sa.func.coalesce(t.due_s, found.warmup_s)
         slot = sa.cast(sa.func.floor((due - found.warmup_s) / found.width_s), sa.Integer)
         # Rows follow one another as they were due, nearly, so most pieces of the key lie within one slot. To group all of them
-        # takes SQLite a sort, which costs as much as reading them.
+        # takes SQLite a sort, which costs as much as reading them. While the database counts, its driver lets other threads run.
         most = sa.select(sa.func.max(t.index)).where(t.run_id == run_id)
         good += [t.index >= sa.bindparam("start"), t.index < sa.bindparam("end")]
         ends = sa.select(sa.func.count(), sa.func.min(due), sa.func.max(due)).where(*good)
         inner = sa.select(slot.label("slot")).where(*good).subquery()
         by_slot = sa.select(inner.c.slot, sa.func.count()).group_by(inner.c.slot)
-        counted: dict[int, int] = {}
+
+        def count(starts: range) -> Counter[int]:
+            counted: Counter[int] = Counter()
+            with self._begin() as connection:
+                for start in starts:
+                    piece = {"start": start, "end": start + starts.step}
+                    n, *at = connection.execute(ends, piece).one()
+                    low, high = (math.floor((due_s - found.warmup_s) / found.width_s) if n else 0 for due_s in at)
+                    held: Iterable[Any] = [(low, n)] if low == high else connection.execute(by_slot, piece)
+                    counted.update({int(k): int(more) for k, more in held})
+            return counted
+
         with self._begin() as connection:
             rows = (connection.execute(most).scalar() or 0) + 1
-            size = max(BATCH, rows // (5 * SLOTS))
-            for start in range(0, rows, size):
-                piece = {"start": start, "end": start + size}
-                n, *at = connection.execute(ends, piece).one()
-                low, high = (math.floor((due_s - found.warmup_s) / found.width_s) if n else 0 for due_s in at)
-                held: Iterable[Any] = [(low, n)] if low == high else connection.execute(by_slot, piece)
-                for k, more in held:
-                    counted[int(k)] = counted.get(int(k), 0) + int(more)
-        return counted
+        starts = range(0, rows, max(BATCH, rows // (5 * SLOTS)))
+        share = math.ceil(len(starts) / READERS)
+        shares = [starts[k * share : (k + 1) * share] for k in range(READERS)]
+        if isinstance(self._engine.pool, sa.pool.SingletonThreadPool):  # in memory: another thread would find nothing
+            return dict(sum(map(count, shares), Counter[int]()))
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(sum(pool.map(count, shares), Counter[int]()))
+
+    def _keep_other(self, run_id: int, counted: Bins, limits: str, good: Mapping[int, int]) -> None:
+        """Keep what was counted within another SLO beside the counts that it belongs to, if those are still the ones kept."""
+        s = summaries.c
+
+        def write(connection: sa.Connection) -> None:
+            held = connection.execute(sa.select(s.bins).where(s.run_id == run_id)).scalar()
+            if held and held["rows"] == counted.rows:
+                kept = counted.keep_other(limits, good)
+                connection.execute(summaries.update().where(s.run_id == run_id), {"bins": held | {"others": kept}})
+
+        with suppress(StoreError):  # a reader without the right to write still gets its answer
+            self._write(write)
 
     def _keep(self, run_id: int, found: Figures, counted: Bins | None = None) -> None:
         """Keep what was computed of a run, instead of what was kept before."""
