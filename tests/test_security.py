@@ -24,6 +24,7 @@ from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.engines import dialect
 from loadgen.swarm import Job, Swarm
+from tests import advisories
 from traces.errors import InputError
 from traces.records import Fleet, Observations, Schedule
 from traces.store import open_store, redact
@@ -331,3 +332,31 @@ def test_a_report_of_hostile_names_runs_no_script(tmp_path: Path) -> None:
         ).stdout
     )
     assert held["runs"][0]["name"] == odd
+
+
+@pytest.mark.parametrize(
+    ("knows", "answer", "code", "said"),
+    [
+        ((), [{"name": "a", "version": "1", "vulns": []}], 3, "nothing is known"),  # a mirror without advisories, or no network
+        (("pypi", "osv"), [{"name": "a", "version": "1", "vulns": []}], 0, "1 looked up at pypi, 0 with"),
+        (("osv",), [{"name": "a", "version": "1", "vulns": []}], 0, "1 looked up at osv, 0 with"),
+        (("osv",), [{"name": "a", "skip_reason": "no"}, {"name": "b", "version": "1", "vulns": []}], 1, "not looked up: a"),
+        (("pypi",), [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}], 1, "CVE-1, mended in 2"),
+        (("pypi",), [], 1, "0 looked up"),
+    ],
+)  # fmt: skip
+def test_an_audit_that_asked_nobody_is_not_clean(
+    knows: tuple[str, ...], answer: advisories.Answer, code: int, said: str
+) -> None:
+    """Only a service that knows a vulnerability when it is shown one may say that there is none."""
+
+    def ask(service: str, requirements: Path) -> advisories.Answer:
+        if advisories.VULNERABLE in requirements.read_text(encoding="utf-8"):
+            return [
+                {"name": "jinja2", "version": "2.4.1", "vulns": [{"id": "CVE-2014-0012"}] if service in knows else []}
+            ]
+        return answer
+
+    found, lines = advisories.audit(ask, [ROOT / "requirements.lock"])
+    assert found == code
+    assert said in "\n".join(lines)
