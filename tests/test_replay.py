@@ -745,8 +745,8 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: P
         assert store.run(1).verdict == "invalid"
 
 
-def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str) -> None:
-    """kill -9 of the master: what finished more than a second before is in the database, the run has not ended."""
+def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """kill -9 of the master: what finished more than a second before is in the database, and shown; the run has not ended."""
     command = [sys.executable, "-m", "advisor", "replay", "azure-2023-conv", "--endpoint", endpoint, "--db", db]
     child = subprocess.Popen([*command, "--rate", "40"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 30
@@ -768,6 +768,12 @@ def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str) -> Non
         last = rows.last_token_s.max()
         assert last > finished_s - 1
         assert len(set(rows.index.tolist())) == len(rows)
+    capsys.readouterr()
+    assert main(["runs", "show", "1", "--db", db]) == 0
+    said = capsys.readouterr()
+    assert f"  {len(rows)} of " in said.out + said.err
+    assert "ms -> running or broken off" in said.out + said.err
+    assert "nan" not in (said.out + said.err).split("from sent")[0]
     assert main(["compare", "1", "1", "--db", db]) == 1
 
 
@@ -777,6 +783,8 @@ def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str) -> Non
         (["nope", "--endpoint", "http://127.0.0.1:1"], 1, "no trace is named 'nope'"),
         (["azure-2023-code", "--endpoint", "http://127.0.0.1:1"], 1, "ships with steelyard .* steelyard ingest azure-2023-code"),
         (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1"], 1, "connection refused"),
+        (["azure-2023-conv", "--endpoint", "http://127.0.0.1:9", "--proxy", "http://127.0.0.1:1"], 1,
+         "--proxy 127.0.0.1:1: connection refused. Start the proxy"),
         (["azure-2023-conv", "--endpoint", "nonsense"], 1, "base URL"),
         (["azure-2023-conv", "--endpoint", "http://no-such-host.invalid:1"], 1, "host name cannot be resolved"),
         (["azure-2023-conv", "--endpoint", "http://127.0.0.1:1", "--fleet", "0:8"], 1, "at least one worker"),

@@ -510,15 +510,17 @@ def show(found: dict[str, Any], run: Any) -> None:
 
     console = messages()
     failed = ", ".join(f"{n} {kind}" for kind, n in found["failed"].items()) or "none"
+    rest = "".join(f"; {word}: {found[word]}" for word in ("cancelled", "lost") if found[word])
+    verdict = run.verdict + ("" if run.complete else ", INCOMPLETE") if run.ended else "running or broken off"
     lines = [
         f"run {run.id}: {run.trace} on {run.endpoint}" + (f", fleet {run.fleet}" if run.fleet else ""),
-        f"  {found['ok']} of {found['scheduled']} ok; failed: {failed}; unsent: {found['unsent']}",
+        f"  {found['ok']} of {found['scheduled']} ok; failed: {failed}; unsent: {found['unsent']}{rest}",
         f"  TTFT {spread('ttft_ms')}   TPOT {spread('tpot_ms')}   E2E {spread('e2e_ms')}   (from due)",
         f"  goodput {found['goodput_per_s']:.2f}/s"
         + (f" within {run.slo}" if run.slo else " (no SLO given: every answer counts)"),
         f"  generator: send lag p50 {found['lag_ms']['p50']:.1f}  p99 {found['lag_ms']['p99']:.1f}  "
-        f"max {found['lag_ms']['max']:.1f} ms -> {run.verdict}" + ("" if run.complete else ", INCOMPLETE"),
-        f"  {run.reason}",
+        f"max {found['lag_ms']['max']:.1f} ms -> {verdict}",
+        *([f"  {run.reason}"] if run.reason else []),
     ]
     for change in found.get("fleet_changes", ()):
         ready = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,15 +129,19 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
             escape(run.name),
             escape(run.trace),
             str(run.fleet or "?"),
-            run.policy if run.policy == CLOSED_LOOP else f"{run.rate_per_s:.3g}",
-            f"{run.counts.get('ok', 0)}/{run.scheduled}",
-            f"{run.lag_p99_ms:.1f}",
+            run.policy if run.policy == CLOSED_LOOP else _or_dash(run.rate_per_s, ".3g"),
+            f"{run.counts.get('ok', 0) if run.ended else '-'}/{run.scheduled}",
+            _or_dash(run.lag_p99_ms, ".1f"),
             state if run.complete or not run.ended else f"{state}, incomplete",
         )
     console = messages()
     console.print(made, width=max(console.width, 120))
     if not found:
         console.print("No runs yet. Make one: steelyard replay --help")
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _short(run: Any) -> dict[str, Any]:
@@ -157,7 +162,6 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
     with open_store(db, create=False) as store:
         run = store.run(run_id)
         said = store.figures(run)
-        found = {"run": run.id} | figures(run, said)
         mean = store.aggregates([run.id]).get(run.id)
         readings = store.readings(run.id)
         histograms = store.histograms(run.id)
@@ -167,6 +171,9 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         parts, late, lags = ttft_parts(run.counted(rows), histograms), lag_by_worker(rows), lag_over_time(rows)
     elif counts is not None:
         parts, late, lags = parts_of(counts.mean, histograms), counts.lag_by_worker(), counts.lag_over_time()
+    if not run.ended:
+        run = _so_far(run, rows, counts)
+    found = {"run": run.id} | figures(run, said)
     if mean is not None:
         _show_mean(found, mean, as_json)
         return
@@ -229,6 +236,19 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
     console.print(f"  send lag p99 over time, {len(stretches)} equal stretches: {told} ms", markup=False)
     if not said.exact:
         console.print(f"  {APPROXIMATE}", markup=False)
+
+
+def _so_far(run: Any, rows: Any, bins: Any) -> Any:
+    """A run that goes on or was broken off, with what its rows say: its own counts and lag are written when it ends."""
+    from traces.measures import Lag, counts
+
+    if rows is not None:
+        lag = Lag.of(run.counted(rows))
+        p50, p99, most, held = lag.p50_ms, lag.p99_ms, lag.max_ms, counts(rows)
+    else:
+        p50, p99 = (bins.quantile("lag_s", q) * 1e3 for q in (0.5, 0.99))
+        most, held = float(bins.most("lag_s").max()) * 1e3, {"ok": bins.total("ok")}
+    return replace(run, counts=held, lag_p50_ms=p50, lag_p99_ms=p99, lag_max_ms=most)
 
 
 def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:

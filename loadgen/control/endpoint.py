@@ -14,6 +14,7 @@ from typing import Any
 
 from loadgen.client import Target, tls_words
 from loadgen.engines import EXACT, Dialect, Measure, Prompts, trial_sizes
+from loadgen.ports import shown
 from loadgen.stream import Answer, printable
 from traces.errors import EndpointError
 from traces.records import Fleet
@@ -98,22 +99,30 @@ class Endpoint:
             told = {name.lower(): value for name, value in answer.getheaders()}
             return Reply(answer.status, told.get("content-type", "").lower(), bytes(held), told)
         except ConnectionRefusedError:
-            raise EndpointError(
-                f"{self.shown}: connection refused. Start the server, or give another --endpoint."
-            ) from None
+            proxy = f"--proxy {shown(host)}:{port}", "proxy", "--proxy"
+            asked, what, other = proxy if where.proxy else (self.shown, "server", "--endpoint")
+            raise EndpointError(f"{asked}: connection refused. Start the {what}, or give another {other}.") from None
         except ssl.SSLError as error:
             raise EndpointError(
-                f"{self.shown}: TLS failed ({tls_words(error)}). Give --ca-file FILE or another URL."
+                f"{self.shown}: TLS failed ({tls_words(error)}). Give --ca-file FILE, --cert FILE if it asks for the client's, "
+                "or another URL."
             ) from None
         except TimeoutError:
             raise late from None
         except socket.gaierror as error:
             raise EndpointError(
-                f"{self.shown}: the host name cannot be resolved ({error.strerror}). Check the URL and the name server."
+                f"{f'--proxy {host}' if where.proxy else self.shown}: the host name cannot be resolved ({error.strerror}). "
+                "Check the URL and the name server."
             ) from None
         except (OSError, http.client.HTTPException) as error:
             words = printable(str(error) or type(error).__name__)
-            raise EndpointError(f"{self.shown}{path}: no HTTP answer ({words}). Check the URL.") from None
+            # A server that asks for a client's certificate hangs up without a word after the handshake of TLS 1.3.
+            why = (
+                "does the port speak https?"
+                if tls is None
+                else "does it ask for the client's certificate (--cert FILE)?"
+            )
+            raise EndpointError(f"{self.shown}{path}: no HTTP answer ({words}). Check the URL: {why}") from None
         finally:
             connection.close()
 
