@@ -97,10 +97,13 @@ def choose_runs(
     return [run for run in runs if (run.engine, run.model) == (runs[-1].engine, runs[-1].model)]
 
 
-def _asked(store: Store, trace: str | None, latest: Run, requests: int | None) -> tuple[Schedule, int]:
+def _asked(
+    store: Store, trace: str | None, latest: Run, requests: int | None, held: RunData | None = None
+) -> tuple[Schedule, int]:
     """(the trace named, else the latest run's, else what the latest run's rows asked; of how many windows it is made).
 
     The first ``requests`` of it, if that many are wanted. A long one is represented by windows, one after the other.
+    held: the latest run as it was read before.
     """
     known = {t.name: int(t.summary.get("rows_kept", 0)) for t in store.traces()}
     if trace is None and latest.trace not in known:
@@ -108,6 +111,8 @@ def _asked(store: Store, trace: str | None, latest: Run, requests: int | None) -
         if len(windows) > 1 and not requests:
             parts = [rows.asked(latest.trace) for rows in windows]
             return joined(parts, latest.trace, latest.scheduled, latest.rate_per_s), len(parts)
+        if held is not None and not held.windows:
+            return held.observations.asked(latest.trace), 1
         rows = next(iter(store.windows(latest.id, LONG_TRACE, 2)), Observations.empty())
         return rows.asked(latest.trace), 1
     name = trace or latest.trace
@@ -201,13 +206,13 @@ def advise(
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)
     parts = 1
+    data = load(store, runs)
     if schedule is None:
-        schedule, parts = _asked(store, trace, latest, requests)
+        schedule, parts = _asked(store, trace, latest, requests, data[-1])
         if requests:
             schedule = head(schedule, requests)
         if rate_per_s:
             schedule = to_rate(schedule, rate_per_s)
-    data = load(store, runs)
     answer = recommend(
         data,
         schedule,

@@ -24,7 +24,7 @@ import numpy as np
 
 from advisor.features import RunData
 from advisor.parallel import shared
-from loadgen.cluster import Profile, SimResult, simulate
+from loadgen.cluster import Profile, SimResult, simulate, token_times
 from traces.measures import Slo, quantiles
 from traces.records import Fleet, Floats, Observations, Schedule
 
@@ -97,27 +97,33 @@ class Replay:
         thirds = (n <= low, (n > low) & (n <= high), n > high)
         slo = Slo(Slo.parse(one.run.slo).limits) if one.run.slo else Slo()
         made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0))
-        return replace(made, observed=made.statistics(rows))
+        return replace(made, observed=made.statistics(rows.sent_s, rows.first_token_s, rows.last_token_s))
 
-    def statistics(self, rows: Observations) -> Floats:
-        """Log quantiles of TTFT, of TTFT by prompt length, TPOT, E2E; log span; logit of the share within the SLO. NaN: none."""
-        ok = self.rows
-        ttft, e2e = rows.ttft_sent_s, rows.e2e_sent_s
-        tokens = rows.tokens
-        tpot = rows.tpot_s[ok & (tokens >= 4)]
+    def statistics(self, sent_s: Floats, first_s: Floats, last_s: Floats) -> Floats:
+        """Log quantiles of TTFT, of TTFT by prompt length, TPOT, E2E; log span; logit of the share within the SLO. NaN: none.
+
+        sent_s, first_s, last_s: when each request was sent, its first and its last token came.
+        """
+        ok, tokens = self.rows, self.schedule.output_tokens
+        ttft, e2e = first_s - sent_s, last_s - sent_s
+        tpot = (last_s - first_s) / np.maximum(tokens - 1, 1)
         found = [_quantiles(ttft[ok], TTFT_QUANTILES)]
         found += [_quantiles(ttft[ok & third], (0.5, 0.9)) for third in self.thirds]
-        found += [_quantiles(tpot, TPOT_QUANTILES), _quantiles(e2e[ok], E2E_QUANTILES)]
-        span = float(rows.last_token_s[ok].max() - self.schedule.due_s[0]) if ok.any() else math.nan
+        found += [_quantiles(tpot[ok & (tokens >= 4)], TPOT_QUANTILES), _quantiles(e2e[ok], E2E_QUANTILES)]
+        span = float(last_s[ok].max() - self.schedule.due_s[0]) if ok.any() else math.nan
         share = math.nan
         if self.slo.limits:
             good = ok.copy()
             for name, limit in self.slo.limits:
-                value = {"ttft": ttft, "tpot": rows.tpot_s, "e2e": e2e}[name]
+                value = {"ttft": ttft, "tpot": tpot, "e2e": e2e}[name]
                 good &= (value <= limit) | ((tokens <= 1) if name == "tpot" else False)
             k, n = float(good.sum()), float(ok.sum())
             share = math.log((k + 1) / (n - k + 1))
         return np.concatenate([*found, [math.log(span) if span > 0 else math.nan, share]])
+
+    def expected(self, profile: Profile) -> Floats:
+        """The statistics as these laws would have them."""
+        return self.statistics(self.schedule.due_s, *token_times(self.schedule, self.fleet, profile))
 
     def simulated(self, profile: Profile) -> SimResult:
         """The run as these laws would have it."""
@@ -309,7 +315,7 @@ class _Search:
         space = self.space
         z = np.clip(z, space.mean - 4 * space.sd, space.mean + 4 * space.sd)
         profile = space.profile(z, rules)
-        values = np.stack([r.statistics(r.simulated(profile).observations) for r in self.replays])
+        values = np.stack([r.expected(profile) for r in self.replays])
         off = np.abs((values - self.observed) / STATISTIC_SD)
         # Huber: beyond three standard deviations a statistic counts linearly.
         loss = np.where(off <= 3, off * off, 6 * off - 9)

@@ -33,6 +33,7 @@ from advisor.features import (
     quiet_rows,
     reading_max,
 )
+from advisor.parallel import shared
 from loadgen.cluster import Profile, simulate
 from traces.errors import NotEnoughDataError
 from traces.measures import Slo, summarise
@@ -201,11 +202,11 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
     warnings: list[str] = []
     found_residuals: list[dict[str, float]] = []
     held: list[dict[str, float]] = []  # of a long run one for each window
-    for one in data if residuals else ():
-        ratios = _misses(one, profile)
+    misses = shared(lambda one: _misses(one, profile), data) if residuals else []
+    for one, ratios in zip(data, misses, strict=False):
         held += ratios
-        shared = [name for name in METRICS if any(name in r for r in ratios)]
-        found_residuals.append({n: float(np.median([r[n] for r in ratios if n in r])) for n in shared})
+        told = [name for name in METRICS if any(name in r for r in ratios)]
+        found_residuals.append({n: float(np.median([r[n] for r in ratios if n in r])) for n in told})
         worst = max(found_residuals[-1].items(), key=lambda item: abs(item[1]), default=("", 0.0))
         if abs(worst[1]) > math.log(1.25):
             warnings.append(
@@ -411,26 +412,35 @@ def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, int, Law]:
         raise NotEnoughDataError(
             f"only {len(rows)} answers of four tokens or more: the decode step cannot be fitted without longer answers."
         )
-    weight = np.ones(len(rows))
-    coefficients, error = relative_nnls(rows.x, rows.y, weight)
-    best, knot = np.append(coefficients, 0.0), 0
-    batch = rows.x[:, 1]
-    found = error
-    for share in (0.3, 0.5, 0.7, 0.85):
-        at = int(np.quantile(batch, share))
-        beyond = batch > at
-        if at < 2 or beyond.sum() < 30 or batch.max() < 1.3 * at:
-            continue
-        bent, left = relative_nnls(np.column_stack([rows.x, np.maximum(batch - at, 0.0)]), rows.y, weight)
-        if left < 0.9 * found and bent[3] > 0.1 * bent[1]:
-            best, knot, found = bent, at, left
-    place, context = 0, rows.x[:, 2]
-    most, plain = float(np.quantile(context, 0.98)), found
-    for end in (max(1, round(most * share)) for share in BENDS):
-        lone = Profile(name="context", c2_s=1.0, bend_tokens=end)
-        bent, left = relative_nnls(np.column_stack([rows.x[:, :2], lone.step_s(batch, context)]), rows.y, weight)
-        if left < 0.9 * plain and left < found and bent[2] > 0:
-            best, knot, place, found = np.append(bent, 0.0), 0, end, left
+    batch, context = rows.x[:, 1], rows.x[:, 2]
+    knots = [
+        at
+        for at in (int(np.quantile(batch, share)) for share in (0.3, 0.5, 0.7, 0.85))
+        if at >= 2 and (batch > at).sum() >= 30 and batch.max() >= 1.3 * at
+    ]
+    most = float(np.quantile(context, 0.98))
+    ends = [max(1, round(most * share)) for share in BENDS]
+
+    def fitted(place: tuple[str, int]) -> tuple[Floats, float]:
+        kind, at = place
+        x = rows.x
+        if kind == "knee":
+            x = np.column_stack([x, np.maximum(batch - at, 0.0)])
+        elif kind == "bend":
+            lone = Profile(name="context", c2_s=1.0, bend_tokens=at)
+            x = np.column_stack([x[:, :2], lone.step_s(batch, context)])
+        return relative_nnls(x, rows.y, np.ones(len(rows)))
+
+    tried = [("", 0), *(("knee", at) for at in knots), *(("bend", at) for at in ends)]
+    (coefficients, found), *bent = shared(fitted, tried)
+    best, knot, place = np.append(coefficients, 0.0), 0, 0
+    for at, (fit, left) in zip(knots, bent, strict=False):
+        if left < 0.9 * found and fit[3] > 0.1 * fit[1]:
+            best, knot, found = fit, at, left
+    plain = found
+    for at, (fit, left) in zip(ends, bent[len(knots) :], strict=True):
+        if left < 0.9 * plain and left < found and fit[2] > 0:
+            best, knot, place, found = np.append(fit, 0.0), 0, at, left
     law = Law("decode step", {}, len(rows), found, "TPOT against batch and context per worker")
     return best, knot, place, law
 

@@ -124,7 +124,7 @@ def values(
         replay = Replay(
             asked, probe.fleet, Slo(slo.limits), np.ones(len(asked), dtype=bool), _thirds(asked), np.empty(0)
         )
-        seen = np.stack([replay.statistics(replay.simulated(p).observations) for p in draws])
+        seen = np.stack([replay.expected(p) for p in draws])
         scaled = np.nan_to_num(seen / (1.5 * STATISTIC_SD))
         apart = ((scaled[:, None, :] - scaled[None, :, :]) ** 2).sum(axis=2) / CORRELATED
         weight = np.exp(-apart / 2)

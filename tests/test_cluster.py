@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from loadgen.cluster import Cluster, Job, Profile, shipped_profiles, simulate, simulate_batches
+from loadgen.cluster import Cluster, Job, Profile, shipped_profiles, simulate, simulate_batches, token_times
 from loadgen.cluster.cache import PrefixCache
 from loadgen.policy import BacklogRule, CountRule, Steering, next_phase
 from traces.errors import InputError
@@ -364,6 +364,9 @@ def test_littles_law_and_conservation(profile: Profile, fleet: Fleet, seed: int,
         cluster.advance(at)
         inside = sum(j.finish_s != j.finish_s for j in jobs)
     assert area == pytest.approx(sum(j.finish_s - j.arrive_s for j in jobs), rel=1e-9)
+    if not on_demand:  # run in one go it is the same run
+        first, finish = token_times(with_blocks(schedule, seed) if shared else schedule, fleet, profile)
+        assert (first.tolist(), finish.tolist()) == ([j.first_s for j in jobs], [j.finish_s for j in jobs])
     workers = cluster.workers
     assert sum(w.output_tokens for w in workers) == pytest.approx(
         sum(j.output_tokens for j in jobs), abs=len(jobs) if fleet.mixed else 0

@@ -266,7 +266,8 @@ _QUANTILES = (0.5, 0.9, 0.99)
 
 def summarise(observations: Observations, slo: Slo) -> Summary:
     """All measures of one run. NaN where nothing finished."""
-    ok = observations.take(np.flatnonzero(observations.ok))
+    finished = observations.ok
+    ok = observations if finished.all() else observations.take(np.flatnonzero(finished))
     span = span_s(observations)
     good = int(met(observations, slo).sum())
 

@@ -2,7 +2,7 @@
 
 from loadgen.cluster.kernel import Cluster, Job, Switch, Worker
 from loadgen.cluster.laws import Profile, shipped_profiles
-from loadgen.cluster.simulate import SimResult, simulate, simulate_batches
+from loadgen.cluster.simulate import SimResult, simulate, simulate_batches, token_times
 
 __all__ = [
     "Cluster",
@@ -14,4 +14,5 @@ __all__ = [
     "shipped_profiles",
     "simulate",
     "simulate_batches",
+    "token_times",
 ]

@@ -23,17 +23,21 @@ the next phase that waits anywhere, and pays the flip when that is not its role)
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Final
 
 from loadgen.cluster.cache import PrefixCache
 from loadgen.cluster.laws import Profile
 from traces.records import Fleet, Sample
 
-_PREFILLED, _READY, _BOUNDARY, _FLIPPED = range(4)
+_PREFILLED: Final = 0
+_READY: Final = 1
+_FLIPPED: Final = 2
+_NEVER: Final = float("inf")
 _WORKING = ("prefill", "decode", "mixed")
 _STAGES = {"prefill": ("prefill", "mixed"), "decode": ("decode", "mixed")}
 
@@ -97,6 +101,21 @@ class Job:
         self.tag = tag
 
 
+def jobs_of(prompt_tokens: list[int], output_tokens: list[int], arrive_s: list[float]) -> list[Job]:
+    """Jobs numbered from 0."""
+    return [Job(i, prompt_tokens[i], output_tokens[i], arrive_s[i]) for i in range(len(arrive_s))]
+
+
+def first_of(jobs: list[Job]) -> list[float]:
+    """When each job's first token came."""
+    return [job.first_s for job in jobs]
+
+
+def last_of(jobs: list[Job]) -> list[float]:
+    """When each job's last token came."""
+    return [job.finish_s for job in jobs]
+
+
 @dataclass(frozen=True, slots=True)
 class Switch:
     """One role change of one worker: asked, drained, back in service (model seconds)."""
@@ -123,6 +142,8 @@ class Worker:
         "b",
         "base",
         "batch_tokens",
+        "boundary_order",
+        "boundary_s",
         "busy_s",
         "busy_since",
         "c",
@@ -159,7 +180,6 @@ class Worker:
         "t0",
         "target",
         "tokens",
-        "version",
         "waiting",
     )
 
@@ -196,7 +216,8 @@ class Worker:
         self.t0 = self.lead = self.one = self.growth = 0.0
         self.step = 0
         self.next_n = 0
-        self.version = 0
+        self.boundary_s = _NEVER  # when the batch's next boundary is due
+        self.boundary_order = 0  # of two at one instant the lower comes first
         # counters
         self.busy_s = dict.fromkeys(_WORKING, 0.0)
         self.busy_since = math.nan
@@ -267,6 +288,9 @@ class Cluster:
         self._on_finish = on_finish
         self._events: list[tuple[float, int, int, Worker, object]] = []
         self._order = 0
+        # A decode worker has one boundary, which every join brings forward: it is kept at the worker, not among the events.
+        self._next: Worker | None = None
+        self._boundary_s, self._boundary_order = _NEVER, 0
         self._turn = {"prefill": 0, "decode": 0}
         self._preempts = profile.kv_policy == "preempt" and profile.kv_tokens > 0
         self._link_free_s = 0.0
@@ -293,42 +317,77 @@ class Cluster:
         self._knee = profile.knee_batch
         self._ready_prefill: list[Worker] = []
         self._ready_decode: list[Worker] = []
+        self._decoding: list[Worker] = []
         self._reopen()
 
     def _reopen(self) -> None:
         """Who takes new work in which stage: to be called after every change of a role or a target."""
         self._ready_prefill = [w for w in self.workers if w.role in _STAGES["prefill"] and w.open]
-        self._ready_decode = [w for w in self.workers if w.role in _STAGES["decode"] and w.open]
+        self._decoding = [w for w in self.workers if w.role in _STAGES["decode"]]
+        self._ready_decode = [w for w in self._decoding if w.open]
 
     # --- clock -----------------------------------------------------------------------------------------------------
 
     @property
     def next_s(self) -> float:
         """When the next event is due; infinity when nothing is."""
-        return self._events[0][0] if self._events else math.inf
+        at = self._events[0][0] if self._events else _NEVER
+        return min(at, self._boundary_s)
 
     def advance(self, now_s: float) -> None:
         """Process every event up to and including ``now_s``."""
-        events = self._events
-        pop = heapq.heappop
-        while events and events[0][0] <= now_s:
-            at, _, kind, worker, what = pop(events)
-            self.now_s = at
-            if kind == _BOUNDARY:
-                if what == worker.version:
-                    self._boundary(worker, at)
-            elif kind == _READY:
-                self._ready(worker, what, at)  # type: ignore[arg-type]
-            elif kind == _PREFILLED:
-                self._prefilled(worker, at)
-            else:
-                self._flipped(worker, at)
+        self._process(now_s)
         if now_s > self.now_s:
             self.now_s = now_s
 
+    def run(self, jobs: list[Job]) -> None:
+        """Submit jobs, in the order of their arrival, each when it arrives, and process all that follows."""
+        for job in jobs:
+            at = job.arrive_s
+            self._process(at)
+            self.now_s = at
+            self.submit(job)
+        self._process(_NEVER)
+
+    def _process(self, until_s: float) -> None:
+        events = self._events
+        while True:
+            soonest = self._boundary_s
+            if events:
+                at, order, kind, worker, what = events[0]
+                if at < soonest or (at == soonest and order < self._boundary_order):
+                    if at > until_s:
+                        return
+                    heappop(events)
+                    self.now_s = at
+                    if kind == _READY:
+                        self._ready(worker, what, at)  # type: ignore[arg-type]
+                    elif kind == _PREFILLED:
+                        self._prefilled(worker, at)
+                    else:
+                        self._flipped(worker, at)
+                    continue
+            due = self._next
+            if due is None or soonest > until_s:
+                return
+            self.now_s = soonest
+            due.boundary_s = _NEVER
+            self._boundary(due, soonest)
+            self._find_next()
+
+    def _find_next(self) -> None:
+        """Whose boundary comes next."""
+        least, order = _NEVER, 0
+        found: Worker | None = None
+        for w in self._decoding:
+            at = w.boundary_s
+            if at < least or (at == least and found is not None and w.boundary_order < order):
+                found, least, order = w, at, w.boundary_order
+        self._next, self._boundary_s, self._boundary_order = found, least, order
+
     def _push(self, at: float, kind: int, worker: Worker, what: object) -> None:
         self._order += 1
-        heapq.heappush(self._events, (at, self._order, kind, worker, what))
+        heappush(self._events, (at, self._order, kind, worker, what))
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
@@ -567,11 +626,14 @@ class Cluster:
 
     def _schedule(self, worker: Worker, n: int) -> None:
         worker.next_n = n
-        worker.version += 1
         self._order += 1
         # The same expression as for every token: a boundary must not come before its step's tokens by a rounding.
-        at = worker.t0 + worker.span_s(n)
-        heapq.heappush(self._events, (at, self._order, _BOUNDARY, worker, worker.version))
+        worker.boundary_s = at = worker.t0 + worker.span_s(n)
+        worker.boundary_order = self._order
+        if at < self._boundary_s:
+            self._next, self._boundary_s, self._boundary_order = worker, at, self._order
+        elif worker is self._next:
+            self._find_next()
 
     def _boundary(self, worker: Worker, at: float) -> None:
         n = worker.next_n
@@ -581,7 +643,7 @@ class Cluster:
         finishing = worker.finishing
         me = worker.id
         while finishing and finishing[0][0] <= step:
-            due, _, job = heapq.heappop(finishing)
+            due, _, job = heappop(finishing)
             if due != job.finish_step or job.decode_worker != me:
                 continue  # left early, or was preempted; its place was given back then
             self._leave(worker, job)
@@ -604,7 +666,7 @@ class Cluster:
         worker.base += job.prompt_tokens + job.made - step
         worker.size += 1
         worker.kv_used += job.reserved
-        heapq.heappush(worker.finishing, (job.finish_step, job.id, job))
+        heappush(worker.finishing, (job.finish_step, job.id, job))
         if self._preempts:
             worker.running.append(job)
 
@@ -670,7 +732,7 @@ class Cluster:
         if size == 0 and not chunk:
             worker.base = 0.0
             worker.next_n = 0
-            worker.version += 1
+            worker.boundary_s = _NEVER
             if self._on_segment:
                 self._on_segment(worker)
             self._idle(worker, at)
@@ -747,7 +809,7 @@ class Cluster:
                 # Its place in the heap moves to the next boundary; what it had reserved it keeps until then.
                 job.output_tokens = job.made + worker.step + n - job.join_step
                 job.finish_step = worker.step + n
-                heapq.heappush(worker.finishing, (job.finish_step, job.id, job))
+                heappush(worker.finishing, (job.finish_step, job.id, job))
                 self._hurry(worker, self.now_s)
 
     # --- roles on demand -------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadgen.cluster.kernel import Cluster, Job, NextPhase, Switch
+from loadgen.cluster.kernel import Cluster, Job, NextPhase, Switch, first_of, jobs_of, last_of
 from loadgen.cluster.laws import Profile
-from traces.records import Fleet, Observations, Sample, Schedule
+from traces.records import Fleet, Floats, Observations, Sample, Schedule
 
 Controller = Callable[[float, Sequence[Sample], Fleet, int], Fleet | None]
 """(now_s, one reading a worker, the fleet asked for, workers that drain or flip) -> another fleet, or None."""
@@ -53,22 +53,31 @@ def simulate(
     if profile.discipline == "infinite":
         return _infinite(schedule, profile)
     cluster = Cluster(profile, fleet, on_demand=on_demand, block_tokens=schedule.block_tokens)
-    jobs = _jobs(schedule)
     with _no_collection():
+        jobs = _jobs(schedule)
         if controller is None and not changes:
-            events, advance, submit = cluster._events, cluster.advance, cluster.submit
-            for job in jobs:
-                at = job.arrive_s
-                if events and events[0][0] <= at:
-                    advance(at)
-                else:
-                    cluster.now_s = at
-                submit(job)
+            cluster.run(jobs)
         else:
             _steered(cluster, jobs, changes, controller, tick_s)
-        while cluster.next_s < math.inf:
-            cluster.advance(cluster.next_s)
+            while cluster.next_s < math.inf:
+                cluster.advance(cluster.next_s)
     return _result(schedule, jobs, cluster)
+
+
+def token_times(schedule: Schedule, fleet: Fleet, profile: Profile) -> tuple[Floats, Floats]:
+    """(first token, last token) of every request, as :func:`simulate` has them: for who asks thousands of times."""
+    if profile.discipline == "infinite":
+        rows = _infinite(schedule, profile).observations
+        return rows.first_token_s, rows.last_token_s
+    cluster = Cluster(profile, fleet, block_tokens=schedule.block_tokens)
+    with _no_collection():
+        jobs = _jobs(schedule)
+        cluster.run(jobs)
+    return _ends(jobs)
+
+
+def _ends(jobs: list[Job]) -> tuple[Floats, Floats]:
+    return np.array(first_of(jobs), dtype=float), np.array(last_of(jobs), dtype=float)
 
 
 def simulate_batches(
@@ -114,13 +123,7 @@ def simulate_batches(
 
 
 def _jobs(schedule: Schedule) -> list[Job]:
-    columns = (
-        range(len(schedule)),
-        schedule.prompt_tokens.tolist(),
-        schedule.output_tokens.tolist(),
-        schedule.due_s.tolist(),
-    )
-    jobs = list(map(Job, *columns))
+    jobs = jobs_of(schedule.prompt_tokens.tolist(), schedule.output_tokens.tolist(), schedule.due_s.tolist())
     if schedule.blocks is not None:
         for job, held in zip(jobs, schedule.blocks, strict=True):
             job.blocks = held
@@ -192,8 +195,7 @@ def _infinite(schedule: Schedule, profile: Profile) -> SimResult:
 
 def _result(schedule: Schedule, jobs: list[Job], cluster: Cluster, sent: np.ndarray | None = None) -> SimResult:
     n = len(jobs)
-    first = np.array([j.first_s for j in jobs], dtype=float)
-    last = np.array([j.finish_s for j in jobs], dtype=float)
+    first, last = _ends(jobs)
     start = float(schedule.due_s[0]) if n else 0.0
     end = float(last.max()) if n else 0.0
     held = _held_s(cluster, start, end)
