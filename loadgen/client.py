@@ -1,8 +1,9 @@
 """The load client: sends requests at absolute due times and stamps bytes when they arrive.
 
 One asyncio loop (uvloop), one :class:`asyncio.Protocol` a connection, httptools for HTTP framing. No request waits
-for another's answer: the sender looks only at the clock. Bytes are stamped in ``data_received`` and read when the
-answer has ended (:mod:`loadgen.stream`); a Python wake-up for every token is what makes other clients late.
+for another's answer: the sender looks only at the clock. Bytes are stamped by the kernel when they arrive
+(:mod:`loadgen.arrivals`; in ``data_received`` where it cannot) and read when the answer has ended (:mod:`loadgen.stream`);
+a Python wake-up for every token is what makes other clients late.
 
 *Sent* is the moment the client turned to the network for a request: when it wrote to a kept connection, or, where
 none was free, when it began to connect.
@@ -13,15 +14,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import ctypes
 import errno
 import gc
 import heapq
 import math
-import os
 import socket
 import ssl
-import struct
 import time
 import zlib
 from collections import deque
@@ -34,6 +32,7 @@ from urllib.parse import unquote, urlsplit
 import httptools
 
 from loadgen import engines
+from loadgen.arrivals import Alarm, Arrivals
 from loadgen.engines import Prompts
 from loadgen.stream import FOLD_BYTES, Answer, printable
 from traces.errors import InputError
@@ -303,7 +302,9 @@ class _Connection(asyncio.Protocol):
         "packed",
         "parser",
         "parts",
+        "reset_by",
         "route",
+        "sock",
         "stamps",
         "transport",
     )
@@ -318,6 +319,8 @@ class _Connection(asyncio.Protocol):
         self.at = client.clock()
         self.parts: list[bytes] = []
         self.stamps: list[float] = []
+        self.sock: socket.socket | None = None
+        self.reset_by: OSError | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -340,7 +343,10 @@ class _Connection(asyncio.Protocol):
         self.client._open.add(self)
 
     def data_received(self, data: bytes) -> None:
-        at = self.clock()
+        self.take(data, self.clock())
+
+    def take(self, data: bytes, at: float) -> None:
+        """Bytes that arrived at ``at``."""
         # Nearly every piece is one whole chunk, one event. Between two chunks such a piece leaves the parser where it is.
         if self.between and (n := len(data)) <= _MOST_CHUNK:
             size = _SIZES[n]
@@ -389,9 +395,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.client._open.discard(self)
+        if self.sock is not None and self.client._arrivals is not None:
+            self.client._arrivals.forget(self)
         flight, self.flight = self.flight, None
         if flight is not None:
-            self.client._lost(flight, self, exc)
+            self.client._lost(flight, self, exc or self.reset_by)
         self.transport = None
         self.parser = None
 
@@ -512,51 +520,6 @@ class _Connection(asyncio.Protocol):
             self.transport.abort()
 
 
-class Alarm:
-    """Calls back at an absolute time of CLOCK_MONOTONIC, to the microsecond.
-
-    uvloop's own timers count whole milliseconds: alone they put a median of 1 ms on every send. A timerfd does not.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-        self._loop = loop
-        self._callback = callback
-        self._handle: asyncio.TimerHandle | None = None
-        self._fd = -1
-        self._set: Any = None
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None, use_errno=True)
-            self._set = libc.timerfd_settime
-            self._fd = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd >= 0:
-            loop.add_reader(self._fd, self._rang)
-
-    def at(self, when: float) -> None:
-        """Ring at ``when`` (seconds of the monotonic clock); a new time replaces the old."""
-        if self._fd >= 0:
-            nanoseconds = max(1, int(when * 1e9))
-            spec = struct.pack("qqqq", 0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
-            self._set(self._fd, 1, spec, None)
-            return
-        if self._handle is not None:
-            self._handle.cancel()
-        self._handle = self._loop.call_later(max(0.0, when - time.monotonic()), self._callback)
-
-    def _rang(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._fd, 8)
-        self._callback()
-
-    def close(self) -> None:
-        """Ring no more."""
-        if self._fd >= 0:
-            self._loop.remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-        if self._handle is not None:
-            self._handle.cancel()
-
-
 @dataclass(frozen=True)
 class Gate:
     """The client's own order: requests leave in the order given, batch after batch, not at their due times.
@@ -628,6 +591,7 @@ class Client:
         self._batch, self._batch_end, self._released = -1, 0, 0.0
         self._asking: asyncio.Task[None] | None = None
         self._idle_s = idle_s
+        self._arrivals = Arrivals(self._loop, clock) if Arrivals.possible else None
         self._spare: asyncio.Task[None] | None = None
 
     async def warm(self, connections: int) -> None:
@@ -719,6 +683,8 @@ class Client:
         for connection in list(self._open):
             connection.close()
         await asyncio.sleep(0)
+        if self._arrivals is not None:
+            self._arrivals.close()
 
     @property
     def in_flight(self) -> int:
@@ -888,6 +854,8 @@ class Client:
                 lambda: _Connection(self, route), host, port, ssl=route.tls, server_hostname=name
             )
         route.address = (host, port)
+        if self._arrivals is not None and not route.tls:
+            self._arrivals.watch(connection)
         return connection
 
     async def _tunnel(self, where: Target, host: str, port: int) -> socket.socket:
