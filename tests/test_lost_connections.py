@@ -6,6 +6,7 @@ import contextlib
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -146,25 +147,30 @@ def test_a_backend_that_the_administrator_ends_costs_nothing(postgres_url: str) 
                     ended[0] += connection.execute(query).scalar_one()
             engine.dispose()
 
+        until = time.monotonic() + 120
+
         def master(number: int) -> int:
-            with open_store_patiently(postgres_url) as mine:
+            with open_store_patiently(postgres_url, until) as mine:
                 run = mine.begin_run(replace(a_run(), group=f"m{number}"))
                 for start in range(0, 1000, 50):
-                    for _ in range(50):
+                    while True:
                         try:
                             mine.add_observations(run.id, rows.take(np.arange(start, start + 50)))
                             break
                         except StoreError:
-                            continue
+                            if time.monotonic() > until:
+                                raise
                 mine.end_run(run)
                 return run.id
 
         axeman = threading.Thread(target=axe)
         axeman.start()
-        with ThreadPoolExecutor(10) as pool:
-            ids = list(pool.map(master, range(10)))
-        over.set()
-        axeman.join()
+        try:
+            with ThreadPoolExecutor(10) as pool:
+                ids = list(pool.map(master, range(10)))
+        finally:
+            over.set()
+            axeman.join()
         assert ended[0] >= 10
         assert len(set(ids)) == 10
         for number, one in enumerate(ids):
@@ -172,13 +178,14 @@ def test_a_backend_that_the_administrator_ends_costs_nothing(postgres_url: str) 
             same(store.observations(one), Observations.concat([rows]))
 
 
-def open_store_patiently(url: str) -> Store:
+def open_store_patiently(url: str, until: float) -> Store:
     """Opening is not retried by the store: a person is there."""
     while True:
         try:
             return open_store(url)
         except StoreError:
-            continue
+            if time.monotonic() > until:
+                raise
 
 
 def test_ten_masters_write_at_once_and_a_reader_does_not_hold_them_up(any_url: str) -> None:
