@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 REST_S = 1e-3
-"""Between two looks at what has arrived."""
+"""Between two looks at what has arrived; to the loop's own timers, whole milliseconds."""
 
 LOOK = 256
 """Connections read in a row before requests that are due get their turn."""
@@ -111,7 +111,7 @@ class Arrivals:
         self._clock = clock
         self._epoll = select.epoll()
         self._of: dict[int, tuple[Callable[..., Any], Callable[[bytes, float], None], Reader]] = {}
-        self._alarm = Alarm(loop, self._rested)
+        self._rest: asyncio.TimerHandle | None = None
         self._last = clock()
         loop.add_reader(self._epoll.fileno(), self._ready)
 
@@ -139,19 +139,16 @@ class Arrivals:
 
     def _ready(self) -> None:
         self._loop.remove_reader(self._epoll.fileno())
-        self._look()
-        self._alarm.at(time.monotonic() + REST_S)
+        self._rested()
 
     def _rested(self) -> None:
         if self._look():
-            self._alarm.at(time.monotonic() + REST_S)
-        elif not self._epoll.closed:
+            self._rest = self._loop.call_later(REST_S, self._rested)
+        else:
             self._loop.add_reader(self._epoll.fileno(), self._ready)
 
     def _look(self) -> int:
         """Read what is there, a piece a connection; how many connections had something."""
-        if self._epoll.closed:
-            return 0
         clock, unpack, of = self._clock, _STAMP.unpack, self._of
         began = clock()
         found = self._epoll.poll(0, LOOK)
@@ -178,7 +175,11 @@ class Arrivals:
                     at = clock()
             except (IndexError, struct.error):  # this system does not stamp
                 at = clock()
-            take(data, at)
+            try:
+                take(data, at)
+            except Exception as error:  # what is wrong with one answer must not end the reading of all
+                connection.reset_by = OSError(f"the answer cannot be read: {type(error).__name__}")
+                connection.close()
             if what != select.EPOLLIN or len(data) == READ_BYTES:
                 self._epoll.modify(fd, _WATCHED)  # there may be more: tell it again
         return len(found)
@@ -186,7 +187,8 @@ class Arrivals:
     def close(self) -> None:
         """Read no more."""
         self._loop.remove_reader(self._epoll.fileno())
-        self._alarm.close()
+        if self._rest is not None:
+            self._rest.cancel()
         self._epoll.close()
         for _, _, connection in list(self._of.values()):
             self.forget(connection)

@@ -12,7 +12,7 @@ import pytest
 import uvloop
 
 from loadgen.arrivals import LOOK, READ_BYTES, Arrivals
-from loadgen.client import Client, Row, Target
+from loadgen.client import Client, Row, Target, _Connection
 from loadgen.engines import Prompts, dialect
 
 pytestmark = pytest.mark.skipif(not Arrivals.possible, reason="needs Linux's epoll")
@@ -102,3 +102,20 @@ def test_more_connections_than_a_look_takes_are_all_read() -> None:
     n = LOOK + 44
     rows = ask(Written((0.0, HEAD + TOKEN + END), together=n), n)
     assert [(row.status, row.chunks) for row in rows] == [("ok", 2)] * n
+
+
+def test_an_answer_that_breaks_its_reader_breaks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _Connection.take
+
+    def take(self: _Connection, data: bytes, at: float) -> None:
+        if self.flight is not None and self.flight.position == 1:
+            raise RuntimeError("a bug")
+        whole(self, data, at)
+
+    monkeypatch.setattr(_Connection, "take", take)
+    rows = sorted(ask(Written((0.0, HEAD + TOKEN), (0.01, END), together=3), 3))
+    assert [(row.status, row.detail) for row in rows] == [
+        ("ok", ""),
+        ("failed", "the answer cannot be read: RuntimeError"),
+        ("ok", ""),
+    ]
