@@ -299,13 +299,17 @@ def replay(
             try:
                 outcome = swarm.run(schedule, job, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
                 reason = outcome.reason
+                tally.unread(outcome.unread)
             except BaseException as error:
                 # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
                 for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
                     silent = tally.silent(piece)
+                    if isinstance(schedule, Feed) and len(silent) == len(piece):
+                        break  # nothing was heard of it: like all that follows it is counted alone
                     if len(silent):
                         on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
+                tally.unread(run.scheduled - tally.rows)
                 stack.close()
                 writer.settle(_ended(run, tally, slo, None, reason), patience_s)
                 raise

@@ -128,7 +128,8 @@ class Job:
 class Outcome:
     """How a run went. reason: "" when every worker finished its shard. zero: schedule zero on this machine's monotonic
     clock. costs: per worker, CPU seconds and longest stall of its loop, in seconds; of one elsewhere also by how much its clock
-    and the master's drifted apart during the run. interrupted: by Ctrl-C."""
+    and the master's drifted apart during the run. interrupted: by Ctrl-C. unread: requests of a feed that was stopped before they
+    were read from it; they have no rows."""
 
     zero: float
     started_unix_s: float
@@ -136,6 +137,7 @@ class Outcome:
     reason: str = ""
     interrupted: bool = False
     costs: dict[int, dict[str, float]] = field(default_factory=dict)
+    unread: int = 0
 
 
 # --- rows as bytes ---------------------------------------------------------------------------------------------------
@@ -189,7 +191,8 @@ class Pieces:
         self._left: dict[int, int] = {}
         self._starts: list[int] = []
         self._next: Schedule | None = None
-        self._end = 0
+        self.end = 0
+        """So many requests were taken."""
         self._keep = whole
         self.more = True
         self._fetch()
@@ -205,11 +208,11 @@ class Pieces:
 
     def take(self) -> tuple[int, Schedule]:
         """(position of its first request, the next piece), held from now on."""
-        piece, start = self._next, self._end
+        piece, start = self._next, self.end
         assert piece is not None  # noqa: S101 - asked only while there is more
         self._held[start], self._left[start] = piece, len(piece)
         self._starts.append(start)
-        self._end += len(piece)
+        self.end += len(piece)
         self._fetch()
         return start, piece
 
@@ -828,17 +831,15 @@ class Swarm:
                 before = worker.offset
                 self._measure(worker)
                 costs[worker.index]["clock_drift_s"] = worker.offset - before
-        while pieces.more:  # stopped, or no worker left: what was never handed out is unsent
-            start, piece = pieces.take()
-            rest = np.arange(start, start + len(piece))
-            missing[rest] = False
-            on_rows(pieces.ended(rest, "unsent", -1, "stopped"))
-            pieces.heard(rest)
+        # Stopped, or no worker left: what was never read of a feed is counted alone. Rows of millions to which nothing happened
+        # would keep whoever pressed Ctrl-C waiting for minutes.
+        unread = len(schedule) - pieces.end
+        missing[pieces.end :] = False
         left = np.flatnonzero(missing)
         if len(left):
             on_rows(pieces.ended(left, "lost", -1, reasons[-1] if reasons else "no row came"))
             reasons.append(f"{len(left)} requests were not reported by their workers")
-        return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs)
+        return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs, unread)
 
     def _send_job(self, worker: _Worker, schedule: Schedule | Feed, job: Job, token: int) -> None:
         held = schedule if isinstance(schedule, Schedule) else None

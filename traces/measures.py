@@ -220,6 +220,11 @@ class Tally:
             self._heard = np.concatenate([self._heard, np.zeros(max(most, 2 * len(self._heard)), dtype=np.bool_)])
         self._heard[rows.index] = True
 
+    def unread(self, requests: int) -> None:
+        """So many more were never sent, and have no rows: a feed was stopped before they were read from it."""
+        if requests:
+            self.counts["unsent"] += requests
+
     def silent(self, schedule: Schedule) -> Ints:
         """Positions in a schedule of which no row came."""
         known = schedule.index < len(self._heard)
