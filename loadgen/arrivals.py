@@ -36,10 +36,10 @@ _WATCHED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET if _EPOLL else 0
 
 
 class Reader(Protocol):
-    """A connection whose bytes are read for it. sock: its socket while they are; reset_by: why it could not be read."""
+    """A connection whose bytes are read for it. watched: its file handle while they are, else -1; reset_by: what hindered it."""
 
     transport: asyncio.Transport | None
-    sock: socket.socket | None
+    watched: int
     reset_by: OSError | None
 
     def take(self, data: bytes, at: float) -> None:
@@ -115,27 +115,24 @@ class Arrivals:
         self._last = clock()
         loop.add_reader(self._epoll.fileno(), self._ready)
 
-    def watch(self, connection: Reader) -> None:
-        """Read this connection's bytes from now on, in the loop's stead."""
+    def watch(self, connection: Reader, sock: socket.socket) -> None:
+        """Read this connection's bytes from now on, in the loop's stead. ``sock``: what its transport was made of."""
         transport = connection.transport
         if transport is None or transport.is_closing():
             return
         transport.pause_reading()
-        fd = transport.get_extra_info("socket").fileno()
-        connection.sock = sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)  # not ours to close
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        connection.watched = fd = sock.fileno()
         self._of[fd] = sock.recvmsg, connection.take, connection
         self._epoll.register(fd, _WATCHED)
 
     def forget(self, connection: Reader) -> None:
         """The connection is about to be closed."""
-        sock, connection.sock = connection.sock, None
-        if sock is not None:
-            self._of.pop(sock.fileno(), None)
-            with contextlib.suppress(OSError, ValueError):
-                self._epoll.unregister(sock.fileno())
-            sock.detach()
+        self._of.pop(connection.watched, None)
+        with contextlib.suppress(OSError, ValueError):
+            self._epoll.unregister(connection.watched)
+        connection.watched = -1
 
     def _ready(self) -> None:
         self._loop.remove_reader(self._epoll.fileno())
@@ -190,5 +187,3 @@ class Arrivals:
         if self._rest is not None:
             self._rest.cancel()
         self._epoll.close()
-        for _, _, connection in list(self._of.values()):
-            self.forget(connection)

@@ -304,9 +304,9 @@ class _Connection(asyncio.Protocol):
         "parts",
         "reset_by",
         "route",
-        "sock",
         "stamps",
         "transport",
+        "watched",
     )
 
     def __init__(self, client: Client, route: _Route) -> None:
@@ -319,7 +319,7 @@ class _Connection(asyncio.Protocol):
         self.at = client.clock()
         self.parts: list[bytes] = []
         self.stamps: list[float] = []
-        self.sock: socket.socket | None = None
+        self.watched = -1
         self.reset_by: OSError | None = None
         self.reset()
 
@@ -395,7 +395,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.client._open.discard(self)
-        if self.sock is not None and self.client._arrivals is not None:
+        if self.watched >= 0 and self.client._arrivals is not None:
             self.client._arrivals.forget(self)
         flight, self.flight = self.flight, None
         if flight is not None:
@@ -843,42 +843,45 @@ class Client:
         return await self._open_to(route, *route.address)
 
     async def _open_to(self, route: _Route, host: str, port: int) -> _Connection:
-        name = route.where.host if route.tls else None
-        if route.tls and route.where.proxy:
-            tunnel = await self._tunnel(route.where, host, port)
-            _, connection = await self._loop.create_connection(
-                lambda: _Connection(self, route), sock=tunnel, ssl=route.tls, server_hostname=name
-            )
-        else:
-            _, connection = await self._loop.create_connection(
-                lambda: _Connection(self, route), host, port, ssl=route.tls, server_hostname=name
-            )
+        sock = await self._dial(host, port, route.where if route.tls and route.where.proxy else None)
+        _, connection = await self._loop.create_connection(
+            lambda: _Connection(self, route),
+            sock=sock,
+            ssl=route.tls,
+            server_hostname=route.where.host if route.tls else None,
+        )
         route.address = (host, port)
         if self._arrivals is not None and not route.tls:
-            self._arrivals.watch(connection)
+            self._arrivals.watch(connection, sock)
         return connection
 
-    async def _tunnel(self, where: Target, host: str, port: int) -> socket.socket:
-        """A socket through the proxy to the server, on which TLS can begin."""
+    async def _dial(self, host: str, port: int, beyond: Target | None) -> socket.socket:
+        """A connected socket; ``beyond``: what the proxy there is to tunnel to."""
         made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         made.setblocking(False)
         try:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.sock_connect(made, (host, port))
-            auth = f"Proxy-Authorization: {where.proxy_auth}\r\n" if where.proxy_auth else ""
-            ask = f"CONNECT {where.netloc} HTTP/1.1\r\nHost: {where.netloc}\r\n{auth}\r\n"
-            await self._loop.sock_sendall(made, ask.encode("latin-1"))
-            said = b""
-            while b"\r\n\r\n" not in said:
-                piece = await asyncio.wait_for(self._loop.sock_recv(made, 1), 30.0)  # no byte of TLS may be taken
-                if not piece or len(said) > MAX_HEADER_BYTES:
-                    raise ConnectionResetError("the proxy closed the connection")
-                said += piece
-            if said.split(b" ", 2)[1][:1] != b"2":
-                raise OSError(f"the proxy says {printable(said.split(bytes([13]))[0].decode('latin-1'))}")
+            if beyond is not None:
+                await self._tunnel(made, beyond)
         except BaseException:
             made.close()
             raise
         return made
+
+    async def _tunnel(self, made: socket.socket, where: Target) -> None:
+        """Ask the proxy for a way to the server, on which TLS can begin."""
+        auth = f"Proxy-Authorization: {where.proxy_auth}\r\n" if where.proxy_auth else ""
+        ask = f"CONNECT {where.netloc} HTTP/1.1\r\nHost: {where.netloc}\r\n{auth}\r\n"
+        await self._loop.sock_sendall(made, ask.encode("latin-1"))
+        said = b""
+        while b"\r\n\r\n" not in said:
+            piece = await asyncio.wait_for(self._loop.sock_recv(made, 1), 30.0)  # no byte of TLS may be taken
+            if not piece or len(said) > MAX_HEADER_BYTES:
+                raise ConnectionResetError("the proxy closed the connection")
+            said += piece
+        if said.split(b" ", 2)[1][:1] != b"2":
+            raise OSError(f"the proxy says {printable(said.split(bytes([13]))[0].decode('latin-1'))}")
 
     def _release(self, connection: _Connection) -> None:
         connection.flight = None
