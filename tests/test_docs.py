@@ -229,7 +229,16 @@ def test_the_kubernetes_manifest_fits_itself_and_us() -> None:
     assert int(port) == held["Service"]["spec"]["ports"][0]["port"] == int(asked["bind"].rpartition(":")[2])
     assert held["Service"]["spec"]["selector"] == held["Job"]["spec"]["template"]["metadata"]["labels"]
     assert asked["expect_workers"] == held["Deployment"]["spec"]["replicas"]
-    assert worker["image"] == master["image"]
+    (first,) = held["Job"]["spec"]["template"]["spec"]["initContainers"]
+    assert parsed(shlex.join(first["command"])).params["name"] == asked["trace"]
+    assert worker["image"] == master["image"] == first["image"]
+    (rule,) = held["NetworkPolicy"]["spec"]["ingress"]
+    assert held["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == held["Service"]["spec"]["selector"]
+    assert rule["ports"] == held["Service"]["spec"]["ports"]
+    labels = held["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": labels}}]
+    volumes = held["Job"]["spec"]["template"]["spec"]["volumes"]
+    assert volumes[0]["persistentVolumeClaim"]["claimName"] == held["PersistentVolumeClaim"]["metadata"]["name"]
 
 
 def test_the_dashboard_is_json() -> None:

@@ -549,6 +549,7 @@ def worker(master: str) -> int:
     """
     from loadgen.swarm import work
 
+    messages(False).print(f"Joining the master at {master}, or waiting for it, five minutes at most.", markup=False)
     return work(master)
 
 
