@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -105,11 +106,19 @@ def quantile(values: Floats, q: float) -> float:
 def quantiles(values: Floats, at: Sequence[float]) -> Floats:
     """What np.quantile says of finite values, to the last bit, at a tenth of its cost: a fit asks 100,000 times."""
     ordered = np.sort(values)
-    where = np.asarray(at) * (len(ordered) - 1)
+    below, above, share, late = _places(len(ordered), tuple(at))
+    low, high = ordered[below], ordered[above]
+    apart = high - low
+    return np.asarray(np.where(late, high - apart * (1 - share), low + apart * share), dtype=np.float64)
+
+
+@lru_cache(maxsize=512)
+def _places(n: int, at: tuple[float, ...]) -> tuple[Ints, Ints, Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """Of n ordered values: positions below and above each quantile, how far it lies between them, and whether beyond half."""
+    where = np.asarray(at) * (n - 1)
     below = np.floor(where).astype(np.int64)
-    low, high = ordered[below], ordered[np.minimum(below + 1, len(ordered) - 1)]
-    share, apart = where - below, high - low
-    return np.asarray(np.where(share >= 0.5, high - apart * (1 - share), low + apart * share), dtype=np.float64)
+    share = where - below
+    return below, np.minimum(below + 1, n - 1), share, share >= 0.5
 
 
 @dataclass(frozen=True, slots=True)

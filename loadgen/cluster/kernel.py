@@ -749,7 +749,7 @@ class Cluster:
             worker.lead = lead
             n = worker.finishing[0][0] - worker.step
             if self._preempts and size > 1:
-                n = min(n, max(1, int((worker.kv_tokens - worker.base) // size) - worker.step))
+                n = min(n, max(1, int((worker.kv_tokens - worker.base) / size) - worker.step))
             if again_soon:
                 n = 1
             if bend:
