@@ -62,7 +62,8 @@ STOP = 0.03
 """Enough is known when the answer loses less than this share of goodput in 95 % of the draws."""
 
 MISFIT = 4.0
-"""Laws that miss the runs by more than this (squared, as a multiple of what chance explains) are not relied on without a word."""
+"""Laws that miss the runs by more than this (squared, as a multiple of what chance explains) are not relied on without a word,
+nor where more than STOP may be lost."""
 
 MISSED = 10.0
 """Laws that miss by more than this (three standard deviations on average) give no answer."""
@@ -385,19 +386,7 @@ def assess(
         fit, window, best, runner_up, used, laws[:STUDY_DRAWS], goodputs[:STUDY_DRAWS], slo, sure, gpus_per_worker
     )
     probe["trace"] = schedule.name
-    refused = ""
-    if unseen and (regret.high > STOP or len(usable) < 2):
-        refused = unseen
-    elif regret.value > REFUSE:
-        refused = (
-            f"the best split changes with what the runs leave open: {best.fleet} would lose {regret.value:.0%} of the "
-            f"goodput on average, {regret.high:.0%} at worst in 20"
-        )
-    elif excess > MISSED:
-        refused = (
-            f"the laws do not explain the runs (they miss them by {math.sqrt(excess):.1f} times what chance does), so what they "
-            f"say of {best.fleet} cannot be relied on"
-        )
+    refused = refusal(best.fleet, regret, unseen, excess, len(usable))
     if best.extrapolated:
         warnings.append(f"{best.fleet}: {best.extrapolated}")
     if draws and best.wins < 0.8 and runner_up and runner_up.wins > 0:
@@ -468,6 +457,27 @@ def _draws_found(drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]], lik
     wins = [max(likely, key=lambda f: drawn[f][i][0].goodput_per_s) for i in range(done)]
     most = max(likely, key=wins.count)
     return f"{most} serves most in {wins.count(most)} of {done} draws of the laws"
+
+
+def refusal(fleet: Fleet, regret: Interval, unseen: str, excess: float, runs: int) -> str:
+    """Why the answer must not be relied on yet, or "".
+
+    unseen: which stage no run loaded. excess: the laws' misfit, :attr:`advisor.calibrate.Calibration.excess`. Where something is
+    known to be missing, a stage that no run loaded or a mechanism, what draws leave open counts by its 95 % quantile.
+    """
+    if unseen and (regret.high > STOP or runs < 2):
+        return unseen
+    if regret.value > REFUSE:
+        return (
+            f"the best split changes with what the runs leave open: {fleet} would lose {regret.value:.0%} of the "
+            f"goodput on average, {regret.high:.0%} at worst in 20"
+        )
+    missed = f"the laws do not explain the runs (they miss them by {math.sqrt(excess):.1f} times what chance does)"
+    if excess > MISSED:
+        return f"{missed}, so what they say of {fleet} cannot be relied on"
+    if excess > MISFIT and regret.high > STOP:
+        return f"{missed}, and {fleet} would lose {regret.high:.0%} of the goodput at worst in 20"
+    return ""
 
 
 def _p99(summary: Summary) -> float:

@@ -22,7 +22,7 @@ from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
-from advisor.recommend import Candidate, Interval, _regret, assess, rank, recommend, stressed
+from advisor.recommend import Candidate, Interval, _regret, assess, rank, recommend, refusal, stressed
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -237,6 +237,29 @@ def test_a_role_that_no_run_loaded_is_refused_where_the_answer_depends_on_it() -
     answer = recommend(three_runs(profile, rate), schedule, gpus=8, slo=SLO, draws=8, attainment=0.1)
     goodput = truth(profile, schedule)
     assert goodput[answer.best.fleet] >= 0.95 * max(goodput.values())
+
+
+@pytest.mark.parametrize(
+    ("mean", "high", "unseen", "excess", "runs", "words"),
+    [
+        (0.01, 0.02, "", 1.0, 3, ""),
+        (0.01, 0.04, "", 1.0, 3, ""),  # some is open, all is explained: an answer, and a next run
+        (0.06, 0.20, "", 1.0, 3, "changes with what the runs leave open"),
+        (0.01, 0.02, "prefill was never loaded", 1.0, 3, ""),  # it does not matter here
+        (0.01, 0.04, "prefill was never loaded", 1.0, 3, "never loaded"),
+        (0.01, 0.02, "prefill was never loaded", 1.0, 1, "never loaded"),
+        (0.01, 0.02, "", 4.1, 3, ""),  # a mechanism is missing, and every law drawn says the same
+        (0.01, 0.04, "", 4.1, 3, "miss them by 2.0 times what chance does), and 3:5 would lose 4%"),
+        (0.00, 0.00, "", 10.1, 3, "cannot be relied on"),
+    ],
+)
+def test_what_is_known_to_be_missing_lowers_what_may_be_lost(
+    mean: float, high: float, unseen: str, excess: float, runs: int, words: str
+) -> None:
+    """An answer that loses little in all draws stands; where a stage or a mechanism is missing, 3 % at worst is too much."""
+    said = refusal(Fleet(3, 5), Interval(mean, 0.0, high), unseen, excess, runs)
+    assert words in said
+    assert bool(said) == bool(words)
 
 
 def test_an_slo_that_nothing_meets_is_exit_three() -> None:
