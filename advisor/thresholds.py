@@ -316,6 +316,16 @@ def needless(rule: policy.OnlineRule, loads: Constant, question: Question) -> in
     return most
 
 
+def lost_by(rule: policy.OnlineRule, other: policy.OnlineRule, loads: Constant, question: Question) -> float:
+    """Largest share of the goodput of ``other`` on a constant traffic that ``rule`` does not serve there."""
+    worst = 0.0
+    for schedule, fleet in loads:
+        most = replayed(schedule, fleet, other, question)[0]
+        if most > 0:
+            worst = max(worst, 1 - replayed(schedule, fleet, rule, question)[0] / most)
+    return worst
+
+
 def _on_draws(
     rule: policy.OnlineRule | None, draws: Sequence[Schedule], start: Fleet, question: Question
 ) -> list[tuple[float, float]]:
@@ -541,6 +551,8 @@ def find(
         ahead, words = predictive(earlier, start, rule, question, before.move_s)
         if ahead is not None and needless(ahead, loads, question):
             ahead, words = None, f"reactive: with a forecast it moves under constant load; {words}"
+        if ahead is not None and (lost := lost_by(ahead, rule, loads, question)) > WORTH:
+            ahead, words = None, f"reactive: a forecast costs {lost:.0%} of the goodput under constant load; {words}"
     elif rule is not None:
         words = "the rule of backlog takes no forecast"
     note("thresholds", 3, 4)

@@ -141,7 +141,7 @@ def main() -> None:
             shares.append(product)
             against.append(product / share("never moving") - 1)
             frees.append(product * paid / free)
-            restless += constant > 0
+            restless += moves and constant > 0
             print(
                 f"{case.profile:16} {case.mix:5} {case.every_s:6g} {case.share:5g} | {'online' if moves else 'static':8} "
                 f"{product:8.1%} {share('online'):6.1%} {product * paid / free:6.1%} {share('never moving'):7.1%} "
@@ -158,7 +158,7 @@ def main() -> None:
     print(
         f"at least 95 % of the free oracle: {sum(s >= 0.95 for s in frees)} of {len(frees)}; mean {np.mean(frees):.1%}"
     )
-    print(f"moves under constant load beyond the first: on {restless} of {len(shares)}")
+    print(f"moves under constant load beyond the first, of answers that move: on {restless} of {len(shares)}")
     print(f"against never moving: least {min(against):+.1%} (bar -1 %), mean {np.mean(against):+.1%}")
 
 

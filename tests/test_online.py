@@ -13,7 +13,7 @@ import pytest
 from advisor.choose import choose
 from advisor.cli import main
 from advisor.strategies import DEFAULT_SLO, Workload
-from advisor.thresholds import Score, find, pareto, pays, period_s, redrawn
+from advisor.thresholds import Score, defaults, find, lost_by, needless, pareto, pays, period_s, redrawn
 from advisor.windows import Question, break_even, drain_and_flip_s, oracle, study
 from loadgen import policy
 from loadgen.cluster import Profile, simulate
@@ -136,6 +136,16 @@ def test_nothing_oscillates_under_constant_load(found) -> None:  # type: ignore[
     steering = policy.Steering(found.rule)
     simulate(STEADY, study(STEADY, EIGHT).fixed, DEMO, controller=steering)
     assert len(steering.moves) <= 1
+
+
+def test_a_forecast_that_moves_once_and_for_the_worse_is_seen() -> None:
+    """A forecast of what never comes may move one time only, and be no oscillation; it is the goodput that tells."""
+    rule = replace(defaults(EIGHT, STEADY, 6.0), cool_s=1000.0)
+    wrong = replace(rule, forecast=policy.Forecast((0.0,) * 6, (500.0, 0.0, 0.0, 0.0, 0.0, 0.0)))
+    loads = [(STEADY, study(STEADY, EIGHT).fixed)]
+    assert needless(wrong, loads, EIGHT) == 0
+    assert lost_by(wrong, rule, loads, EIGHT) > 0.2
+    assert lost_by(rule, rule, loads, EIGHT) == 0
 
 
 def test_a_pareto_set_holds_nothing_that_another_beats() -> None:
