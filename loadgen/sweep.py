@@ -16,7 +16,7 @@ from loadgen.control.reference import Reference
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
-from traces.measures import Slo
+from traces.measures import LAG_LIMIT_S, Slo
 from traces.records import Feed, Fleet, Run, Schedule
 from traces.store import Store
 
@@ -153,13 +153,14 @@ def keeping(
 @dataclass(frozen=True, slots=True)
 class Saturation:
     """What a fleet sustains. held: the highest rate at which the share of requests within the SLO was at least the
-    attainment, NaN if none was; failed: the lowest rate above it at which it was not, NaN if none was tried."""
+    attainment, NaN if none was; failed: the lowest rate above it at which it was not, NaN if none was tried; reason: why not."""
 
     fleet: Fleet | None
     held_per_s: float
     failed_per_s: float
     goodput_per_s: float
     runs: tuple[int, ...]
+    reason: str = ""
 
 
 def saturate(
@@ -182,11 +183,14 @@ def saturate(
 ) -> Saturation:
     """The highest rate that a fleet sustains within an SLO: doubled until it fails (or halved until it holds), then bisected.
 
-    at_rate: the schedule at a rate. Stops when the bracket is within ``tolerance`` or after ``most`` runs. A run that the
+    at_rate: the schedule at a rate. Stops when the bracket is within ``tolerance``, after ``most`` runs, or where all requests
+    would be sent within the time that the SLO lets one wait: no queue could fail it. A run that the
     generator spoiled is repeated, at most SPOILED times in a row; then an EndpointError ends the search: what lies above is
     not the server's limit.
     """
-    held, failed, best = math.nan, math.nan, math.nan
+    held, failed, best, reason = math.nan, math.nan, math.nan, ""
+    waits = [v for m, v in slo.limits if m != "tpot"] + [v for m, _, v in slo.constraints if m != "tpot"]
+    least_s = max(waits, default=LAG_LIMIT_S)
     runs: list[int] = []
     rate, done, spoiled = start_per_s, 0, 0
     with keeping(control, where, "sweep", say, needed=False) as keeper:
@@ -215,10 +219,16 @@ def saturate(
                 failed = rate
             if math.isnan(failed):
                 rate *= 2
+                if asked.span_s / 2 < least_s:
+                    reason = (
+                        f"{len(asked)} requests at {rate:.4g}/s are sent within {asked.span_s / 2:.2g} s, before a queue shows: "
+                        f"give at least --requests {math.ceil(10 * least_s * rate)}"
+                    )
+                    break
             elif math.isnan(held):
                 rate /= 2
             elif failed / held <= 1 + tolerance:
                 break
             else:
                 rate = math.sqrt(held * failed)
-    return Saturation(fleet, held, failed, best, tuple(runs))
+    return Saturation(fleet, held, failed, best, tuple(runs), reason)

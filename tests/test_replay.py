@@ -315,6 +315,17 @@ def test_the_rate_that_a_fleet_sustains_is_bracketed(store: Store, swarm: Swarm,
     assert found.goodput_per_s > 0.8 * found.held_per_s
 
 
+def test_a_search_ends_where_no_queue_could_fail_the_slo(store: Store, swarm: Swarm, endpoint: str) -> None:
+    """Ten requests that are sent within the time that one may wait say nothing of a rate: at least, and how many are needed."""
+    asked = constant(10, 10.0)
+    found = saturate(
+        store, swarm, lambda rate: to_rate(asked, rate), target(endpoint), None, slo=Slo.parse("ttft<2s"), start_per_s=2.5
+    )  # fmt: skip
+    assert (found.held_per_s, math.isnan(found.failed_per_s)) == (2.5, True)
+    assert "10 requests at 5/s are sent within 1.8 s" in found.reason
+    assert "at least --requests 100" in found.reason
+
+
 def test_a_warm_up_is_measured_and_stands_in_no_figure(store: Store, swarm: Swarm, endpoint: str) -> None:
     """Its rows are stored and counted; latencies and lag are those of the rest; a ramp rises to the rate."""
     asked = ramp(constant(60, 30.0), 1.0)

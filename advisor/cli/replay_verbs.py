@@ -758,18 +758,23 @@ def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as
             {
                 "fleet": {"prefill": f.fleet.prefill, "decode": f.fleet.decode}, "held_per_s": f.held_per_s,
                 "failed_per_s": f.failed_per_s, "goodput_per_s": f.goodput_per_s, "runs": f.runs,
+                "reason": f.reason,
             }
             for f in found
         ]})  # fmt: skip
     else:
         for f in found:
+            bound = "" if f.failed_per_s == f.failed_per_s else "at least "
             held = (
-                f"sustains {f.held_per_s:.4g}/s" if f.held_per_s == f.held_per_s else "sustains no rate that was tried"
+                f"sustains {bound}{f.held_per_s:.4g}/s"
+                if f.held_per_s == f.held_per_s
+                else "sustains no rate that was tried"
             )
             above = f", not {f.failed_per_s:.4g}/s" if f.failed_per_s == f.failed_per_s else ""
             goodput = f"; goodput {f.goodput_per_s:.4g}/s" if f.goodput_per_s == f.goodput_per_s else ""
             messages().print(
-                f"{f.fleet}: {held}{above} with {attainment:.0%} within {slo}{goodput} ({len(f.runs)} runs, group {group})",
+                f"{f.fleet}: {held}{above} with {attainment:.0%} within {slo}{goodput} ({len(f.runs)} runs, group {group})"
+                + (f". {f.reason}" if f.reason else ""),
                 markup=False,
             )
     return 0 if any(f.held_per_s == f.held_per_s for f in found) else 3
