@@ -304,16 +304,14 @@ def constant(history: Schedule, found: Study, seed: int = 0) -> list[tuple[Sched
     return made
 
 
-def needless(rule: policy.OnlineRule, loads: Constant, question: Question) -> int:
-    """Moves of a rule on the first constant traffic that moves it more than once: the first may correct where it began."""
-    most = 0
+def needless(rule: policy.OnlineRule, loads: Constant, question: Question) -> bool:
+    """Does a constant traffic move a rule more than once? The first move may correct where it began."""
     for schedule, fleet in loads:
         steering = policy.Steering(rule)
         simulate(schedule, fleet, question.profile, controller=steering, tick_s=question.tick_s)
-        most += max(0, len(steering.moves) - 1)
-        if most:
-            break  # how many more does not matter
-    return most
+        if len(steering.moves) > 1:
+            return True
+    return False
 
 
 def lost_by(rule: policy.OnlineRule, other: policy.OnlineRule, loads: Constant, question: Question) -> float:
@@ -388,21 +386,12 @@ def search(
 
         return sorted(held, key=place)
 
-    restless: dict[policy.DemandRule | policy.BacklogRule, int] = {}
-    first = next(iter(safe()), None)
-    if first is not None and loads:
-        restless[first] = needless(first, loads, question)
-        base = first if isinstance(first, policy.DemandRule) else at
-        if restless[first]:
-            dwells = dict.fromkeys((base.dwell_s, 2 * question.tick_s, max(2 * question.tick_s, move_s / 2)))
-            look([replace(base, gain=gain, dwell_s=dwell) for gain in CALMER_GAINS for dwell in dwells])
-    chosen = None
-    for rule in safe():
-        if rule not in restless:
-            restless[rule] = needless(rule, loads, question)
-        if not restless[rule]:
-            chosen = rule
-            break
+    chosen = next(iter(safe()), None)
+    if chosen is not None and needless(chosen, loads, question):
+        restless, base = chosen, chosen if isinstance(chosen, policy.DemandRule) else at
+        dwells = dict.fromkeys((base.dwell_s, 2 * question.tick_s, max(2 * question.tick_s, move_s / 2)))
+        look([replace(base, gain=gain, dwell_s=dwell) for gain in CALMER_GAINS for dwell in dwells])
+        chosen = next((r for r in safe() if r != restless and not needless(r, loads, question)), None)
     return chosen, [(score, rule) for rule, score in tried.items()]
 
 
