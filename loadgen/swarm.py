@@ -339,6 +339,11 @@ def _boot() -> str:
         return socket.gethostname()
 
 
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class _Worker:
     """What the master knows of one worker."""
@@ -490,6 +495,10 @@ class Swarm:
             start_new_session=True,  # Ctrl-C is the master's to handle
         )
         self._processes[process.pid] = process
+        if self._local > _cores():
+            # Workers that share a core do not interrupt each other: one reads what it has before the next begins.
+            with contextlib.suppress(OSError, AttributeError):
+                os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
 
     def _join(self) -> None:
         """Wait until the workers have said hello and their clocks are known."""

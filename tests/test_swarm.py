@@ -421,6 +421,19 @@ def test_poisson_from_two_workers_is_poisson_and_constant_is_constant(swarm: Swa
     assert dispersion(np.sort(rows.sent_s), 0.05) < 0.1
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_share_a_core_do_not_interrupt_each_other(workers: int) -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        with Swarm(workers=workers) as one_core:
+            policies = {os.sched_getscheduler(pid) for pid in one_core.processes.values()}
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert policies == {os.SCHED_BATCH if workers > 1 else os.SCHED_OTHER}
+
+
 def test_an_idle_worker_does_no_harm(swarm: Swarm, endpoint: str) -> None:
     """Fewer requests than workers is a run like any other."""
     outcome, rows = run(swarm, schedule(1, 1.0), job(endpoint))
