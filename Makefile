@@ -9,10 +9,12 @@ demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
 
 # What measures milliseconds has the machine to itself; long replays need a third of a core each and run four at once; the rest
-# shares its cores. Plain pytest runs all, one by one. While one core compiles the kernel, the other does so with what pip installed:
-# four processes are about to import it.
+# shares its cores. Plain pytest runs all, one by one. While one core compiles the kernel, the other does so with what pip installed
+# and with the tests (pytest keeps what it made of them, unless Python may write no bytecode): four processes are about to import it.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.dev
-	$(BIN)/python -m compileall -qq $(VENV)/lib & $(BIN)/python -m benchmarks.compile_kernel --where-possible; failed=$$?; wait; exit $$failed
+	($(BIN)/python -m compileall -qq $(VENV)/lib; $(BIN)/python -m pytest --collect-only -qq >/dev/null 2>&1) & \
+	$(BIN)/python -m benchmarks.compile_kernel --where-possible; failed=$$?; wait; exit $$failed
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not timed and not paced"
 	$(BIN)/python -m pytest -n 4 --dist loadfile -m paced
 	$(BIN)/python -m pytest -m timed

@@ -37,6 +37,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Asked for one mark alone (make test), files without it are not even read: to import all costs more than some parts run."""
+    mark = config.option.markexpr
+    if (
+        mark in ("timed", "paced")
+        and collection_path.suffix == ".py"
+        and f"mark.{mark}" not in collection_path.read_text(encoding="utf-8")
+    ):
+        return True
+    return None
+
+
 class Disturbed:
     """Whether the machine stood still while the running test ran: the condition to try a failed one again."""
 
