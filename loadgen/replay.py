@@ -164,6 +164,7 @@ def replay(
         if measure != EXACT:
             said = f"prompts calibrated: {measure.per_unit:.4g} tokens a unit and {measure.offset:.4g} more"
             schedule = replace(schedule, changes=(*schedule.changes, said))
+    swarm.join()  # they came up meanwhile; without them nothing is changed
     if control is not None:
         if fleet is not None:
             (control.put(fleet) if isinstance(control, Keeper) else put(control, fleet))

@@ -19,19 +19,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadgen import state
 from traces.errors import InputError, StoreError
 from traces.records import Fleet, FleetChange, Histogram, Observations, Run, Sample
-from traces.store import Store
+
+if TYPE_CHECKING:
+    from traces.store import Store  # whoever asks whether rows wait need not load a database's library
 
 
 def folder() -> Path:
-    """Where the files are, whatever the working folder: ``$XDG_STATE_HOME/steelyard/spool``, under ~/.local/state without."""
-    home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(home) / "steelyard" / "spool"
+    """Where the files are."""
+    return state.folder("spool")
 
 
 _OUTCOME = (

@@ -48,6 +48,7 @@ from locust.event import Events
 from loadgen import engines, secret
 from loadgen.client import TIMEOUT_S, Engine, Gate, Row, Target, Turns
 from loadgen.control import fleet_body
+from loadgen.crew import Crew
 from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
 from loadgen.ports import LOOPBACK, Door, loopback
@@ -339,11 +340,6 @@ def _boot() -> str:
         return socket.gethostname()
 
 
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass
 class _Worker:
     """What the master knows of one worker."""
@@ -366,14 +362,24 @@ class Swarm:
 
     workers: how many processes to start on this machine (0: none). expect: how many workers must have joined before
     a run starts, if some come from other machines (``steelyard worker --master HOST:PORT``). bind: HOST or HOST:PORT
-    for the master; the default is loopback and a free port. web: where Locust's web UI is, with a tab of our own.
+    for the master; the default is loopback and a free port. web: where Locust's web UI is, with a tab of our own. crew: the
+    processes, where they were begun before; else they begin now. Inside it workers are still joining: :meth:`join` waits for
+    them, and so does whoever asks for ``workers``, ``processes`` or a run.
     """
 
     def __init__(
-        self, workers: int = 2, *, expect: int | None = None, bind: str = "127.0.0.1", web: Door | None = None
+        self,
+        workers: int = 2,
+        *,
+        expect: int | None = None,
+        bind: str = "127.0.0.1",
+        web: Door | None = None,
+        crew: Crew | None = None,
     ) -> None:
         if workers < 0 or (workers == 0 and not expect):
             raise InputError(f"a swarm needs at least one worker (got {workers}).")
+        self._crew = crew or Crew(workers)
+        self._begun = crew is not None
         self._local = workers
         self._expect = max(workers, expect or 0)
         host, _, port = bind.rpartition(":") if ":" in bind else (bind, "", "0")
@@ -398,11 +404,11 @@ class Swarm:
         self._inbox: queue.SimpleQueue[tuple[str, str, Any, float]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[tuple[str, Any, str] | None] = queue.SimpleQueue()
         self._workers: dict[str, _Worker] = {}
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._thread: threading.Thread | None = None
         self._wake: Any = None
         self._boot = _boot()
         self.environment: Environment | None = None
+        self._joined = False
         self.port = 0
         self.on_listen: Callable[[str], None] = lambda address: None
 
@@ -410,14 +416,14 @@ class Swarm:
 
     def __enter__(self) -> Self:
         started: Future[int] = Future()
-        self._thread = threading.Thread(target=self._master, args=(started,), name="locust-master", daemon=True)
-        self._thread.start()
+        if not self._begun:
+            self._crew.__enter__()
         try:
+            self._thread = threading.Thread(target=self._master, args=(started,), name="locust-master", daemon=True)
+            self._thread.start()
             self.port = started.result(30)
             self.on_listen(self.address)
-            for _ in range(self._local):
-                self._spawn()
-            self._join()
+            self._crew.join(self.address, self._secret.decode())
         except BaseException:
             self.close()
             raise
@@ -431,7 +437,8 @@ class Swarm:
     @property
     def workers(self) -> int:
         """Workers that are alive."""
-        return sum(not w.gone for w in self._workers.values())
+        self.join()
+        return self._alive
 
     @property
     def address(self) -> str:
@@ -447,6 +454,7 @@ class Swarm:
     @property
     def processes(self) -> dict[int, int]:
         """Worker index -> process id, for the workers that are alive."""
+        self.join()
         return {w.index: w.pid for w in self._workers.values() if not w.gone}
 
     def statistics(self) -> dict[str, Any]:
@@ -466,45 +474,23 @@ class Swarm:
             self._send("steelyard.quit", {})
             self._outbox.put(None)
             self._ring()
-        until = time.monotonic() + 3.0
-        for process in self._processes.values():
-            try:
-                process.wait(max(0.05, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(5)
-        self._processes.clear()
+        self._crew.close(3.0)
         if self._thread is not None:
             self._thread.join(5)
             self._thread = None
 
-    def _spawn(self) -> None:
-        here = str(Path(__file__).resolve().parent.parent)
-        paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        process = subprocess.Popen(
-            # -P: a folder named traces where the user happens to be must not be taken for ours.
-            [sys.executable, "-P", "-m", "loadgen.worker", "--master", self.address, "--parent", str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join(paths),
-                "LOCUST_SKIP_MONKEY_PATCH": "1",
-                secret.SECRET: self._secret.decode(),
-            },
-            start_new_session=True,  # Ctrl-C is the master's to handle
-        )
-        self._processes[process.pid] = process
-        if self._local > _cores():
-            # Workers that share a core do not interrupt each other: one reads what it has before the next begins.
-            with contextlib.suppress(OSError, AttributeError):
-                os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+    @property
+    def _alive(self) -> int:
+        return sum(not w.gone for w in self._workers.values())
 
-    def _join(self) -> None:
-        """Wait until the workers have said hello and their clocks are known."""
+    def join(self) -> None:
+        """Wait until the workers have said hello and their clocks are known. SteelyardError if they do not come; once they have,
+        this does nothing."""
+        if self._joined:
+            return
         until = time.monotonic() + READY_TIMEOUT_S
-        while self.workers < self._expect:
-            for process in self._processes.values():
+        while self._alive < self._expect:
+            for process in self._crew.processes.values():
                 if process.poll() is not None and not any(w.pid == process.pid for w in self._workers.values()):
                     raise SteelyardError(
                         f"a load worker ended with code {process.returncode} before it joined. "
@@ -512,13 +498,14 @@ class Swarm:
                     )
             if time.monotonic() > until:
                 raise SteelyardError(
-                    f"{self.workers} of {self._expect} load workers joined {self.address} within {READY_TIMEOUT_S:g} s. "
+                    f"{self._alive} of {self._expect} load workers joined {self.address} within {READY_TIMEOUT_S:g} s. "
                     f"Start them with: steelyard worker --master {self.address}"
                 )
             self._next(0.2)
         for worker in self._workers.values():
             if not worker.same_clock:
                 self._measure(worker)
+        self._joined = True
 
     def _measure(self, worker: _Worker) -> None:
         """The offset of a worker's clock, from the fastest of some round trips (half of it is the error at most)."""
@@ -556,7 +543,11 @@ class Swarm:
 
             return listener
 
-        for kind in ("hello", "proof", "pong", "ready", "rows", "finished"):
+        def hello(environment: Any, msg: Any) -> None:
+            self._challenge(msg.node_id, msg.data)  # at once: a worker does not wait for long, whoever has us may
+
+        runner.register_message("steelyard.hello", hello)
+        for kind in ("proof", "pong", "ready", "rows", "finished"):
             runner.register_message(f"steelyard.{kind}", forward(kind))
         hub = gevent.get_hub()
         self._wake = hub.loop.async_()
@@ -676,9 +667,7 @@ class Swarm:
             kind, client_id, data, at = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             kind, client_id, data, at = "", "", None, 0.0
-        if kind == "hello" and client_id not in self._workers:
-            self._challenge(client_id, data)
-        elif kind == "proof" and client_id not in self._workers:
+        if kind == "proof" and client_id not in self._workers:
             self._admit(client_id, data)
         worker = self._workers.get(client_id)
         if worker is not None:
@@ -696,12 +685,12 @@ class Swarm:
         return (kind, client_id, data) if kind else None
 
     def _challenge(self, client_id: str, data: Any) -> None:
-        """Answer a greeting with our proof; who it is we know when its own has come."""
-        if not _greeting(data):
+        """Answer a greeting with our proof, in the hub; who it is we know when its own has come."""
+        if client_id in self._workers or not _greeting(data):
             return
         nonce = os.urandom(secret.NONCE_BYTES)
-        while len(self._greeted) >= MOST_GREETINGS:
-            self._greeted.pop(next(iter(self._greeted)))
+        for oldest in list(self._greeted)[: max(0, len(self._greeted) - MOST_GREETINGS + 1)]:
+            self._greeted.pop(oldest, None)
         self._greeted[client_id] = data, nonce
         said = secret.proof(self._secret, "master", data["nonce"], nonce)
         self._send("steelyard.challenge", {"nonce": nonce, "proof": said}, client_id)
@@ -711,12 +700,12 @@ class Swarm:
         hello, nonce = self._greeted.pop(client_id, ({}, b""))
         if not hello or not isinstance(data, dict):
             return
-        ours = hello["pid"] in self._processes
+        ours = hello["pid"] in self._crew.processes
         proved = secret.known(self._secret, "worker", hello["nonce"], nonce, data.get("proof"))
         if not proved or not (ours or self._expect > self._local):
             return
         self._workers[client_id] = _Worker(
-            client_id, len(self._workers), hello["pid"], hello["boot"] == self._boot, self._processes.get(hello["pid"]),
+            client_id, len(self._workers), hello["pid"], hello["boot"] == self._boot, self._crew.processes.get(hello["pid"]),
             secret.session(self._secret, hello["nonce"], nonce),
         )  # fmt: skip
 
@@ -738,6 +727,7 @@ class Swarm:
         waits ``drain_s`` for answers in flight, and returns with ``interrupted``. deadline_s: longest time that the
         run may take after the last due time; default the request timeout plus 30 s.
         """
+        self.join()
         while self._next(0.0) is not None:
             pass  # what an interrupted run left behind
         crew = [w for w in self._workers.values() if not w.gone]

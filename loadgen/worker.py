@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 
+from loadgen.secret import SECRET
 from loadgen.swarm import work
 from traces.errors import SteelyardError
 
@@ -12,11 +15,20 @@ from traces.errors import SteelyardError
 def main() -> int:
     """Parse and work; one line on stderr if there is no master."""
     parser = argparse.ArgumentParser(prog="python -m loadgen.worker", description=__doc__)
-    parser.add_argument("--master", required=True, metavar="HOST:PORT", help="address of the Locust master")
+    parser.add_argument(
+        "--master", required=True, metavar="HOST:PORT", help="address of the Locust master; -: as standard input says"
+    )
     parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer the parent")
     options = parser.parse_args()
+    master = options.master
+    if master == "-":  # see loadgen.crew
+        said = sys.stdin.readline()
+        if not said:
+            return 0
+        told = json.loads(said)
+        master, os.environ[SECRET] = told["master"], told["secret"]
     try:
-        return work(options.master, options.parent)
+        return work(master, options.parent)
     except SteelyardError as error:
         print(f"steelyard: {error}", file=sys.stderr)
         return error.exit_code

@@ -70,12 +70,14 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
 
 
 def test_the_list_of_verbs_needs_no_heavy_library() -> None:
-    """``steelyard --help`` imports neither Locust nor scikit-learn nor SQLAlchemy."""
+    """``steelyard --help`` imports neither Locust nor scikit-learn nor SQLAlchemy, and a replay not before its workers begin."""
     code = (
         "import sys; from advisor.cli import main; main(['--help']); "
-        "heavy = {'locust', 'gevent', 'sklearn', 'sqlalchemy', 'plotly', 'aiohttp'} & set(sys.modules); sys.exit(bool(heavy))"
+        "import loadgen.crew; loadgen.crew.Crew.__enter__ = lambda self: sys.exit(5 if heavy & set(sys.modules) else 7);"
+        "heavy = {'locust', 'gevent', 'sklearn', 'sqlalchemy', 'plotly', 'aiohttp', 'numpy'};"
+        "main(['replay', 't', '--endpoint', 'http://127.0.0.1:1'])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 7
 
 
 def test_ingest_and_show_print_the_keys_of_the_house(db: str, trace: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -417,6 +417,12 @@ def test_a_feed_holds_what_the_schedule_holds(sqlite_url: str, tmp_path: Path, m
         parts = list(feed.pieces())
         fast = store.feed("t", rate_per_s=50.0)
         first = next(fast.pieces())
+        known = store.trace("t").summary
+        assert (known.pop("replayable"), known.pop("longest_prompt_tokens")) == (2998, whole.longest_prompt)
+        with store._begin() as connection:  # as it was stored before these were kept
+            connection.execute(traces.store.trace_sources.update().values(summary=known))
+        again = store.feed("t")
+    assert (len(again), again.span_s, again.longest_prompt) == (len(feed), feed.span_s, feed.longest_prompt)
     assert len(parts) == 5
     assert len(feed) == len(whole) == 2998
     for name in ("index", "due_s", "prompt_tokens", "output_tokens"):

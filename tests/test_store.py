@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -358,6 +360,15 @@ def test_every_revision_is_kept_and_none_is_edited() -> None:
     for revision, digest in keep_revision.frozen().items():
         assert {f"{revision}.sqlite", f"{revision}.postgresql"} <= set(KEPT), f"revision {revision} is new: {told}"
         assert kept.get(revision) == digest, f"revision {revision} is not what it was; if it was never released, {told}"
+
+
+def test_revisions_are_known_by_their_files(sqlite_url: str) -> None:
+    """Files are numbered as Alembic orders their revisions, so that whoever opens a database at the last one loads no Alembic."""
+    assert traces.store._revisions() == keep_revision.revisions()
+    assert head_revision() == ScriptDirectory.from_config(keep_revision.config()).get_current_head()
+    open_store(sqlite_url).close()
+    code = f"import sys; from traces.store import open_store; open_store({sqlite_url!r}); sys.exit('alembic' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_the_migrations_import_nothing_of_ours() -> None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import loadgen.swarm
 from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
+from loadgen.crew import Crew
 from loadgen.engines import dialect
 from loadgen.swarm import MOST_FACTS, Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
 from traces.errors import InputError
@@ -524,12 +525,30 @@ def test_both_workers_killed_ends_the_run(endpoint: str) -> None:
         assert len(rows) == 200
 
 
-def test_workers_end_with_their_master(endpoint: str) -> None:
-    """A master that is killed leaves no worker behind."""
-    code = (
-        "import time; from loadgen.swarm import Swarm\n"
-        "with Swarm(workers=1) as s:\n print(*s.processes.values(), flush=True); time.sleep(60)"
-    )
+def test_workers_begun_before_their_swarm_join_it(endpoint: str) -> None:
+    """Processes that were there first are the swarm's workers; they prove themselves though nobody waits for them yet; of a crew
+    that no swarm came to none is left."""
+    with Crew(1) as crew, Swarm(workers=1, crew=crew) as swarm:
+        first = swarm._inbox.get(timeout=30)
+        assert first[0] == "proof"
+        swarm._inbox.put(first)
+        begun = list(crew.processes)
+        assert list(swarm.processes.values()) == begun
+        outcome, rows = run(swarm, schedule(10, 100.0), job(endpoint))
+        assert outcome.reason == ""
+        assert set(rows.status) == {"ok"}
+    with Crew(2) as crew:
+        begun += crew.processes
+    assert len(begun) == 3
+    assert not any(map(_alive, begun))
+
+
+@pytest.mark.parametrize(
+    ("held", "pids"), [("swarm.Swarm(1)", "s.processes.values()"), ("crew.Crew(1)", "s.processes")]
+)
+def test_workers_end_with_their_master(held: str, pids: str) -> None:
+    """A master that is killed leaves no worker behind, joined or not."""
+    code = f"import time, loadgen.swarm\nwith loadgen.{held} as s:\n print(*{pids}, flush=True); time.sleep(60)"
     master = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert master.stdout is not None
     worker = int(master.stdout.readline())

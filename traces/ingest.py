@@ -72,7 +72,9 @@ class IngestReport:
 
     inversions: rows that came before their predecessor's time; equal_times: rows at the same time as it. clock: unit of the
     source's times; smallest_gap_s: between two arrivals that are not at one instant, None where all are.
-    prefix_hit_tokens: prompt tokens that an unlimited prefix cache would have held, None without block ids.
+    prefix_hit_tokens: prompt tokens that an unlimited prefix cache would have held, None without block ids. replayable: rows that
+    did not fail and whose answer is known, which a replay asks; longest_prompt_tokens: of them. None of traces that were stored
+    before these were kept.
     """
 
     name: str
@@ -93,6 +95,8 @@ class IngestReport:
     notes: list[str]
     already: bool = False
     smallest_gap_s: float | None = None
+    replayable: int | None = None
+    longest_prompt_tokens: int | None = None
 
     @classmethod
     def of(cls, info: TraceInfo, *, already: bool = False) -> IngestReport:
@@ -247,6 +251,7 @@ class _Loaded:
         self.hits = 0  # of the prefix cache, while rows come in order
         self.gap_us: int | None = None  # between all rows so far; -1 once two gaps differ
         self.least_us: int | None = None
+        self.replayable = self.longest = 0
         self.in_order = True
         self._held: list[tuple[int, ...]] = []
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
@@ -411,6 +416,10 @@ class _Loaded:
         self.failed += int((rows["status"] != _OK).sum())
         self.sum_prompt += int(rows["prompt"].sum(dtype=np.int64))
         self.sum_output += int(rows["output"][rows["output"] > 0].sum(dtype=np.int64))
+        asked = rows["prompt"][(rows["status"] == _OK) & (rows["output"] >= 1)]
+        if len(asked):
+            self.replayable += len(asked)
+            self.longest = max(self.longest, int(asked.max()))
         for name in _TIMED:
             if name not in self.timed and (rows[name] >= 0).any():
                 self.timed.add(name)
@@ -528,6 +537,8 @@ class _Loaded:
             clock=self.reader.meta.clock,
             notes=notes,
             smallest_gap_s=None if least is None else least / 1e6,
+            replayable=self.replayable,
+            longest_prompt_tokens=self.longest,
         )
 
     def prefix_hits(self) -> int:
@@ -834,6 +845,8 @@ def store_schedule(store: Store, schedule: Schedule, *, options: dict[str, Any])
         equal_times=int((np.diff(arrival) == 0).sum()),
         failed_rows=0,
         clock="microsecond",
+        replayable=n,
+        longest_prompt_tokens=schedule.longest_prompt,
         notes=["synthetic: " + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None)],
     )
     summary = {k: v for k, v in asdict(report).items() if k not in ("name", "format", "already")}

@@ -48,10 +48,6 @@ from typing import Any, Self, TextIO, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
@@ -384,7 +380,7 @@ def open_store(url: str, *, create: bool = True) -> Store:
     shown = redact(url)
     try:
         with _connected(engine, shown) as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
+            found = _revision_of(connection)
             wanted = head_revision()
             if found is None:
                 tables = set(sa.inspect(connection).get_table_names())
@@ -428,7 +424,7 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
     backup: Path | None = None
     try:
         with _connected(engine, shown) as connection:
-            before = MigrationContext.configure(connection).get_current_revision()
+            before = _revision_of(connection)
             wanted = head_revision()
             if before is not None and before not in _revisions():
                 raise StoreError(
@@ -480,27 +476,32 @@ def _migrations() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "migrations"
 
 
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
 def head_revision() -> str:
     """The revision that this version's schema has."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    if head is None:
+    known = _revisions()
+    if not known:
         raise StoreError("the package holds no migrations: install steelyard again.")
-    return head
+    return known[-1]
 
 
-def _revisions() -> set[str]:
-    return {s.revision for s in ScriptDirectory.from_config(_config()).walk_revisions()}
+def _revisions() -> list[str]:
+    """All that this version knows, the newest last, by the numbers of their files: Alembic, and what it brings, is loaded
+    where there is something to migrate."""
+    return sorted(path.name.partition("_")[0] for path in (_migrations() / "versions").glob("[0-9]*_*.py"))
+
+
+def _revision_of(connection: sa.Connection) -> str | None:
+    """The revision that a database is at, as Alembic keeps it; None without."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.select(sa.column("version_num")).select_from(sa.table("alembic_version"))).scalar()
 
 
 def _upgrade(connection: sa.Connection) -> None:
     """Run the revisions that are missing. Of two that start at once the second waits, then finds the work done."""
+    from alembic import command
+    from alembic.config import Config
+
     kind = connection.dialect.name
     if kind == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(7311220)"))
@@ -513,7 +514,9 @@ def _upgrade(connection: sa.Connection) -> None:
         if not sa.inspect(connection).get_table_names():  # names and texts differ by case and by blanks, as elsewhere
             name = connection.dialect.identifier_preparer.quote(str(connection.engine.url.database))
             connection.exec_driver_sql(f"ALTER DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin")
-    config = _config()
+    config = Config()
+    config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     try:
         command.upgrade(config, "head")
@@ -865,7 +868,7 @@ class Store:
                     .where(t.status == 0, t.output_tokens >= 1)
                     .order_by(t.seq)
                 )
-                rows = np.array(connection.execute(query).all(), dtype=np.int64).reshape(-1, 4)
+                rows = _table(connection.execute(query).all())
                 found.append(Schedule(name, rows[:, 0], rows[:, 1] / 1e6, rows[:, 2], rows[:, 3]))
         return [one for one in found if len(one)]
 
@@ -894,7 +897,7 @@ class Store:
         )
         with self._begin() as connection:
             rows = connection.execute(query).all()
-        table = np.array([row[:4] for row in rows] if blocks else rows, dtype=np.int64).reshape(len(rows), 4)
+        table = _table(row[:4] for row in rows) if blocks else _table(rows)
         due = table[:, 1] / 1e6
         due = due - (due[0] if len(due) else 0.0)
         held: dict[str, Any] = {}
@@ -914,12 +917,17 @@ class Store:
         info = self.trace(name)
         t = trace_rows.c
         wanted = (t.source_id == info.id, t.status == 0, t.output_tokens >= 1)
-        figures = sa.select(
-            sa.func.count(), sa.func.min(t.arrival_us), sa.func.max(t.arrival_us), sa.func.max(t.prompt_tokens)
-        ).where(*wanted)
+        n, longest = info.summary.get("replayable"), info.summary.get("longest_prompt_tokens")
+        arrivals = sa.select(t.arrival_us).where(*wanted).limit(1)
         with self._begin() as connection:
-            n, first, last, longest = connection.execute(figures).one()
-        span = ((last or 0) - (first or 0)) / 1e6
+            if (
+                n is None
+            ):  # of a trace that was stored before these were kept: counted, a second or two of ten million rows
+                n, longest = connection.execute(
+                    sa.select(sa.func.count(), sa.func.max(t.prompt_tokens)).where(*wanted)
+                ).one()
+            first, last = (connection.scalar(arrivals.order_by(at)) or 0 for at in (t.seq, t.seq.desc()))
+        span = (last - first) / 1e6
         if rate_per_s is not None:
             if n < 2 or span <= 0:
                 raise InputError(f"{name!r} has no rate to scale: its {n} requests are due at one instant.")
@@ -937,7 +945,7 @@ class Store:
                 rows = self._patiently(query)
                 if not rows:
                     return
-                table = np.array(rows, dtype=np.int64).reshape(len(rows), 4)
+                table = _table(rows)
                 after = int(table[-1, 0])
                 due = (table[:, 1] - first) / 1e6 / rate_factor
                 yield Schedule(name, table[:, 0], due, table[:, 2], table[:, 3])
@@ -1580,6 +1588,7 @@ class Store:
     def compare_schema(self) -> list[Any]:
         """What ``alembic check`` would report: differences between the database and this version's tables."""
         from alembic.autogenerate import compare_metadata
+        from alembic.migration import MigrationContext
 
         with self._begin() as connection:
             context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -1587,6 +1596,11 @@ class Store:
 
 
 # --- records and rows -----------------------------------------------------------------------------------------------
+
+
+def _table(rows: Iterable[Sequence[Any]]) -> Ints:
+    """Rows of four whole numbers as an array; a hundred times as fast as numpy.array, which asks each row for its shape."""
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, 4)
 
 
 def _once(connection: sa.Connection, table: sa.Table) -> Any:

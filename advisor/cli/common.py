@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import numpy as np
 from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.text import Text
@@ -193,9 +192,10 @@ def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
     if context.info_name in ("recover", "migrate"):
         return db
     try:
-        from loadgen.spool import folder, waiting
+        from loadgen.state import folder
 
-        if any(folder().glob("*.jsonl")):
+        if any(folder("spool").glob("*.jsonl")):
+            from loadgen.spool import waiting
             from traces.store import open_store
 
             with open_store(db, create=False) as store:
@@ -220,10 +220,8 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # an array or a scalar of numpy
         return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

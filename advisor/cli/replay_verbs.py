@@ -276,6 +276,8 @@ def replay(
     lets them. A fleet that was put in force stays at the end; after Ctrl-C or an error the old one comes back.
     Exit code 4 when the run is incomplete or the generator was too late to be trusted.
     """
+    crew = begun(0 if dry_run else options["workers"])
+
     from loadgen.replay import Interrupted
     from loadgen.replay import replay as run_replay
     from traces.measures import Slo
@@ -302,7 +304,11 @@ def replay(
                 f"at {at:g} s: {'; '.join(todo) or 'nothing, as it is now'} ({fleet})" for at, fleet, todo in later
             ]
             return printed(steps, f"replay {trace}", as_json)
-        with swarm_of(options, as_json) as swarm, watched(options, as_json) as show_to, progress(as_json) as bars:
+        with (
+            swarm_of(options, as_json, crew) as swarm,
+            watched(options, as_json) as show_to,
+            progress(as_json) as bars,
+        ):
             task = bars.add_task(f"replay {trace}", total=len(schedule))
 
             def on_live(live: Any) -> None:
@@ -453,14 +459,21 @@ def _keeping(spec: str | None, where: Any, verb: str, options: dict[str, Any], a
     return keeper_of(made, verb, options, as_json, put_back=put_back) if made is not None else None
 
 
+def begun(workers: int) -> Any:
+    """The load workers' processes, until the verb ends. Asked for first: they load Locust while the verb loads what it needs."""
+    from loadgen.crew import Crew
+
+    return click.get_current_context().with_resource(Crew(workers))
+
+
 @contextmanager
-def swarm_of(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
+def swarm_of(options: dict[str, Any], as_json: bool, crew: Any) -> Iterator[Any]:
     """The swarm that the options ask for; says where workers join when others are expected."""
     from loadgen.swarm import Swarm
 
     expect = options["expect_workers"]
     web = door_of(options, "web") if options["web"] else None
-    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"], web=web)
+    swarm = Swarm(options["workers"], expect=expect, bind=options["bind"], web=web, crew=crew)
 
     def listening(address: str) -> None:
         if web is not None:
@@ -622,6 +635,8 @@ def sweep(
     broken off goes on with the same command and --group. The fleet that was in force before is put back at the end, after
     Ctrl-C too.
     """
+    crew = begun(options["workers"])
+
     from advisor.cli.run_verbs import table
     from loadgen.sweep import plan
     from loadgen.sweep import saturate as search
@@ -663,7 +678,7 @@ def sweep(
                 bars.update(task, completed=done)
 
             with (
-                swarm_of(options, as_json) as swarm,
+                swarm_of(options, as_json, crew) as swarm,
                 watched(options, as_json) as show_to,
                 endpoint_of(endpoint, profile, wanted[0]) as url,
                 ExitStack() as stack,

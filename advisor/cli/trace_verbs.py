@@ -33,6 +33,8 @@ REPORT_KEYS = (
     "failed_rows",
     "clock",
     "smallest_gap_s",
+    "replayable",
+    "longest_prompt_tokens",
     "notes",
     "already",
 )

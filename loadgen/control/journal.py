@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from loadgen import state
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
 
@@ -36,9 +37,7 @@ class Entry:
 
 def folder() -> Path:
     """Where the files are: beside the rows that wait (:func:`loadgen.spool.folder`)."""
-    from loadgen.spool import folder as spool
-
-    return spool().parent / "control"
+    return state.folder("control")
 
 
 class Journal:
