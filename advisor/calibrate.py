@@ -19,10 +19,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
-from advisor.features import RunData
+from advisor.features import RunData, decode_rows
 from advisor.parallel import shared
 from loadgen.cluster import Profile, SimResult, simulate, token_times
 from traces.measures import Slo, quantiles
@@ -36,7 +37,10 @@ TPOT_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 _TPOT_SD = (0.02, 0.015, 0.02, 0.05)
 E2E_QUANTILES = (0.5, 0.9, 0.99)
 _E2E_SD = (0.03, 0.04, 0.06)
-STATISTIC_SD = np.array([*_TTFT_SD, *([0.06, 0.10] * 3), *_TPOT_SD, *_E2E_SD, 0.04, 0.25])
+LOAD_QUANTILES = (0.0, 0.5, 0.85, 1.0)
+"""Bounds of the parts of a run's answers, by the batch they were in, whose TPOT the decode step itself is held to."""
+_STEP_SD = 0.05
+STATISTIC_SD = np.array([*_TTFT_SD, *([0.06, 0.10] * 3), *_TPOT_SD, *_E2E_SD, 0.04, 0.25, *([_STEP_SD] * 3)])
 """How near, as a log ratio, a statistic of a run can be expected to be met: they are chaotic in a queue's details."""
 
 MEMBERS = 40
@@ -71,6 +75,7 @@ class Replay:
     """A run to be simulated: what was asked of which fleet, and the statistics of what came.
 
     rows: positions, in the schedule, of the rows that count (finished). thirds: which of three equal parts by prompt length.
+    steps: [parts by batch, 2], mean batch and context that the run's own answers shared their worker with; NaN: none.
     """
 
     schedule: Schedule
@@ -79,6 +84,7 @@ class Replay:
     rows: Mask
     thirds: tuple[Mask, ...]
     observed: Floats
+    steps: Floats = field(default_factory=lambda: np.full((len(LOAD_QUANTILES) - 1, 2), np.nan))
 
     @classmethod
     def of(cls, one: RunData, most: int) -> Replay:
@@ -96,8 +102,10 @@ class Replay:
         low, high = np.quantile(n[ok], [1 / 3, 2 / 3]) if ok.any() else (0.0, 0.0)
         thirds = (n <= low, (n > low) & (n <= high), n > high)
         slo = Slo(Slo.parse(one.run.slo).limits) if one.run.slo else Slo()
-        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0))
-        return replace(made, observed=made.statistics(rows.sent_s, rows.first_token_s, rows.last_token_s))
+        steps, tpot = _by_batch(one)
+        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0), steps)
+        seen = made.statistics(rows.sent_s, rows.first_token_s, rows.last_token_s)
+        return replace(made, observed=np.concatenate([seen, np.log(tpot)]))
 
     def statistics(self, sent_s: Floats, first_s: Floats, last_s: Floats) -> Floats:
         """Log quantiles of TTFT, of TTFT by prompt length, TPOT, E2E; log span; logit of the share within the SLO. NaN: none.
@@ -122,12 +130,36 @@ class Replay:
         return np.concatenate([*found, [math.log(span) if span > 0 else math.nan, share]])
 
     def expected(self, profile: Profile) -> Floats:
-        """The statistics as these laws would have them."""
-        return self.statistics(self.schedule.due_s, *token_times(self.schedule, self.fleet, profile))
+        """The statistics as these laws would have them; last, without simulation, log TPOT at the loads that the run showed."""
+        simulated = self.statistics(self.schedule.due_s, *token_times(self.schedule, self.fleet, profile))
+        return np.concatenate([simulated, np.log(profile.step_s(self.steps[:, 0], self.steps[:, 1]))])
 
     def simulated(self, profile: Profile) -> SimResult:
         """The run as these laws would have it."""
         return simulate(self.schedule, self.fleet, profile)
+
+
+def _by_batch(one: RunData) -> tuple[Floats, Floats]:
+    """([parts, 2] mean batch and context, [parts] median TPOT) of a run's answers, in parts by batch; NaN where there are few.
+
+    A simulation whose queue is wrong can be made to show the right TPOT by a wrong decode step, since its batches are wrong
+    too. These are the batches that were there.
+    """
+    rows = decode_rows(one, 0)
+    parts = len(LOAD_QUANTILES) - 1
+    steps, tpot = np.full((parts, 2), np.nan), np.full(parts, np.nan)
+    order = np.argsort(rows.x[:, 1], kind="stable")
+    at = np.round(np.array(LOAD_QUANTILES) * len(order)).astype(np.int64)
+    for k, (low, high) in enumerate(pairwise(at)):
+        if high - low >= FEWEST:
+            which = order[low:high]
+            steps[k] = rows.x[which, 1:].mean(axis=0)
+            tpot[k] = np.median(rows.y[which])
+    return steps, tpot
+
+
+FEWEST = 5
+"""Values of which quantiles are taken, at least."""
 
 
 def sent(rows: Observations) -> Schedule:
@@ -143,7 +175,7 @@ def sent(rows: Observations) -> Schedule:
 
 def _quantiles(values: Floats, at: Sequence[float]) -> Floats:
     values = values[np.isfinite(values)]
-    if len(values) < 5:
+    if len(values) < FEWEST:
         return np.full(len(at), np.nan)
     return np.asarray(np.log(np.maximum(quantiles(values, at), 1e-5)), dtype=float)
 

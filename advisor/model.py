@@ -51,8 +51,15 @@ CALIBRATED_RUNS = 10
 BENDS = (0.7, 1.0, 1.5, 2.5, 4.0)
 """Where the cost of context is tried to end its growth: shares of the most context that was seen."""
 
+KNOTS = 8
+"""Places over the batches that were seen, by equal factors, at which a knee is tried beside their quantiles."""
+
 LOADED = 0.7
 """A role was loaded in a run that kept it busier than this: below it, requests hardly meet each other."""
+
+KNOWN = 1.5
+"""Decode is known up to this multiple of the output tokens a second that one of its workers was seen to give. A slope cannot be
+told from runs that never asked as much of the stage, however well it fits them."""
 
 PREFILL_HIDDEN = ("a", "b", "tokens", "requests")
 DECODE_HIDDEN = ("batch", "kv")
@@ -128,14 +135,18 @@ class Law:
 class Seen:
     """How far the runs went. quiet_rows: requests that met no queue. prefill: highest utilisation of the prefill role.
 
-    batch: 95th percentile of sequences per decode worker in the run that had most. decode_loaded: a step was seen to
-    slow down under its batch, or sequences waited to be admitted.
+    batch: 95th percentile of sequences per decode worker in the run that had most. tokens_per_s: output tokens a second that a
+    decode worker gave over the run in which it gave most.
     """
 
     quiet_rows: int
     prefill: float
     batch: float
-    decode_loaded: bool
+    tokens_per_s: float
+
+    def decode_loaded(self, tokens_per_s: float) -> bool:
+        """Did a run ask of a decode worker what is asked of it now, or nearly?"""
+        return tokens_per_s <= KNOWN * self.tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +176,18 @@ class Fit:
     calibration: Calibration = field(repr=False)
     scores: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
 
-    def draws(self, rng: np.random.Generator, n: int) -> list[Profile]:
-        """n draws of laws that the runs allow: as wide as the prior in what only a loaded stage shows, if none was."""
+    def draws(self, rng: np.random.Generator, n: int, tokens_per_s: float = 0.0) -> list[Profile]:
+        """n draws of laws that the runs allow: as wide as the prior in what only a loaded stage shows, if none was.
+
+        tokens_per_s: output tokens a second that the question asks of a decode worker. Beyond what the runs have shown a step
+        may lengthen faster than within it: a knee there.
+        """
         hidden: tuple[str, ...] = () if self.seen.prefill >= LOADED else PREFILL_HIDDEN
-        hidden += () if self.seen.decode_loaded else DECODE_HIDDEN
-        return self.calibration.draws(rng, n, hidden)
+        if self.seen.decode_loaded(tokens_per_s):
+            return self.calibration.draws(rng, n, hidden)
+        laws = self.calibration.draws(rng, n, hidden + DECODE_HIDDEN)
+        space = self.calibration.space
+        return [_bent(one, space.seen_batch, space.seen_kv, math.exp(rng.standard_normal())) for one in laws]
 
     def outside(self, load: Load) -> str:
         """Why a fleet's load lies outside what the runs have shown; "" if it does not."""
@@ -181,6 +199,14 @@ class Fit:
         if load.prefill > LOADED > self.seen.prefill:
             return f"extrapolated: prefill {load.prefill:.0%} busy, the runs showed at most {self.seen.prefill:.0%}"
         return ""
+
+
+def _bent(laws: Profile, batch: float, context: float, times: float) -> Profile:
+    """The laws with a knee at a batch that held so much context: beyond it a sequence more costs that many times more."""
+    if laws.knee_batch:
+        return laws
+    slope = (laws.step_s(2 * batch, 2 * context) - laws.step_s(batch, context)) / batch
+    return replace(laws, knee_batch=max(1, round(batch)), knee_s=times * float(slope))
 
 
 def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) -> Fit:
@@ -413,9 +439,12 @@ def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, int, Law]:
             f"only {len(rows)} answers of four tokens or more: the decode step cannot be fitted without longer answers."
         )
     batch, context = rows.x[:, 1], rows.x[:, 2]
+    shares = [int(np.quantile(batch, share)) for share in (0.3, 0.5, 0.7, 0.85)]
+    # A quiet and a saturated run leave a wide gap between two shares, and the knee may lie in it.
+    between = np.geomspace(max(2, shares[0]), max(2, shares[-1]), KNOTS)
     knots = [
         at
-        for at in (int(np.quantile(batch, share)) for share in (0.3, 0.5, 0.7, 0.85))
+        for at in sorted({*shares, *(round(at) for at in between)})
         if at >= 2 and (batch > at).sum() >= 30 and batch.max() >= 1.3 * at
     ]
     most = float(np.quantile(context, 0.98))
@@ -520,21 +549,17 @@ def reach(point: float, drawn: Sequence[float]) -> tuple[float, float]:
 
 
 def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
-    """How far the runs went, measured on the rows (and readings, where there are any)."""
-    quiet, prefill, batch = 0, 0.0, 0.0
-    loaded = profile.max_batch < NO_CAP or profile.kv_tokens > 0
-    floor = profile.c0_s + profile.c1_s
+    """How far the runs went, measured on the rows. What the fit makes of them does not count: a limit may explain anything."""
+    quiet, prefill, batch, tokens = 0, 0.0, 0.0, 0.0
     for i, one in enumerate(data):
         quiet += len(quiet_rows(one, i))
         for rows in one.pieces:
             load = load_of(profile, asked(rows), Fleet(one.prefill, one.decode))
             prefill = max(prefill, load.prefill)
+            given = summarise(_from_sent(rows), Slo()).output_tokens_per_s / one.decode
+            tokens = max(tokens, given if math.isfinite(given) else 0.0)
         batch = max(batch, load_quantiles(one, 0.95)[0])
-        tpot = one.observations.tpot_s[one.observations.ok]
-        tpot = tpot[np.isfinite(tpot)]
-        slowed = len(tpot) > 0 and float(np.quantile(tpot, 0.9)) > 1.25 * floor
-        loaded = loaded or slowed
-    return Seen(quiet_rows=quiet, prefill=prefill, batch=batch, decode_loaded=loaded)
+    return Seen(quiet_rows=quiet, prefill=prefill, batch=batch, tokens_per_s=tokens)
 
 
 def _from_sent(observations: Observations) -> Observations:

@@ -86,7 +86,8 @@ class Candidate:
     """One fleet, predicted. figures: one Interval for each of METRICS. attainment: share of requests within the SLO.
 
     wins: share of the draws in which it has the most goodput. feasible: it meets the SLO at the point estimate.
-    prefill_load, decode_batch: predicted utilisation of prefill and sequences per decode worker. extrapolated: why the
+    prefill_load, decode_batch, decode_tokens_per_s: predicted utilisation of prefill, sequences per decode worker, output tokens
+    a second that each gives. extrapolated: why the
     figures lie outside what the runs have shown, or "". stressed: goodput with either role slower by STRESS (NaN: no).
     """
 
@@ -98,6 +99,7 @@ class Candidate:
     feasible: bool
     prefill_load: float
     decode_batch: float
+    decode_tokens_per_s: float = 0.0
     extrapolated: str = ""
     stressed: float = math.nan
 
@@ -296,11 +298,8 @@ def assess(
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
-    rng = np.random.default_rng(seed)
-    laws = fit.draws(rng, draws)
     whole = _window(schedule, POINT_REQUESTS)
     window = _window(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
-    likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
 
@@ -316,8 +315,12 @@ def assess(
         for fleet, (found, between) in zip(some, shared(point, some), strict=True):
             points[fleet], sampled[fleet] = found, between
     note("splits", len(fleets), len(fleets), _splits_found(points, slo))
-    # Theory may be wrong where a simulation of the laws themselves is not.
     top = max(s.goodput_per_s for s, _, _ in points.values())
+    asks = {fleet: points[fleet][0].output_tokens_per_s / fleet.decode for fleet in fleets}
+    most = max(asks[f] for f in _contenders(points, fleets))
+    laws = fit.draws(np.random.default_rng(seed), draws, most)
+    likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
+    # Theory may be wrong where a simulation of the laws themselves is not.
     likely = [f for f in fleets if f in likely or points[f][0].goodput_per_s >= 0.9 * top]
     # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay.
     by_point = sorted(
@@ -366,6 +369,7 @@ def assess(
                 feasible=feasible,
                 prefill_load=load.prefill,
                 decode_batch=load.batch,
+                decode_tokens_per_s=asks[fleet],
                 extrapolated=fit.outside(load),
                 stressed=stressed(window, fleet, fit.profile, slo) if fleet in likely else math.nan,
             )
@@ -383,7 +387,17 @@ def assess(
             "is missing, and the bands are wider for it. Measure the answer and its runner-up before you rely on it"
         )
     probe = next_probe(
-        fit, window, best, runner_up, used, laws[:STUDY_DRAWS], goodputs[:STUDY_DRAWS], slo, sure, gpus_per_worker
+        fit,
+        window,
+        best,
+        runner_up,
+        used,
+        laws[:STUDY_DRAWS],
+        goodputs[:STUDY_DRAWS],
+        slo,
+        sure,
+        gpus_per_worker,
+        fit.seen.decode_loaded(max(most, _busiest(candidates, best).decode_tokens_per_s)),
     )
     probe["trace"] = schedule.name
     refused = refusal(best.fleet, regret, unseen, excess, len(usable))
@@ -723,8 +737,12 @@ def next_probe(
     slo: Slo,
     sure: bool,
     per_worker: tuple[int, int] = (1, 1),
+    decode_loaded: bool = True,
 ) -> dict[str, Any]:
-    """The most valuable next run: what it is expected to spare; where nothing is to be spared, the stage seen least."""
+    """The most valuable next run: the stage that no run loaded, else what it is expected to spare.
+
+    decode_loaded: as far as any split asks that may be the best.
+    """
     seen = fit.seen
     if seen.quiet_rows < 20:
         why = "no run was quiet enough to show TTFT without a queue"
@@ -736,7 +754,7 @@ def next_probe(
     chosen = max(found, key=lambda p: p.gain)
     if not sure and seen.prefill < LOADED:
         chosen = by_aim["prefill"]
-    elif not sure and not seen.decode_loaded:
+    elif not sure and not decode_loaded:
         chosen = by_aim["decode"]
     elif chosen.gain <= 0 or fit.calibration.excess > MISFIT:
         # Where the laws are wrong, what a run of the rivals shows is right.
@@ -745,7 +763,7 @@ def next_probe(
         "prefill": f"prefill was never more than {min(seen.prefill, 1.0):.0%} busy"
         if seen.prefill < LOADED
         else "how prefill behaves beyond its capacity decides",
-        "decode": f"decode batches above {seen.batch:.0f} sequences a worker were never seen",
+        "decode": f"a decode worker was never seen to give more than {seen.tokens_per_s:.3g} tokens a second",
         "answer": "it confirms the answer where it will be used"
         if chosen.fleet == best.fleet
         else "it is the closest rival",
@@ -772,21 +790,40 @@ def _unseen(
 ) -> str:
     """Which stage was never loaded although the answer depends on how it behaves when it is; "" if none.
 
-    Under the fitted laws or any draw of them: a role that was never loaded is one whose capacity the fit has guessed.
+    Under the fitted laws or any draw of them: a role that was never loaded is one whose capacity the fit has guessed. Decode
+    counts as loaded as far as a worker was seen to give the tokens a second that the answer, or what may win instead, asks of it.
     """
     seen = fit.seen
     reasons = []
     if seen.quiet_rows < 20:
         reasons.append("no run at low load")
-    near = [c for c in candidates if c is best or c.wins > 0]
+    near = _near(candidates, best)
     if seen.prefill < LOADED and (
         any(c.prefill_load > LOADED for c in candidates)
         or any(load_of(p, asked, c.fleet).prefill > LOADED for p in laws for c in near)
     ):
         reasons.append(f"prefill was never loaded (at most {seen.prefill:.0%} busy)")
-    batch = max(c.decode_batch for c in near)
-    if not seen.decode_loaded and batch > 1.5 * seen.batch:
+    busiest = _busiest(candidates, best)
+    if not seen.decode_loaded(busiest.decode_tokens_per_s):
         reasons.append(
-            f"decode was never loaded (at most {seen.batch:.1f} sequences a worker, the answer needs {batch:.1f})"
+            f"decode was never loaded (a worker gave at most {seen.tokens_per_s:.3g} tokens a second, {busiest.fleet} asks for "
+            f"{busiest.decode_tokens_per_s:.3g})"
         )
     return "; ".join(reasons)
+
+
+def _near(candidates: Sequence[Candidate], best: Candidate) -> list[Candidate]:
+    """The answer, and what may win instead."""
+    return [c for c in candidates if c is best or c.wins > 0]
+
+
+def _busiest(candidates: Sequence[Candidate], best: Candidate) -> Candidate:
+    """Which of those asks most of a decode worker."""
+    return max(_near(candidates, best), key=lambda c: c.decode_tokens_per_s)
+
+
+def _contenders(points: Mapping[Fleet, tuple[Summary, dict[str, float], bool]], fleets: Sequence[Fleet]) -> list[Fleet]:
+    """Splits that are nearly the best under the fitted laws, and their neighbours, which other laws may prefer."""
+    top = max(s.goodput_per_s for s, _, _ in points.values())
+    good = {i for i, fleet in enumerate(fleets) if points[fleet][0].goodput_per_s >= 0.9 * top}
+    return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]

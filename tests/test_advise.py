@@ -27,7 +27,7 @@ from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.ingest import ingest
-from traces.measures import Slo, summarise
+from traces.measures import Slo, goodput_per_s, summarise
 from traces.records import Fleet, FleetChange, Sample, Schedule
 from traces.shape import head, scale_rate, to_rate
 from traces.shipped import shipped
@@ -236,6 +236,36 @@ def test_a_role_that_no_run_loaded_is_refused_where_the_answer_depends_on_it() -
     assert caught.value.exit_code == 5
     answer = recommend(three_runs(profile, rate), schedule, gpus=8, slo=SLO, draws=8, attainment=0.1)
     goodput = truth(profile, schedule)
+    assert goodput[answer.best.fleet] >= 0.95 * max(goodput.values())
+
+
+def test_a_decode_stage_that_no_run_loaded_is_never_called_sure() -> None:
+    """A quiet run and one that saturates prefill: a knee beyond their batches decides, so a run that loads decode comes next.
+
+    Long contexts slowed steps down in these runs as a batch does, and it was sure of 3:5, which loses 66 %.
+    """
+    bent = replace(Profile.load("demo"), c2_s=1e-6, knee_batch=3, knee_s=0.004, max_batch=200)
+    slo, rate = Slo.parse("ttft<3s tpot<40ms"), 16.0
+
+    def traffic(n: int, rate: float, seed: int) -> Schedule:
+        return lognormal(n, rate, seed, prompt=2000, output=40)
+
+    schedule = traffic(500, rate, 5)
+    goodput = {f: goodput_per_s(simulate(schedule, f, bent).observations, slo) for f in Fleet.splits(8)}
+    data = [
+        measured(bent, traffic(150, rate * 0.2, 1), Fleet(4, 4), 1),
+        measured(bent, traffic(300, rate * 0.5, 2), Fleet(1, 7), 2),
+    ]
+    answer = assess(data, schedule, gpus=8, slo=slo, draws=20)
+    assert not answer.sure
+    assert answer.refused or goodput[answer.best.fleet] >= 0.95 * max(goodput.values())
+    probe = answer.next_probe
+    assert probe["prefill"] > probe["decode"]
+    assert "decode worker was never seen to give more than 39" in probe["why"]
+    more = traffic(probe["requests"], probe["rate_per_s"], 9)
+    data.append(measured(bent, more, Fleet(probe["prefill"], probe["decode"]), 3))
+    answer = assess(data, schedule, gpus=8, slo=slo, draws=20)
+    assert answer.sure
     assert goodput[answer.best.fleet] >= 0.95 * max(goodput.values())
 
 
