@@ -46,6 +46,7 @@ def answered(n: int, seed: int) -> Observations:
     lost = rng.random(n) < 0.2
     rows.status[:] = np.where(lost, "failed", "ok")
     rows.last_token_s[lost] = np.nan
+    rows.status[lost & (rows.due_s > np.quantile(rows.due_s, 0.9))] = "unsent"  # stopped before their time
     return rows
 
 

@@ -234,8 +234,13 @@ def test_nothing_and_no_time_are_nan() -> None:
     assert all(np.isnan(v) for v in (none.goodput_per_s, none.attainment, none.throughput_per_s, none.e2e_mean_s))
     assert np.isnan(none.output_tokens_per_s)
     rows = Observations.empty(3)
-    rows.due_s[:] = [2.0, 3.0, 6.0]
+    rows.due_s[:], rows.status[:] = [2.0, 3.0, 6.0], "failed"
     assert span_s(rows) == 4.0
+    rows.status[:] = "failed"
+    rows.status[2] = "unsent"  # a run that was stopped ended before what it never sent was due
+    assert span_s(rows) == 1.0
+    rows.status[:] = "unsent"
+    assert span_s(rows) == 0.0
     late = one_answer(due=5.0, sent=5.0, first=5.0, last=5.0, tokens=1)
     assert np.isnan(goodput_per_s(late, Slo()))
     assert np.isnan(summarise(late, Slo()).throughput_per_s)
@@ -281,7 +286,8 @@ def test_lateness_has_its_bounds() -> None:
     found = lateness(np.array([0.001, 0.002, 0.004, np.nan]), 0)
     assert (found.lag_p50_ms, found.lag_max_ms) == (pytest.approx(2.0), pytest.approx(4.0))
     assert found.lag_p99_ms == pytest.approx(3.96)
-    assert found.reason == "send lag p99 4.0 ms of 500 ms TTFT limit"
+    assert found.reason == "send lag p99 4.0 ms (no TTFT limit was given: 500 ms is assumed)"
+    assert lateness(np.array([0.004]), 0, tenth).reason == "send lag p99 4.0 ms of 1000 ms TTFT limit"
     assert lateness(np.array([np.nan]), 0).reason == "nothing was sent"
     assert lateness(np.array([np.nan]), 0).word == "invalid"
     assert lateness(np.array([0.0]), 2).reason == "2 requests were never sent"

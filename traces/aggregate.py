@@ -75,7 +75,10 @@ class Bins:
         self.width_s = FINEST_S
         self.base, self.slots = 0, 1  # the first slot's number, negative within the warm-up; slots in use
         self.first_due_s, self.last_due_s = math.inf, -math.inf  # of all rows
-        self.from_s, self.to_s = math.inf, -math.inf  # of counted rows: first due, last due or last token
+        self.from_s, self.to_s = (
+            math.inf,
+            -math.inf,
+        )  # of counted rows that were sent: first due, last due or last token
         self.latency: Counts = np.zeros((len(MEASURES), SLOTS, BINS), dtype=np.uint32)
         self.largest: Floats = np.full((len(MEASURES), SLOTS), -np.inf)
         self.counts: dict[str, Ints] = {name: np.zeros(SLOTS, dtype=np.int64) for name in COUNTS}
@@ -123,9 +126,10 @@ class Bins:
             self._count(m, slot[keep], values[name][keep])
         last = rows.last_token_s[counted & np.isfinite(rows.last_token_s)]
         self.first_due_s, self.last_due_s = min(self.first_due_s, due.min()), max(self.last_due_s, due.max())
-        if counted.any():
-            self.from_s = min(self.from_s, float(due[counted].min()))
-            self.to_s = max(self.to_s, float(due[counted].max()), float(last.max(initial=-np.inf)))
+        spanned = counted & (rows.status != "unsent")
+        if spanned.any():
+            self.from_s = min(self.from_s, float(due[spanned].min()))
+            self.to_s = max(self.to_s, float(due[spanned].max()), float(last.max(initial=-np.inf)))
         for name in MEANS:
             held: Floats = getattr(rows, name)[ok & counted]
             held = held[np.isfinite(held)]

@@ -83,12 +83,14 @@ def met(observations: Observations, slo: Slo) -> np.ndarray[tuple[int], np.dtype
 
 
 def span_s(observations: Observations) -> float:
-    """Seconds from the first due time to the last token (or the last due time, if that is later)."""
-    if not len(observations):
+    """Seconds from the first due time to the last token (or the last due time, if that is later). What was never sent is left
+    out: a run that was stopped ended before it was due."""
+    due = observations.due_s[observations.status != "unsent"]
+    if not len(due):
         return 0.0
     last = observations.last_token_s[np.isfinite(observations.last_token_s)]
-    end = max(float(observations.due_s.max()), float(last.max()) if len(last) else -math.inf)
-    return end - float(observations.due_s.min())
+    end = max(float(due.max()), float(last.max()) if len(last) else -math.inf)
+    return end - float(due.min())
 
 
 def goodput_per_s(observations: Observations, slo: Slo) -> float:
@@ -150,7 +152,11 @@ def lateness(lag: Floats, unsent: int, slo: Slo | None = None) -> Verdict:
     limit = ttft_limit_s(slo)
     p50, p99 = quantile(lag, 0.5), quantile(lag, 0.99)
     worst = quantile(lag, 1.0)
-    words = f"send lag p99 {p99 * 1e3:.1f} ms of {limit * 1e3:g} ms TTFT limit"
+    words = f"send lag p99 {p99 * 1e3:.1f} ms "
+    if slo is not None and slo.limit("ttft"):
+        words += f"of {limit * 1e3:g} ms TTFT limit"
+    else:
+        words += f"(no TTFT limit was given: {limit * 1e3:g} ms is assumed)"
     if unsent:
         word, words = "invalid", f"{unsent} requests were never sent"
     elif not math.isfinite(p99):
