@@ -50,7 +50,7 @@ def validated(document: Mapping[str, Any]) -> str:
     kind = str(document.get("kind") or ("rules" if "groups" in document else "PlannerConfig"))
     file = SCHEMAS / f"{kind}.json"
     if not file.is_file():
-        return f"{kind}: unvalidated, its schema cannot be had from a package index."
+        return f"{kind}: unvalidated, no schema of it was found in a package index."
     schema = json.loads(file.read_bytes())
     try:
         fastjsonschema.validate(schema, document)

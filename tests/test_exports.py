@@ -116,10 +116,10 @@ def test_rules_alert_above_and_below_the_thresholds() -> None:
 CHECKED = {
     "kubernetes": ["# HorizontalPodAutoscaler: validated against the schema of Kubernetes 1.37 autoscaling/v2."],
     "dynamo": [
-        "# DynamoGraphDeployment: unvalidated, its schema cannot be had from a package index.",
+        "# DynamoGraphDeployment: unvalidated, no schema of it was found in a package index.",
         "# PlannerConfig: validated against the schema of NVIDIA Dynamo 1.6.1.",
     ],
-    "llm-d": ["# LLMInferenceService: unvalidated, its schema cannot be had from a package index."],
+    "llm-d": ["# LLMInferenceService: unvalidated, no schema of it was found in a package index."],
     "keda": ["# ScaledObject: validated against the schema of KEDA 2.16.1."],
     "prometheus-rules": ["# rules: validated against the schema of Prometheus Operator 0.80.1."],
 }

@@ -241,9 +241,14 @@ class Plain(Console):
 
 
 def messages(as_json: bool = False) -> Console:
-    """Where people read: stdout, or stderr when stdout belongs to JSON. Honours NO_COLOR and non-terminals."""
+    """Where people read: stdout, or stderr when stdout belongs to JSON. Honours NO_COLOR. Lines wrap in a terminal alone: who
+    pipes them looks for them whole."""
     stream = sys.stderr if as_json else sys.stdout
-    return Plain(stderr=as_json, highlight=False, width=None if stream.isatty() else 160)
+    return Plain(stderr=as_json, highlight=False, width=None if stream.isatty() else UNWRAPPED)
+
+
+UNWRAPPED = 1 << 16
+"""Columns of what is no terminal."""
 
 
 @contextmanager
