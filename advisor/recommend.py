@@ -61,9 +61,11 @@ BREAK_EVEN_REQUESTS = 600
 STOP = 0.03
 """Enough is known when the answer loses less than this share of goodput in 95 % of the draws."""
 
+EXPLAINED = 2.5
+"""Laws that miss the runs by more than this (squared, as a multiple of what chance explains) are never called sure."""
+
 MISFIT = 4.0
-"""Laws that miss the runs by more than this (squared, as a multiple of what chance explains) are not relied on without a word,
-nor where more than STOP may be lost."""
+"""Those that miss them by more than this give no answer where more than STOP may be lost."""
 
 MISSED = 10.0
 """Laws that miss by more than this (three standard deviations on average) give no answer."""
@@ -380,8 +382,8 @@ def assess(
     regret = _regret(goodputs, likely.index(best.fleet))
     unseen = _unseen(fit, candidates, best, laws, window)
     excess = fit.calibration.excess
-    sure = not unseen and len(usable) > 1 and regret.high <= STOP and excess <= MISFIT
-    if excess > MISFIT:
+    sure = enough(regret, unseen, excess, len(usable))
+    if excess > EXPLAINED:
         warnings.append(
             f"the laws do not explain the runs: they miss them by {math.sqrt(excess):.1f} times what chance does, so a mechanism "
             "is missing, and the bands are wider for it. Measure the answer and its runner-up before you rely on it"
@@ -471,6 +473,11 @@ def _draws_found(drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]], lik
     wins = [max(likely, key=lambda f: drawn[f][i][0].goodput_per_s) for i in range(done)]
     most = max(likely, key=wins.count)
     return f"{most} serves most in {wins.count(most)} of {done} draws of the laws"
+
+
+def enough(regret: Interval, unseen: str, excess: float, runs: int) -> bool:
+    """Is no further run worth it? Two runs at least, all stages loaded that matter, and laws that explain them."""
+    return not unseen and runs > 1 and regret.high <= STOP and excess <= EXPLAINED
 
 
 def refusal(fleet: Fleet, regret: Interval, unseen: str, excess: float, runs: int) -> str:

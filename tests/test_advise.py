@@ -22,7 +22,7 @@ from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
-from advisor.recommend import Candidate, Interval, _regret, assess, rank, recommend, refusal, stressed
+from advisor.recommend import Candidate, Interval, _regret, assess, enough, rank, recommend, refusal, stressed
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -278,6 +278,7 @@ def test_a_decode_stage_that_no_run_loaded_is_never_called_sure() -> None:
         (0.01, 0.02, "prefill was never loaded", 1.0, 3, ""),  # it does not matter here
         (0.01, 0.04, "prefill was never loaded", 1.0, 3, "never loaded"),
         (0.01, 0.02, "prefill was never loaded", 1.0, 1, "never loaded"),
+        (0.01, 0.02, "", 2.6, 3, ""),
         (0.01, 0.02, "", 4.1, 3, ""),  # a mechanism is missing, and every law drawn says the same
         (0.01, 0.04, "", 4.1, 3, "miss them by 2.0 times what chance does), and 3:5 would lose 4%"),
         (0.00, 0.00, "", 10.1, 3, "cannot be relied on"),
@@ -290,6 +291,8 @@ def test_what_is_known_to_be_missing_lowers_what_may_be_lost(
     said = refusal(Fleet(3, 5), Interval(mean, 0.0, high), unseen, excess, runs)
     assert words in said
     assert bool(said) == bool(words)
+    # Enough is known only where little is lost, nothing is missing, and chance explains the misfit.
+    assert enough(Interval(mean, 0.0, high), unseen, excess, runs) == (high <= 0.03 and not unseen and excess <= 2.5)
 
 
 def test_an_slo_that_nothing_meets_is_exit_three() -> None:
