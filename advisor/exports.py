@@ -141,21 +141,20 @@ def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
 
 
 def dynamo(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
-    """Replicas of a DynamoGraphDeployment, and for online its planner's settings."""
-    roles = _roles(answer)
-    services: dict[str, Any] = {
-        "PrefillWorker": {"componentType": "worker", "subComponentType": "prefill", "replicas": roles["prefill"]},
-        "DecodeWorker": {"componentType": "worker", "subComponentType": "decode", "replicas": roles["decode"]},
-    }
+    """Replicas of a DynamoGraphDeployment, and for online its planner's settings. Version, names and types are those of the
+    templates and of the planner in ai-dynamo 1.6.1."""
     found: Documents = [
         {
-            "apiVersion": "nvidia.com/v1alpha1",
+            "apiVersion": "nvidia.com/v1beta1",
             "kind": "DynamoGraphDeployment",
             "metadata": {"name": "steelyard"},
-            "spec": {"services": services},
+            "spec": {"components": [{"name": role, "type": role, "replicas": n} for role, n in _roles(answer).items()]},
         }
     ]
-    notes = ["A patch: merge it into your deployment (images, models, resources are yours)."]
+    notes = [
+        "Set these replicas in your deployment's components (images, models, resources are yours); a merge patch would replace "
+        "the whole list. In v1alpha1 they stand under spec.services."
+    ]
     if answer["strategy"] == "online":
         limits = _thresholds(answer, "dynamo")
         planner, said = _planner(answer, limits)

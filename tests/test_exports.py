@@ -46,8 +46,12 @@ def test_a_static_answer_sets_replicas(kind: str) -> None:
     if kind == "kubernetes":
         assert document["replicas"] == [{"name": "prefill", "count": 2}, {"name": "decode", "count": 6}]
     elif kind == "dynamo":
-        held = document["spec"]["services"]
-        assert [held[s]["replicas"] for s in ("PrefillWorker", "DecodeWorker")] == [2, 6]
+        assert document["apiVersion"] == "nvidia.com/v1beta1"
+        held = document["spec"]["components"]
+        assert [(c["name"], c["type"], c["replicas"]) for c in held] == [
+            ("prefill", "prefill", 2),
+            ("decode", "decode", 6),
+        ]
     else:
         assert (document["spec"]["replicas"], document["spec"]["prefill"]["replicas"]) == (6, 2)
 
