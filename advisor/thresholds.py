@@ -7,8 +7,9 @@ is what it does on the later part, beside never moving, the report's rule, Dynam
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -304,24 +305,27 @@ def constant(history: Schedule, found: Study, seed: int = 0) -> list[tuple[Sched
     return made
 
 
-def needless(rule: policy.OnlineRule, loads: Constant, question: Question) -> bool:
-    """Does a constant traffic move a rule more than once? The first move may correct where it began."""
+def _on_constant(rule: policy.OnlineRule, loads: Constant, question: Question) -> Iterator[tuple[float, int]]:
+    """(goodput a second, moves) of a rule on each constant traffic, simulated when it is asked for."""
     for schedule, fleet in loads:
         steering = policy.Steering(rule)
-        simulate(schedule, fleet, question.profile, controller=steering, tick_s=question.tick_s)
-        if len(steering.moves) > 1:
-            return True
-    return False
+        done = simulate(schedule, fleet, question.profile, controller=steering, tick_s=question.tick_s)
+        yield goodput_per_s(done.observations, question.limits), len(steering.moves)
 
 
-def lost_by(rule: policy.OnlineRule, other: policy.OnlineRule, loads: Constant, question: Question) -> float:
-    """Largest share of the goodput of ``other`` on a constant traffic that ``rule`` does not serve there."""
-    worst = 0.0
-    for schedule, fleet in loads:
-        most = replayed(schedule, fleet, other, question)[0]
-        if most > 0:
-            worst = max(worst, 1 - replayed(schedule, fleet, rule, question)[0] / most)
-    return worst
+def needless(rule: policy.OnlineRule, loads: Constant, question: Question) -> bool:
+    """Does a constant traffic move a rule more than once? The first move may correct where it began."""
+    return any(moves > 1 for _, moves in _on_constant(rule, loads, question))
+
+
+def lost_by(rule: policy.OnlineRule, other: policy.OnlineRule, loads: Constant, question: Question) -> float | None:
+    """Largest share of the goodput of ``other`` on a constant traffic that ``rule`` does not serve there; None where one moves
+    ``rule`` more than once."""
+    served = list(itertools.takewhile(lambda one: one[1] <= 1, _on_constant(rule, loads, question)))
+    if len(served) < len(loads):
+        return None
+    most = (good for good, _ in _on_constant(other, loads, question))
+    return max((1 - good / best for (good, _), best in zip(served, most, strict=True) if best > 0), default=0.0)
 
 
 def _on_draws(
@@ -538,10 +542,12 @@ def find(
     ahead, words = None, "nothing moves, so nothing is forecast"
     if isinstance(rule, policy.DemandRule):
         ahead, words = predictive(earlier, start, rule, question, before.move_s)
-        if ahead is not None and needless(ahead, loads, question):
-            ahead, words = None, f"reactive: with a forecast it moves under constant load; {words}"
-        if ahead is not None and (lost := lost_by(ahead, rule, loads, question)) > WORTH:
-            ahead, words = None, f"reactive: a forecast costs {lost:.0%} of the goodput under constant load; {words}"
+        if ahead is not None:
+            lost = lost_by(ahead, rule, loads, question)
+            if lost is None:
+                ahead, words = None, f"reactive: with a forecast it moves under constant load; {words}"
+            elif lost > WORTH:
+                ahead, words = None, f"reactive: a forecast costs {lost:.0%} of the goodput under constant load; {words}"
     elif rule is not None:
         words = "the rule of backlog takes no forecast"
     note("thresholds", 3, 4)

@@ -144,8 +144,13 @@ def test_a_forecast_that_moves_once_and_for_the_worse_is_seen() -> None:
     wrong = replace(rule, forecast=policy.Forecast((0.0,) * 6, (500.0, 0.0, 0.0, 0.0, 0.0, 0.0)))
     loads = [(STEADY, study(STEADY, EIGHT).fixed)]
     assert needless(wrong, loads, EIGHT) == 0
-    assert lost_by(wrong, rule, loads, EIGHT) > 0.2
+    lost = lost_by(wrong, rule, loads, EIGHT)
+    assert lost is not None
+    assert lost > 0.2
     assert lost_by(rule, rule, loads, EIGHT) == 0
+    hasty = replace(rule, gain=0.0, dwell_s=0.0, cool_s=0.0)
+    assert needless(hasty, loads, EIGHT)
+    assert lost_by(hasty, rule, loads, EIGHT) is None
 
 
 def test_a_pareto_set_holds_nothing_that_another_beats() -> None:
