@@ -547,7 +547,10 @@ def find(
             if lost is None:
                 ahead, words = None, f"reactive: with a forecast it moves under constant load; {words}"
             elif lost > WORTH:
-                ahead, words = None, f"reactive: a forecast costs {lost:.0%} of the goodput under constant load; {words}"
+                ahead, words = (
+                    None,
+                    f"reactive: a forecast costs {lost:.0%} of the goodput under constant load; {words}",
+                )
     elif rule is not None:
         words = "the rule of backlog takes no forecast"
     note("thresholds", 3, 4)

@@ -498,7 +498,9 @@ def begun(store: Store) -> Run:
     )  # fmt: skip
 
 
-def test_rows_are_on_disk_while_the_database_does_not_answer(store: Store, tmp_path: Path) -> None:
+def test_rows_are_on_disk_while_the_database_does_not_answer(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Found by tests.faults: rows that waited for a lock were in memory only, and lost with a master that was killed. A second
     later they are on disk, also those after them; the end does not wait longer than it may; nothing is stored twice."""
     run = begun(store)
@@ -519,7 +521,12 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(store: Store, tmp_p
             writer.settle(run, 0.5)
         assert time.monotonic() - before < 3.0
         other.execute("ROLLBACK")
-    assert main(["runs", "recover", "--db", f"sqlite:///{tmp_path}/t.db"]) == 0
+    monkeypatch.setenv(
+        "STEELYARD_DB", f"sqlite:///{tmp_path}/t.db"
+    )  # then the group above stores them, and recover says it
+    capsys.readouterr()
+    assert main(["runs", "recover", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
     assert store.observations(run.id).index.tolist() == [0, 1, 2]
     assert [(c.reason, c.after) for c in store.fleet_changes(run.id)] == [("why", Fleet(2, 1))]
     assert not list(folder().iterdir())

@@ -185,6 +185,10 @@ def _look_up(context: click.Context, ask: Callable[[Any], list[Any]]) -> list[An
         return []
 
 
+RECOVERED = "steelyard.recovered"
+"""In a command's meta: database -> file -> rows that were stored before the verb began."""
+
+
 def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
     """Store what waited on disk for this database, and say so; ``runs recover`` is asked to do it and says it itself."""
     from traces.errors import SteelyardError
@@ -201,6 +205,7 @@ def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
             with open_store(db, create=False) as store:
                 for spool in waiting(store):
                     rows = spool.load(store)
+                    context.meta.setdefault(RECOVERED, {}).setdefault(db, {})[str(spool.path)] = rows
                     click.echo(f"steelyard: {rows} rows that waited in {spool.path} are stored now.", err=True)
     except (SteelyardError, OSError):
         pass  # it is still away; the verb says what is wrong, the rows wait

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import GROUP, RUN, db_option, emit_json, example, json_option, messages, plain
+from advisor.cli.common import GROUP, RECOVERED, RUN, db_option, emit_json, example, json_option, messages, plain
 
 
 def figures(run: Any, held: Any) -> dict[str, Any]:
@@ -549,6 +549,8 @@ def recover(as_json: bool, db: str) -> None:
 
     with open_store(db, create=False) as store:
         found = {str(spool.path): spool.load(store) for spool in waiting(store)}
+    # The group above has the same database as a rule, and was there first.
+    found |= click.get_current_context().meta.get(RECOVERED, {}).get(db, {})
     if as_json:
         emit_json({"rows": sum(found.values()), "files": found})
     elif not found:
