@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import signal
 import time
@@ -112,7 +113,7 @@ class Dash:
         slo = Slo.parse(run.slo) if run.slo else Slo()
         one = self._digest(run, slo)
         counted = f"{one.summary.ok:,} of {run.scheduled:,} requests finished"
-        state = run.verdict if run.ended else "not ended"
+        state = run.verdict if run.ended else OPEN
         body = [
             f"<header><p>Run {run.id}: {e(run.name)}</p>",
             f"<h1>{e(str(run.fleet or 'fleet unknown'))} on {e(run.trace)}: {e(counted)}, {e(state)}</h1></header>",
@@ -194,13 +195,18 @@ def _sections(title: str, body: Sequence[str], parts: Sequence[Section], live: b
     return Page(title, [*body, contents(parts), *(section(s) for s in parts)], figures(parts), data, live)
 
 
+OPEN = "running or broken off"
+"""What is known of a run that has not ended: who was killed cannot say so."""
+
+
 def _runs(runs: Sequence[Run]) -> Table:
     head = ["run", "name", "trace", "P:D", "req/s", "ok", "lag p99, ms", "verdict", "begun"]
     rows = []
     for r in runs:
-        state = (r.verdict if r.complete else f"{r.verdict}, incomplete") if r.ended else "not ended"
+        state = (r.verdict if r.complete else f"{r.verdict}, incomplete") if r.ended else OPEN
         begun = time.strftime("%Y-%m-%d %H:%M", time.gmtime(r.started_unix_s))
-        ok = f"{r.counts.get('ok', 0):,}/{r.scheduled:,}"
+        counted = f"{r.counts.get('ok', 0):,}" if r.counts or r.ended else "–"
+        ok = f"{counted}/{r.scheduled:,}"
         rows.append(
             [
                 f"run {r.id}",
@@ -209,7 +215,7 @@ def _runs(runs: Sequence[Run]) -> Table:
                 str(r.fleet or "?"),
                 f"{r.rate_per_s:.3g}",
                 ok,
-                f"{r.lag_p99_ms:.1f}",
+                f"{r.lag_p99_ms:.1f}" if math.isfinite(r.lag_p99_ms) else "–",
                 state,
                 begun,
             ]

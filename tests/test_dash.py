@@ -110,6 +110,10 @@ def test_many_runs_and_answers_are_turned_over(db: str) -> None:
             dash.overview(runs_page=3)
     assert [page.data["shown"]["runs"] for page in pages] == [[4, 3, 2], [1]]
     first, second = ("".join(page.body) for page in pages)
+    (going,) = re.findall(
+        r"<tr>(?:(?!</tr>).)*/runs/4.*?</tr>", first, re.S
+    )  # nothing of it is counted yet, so nothing is said to be 0
+    assert re.findall(r">([^<>\n]+)</td>", going)[-4:-1] == ["–/80", "–", "running or broken off"]
     assert "1 to 3 of 4, newest first." in first
     assert 'href="/?runs=2#runs">Older runs' in first
     assert "Newer runs" not in first
