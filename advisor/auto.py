@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from advisor.advise import load
-from advisor.recommend import Recommendation, assess
+from advisor.recommend import Recommendation, recommend
 from advisor.study import quiet
 from advisor.telling import Note, silent
 from loadgen.client import Target
@@ -150,7 +150,7 @@ def _assessed(
         return None  # low load, prefill and decode saturated: less can never do
     arguments: dict[str, Any] = {"gpus_per_worker": gpus_per_worker, "attainment": attainment, "seed": seed}
     try:
-        return assess(load(store, runs), schedule, gpus=gpus, slo=slo, **arguments)
+        return recommend(load(store, runs), schedule, gpus=gpus, slo=slo, **arguments, refuse=False)
     except NotEnoughDataError:
         return None
 

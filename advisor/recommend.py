@@ -228,56 +228,15 @@ def recommend(
     draws: int = DRAWS,
     note: Note = silent,
     parts: int = 1,
+    refuse: bool = True,
 ) -> Recommendation:
     """Fit the runs, simulate every split of ``gpus`` on the schedule, decide. current: the fleet in production, if any.
 
     parts: of how many windows of a longer one the schedule is made; how much they differ widens the intervals.
 
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
-    the SLO, InputError when there is no split.
-    """
-    answer = assess(
-        data,
-        schedule,
-        gpus=gpus,
-        slo=slo,
-        gpus_per_worker=gpus_per_worker,
-        attainment=attainment,
-        current=current,
-        seed=seed,
-        draws=draws,
-        note=note,
-        parts=parts,
-    )
-    if answer.refused:
-        raise NotEnoughDataError(f"{answer.refused}. Measure next: {answer.next_probe['command']}")
-    if not any(c.feasible for c in answer.candidates):
-        wanted = str(slo) if slo.constraints else f"{attainment:.0%} of requests within {slo}"
-        best = answer.best
-        raise NoFleetError(
-            f"no split of {gpus} GPUs meets {wanted} at {schedule.rate_per_s:.3g} req/s: the best, {best.fleet}, "
-            f"reaches {best.attainment:.0%}. Lower --rate, loosen --slo or --attainment, or give more --gpus."
-        )
-    return answer
-
-
-def assess(
-    data: Sequence[RunData],
-    schedule: Schedule,
-    *,
-    gpus: int,
-    slo: Slo,
-    gpus_per_worker: tuple[int, int] = (1, 1),
-    attainment: float = 0.9,
-    current: Fleet | None = None,
-    seed: int = 0,
-    draws: int = DRAWS,
-    note: Note = silent,
-    parts: int = 1,
-) -> Recommendation:
-    """:func:`recommend` without its refusals: what it would say, with the reason why it must not in ``refused``.
-
-    NotEnoughDataError is left for rows that no law can be fitted to.
+    the SLO, InputError when there is no split. refuse=False: of these only where no law can be fitted or there is no split; what
+    the answer would be is returned, with the reason why it must not be given in ``refused``.
     """
     used = next((g for g in range(gpus, 1, -1) if Fleet.splits(g, gpus_per_worker)), 0)
     fleets = Fleet.splits(used, gpus_per_worker)
@@ -421,7 +380,7 @@ def assess(
         replace(one, regret=1 - goodput[one.fleet] / top if top > 0 else math.nan)
         for one in baselines(usable, schedule, fleets, fit.profile, slo)
     ]
-    return Recommendation(
+    answer = Recommendation(
         strategy="static",
         best=best,
         runner_up=runner_up,
@@ -444,6 +403,21 @@ def assess(
         break_even=break_even(window, best.fleet, runner_up.fleet, fit.profile, slo) if runner_up else {},
         simulated=likely,
     )
+    return _stands(answer, attainment) if refuse else answer
+
+
+def _stands(answer: Recommendation, attainment: float) -> Recommendation:
+    """The answer, if it may be given."""
+    if answer.refused:
+        raise NotEnoughDataError(f"{answer.refused}. Measure next: {answer.next_probe['command']}")
+    if not any(c.feasible for c in answer.candidates):
+        wanted = str(answer.slo) if answer.slo.constraints else f"{attainment:.0%} of requests within {answer.slo}"
+        best = answer.best
+        raise NoFleetError(
+            f"no split of {answer.gpus} GPUs meets {wanted} at {answer.schedule.rate_per_s:.3g} req/s: the best, {best.fleet}, "
+            f"reaches {best.attainment:.0%}. Lower --rate, loosen --slo or --attainment, or give more --gpus."
+        )
+    return answer
 
 
 def _laws_found(fit: Fit) -> str:

@@ -26,7 +26,7 @@ import sklearn
 
 from advisor.features import RunData
 from advisor.model import asked, fit_laws
-from advisor.recommend import NEAR, Recommendation, assess
+from advisor.recommend import NEAR, Recommendation, recommend
 from advisor.study import quiet
 from benchmarks.worlds import World, draw, sweep
 from loadgen.cluster import kernel, simulate
@@ -77,8 +77,15 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             few = draws if len(data) == PROBES else draws // 2
-            answer = assess(
-                data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=few, seed=world.seed
+            answer = recommend(
+                data,
+                world.asked,
+                gpus=world.gpus,
+                slo=world.slo,
+                attainment=0.0,
+                draws=few,
+                seed=world.seed,
+                refuse=False,
             )
         except NotEnoughDataError:
             command = {**command, "rate_per_s": command["rate_per_s"] / 3}
@@ -153,7 +160,9 @@ def ten_runs(world: World, runs: int = 12, draws: int = 24) -> dict[str, Any]:
             theirs = summarise(one.observations, world.slo)
             for name, key in HELD.items():
                 errors[name].append(relative(getattr(ours, key), getattr(theirs, key)))
-    answer = assess(data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed)
+    answer = recommend(
+        data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed, refuse=False
+    )
     true = sweep(world)
     best = max(s.goodput_per_s for s in true.values())
     row |= {"errors": errors, "regret": 1 - true[answer.best.fleet].goodput_per_s / best, "refused": answer.refused}

@@ -32,7 +32,7 @@ import sklearn
 
 from advisor.advise import load
 from advisor.features import RunData
-from advisor.recommend import Recommendation, assess
+from advisor.recommend import Recommendation, recommend
 from advisor.study import quiet
 from benchmarks.advisor import EASY, HELD, PROBES, intervals, p99_regret, percent, predicted, relative, traffic
 from benchmarks.worlds import RECORDED, lognormal, windows
@@ -236,8 +236,15 @@ def solve(dynamo: Dynamo, seed: int) -> dict[str, Any]:
             data.append(probe(dynamo, store, scenario, command, len(data) + 1))
             start = time.perf_counter()
             try:
-                answer = assess(
-                    data, scenario.asked, gpus=scenario.gpus, slo=scenario.slo, attainment=0.0, draws=30, seed=seed
+                answer = recommend(
+                    data,
+                    scenario.asked,
+                    gpus=scenario.gpus,
+                    slo=scenario.slo,
+                    attainment=0.0,
+                    draws=30,
+                    seed=seed,
+                    refuse=False,
                 )
             except NotEnoughDataError as error:
                 why = str(error)

@@ -22,7 +22,7 @@ from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
-from advisor.recommend import Candidate, Interval, _regret, assess, enough, rank, recommend, refusal, stressed
+from advisor.recommend import Candidate, Interval, _regret, enough, rank, recommend, refusal, stressed
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -216,7 +216,7 @@ def test_a_role_that_no_run_loaded_is_not_guessed_from_readings(tmp_path: Path) 
         if p.what != "prefill saturated"
     ]
     schedule = scale_rate(head(trace, ASKED_REQUESTS), ASKED_FACTOR)
-    answer = assess(data, schedule, gpus=8, slo=SLO, draws=12)
+    answer = recommend(data, schedule, gpus=8, slo=SLO, draws=12, refuse=False)
     goodput = truth(profile, schedule)
     assert answer.refused or goodput[answer.best.fleet] >= 0.95 * max(goodput.values()), (answer.best.fleet, goodput)
     edge = next(c for c in answer.candidates if c.fleet == Fleet(1, 7))
@@ -256,7 +256,7 @@ def test_a_decode_stage_that_no_run_loaded_is_never_called_sure() -> None:
         measured(bent, traffic(150, rate * 0.2, 1), Fleet(4, 4), 1),
         measured(bent, traffic(300, rate * 0.5, 2), Fleet(1, 7), 2),
     ]
-    answer = assess(data, schedule, gpus=8, slo=slo, draws=20)
+    answer = recommend(data, schedule, gpus=8, slo=slo, draws=20, refuse=False)
     assert not answer.sure
     assert answer.refused or goodput[answer.best.fleet] >= 0.95 * max(goodput.values())
     probe = answer.next_probe
@@ -264,7 +264,7 @@ def test_a_decode_stage_that_no_run_loaded_is_never_called_sure() -> None:
     assert "decode worker was never seen to give more than 39" in probe["why"]
     more = traffic(probe["requests"], probe["rate_per_s"], 9)
     data.append(measured(bent, more, Fleet(probe["prefill"], probe["decode"]), 3))
-    answer = assess(data, schedule, gpus=8, slo=slo, draws=20)
+    answer = recommend(data, schedule, gpus=8, slo=slo, draws=20, refuse=False)
     assert answer.sure
     assert goodput[answer.best.fleet] >= 0.95 * max(goodput.values())
 

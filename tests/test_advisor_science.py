@@ -14,7 +14,7 @@ from advisor.baselines import baselines
 from advisor.calibrate import LOAD_QUANTILES, Replay
 from advisor.features import RunData
 from advisor.model import METRICS, fit_laws, load_of, reach
-from advisor.recommend import assess, break_even, conformal
+from advisor.recommend import break_even, conformal, recommend
 from advisor.screen import Traffic, goodput, survivors
 from advisor.study import proposals, values
 from benchmarks.advisor import solve
@@ -127,7 +127,7 @@ def test_batches_that_were_never_there_do_not_make_up_for_a_missing_mechanism() 
         seen = replace(seen, **{name: column(name, what) for name in ("first_token_s", "last_token_s")})
         data.append(RunData(replace(run_of(fleet, len(seen)), id=number, slo=str(slo)), seen))
     asked = schedule("asked")
-    answer = assess(data, asked, gpus=8, slo=slo, draws=12, attainment=0.0)
+    answer = recommend(data, asked, gpus=8, slo=slo, draws=12, attainment=0.0, refuse=False)
     true = {1: 2.867, 2: 2.355, 3: 1.387, 4: 0.577, 5: 0.347, 6: 0.012, 7: 0.0}  # goodput/s that it had, by P
     assert answer.refused or true[answer.best.fleet.prefill] >= 0.92 * max(true.values())
     assert not answer.sure
@@ -257,7 +257,7 @@ def test_from_ten_runs_on_bands_hold_what_no_run_showed_and_are_no_wider_than_th
         (Fleet(1, 7), 0.5)
     ]
     data = [measured(DEMO, lognormal(120, rate * share, k), fleet, k + 1) for k, (fleet, share) in enumerate(cells)]
-    answer = assess(data, asked, gpus=8, slo=SLO, attainment=0.0, draws=20)
+    answer = recommend(data, asked, gpus=8, slo=SLO, attainment=0.0, draws=20, refuse=False)
     assert answer.calibrated
     held, wide = [], []
     for candidate in answer.candidates:
