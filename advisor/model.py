@@ -54,6 +54,9 @@ BENDS = (0.7, 1.0, 1.5, 2.5, 4.0)
 KNOTS = 8
 """Places over the batches that were seen, by equal factors, at which a knee is tried beside their quantiles."""
 
+PLACED = 8_000
+"""Rows that tell where a knee or a bend is; what it costs all rows tell."""
+
 LOADED = 0.7
 """A role was loaded in a run that kept it busier than this: below it, requests hardly meet each other."""
 
@@ -450,15 +453,15 @@ def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, int, Law]:
     most = float(np.quantile(context, 0.98))
     ends = [max(1, round(most * share)) for share in BENDS]
 
-    def fitted(place: tuple[str, int]) -> tuple[Floats, float]:
+    def fitted(place: tuple[str, int], every: int = max(1, len(rows) // PLACED)) -> tuple[Floats, float]:
         kind, at = place
-        x = rows.x
+        x = rows.x[::every]
         if kind == "knee":
-            x = np.column_stack([x, np.maximum(batch - at, 0.0)])
+            x = np.column_stack([x, np.maximum(x[:, 1] - at, 0.0)])
         elif kind == "bend":
             lone = Profile(name="context", c2_s=1.0, bend_tokens=at)
-            x = np.column_stack([x[:, :2], lone.step_s(batch, context)])
-        return relative_nnls(x, rows.y, np.ones(len(rows)))
+            x = np.column_stack([x[:, :2], lone.step_s(x[:, 1], x[:, 2])])
+        return relative_nnls(x, rows.y[::every], np.ones(len(x)))
 
     tried = [("", 0), *(("knee", at) for at in knots), *(("bend", at) for at in ends)]
     (coefficients, found), *bent = shared(fitted, tried)
@@ -470,6 +473,9 @@ def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, int, Law]:
     for at, (fit, left) in zip(ends, bent[len(knots) :], strict=True):
         if left < 0.9 * plain and left < found and fit[2] > 0:
             best, knot, place, found = np.append(fit, 0.0), 0, at, left
+    if len(rows) >= 2 * PLACED:
+        coefficients, found = fitted(("knee", knot) if knot else ("bend", place) if place else ("", 0), 1)
+        best = coefficients if knot else np.append(coefficients, 0.0)
     law = Law("decode step", {}, len(rows), found, "TPOT against batch and context per worker")
     return best, knot, place, law
 
