@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from hypothesis import Phase, settings
 
 from tests.watch import Watch
+from traces.store import open_store
 
 # The same examples on every machine, so that a red run means a change. HYPOTHESIS_PROFILE=explore looks for new ones; unshrunk
 # fails with the first that it finds, where nobody reads it (make mutants).
@@ -204,6 +205,20 @@ def mariadb_url(mariadb_server: str) -> str:
 def sqlite_url(tmp_path: Path) -> str:
     """URL of a SQLite file that does not exist yet."""
     return f"sqlite:///{tmp_path / 'steelyard.db'}"
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file as the migrations leave it, to copy: to make one takes ten times as long."""
+    path = tmp_path_factory.mktemp("migrated") / "steelyard.db"
+    open_store(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture
+def made_url(migrated: Path, tmp_path: Path) -> str:
+    """URL of an empty SQLite database of this test's own."""
+    return f"sqlite:///{shutil.copy(migrated, tmp_path / 'made.db')}"
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

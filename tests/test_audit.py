@@ -60,7 +60,7 @@ def test_an_advisor_that_fails_says_so(runs: list[RunData]) -> None:
     """A run whose servers were twice as slow is missed by laws of the others, and the line says which bar."""
     rows = runs[3].observations
     slow = replace(rows, last_token_s=rows.first_token_s + 2.5 * (rows.last_token_s - rows.first_token_s))
-    found = audit([*runs[:3], RunData(runs[3].run, slow)], SLO)
+    found = audit([runs[0], runs[2], RunData(runs[3].run, slow)], SLO)
     assert any("tpot_p50_s is off by" in line for line in found.failed)
 
 
@@ -84,12 +84,14 @@ def test_a_long_run_is_judged_by_its_later_windows_too() -> None:
     assert len(_stretches(held)) == 1
 
 
-def test_the_audit_is_the_same_on_another_backend(runs: list[RunData], checked: Audit) -> None:
+def test_the_audit_is_the_same_on_another_backend(runs: list[RunData]) -> None:
     """Folds that joblib carries to other processes give the same figures in the same order."""
-    folds = [(f"run {one.run.id}", [k]) for k, one in enumerate(runs[:2])]
+    short = [RunData(one.run, one.observations.take(np.arange(80))) for one in runs[:3]]
+    folds = [(f"run {one.run.id}", [k]) for k, one in enumerate(short[:2])]
     with joblib.parallel_config(backend="loky", n_jobs=2):
-        there = each(partial(_fold, runs, SLO), folds)
-    assert there == [_fold(runs, SLO, fold) for fold in folds]
+        there = each(partial(_fold, short, SLO), folds)
+    assert there == [_fold(short, SLO, fold) for fold in folds]
+    assert [bool(fold.errors) for fold in there] == [True, True]
 
 
 def test_what_spoils_the_data_is_named(runs: list[RunData]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from advisor.cli import main
 from traces import shape
 from traces.errors import InputError
-from traces.fit import alike, fit
+from traces.fit import _arrivals, alike, fit
 from traces.ingest import ingest
 from traces.records import Schedule
 from traces.shape import LogNormal, synthesize
@@ -32,8 +32,8 @@ def conv() -> Schedule:
 
 @pytest.mark.parametrize(("mu", "sigma"), [(6.0, 1.0), (5.0, 0.8), (7.5, 0.3)])
 def test_a_log_normal_is_found_again(mu: float, sigma: float) -> None:
-    """mu, sigma and the mean come back from 20,000 draws, and the distance is that of rounding and chance."""
-    drawn = synthesize(20_000, LogNormal(mu, sigma), LogNormal(5.0, 0.8), rate_per_s=10, seed=1)
+    """mu, sigma and the mean come back from 10,000 draws, and the distance is that of rounding and chance."""
+    drawn = synthesize(10_000, LogNormal(mu, sigma), LogNormal(5.0, 0.8), rate_per_s=10, seed=1)
     law = fit(drawn).prompt["lognormal"]
     (part,) = law.parts
     assert part.mu == pytest.approx(mu, abs=0.03)
@@ -57,11 +57,11 @@ def test_arrivals_are_named_after_what_they_are() -> None:
     """Poisson, constant, bursty and all at once are told apart by CV and dispersion."""
     lengths = LogNormal(5.0, 0.5), LogNormal(4.0, 0.5)
     for process, cv in (("poisson", 1.0), ("constant", 0.0), ("gamma", 3.0)):
-        found = fit(synthesize(5000, *lengths, rate_per_s=8, arrivals=process, cv=3.0, seed=3)).arrivals
+        found = _arrivals(synthesize(5000, *lengths, rate_per_s=8, arrivals=process, cv=3.0, seed=3))
         assert found.process == process
         assert found.cv == pytest.approx(cv, abs=0.25)
         assert found.rate_per_s == pytest.approx(8, rel=0.1)
-    poisson = fit(synthesize(5000, *lengths, rate_per_s=8, seed=4)).arrivals
+    poisson = _arrivals(synthesize(5000, *lengths, rate_per_s=8, seed=4))
     assert poisson.dispersion["1s"] == pytest.approx(1, abs=0.15)
     assert len(poisson.rate_by_tenth) == 10
     assert fit(synthesize(50, *lengths, rate_per_s=8, arrivals="burst")).arrivals.process == "burst"

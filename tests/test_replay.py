@@ -64,8 +64,8 @@ def swarm() -> Iterator[Swarm]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(f"sqlite:///{tmp_path}/t.db") as made:
+def store(made_url: str) -> Iterator[Store]:
+    with open_store(made_url) as made:
         yield made
 
 
@@ -504,7 +504,7 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
     """Found by tests.faults: rows that waited for a lock were in memory only, and lost with a master that was killed. A second
     later they are on disk, also those after them; the end does not wait longer than it may; nothing is stored twice."""
     run = begun(store)
-    with contextlib.closing(sqlite3.connect(tmp_path / "t.db", isolation_level=None)) as other:
+    with contextlib.closing(sqlite3.connect(tmp_path / "made.db", isolation_level=None)) as other:
         with Writer(store, run.id, every_s=0.1) as writer:
             other.execute("BEGIN IMMEDIATE")
             change = FleetChange(0.5, math.nan, Fleet(1, 1), Fleet(2, 1), "why")
@@ -522,7 +522,7 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
         assert time.monotonic() - before < 3.0
         other.execute("ROLLBACK")
     monkeypatch.setenv(
-        "STEELYARD_DB", f"sqlite:///{tmp_path}/t.db"
+        "STEELYARD_DB", f"sqlite:///{tmp_path}/made.db"
     )  # then the group above stores them, and recover says it
     capsys.readouterr()
     assert main(["runs", "recover", "--json"]) == 0
@@ -558,16 +558,16 @@ def test_rows_that_neither_database_nor_disk_takes_wait_in_memory(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     run = begun(store)
     with Writer(store, run.id, every_s=0.1) as writer:
-        rename(tmp_path / "t.db", "observations", "hidden")
+        rename(tmp_path / "made.db", "observations", "hidden")
         writer.put(held_rows(4))
         time.sleep(0.5)
         assert isinstance(writer.error, StoreError)
-        rename(tmp_path / "t.db", "hidden", "observations")
+        rename(tmp_path / "made.db", "hidden", "observations")
     assert writer.settle(run, 5.0).ended
     assert writer.error is None
     assert len(store.observations(run.id)) == 4
     with Writer(store, run.id, every_s=0.1) as writer:
-        rename(tmp_path / "t.db", "observations", "hidden")
+        rename(tmp_path / "made.db", "observations", "hidden")
         writer.put(held_rows(4))
     with pytest.raises(StoreError, match="4 rows of run 1 are lost"):
         writer.settle(run, 0.0)

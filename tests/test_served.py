@@ -38,8 +38,8 @@ def swarm() -> Iterator[Swarm]:
 
 
 @pytest.fixture
-def store(sqlite_url: str) -> Iterator[Store]:
-    with open_store(sqlite_url) as made:
+def store(made_url: str) -> Iterator[Store]:
+    with open_store(made_url) as made:
         yield made
 
 

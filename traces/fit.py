@@ -83,9 +83,7 @@ class Fit:
 
 def fit(schedule: Schedule) -> Fit:
     """Fit lengths and arrivals. InputError for fewer than 20 requests."""
-    n = len(schedule)
-    if n < 20:
-        raise InputError(f"{schedule.name!r} has {n} requests; a fit needs at least 20.")
+    n = _enough(schedule)
     prompt, output = _laws(schedule.prompt_tokens), _laws(schedule.output_tokens)
     varied = len(np.unique(schedule.prompt_tokens)) > 1 and len(np.unique(schedule.output_tokens)) > 1
     rho = float(stats.spearmanr(schedule.prompt_tokens, schedule.output_tokens).statistic) if varied else 0.0
@@ -97,6 +95,13 @@ def fit(schedule: Schedule) -> Fit:
         use = "empirical"
         why = f"no law is close enough (KS {worst.ks:.3f}, means off by {off:.1%}, correlation {rho:+.2f}): draw recorded pairs"
     return Fit(n, prompt, output, rho, _arrivals(schedule), use, why)
+
+
+def _enough(schedule: Schedule) -> int:
+    n = len(schedule)
+    if n < 20:
+        raise InputError(f"{schedule.name!r} has {n} requests; a fit needs at least 20.")
+    return n
 
 
 def alike(
@@ -111,24 +116,22 @@ def alike(
 ) -> Schedule:
     """n requests like a trace's. empirical: recorded (prompt, output) pairs drawn with replacement; mixture, lognormal: the
     fitted laws, independent. rate and arrival process are the fitted ones unless given."""
-    found = fit(schedule)
-    rate = rate_per_s or found.arrivals.rate_per_s
+    _enough(schedule)
+    found = _arrivals(schedule)
+    rate = rate_per_s or found.rate_per_s
     if not math.isfinite(rate):
         raise InputError(f"{schedule.name!r} has no rate: its requests are due at one instant. Give --rate.")
-    process = arrivals or found.arrivals.process
+    process = arrivals or found.process
     plain = LogNormal(0.0, 0.0)
-    made = synthesize(
-        n, plain, plain, rate_per_s=rate, arrivals=process, cv=max(found.arrivals.cv, 0.01), seed=seed, name=name
-    )
+    made = synthesize(n, plain, plain, rate_per_s=rate, arrivals=process, cv=max(found.cv, 0.01), seed=seed, name=name)
     rng = np.random.default_rng([seed, 7])
     if lengths == "empirical":
         which = rng.integers(len(schedule), size=n)
         return replace(made, prompt_tokens=schedule.prompt_tokens[which], output_tokens=schedule.output_tokens[which])
     if lengths not in LENGTHS:
         raise InputError(f"--lengths must be one of {', '.join(LENGTHS)} (got {lengths!r}).")
-    return replace(
-        made, prompt_tokens=found.prompt[lengths].draw(n, rng), output_tokens=found.output[lengths].draw(n, rng)
-    )
+    prompt, output = _laws(schedule.prompt_tokens)[lengths], _laws(schedule.output_tokens)[lengths]
+    return replace(made, prompt_tokens=prompt.draw(n, rng), output_tokens=output.draw(n, rng))
 
 
 def _laws(tokens: Ints) -> dict[str, Law]:
