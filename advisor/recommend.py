@@ -149,7 +149,14 @@ class Recommendation:
             other = even.figures["goodput_per_s"].value
             gain = goodput.value / other - 1 if other > 0 else math.inf
             name = f"today's {even.fleet}" if self.current else f"{even.fleet}"
-            text += f", {gain:.0%} more than {name}" if math.isfinite(gain) else f"; {name} serves none"
+            if not math.isfinite(gain):
+                text += f"; {name} serves none"
+            else:
+                text += (
+                    f", as much as {name}"
+                    if abs(gain) < 0.005
+                    else f", {abs(gain):.0%} {'more' if gain > 0 else 'less'} than {name}"
+                )
         label = "90 % interval" if self.calibrated else "90 % band, not yet calibrated"
         return text + f" ({label}: {goodput.low:.3g} to {goodput.high:.3g})."
 
@@ -306,14 +313,22 @@ def recommend(
                 made[fleet] = summarise(result.observations, slo), result.utilisation
         return made
 
+    def served() -> Floats:
+        """[draws so far, likely] goodput, as of all the requests: a draw's window may suit one split more than they do."""
+        columns = []
+        for fleet in likely:
+            beside = anchors[fleet].goodput_per_s
+            factor = points[fleet][0].goodput_per_s / beside if beside > 0 else 1.0
+            columns.append([min(factor * s.goodput_per_s, offered_per_s(schedule)) for s, _ in drawn[fleet]])
+        return np.array(columns).T
+
     for done in range(0, len(laws), at_once()):
-        note("bootstrap", done, draws, _draws_found(drawn, likely, done))
+        note("bootstrap", done, draws, _draws_found(served(), likely))
         for made in shared(draw, range(done, min(done + at_once(), len(laws)))):
             for fleet, figures in made.items():
                 drawn[fleet].append(figures)
-    note("bootstrap", draws, draws, _draws_found(drawn, likely, draws))
-
-    goodputs = np.array([[s.goodput_per_s for s, _ in drawn[fleet]] for fleet in likely]).T
+    goodputs = served()
+    note("bootstrap", draws, draws, _draws_found(goodputs, likely))
     best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
     candidates = []
     for fleet in fleets:
@@ -440,13 +455,12 @@ def _splits_found(points: dict[Fleet, tuple[Summary, dict[str, float], bool]], s
     return f"{first} {most}, {points[first][0].goodput_per_s:.3g} req/s within {slo}{behind}"
 
 
-def _draws_found(drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]], likely: Sequence[Fleet], done: int) -> str:
+def _draws_found(goodputs: Floats, likely: Sequence[Fleet]) -> str:
     """Which split won most of the draws so far."""
-    if not done:
+    if not goodputs.size:
         return ""
-    wins = [max(likely, key=lambda f: drawn[f][i][0].goodput_per_s) for i in range(done)]
-    most = max(likely, key=wins.count)
-    return f"{most} serves most in {wins.count(most)} of {done} draws of the laws"
+    wins = np.bincount(goodputs.argmax(axis=1))
+    return f"{likely[int(wins.argmax())]} serves most in {wins.max()} of {len(goodputs)} draws of the laws"
 
 
 def enough(regret: Interval, unseen: str, excess: float, runs: int) -> bool:
@@ -634,6 +648,11 @@ def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
     return found
 
 
+def offered_per_s(schedule: Schedule) -> float:
+    """Requests a second that are asked: no split serves more."""
+    return len(schedule) / max(schedule.span_s, 1e-9)
+
+
 def _figures(
     point: Summary,
     anchor: Summary,
@@ -649,7 +668,7 @@ def _figures(
     quantile of how far off the runs are in such reaches. With fewer the draws' width is taken around their median, so
     that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature.
     """
-    offered = len(schedule) / max(schedule.span_s, 1e-9)
+    offered = offered_per_s(schedule)
     busiest = max(utilisation["prefill"], utilisation["decode"])
     figures = {}
     for name in METRICS:

@@ -70,6 +70,45 @@ def truth(profile: Profile, schedule: Schedule) -> dict[Fleet, float]:
     return {f: summarise(simulate(schedule, f, profile).observations, SLO).goodput_per_s for f in Fleet.splits(8)}
 
 
+def test_the_draws_judge_all_the_requests_though_they_simulate_a_window(tmp_path: Path) -> None:
+    """The window of this trace suits 3:5, the whole 2:6, which is what counts: in the draws too, and so for being sure."""
+    demo = Profile.load("demo")
+    with open_store(f"sqlite:///{tmp_path}/t.db") as store:
+        ingest(store, [shipped(TRACE)], name=TRACE)
+        conv = store.schedule(TRACE)
+
+    def part(n: int, rate: float) -> Schedule:
+        return to_rate(head(conv, n), rate)
+
+    data = [
+        measured(demo, part(n, rate), fleet, number)
+        for number, (n, rate, fleet) in enumerate(
+            ((30, 3.0, Fleet(4, 4)), (120, 30.0, Fleet(1, 7)), (36, 7.0, Fleet(7, 1))), 1
+        )
+    ]
+    answer = recommend(data, part(3000, 8.0), gpus=8, slo=SLO)
+    by = {c.fleet: c for c in answer.candidates}
+    assert by[Fleet(2, 6)].figures["goodput_per_s"].low > by[Fleet(3, 5)].figures["goodput_per_s"].high
+    assert by[Fleet(2, 6)].wins > 0.9
+    true = truth(demo, part(3000, 8.0))
+    assert answer.best.fleet == max(true, key=true.__getitem__)
+
+
+def test_the_sentence_says_more_less_or_as_much() -> None:
+    data, asked = three_runs(Profile.load("demo"), 6.0), lognormal(400, 6.0, 9)
+    answer = recommend(data, asked, gpus=8, slo=SLO, refuse=False)
+    other = answer.compared_with
+    assert other is not None
+    said = {}
+    for share in (2.0, 1.001, 0.5):
+        goodput = replace(other.figures["goodput_per_s"], value=other.figures["goodput_per_s"].value * share)
+        best = replace(answer.best, figures=answer.best.figures | {"goodput_per_s": goodput})
+        said[share] = replace(answer, best=best).sentence
+    assert f"100% more than {other.fleet}" in said[2.0]
+    assert f", as much as {other.fleet}" in said[1.001]
+    assert f"50% less than {other.fleet}" in said[0.5]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["demo", "prefill heavy", "wide batches"])
 def test_the_split_it_picks_is_within_two_percent_of_the_best(kind: str, seed: int) -> None:
