@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import signal
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no further trial after so long")
     parser.add_argument("--keep", type=Path, help="file of trials, one JSON object a line; what stands there is done")
     options = parser.parse_args()
+    # A shell's background job has Ctrl-C ignored, and so would have all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = [s for s in SCENARIOS if re.search(options.only, s.name)]
     trials: list[dict[str, Any]] = []
     if options.keep and options.keep.exists():
