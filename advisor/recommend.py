@@ -313,13 +313,15 @@ def recommend(
                 made[fleet] = summarise(result.observations, slo), result.utilisation
         return made
 
+    offered = offered_per_s(schedule)
+
     def served() -> Floats:
         """[draws so far, likely] goodput, as of all the requests: a draw's window may suit one split more than they do."""
         columns = []
         for fleet in likely:
             beside = anchors[fleet].goodput_per_s
             factor = points[fleet][0].goodput_per_s / beside if beside > 0 else 1.0
-            columns.append([min(factor * s.goodput_per_s, offered_per_s(schedule)) for s, _ in drawn[fleet]])
+            columns.append([min(factor * s.goodput_per_s, offered) for s, _ in drawn[fleet]])
         return np.array(columns).T
 
     for done in range(0, len(laws), at_once()):

@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ EASY = 0.05
 
 HELD = {"TPOT p50": "tpot_p50_s", "TTFT p99": "ttft_p99_s", "E2E p99": "e2e_p99_s", "throughput": "throughput_per_s"}
 """Errors at splits that no run measured."""
+
+
+would_say = partial(recommend, attainment=0.0, refuse=False)
+"""The advisor's answer, where it must not give it and where no split meets the SLO too."""
 
 
 def probe(world: World, command: dict[str, Any], number: int) -> RunData:
@@ -77,16 +82,7 @@ def solve(world: World, draws: int = 30) -> dict[str, Any]:
         start = time.perf_counter()
         try:
             few = draws if len(data) == PROBES else draws // 2
-            answer = recommend(
-                data,
-                world.asked,
-                gpus=world.gpus,
-                slo=world.slo,
-                attainment=0.0,
-                draws=few,
-                seed=world.seed,
-                refuse=False,
-            )
+            answer = would_say(data, world.asked, gpus=world.gpus, slo=world.slo, draws=few, seed=world.seed)
         except NotEnoughDataError:
             command = {**command, "rate_per_s": command["rate_per_s"] / 3}
             continue
@@ -160,9 +156,7 @@ def ten_runs(world: World, runs: int = 12, draws: int = 24) -> dict[str, Any]:
             theirs = summarise(one.observations, world.slo)
             for name, key in HELD.items():
                 errors[name].append(relative(getattr(ours, key), getattr(theirs, key)))
-    answer = recommend(
-        data, world.asked, gpus=world.gpus, slo=world.slo, attainment=0.0, draws=draws, seed=world.seed, refuse=False
-    )
+    answer = would_say(data, world.asked, gpus=world.gpus, slo=world.slo, draws=draws, seed=world.seed)
     true = sweep(world)
     best = max(s.goodput_per_s for s in true.values())
     row |= {"errors": errors, "regret": 1 - true[answer.best.fleet].goodput_per_s / best, "refused": answer.refused}

@@ -32,9 +32,20 @@ import sklearn
 
 from advisor.advise import load
 from advisor.features import RunData
-from advisor.recommend import Recommendation, recommend
+from advisor.recommend import Recommendation
 from advisor.study import quiet
-from benchmarks.advisor import EASY, HELD, PROBES, intervals, p99_regret, percent, predicted, relative, traffic
+from benchmarks.advisor import (
+    EASY,
+    HELD,
+    PROBES,
+    intervals,
+    p99_regret,
+    percent,
+    predicted,
+    relative,
+    traffic,
+    would_say,
+)
 from benchmarks.worlds import RECORDED, lognormal, windows
 from loadgen.cluster import kernel
 from loadgen.imports import observations, read, store_run
@@ -236,16 +247,7 @@ def solve(dynamo: Dynamo, seed: int) -> dict[str, Any]:
             data.append(probe(dynamo, store, scenario, command, len(data) + 1))
             start = time.perf_counter()
             try:
-                answer = recommend(
-                    data,
-                    scenario.asked,
-                    gpus=scenario.gpus,
-                    slo=scenario.slo,
-                    attainment=0.0,
-                    draws=30,
-                    seed=seed,
-                    refuse=False,
-                )
+                answer = would_say(data, scenario.asked, gpus=scenario.gpus, slo=scenario.slo, draws=30, seed=seed)
             except NotEnoughDataError as error:
                 why = str(error)
                 command = {**command, "rate_per_s": command["rate_per_s"] / 3}

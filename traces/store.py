@@ -920,9 +920,7 @@ class Store:
         n, longest = info.summary.get("replayable"), info.summary.get("longest_prompt_tokens")
         arrivals = sa.select(t.arrival_us).where(*wanted).limit(1)
         with self._begin() as connection:
-            if (
-                n is None
-            ):  # of a trace that was stored before these were kept: counted, a second or two of ten million rows
+            if n is None:  # a trace that was stored before these were kept: a second or two for ten million rows
                 n, longest = connection.execute(
                     sa.select(sa.func.count(), sa.func.max(t.prompt_tokens)).where(*wanted)
                 ).one()
