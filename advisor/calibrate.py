@@ -23,9 +23,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from advisor.features import RunData, decode_rows
+from advisor.features import RunData, answers, decode_rows
 from advisor.parallel import shared
-from loadgen.cluster import Profile, SimResult, simulate, token_times
+from loadgen.cluster import Profile, SimResult, simulate, stage_times
 from traces.measures import Slo, quantiles
 from traces.records import Fleet, Floats, Observations, Schedule
 
@@ -63,11 +63,12 @@ STRUCTURES: tuple[dict[str, object], ...] = (
     {"chunked": True},
     {"prefill_square": "step"},
     {"prefill_release": "drained"},
-    {"decode_join": "budget"},
+    {"decode_context": "worker"},
+    {"transfer_begins": "pulled"},
     {"kv_policy": "preempt"},
 )
 """Rules that are tried beside the default ones (least tokens, least requests, no link, whole prompts, each prompt its own
-square and on its way after its step, joining freely, reserve)."""
+square and on its way after its step, a decode step that pays for its batch's context, reserve)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,7 @@ class Replay:
 
     rows: positions, in the schedule, of the rows that count (finished). thirds: which of three equal parts by prompt length.
     steps: [parts by batch, 2], mean batch and context that the run's own answers shared their worker with; NaN: none.
+    spans: of each part [m, 2], when the answers' first and last tokens came.
     """
 
     schedule: Schedule
@@ -85,6 +87,7 @@ class Replay:
     thirds: tuple[Mask, ...]
     observed: Floats
     steps: Floats = field(default_factory=lambda: np.full((len(LOAD_QUANTILES) - 1, 2), np.nan))
+    spans: Sequence[Floats] = ()
 
     @classmethod
     def of(cls, one: RunData, most: int) -> Replay:
@@ -102,8 +105,8 @@ class Replay:
         low, high = np.quantile(n[ok], [1 / 3, 2 / 3]) if ok.any() else (0.0, 0.0)
         thirds = (n <= low, (n > low) & (n <= high), n > high)
         slo = Slo(Slo.parse(one.run.slo).limits) if one.run.slo else Slo()
-        steps, tpot = _by_batch(one)
-        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0), steps)
+        steps, tpot, spans = _by_batch(one)
+        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0), steps, spans)
         seen = made.statistics(rows.sent_s, rows.first_token_s, rows.last_token_s)
         return replace(made, observed=np.concatenate([seen, np.log(tpot)]))
 
@@ -131,31 +134,57 @@ class Replay:
 
     def expected(self, profile: Profile) -> Floats:
         """The statistics as these laws would have them; last, without simulation, log TPOT at the loads that the run showed."""
-        simulated = self.statistics(self.schedule.due_s, *token_times(self.schedule, self.fleet, profile))
-        return np.concatenate([simulated, np.log(profile.step_s(self.steps[:, 0], self.steps[:, 1]))])
+        ready, first, last = stage_times(self.schedule, self.fleet, profile)
+        context = self.steps[:, 1]
+        if profile.decode_context == "worker":
+            context = context + self._waiting(profile, ready, first)
+        step = profile.step_s(self.steps[:, 0], context)
+        return np.concatenate([self.statistics(self.schedule.due_s, first, last), np.log(step)])
+
+    def _waiting(self, profile: Profile, ready_s: Floats, first_s: Floats) -> Floats:
+        """[parts]: tokens on their way to a decode worker or waiting there, on average while a part's answers came.
+
+        No client sees them: they are those of the simulated requests.
+        """
+        n = self.schedule.prompt_tokens
+        begin = ready_s - profile.overhead_s - profile.transfer_t0_s - profile.transfer_s_per_token * n
+        at = np.concatenate([begin, first_s - profile.c0_s])
+        order = np.argsort(at, kind="stable")
+        at, held = at[order], np.cumsum(np.concatenate([n, -n])[order])
+        area = np.concatenate([[0.0], np.cumsum(held[:-1] * np.diff(at))])
+        found = np.zeros(len(self.steps))
+        for k, span in enumerate(self.spans):
+            span = span[span[:, 1] <= self.schedule.due_s[-1]]
+            if len(span):
+                mean = np.diff(np.interp(span, at, area), axis=1) / np.diff(span, axis=1)
+                found[k] = float(mean.mean()) / self.fleet.decode
+        return found
 
     def simulated(self, profile: Profile) -> SimResult:
         """The run as these laws would have it."""
         return simulate(self.schedule, self.fleet, profile)
 
 
-def _by_batch(one: RunData) -> tuple[Floats, Floats]:
-    """([parts, 2] mean batch and context, [parts] median TPOT) of a run's answers, in parts by batch; NaN where there are few.
+def _by_batch(one: RunData) -> tuple[Floats, Floats, list[Floats]]:
+    """([parts, 2] mean batch and context, [parts] median TPOT, [m, 2] spans) of a run's answers, in parts by batch; NaN: few.
 
     A simulation whose queue is wrong can be made to show the right TPOT by a wrong decode step, since its batches are wrong
     too. These are the batches that were there.
     """
-    rows = decode_rows(one, 0)
+    rows, came = decode_rows(one, 0), answers(one)
+    spans = np.column_stack([came.first_token_s, came.last_token_s])
     parts = len(LOAD_QUANTILES) - 1
     steps, tpot = np.full((parts, 2), np.nan), np.full(parts, np.nan)
     order = np.argsort(rows.x[:, 1], kind="stable")
+    held = []
     at = np.round(np.array(LOAD_QUANTILES) * len(order)).astype(np.int64)
     for k, (low, high) in enumerate(pairwise(at)):
-        if high - low >= FEWEST:
-            which = order[low:high]
+        which = order[low:high]
+        held.append(spans[which])
+        if len(which) >= FEWEST:
             steps[k] = rows.x[which, 1:].mean(axis=0)
             tpot[k] = np.median(rows.y[which])
-    return steps, tpot
+    return steps, tpot, held
 
 
 FEWEST = 5
@@ -446,7 +475,7 @@ STARTS: tuple[dict[str, object], ...] = (
     {"prefill_square": "step"},
     {"prefill_route": "round_robin"},
     {"kv_policy": "preempt", "prefill_route": "least_requests"},
-    {"chunked": True, "prefill_square": "step", "prefill_release": "drained", "decode_join": "budget"},
+    {"chunked": True, "prefill_square": "step", "prefill_release": "drained", "decode_context": "worker"},
     {"decode_route": "round_robin"},
 )
 """Rules of the ensembles that are tried in turn while the runs are not explained."""

@@ -189,21 +189,26 @@ def decode_load(observations: Observations, decode_workers: int) -> DecodeLoad:
     return DecodeLoad(at, (share * active)[:-1], (share * bases)[:-1], (share * slopes)[:-1])
 
 
-def decode_rows(data: RunData, number: int, least_tokens: int = 4) -> Rows:
-    """Rows for the decode step: y = TPOT (s), x = [1, mean batch, mean context tokens] of the worker meanwhile.
+LEAST_TOKENS = 4
+"""The TPOT of a shorter answer is the length of one or two steps, not a mean."""
 
-    Answers shorter than ``least_tokens`` are left out: their TPOT is the length of one or two steps, not a mean.
-    """
-    load = decode_load(data.observations, data.decode)
-    rows = data.observations.take(np.flatnonzero(data.observations.ok & (data.observations.tokens >= least_tokens)))
+
+def answers(data: RunData) -> Observations:
+    """Answers whose TPOT tells of a decode step, and whose company is known."""
+    rows = data.observations.take(np.flatnonzero(data.observations.ok & (data.observations.tokens >= LEAST_TOKENS)))
+    return rows.take(np.flatnonzero((rows.tpot_s > 0) & data.known(rows.first_token_s, rows.last_token_s)))
+
+
+def decode_rows(data: RunData, number: int) -> Rows:
+    """Rows for the decode step: y = TPOT (s) of :func:`answers`, x = [1, mean batch, mean context tokens] of the worker."""
+    rows = answers(data)
     if not len(rows):
         return Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+    load = decode_load(data.observations, data.decode)
     batch, context = load.mean_between(rows.first_token_s, rows.last_token_s)
-    y = rows.tpot_s
-    keep = (y > 0) & data.known(rows.first_token_s, rows.last_token_s)
-    x = np.column_stack([np.ones(len(rows)), np.maximum(batch, 1.0), context])[keep]
-    block = time_block(data.observations, (rows.first_token_s + rows.last_token_s) / 2)[keep]
-    return Rows(x, y[keep], block, np.full(len(y[keep]), number))
+    x = np.column_stack([np.ones(len(rows)), np.maximum(batch, 1.0), context])
+    block = time_block(data.observations, (rows.first_token_s + rows.last_token_s) / 2)
+    return Rows(x, rows.tpot_s, block, np.full(len(rows), number))
 
 
 def quiet_rows(data: RunData, number: int) -> Rows:

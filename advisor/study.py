@@ -21,6 +21,9 @@ from traces.measures import Slo
 from traces.records import Fleet, Floats, Schedule
 from traces.shape import to_rate
 
+BURSTY = 4.0
+"""Gaps between requests whose standard deviation is more times their mean make bursts (recorded traces: 1 to 2.5, or above 6)."""
+
 QUIET = 150
 """Requests of a run at low load."""
 
@@ -40,8 +43,11 @@ class Probe:
 
 
 def bunched(schedule: Schedule) -> bool:
-    """Do requests come several at an instant, so that no rate is low enough for one to be alone?"""
-    return len(schedule) > 1 and float((np.diff(schedule.due_s) <= 0).mean()) > 0.3
+    """Do requests come so close together that no rate is low enough for one to be alone: several at an instant, or in bursts?"""
+    if len(schedule) < 2:
+        return False
+    gaps = np.diff(schedule.due_s)
+    return bool((gaps <= 0).mean() > 0.3 or gaps.std() > BURSTY * gaps.mean())
 
 
 def quiet(schedule: Schedule, gpus: int, share: float = 0.2) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_a_role_that_no_run_loaded_is_refused_where_the_answer_depends_on_it() -
     with pytest.raises(
         NotEnoughDataError, match=r"prefill was never loaded \(at most \d+% busy\).*--fleet 2:6"
     ) as caught:
-        recommend([quiet, decode], schedule, gpus=8, slo=SLO, draws=16)
+        recommend([quiet, decode], schedule, gpus=8, slo=SLO, draws=30)
     assert caught.value.exit_code == 5
     answer = recommend(three_runs(profile, rate), schedule, gpus=8, slo=SLO, draws=8, attainment=0.1)
     goodput = truth(profile, schedule)

@@ -66,8 +66,11 @@ def test_what_runs_do_not_show_stays_open() -> None:
         schedule = data[1].observations.asked("x")
         return np.array([load_of(p, schedule, Fleet(2, 6)).prefill for p in draws])
 
+    def spread(values: np.ndarray) -> float:
+        return float(np.ptp(np.quantile(np.log(values), [0.05, 0.95])))
+
     open_, closed = steps(1), steps(3)
-    assert np.ptp(np.log(open_)) > 2 * np.ptp(np.log(closed))
+    assert spread(open_) > 2 * spread(closed)
     exact = load_of(DEMO, data[1].observations.asked("x"), Fleet(2, 6)).prefill
     assert np.median(closed) == pytest.approx(exact, rel=0.1)
 
@@ -103,34 +106,65 @@ def test_the_decode_step_is_held_to_the_batches_that_were_there() -> None:
     assert off(replace(DEMO, c1_s=2 * DEMO.c1_s)).min() > 0.1
 
 
-def test_batches_that_were_never_there_do_not_make_up_for_a_missing_mechanism() -> None:
-    """Three runs of NVIDIA's simulator, whose prefill queue the laws miss: the answer is within 8 %, or refused, and not sure.
-
-    Without those rows its decode step was 20 % short at the largest batches, since simulated ones that were too large made
-    up for it, and 2:6, which loses 18 %, was called sure.
-    """
+def of_dynamo(what: str) -> tuple[Schedule, np.ndarray, np.ndarray]:
+    """(requests, first tokens, last tokens) of a run of NVIDIA's simulator, or the requests that are asked about."""
     with SIMULATED.open() as file:
-        rows = list(csv.DictReader(file))
+        rows = [r for r in csv.DictReader(file) if r["what"] == what]
 
-    def column(name: str, what: str) -> np.ndarray:
-        return np.array([float(r[name] or "nan") for r in rows if r["what"] == what])
+    def column(name: str) -> np.ndarray:
+        return np.array([float(r[name] or "nan") for r in rows])
 
-    def schedule(what: str) -> Schedule:
-        lengths = [column(name, what).astype(np.int64) for name in ("prompt_tokens", "output_tokens")]
-        return Schedule(what, np.arange(len(lengths[0])), column("due_s", what), *lengths)
+    lengths = [column(name).astype(np.int64) for name in ("prompt_tokens", "output_tokens")]
+    asked = Schedule(what, np.arange(len(rows)), column("due_s"), *lengths)
+    return asked, column("first_token_s"), column("last_token_s")
 
+
+RUNS = ("4:4", "2:6 a", "2:6 b")
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_the_rules_of_nvidias_simulator_give_its_rows(what: str) -> None:
+    """With its timing and the rules of the laws TTFT of its runs comes out within 10 %, TPOT within 5, overloaded runs too.
+
+    Were a prompt to leave after its step, TTFT would be a third of what it is there.
+    """
+    speed, decode_speed, kv = 0.3541077031982845, 0.3541077031982845 * 0.3139889280515112, 4344 * 64
+    laws = Profile(
+        name="dynamo", a_s=0.01650142 / speed, b_s_per_token=1.518344e-5 / speed, c_s_per_token2=4.209989e-10 / speed,
+        prefill_square="step", prefill_release="drained", chunked=True, max_batch_tokens=16384, max_batch_requests=64,
+        c0_s=5.74e-3 / decode_speed, c2_s=54.01e-3 / decode_speed / kv, bend_tokens=round(54.01 / 2 / 25.74 * kv),
+        decode_context="worker", max_batch=64, prefill_route="least_tokens", decode_route="least_tokens",
+    )  # fmt: skip
+    asked, first, last = of_dynamo(what)
+    rows = simulate(asked, Fleet.parse(what.split()[0]), laws).observations
+    ok = np.isfinite(first)
+    measured, made = (first - asked.due_s)[ok], rows.ttft_s[ok]
+    at = [0.25, 0.5, 0.75, 0.9]
+    np.testing.assert_allclose(np.quantile(made, at), np.quantile(measured, at), rtol=0.1)
+    long = ok & (asked.output_tokens >= 4)
+    tpot = ((last - first) / np.maximum(asked.output_tokens - 1, 1))[long]
+    np.testing.assert_allclose(np.quantile(rows.tpot_s[long], at), np.quantile(tpot, at), rtol=0.05)
+
+
+def test_rules_of_another_simulator_are_found_from_three_runs_of_it() -> None:
+    """NVIDIA's: its best split is chosen, and the laws have its rules.
+
+    Before they had, prefill's queue was missed, and simulated batches that were too large made up for a decode step 20 % too
+    short: 2:6, which loses 18 %, was called sure.
+    """
     slo = Slo.parse("ttft<1.37176s tpot<79.9173ms")
     data = []
-    for number, what in enumerate(("4:4", "2:6 a", "2:6 b"), 1):
-        fleet, sent = Fleet.parse(what.split()[0]), schedule(what)
+    for number, what in enumerate(RUNS, 1):
+        sent, first, last = of_dynamo(what)
+        fleet = Fleet.parse(what.split()[0])
         seen = simulate(sent, fleet, DEMO).observations  # the same requests, answered when the file says
-        seen = replace(seen, **{name: column(name, what) for name in ("first_token_s", "last_token_s")})
+        seen = replace(seen, first_token_s=first, last_token_s=last)
         data.append(RunData(replace(run_of(fleet, len(seen)), id=number, slo=str(slo)), seen))
-    asked = schedule("asked")
-    answer = recommend(data, asked, gpus=8, slo=slo, draws=12, attainment=0.0, refuse=False)
+    answer = recommend(data, of_dynamo("asked")[0], gpus=8, slo=slo, draws=12, attainment=0.0, refuse=False)
     true = {1: 2.867, 2: 2.355, 3: 1.387, 4: 0.577, 5: 0.347, 6: 0.012, 7: 0.0}  # goodput/s that it had, by P
-    assert answer.refused or true[answer.best.fleet.prefill] >= 0.92 * max(true.values())
-    assert not answer.sure
+    assert true[answer.best.fleet.prefill] >= 0.92 * max(true.values())
+    laws = answer.fit.profile
+    assert (laws.prefill_square, laws.prefill_release, laws.chunked) == ("step", "drained", True)
 
 
 def test_a_step_of_all_its_tokens_squared_and_a_bend_are_found() -> None:

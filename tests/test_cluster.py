@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from loadgen.cluster import Cluster, Job, Profile, shipped_profiles, simulate, simulate_batches, token_times
+from loadgen.cluster import Cluster, Job, Profile, shipped_profiles, simulate, simulate_batches, stage_times
 from loadgen.cluster.cache import PrefixCache
 from loadgen.policy import BacklogRule, CountRule, Steering, next_phase
 from traces.errors import InputError
@@ -255,7 +255,8 @@ def profiles(draw: st.DrawFn) -> Profile:
         transfer_link=draw(st.sampled_from(["none", "sender", "shared"])),
         knee_batch=draw(st.sampled_from([0, 2])),
         knee_s=draw(st.sampled_from([0.0, 0.005])),
-        decode_join=draw(st.sampled_from(["free", "budget"])),
+        decode_context=draw(st.sampled_from(["batch", "worker"])),
+        transfer_begins=draw(st.sampled_from(["sent", "pulled"])),
         kv_policy=draw(st.sampled_from(["reserve", "preempt"])),
         worker_speed=draw(st.sampled_from([(), (1.0, 2.0), (0.5, 1.0, 1.0, 3.0)])),
         worker_size=draw(st.sampled_from([(), (0.5,)])),
@@ -365,14 +366,14 @@ def test_littles_law_and_conservation(profile: Profile, fleet: Fleet, seed: int,
         inside = sum(j.finish_s != j.finish_s for j in jobs)
     assert area == pytest.approx(sum(j.finish_s - j.arrive_s for j in jobs), rel=1e-9)
     if not on_demand:  # run in one go it is the same run
-        first, finish = token_times(with_blocks(schedule, seed) if shared else schedule, fleet, profile)
+        _, first, finish = stage_times(with_blocks(schedule, seed) if shared else schedule, fleet, profile)
         assert (first.tolist(), finish.tolist()) == ([j.first_s for j in jobs], [j.finish_s for j in jobs])
     workers = cluster.workers
     assert sum(w.output_tokens for w in workers) == pytest.approx(
         sum(j.output_tokens for j in jobs), abs=len(jobs) if fleet.mixed else 0
     )
     assert sum(w.prompt_tokens + w.cached_tokens for w in workers) == sum(j.prompt_tokens for j in jobs)
-    assert all(w.size == 0 and w.kv_used == 0 and not w.waiting and not w.queue for w in workers)
+    assert all(w.size == 0 and w.kv_used == w.parked == 0 and not w.waiting and not w.queue for w in workers)
     assert all(w.requests == 0 and w.tokens == 0 for w in workers)
     for sample in cluster.samples(cluster.now_s):
         assert sample.waiting_requests == sample.running_requests == 0
@@ -484,21 +485,59 @@ def test_a_full_prefill_step_takes_what_the_laws_say(square: str, chunked: bool)
 
 
 def test_prompts_may_be_kept_until_their_worker_is_idle() -> None:
-    """Released when drained, all prompts of a busy period leave together at its end, and the next period's at its own."""
-    # The first to arrive starts a decode step, which the others wait for.
-    p = Profile(name="t", a_s=0.1, max_batch_requests=1, prefill_release="drained", c0_s=0.001)
-    rows = simulate(schedule_of(np.array([0.0, 0.05, 0.19, 9.0]), [5] * 4, [1] * 4), Fleet(1, 1), p).observations
-    np.testing.assert_allclose(rows.first_token_s, [0.301, 0.302, 0.302, 9.101], atol=1e-9)
+    """Released when drained, the prompts of a busy period leave together at its end, and the next period's at its own."""
+    p = Profile(name="t", a_s=0.1, prefill_release="drained", c0_s=0.001)
+    rows = simulate(schedule_of(np.array([0.0, 0.05, 0.15, 9.0]), [5] * 4, [4] * 4), Fleet(1, 1), p).observations
+    np.testing.assert_allclose(rows.first_token_s, [0.301, 0.301, 0.301, 9.101], atol=1e-9)
 
 
-def test_sequences_may_join_a_decode_step_by_a_budget() -> None:
-    """With a budget of 1,000 tokens prompts of 400 join two a step; freely, all that are ready at a boundary do."""
-    p = Profile(name="t", c0_s=0.1, max_batch_tokens=1000, decode_join="budget", overhead_s=0.01)
-    schedule = schedule_of(np.array([0.0, 0.05, 0.05, 0.05, 0.05, 0.05]), [400] * 6, [9] * 6)
+def test_a_kept_prompt_leaves_after_as_many_steps_as_its_answer_has_tokens() -> None:
+    """Of prompts that come at once, one a step, the one with an answer of m tokens leaves m - 1 steps after its own."""
+    p = Profile(name="t", a_s=0.1, max_batch_tokens=5, prefill_release="drained", c0_s=0.001)
+    rows = simulate(schedule_of(np.zeros(6), [5] * 6, [1, 3, 2, 9, 1, 9]), Fleet(1, 9), p).observations
+    np.testing.assert_allclose(rows.first_token_s, [0.101, 0.401, 0.401, 0.601, 0.501, 0.601], atol=1e-9)
+
+
+def test_kept_prompts_take_places_and_the_next_to_leave_makes_room() -> None:
+    """Three places, one prompt a step: the fourth is begun when the first, whose answer is nearest its end, has left."""
+    p = Profile(
+        name="t", a_s=0.1, max_batch_tokens=5, max_batch_requests=3, prefill_release="drained", c0_s=0.001
+    )  # fmt: skip
+    rows = simulate(schedule_of(np.zeros(6), [5] * 6, [50, 60, 70, 80, 90, 99]), Fleet(1, 9), p).observations
+    np.testing.assert_allclose(rows.first_token_s, [0.301, 0.401, 0.501, 0.601, 0.601, 0.601], atol=1e-9)
+
+
+def test_who_comes_together_joins_together() -> None:
+    """Prompts of one step arrive at an idle decode worker at one instant: its first step has them all."""
+    p = Profile(name="t", a_s=0.1, c0_s=0.01, c1_s=0.001)
+    rows = simulate(schedule_of(np.array([0.0, 0.05, 0.06, 0.07]), [5] * 4, [1, 2, 2, 2]), Fleet(1, 1), p).observations
+    np.testing.assert_allclose(rows.first_token_s, [0.111, 0.213, 0.213, 0.213], atol=1e-9)
+
+
+def test_a_transfer_may_begin_at_the_end_of_the_decode_workers_step() -> None:
+    """Pulled, the second prompt's cache waits for the end of a step, is on its way for half a step, and joins at the next."""
+    p = Profile(name="t", a_s=0.01, overhead_s=0.05, c0_s=0.1, transfer_begins="pulled")
+    schedule = schedule_of(np.array([0.0, 0.18, 0.92]), [5] * 3, [8, 2, 1])
+    rows = simulate(schedule, Fleet(1, 1), p).observations  # steps end at 0.06 + 0.1 k, the eighth at 0.86
+    np.testing.assert_allclose(rows.first_token_s, [0.16, 0.46, 1.08], atol=1e-9)
+    sent = simulate(schedule, Fleet(1, 1), replace(p, transfer_begins="sent")).observations
+    np.testing.assert_allclose(sent.first_token_s, [0.16, 0.36, 1.08], atol=1e-9)
+
+
+def test_a_step_may_pay_for_what_is_on_its_way_to_its_worker_or_waits_there() -> None:
+    """Nine steps of 0.1 s and 1 ms a token: a prompt of 100 on its way for 0.25 s, and waiting until the batch has room."""
+    p = Profile(name="t", transfer_s_per_token=2.5e-3, c0_s=0.1, c2_s=1e-3, max_batch=1, decode_context="worker")
+    schedule = schedule_of(np.array([0.0, 0.3]), [2, 100], [9, 2])
     rows = simulate(schedule, Fleet(1, 1), p).observations
-    np.testing.assert_allclose(rows.first_token_s, [0.11, 0.21, 0.21, 0.31, 0.31, 0.41], atol=1e-9)
-    free = simulate(schedule, Fleet(1, 1), replace(p, decode_join="free")).observations
-    np.testing.assert_allclose(free.first_token_s, [0.11] + [0.21] * 5, atol=1e-9)
+    steps = 0.1 + 1e-3 * (
+        2 + np.arange(9)
+    )  # of the first, from 0.005 s on; the third ends after 0.3 s, so the fourth pays
+    paid = steps + 0.1 * (np.arange(9) >= 3)
+    ends = 0.005 + np.cumsum(paid)
+    assert rows.last_token_s[0] == pytest.approx(ends[-1])
+    assert rows.first_token_s[1] == pytest.approx(ends[-1] + 0.2)
+    alone = simulate(schedule, Fleet(1, 1), replace(p, decode_context="batch")).observations
+    assert alone.last_token_s[0] == pytest.approx(0.005 + steps.sum())
 
 
 def test_context_costs_less_and_less_where_its_cost_bends() -> None:

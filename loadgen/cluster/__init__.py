@@ -2,7 +2,7 @@
 
 from loadgen.cluster.kernel import Cluster, Job, Switch, Worker
 from loadgen.cluster.laws import Profile, shipped_profiles
-from loadgen.cluster.simulate import SimResult, simulate, simulate_batches, token_times
+from loadgen.cluster.simulate import SimResult, simulate, simulate_batches, stage_times
 
 __all__ = [
     "Cluster",
@@ -14,5 +14,5 @@ __all__ = [
     "shipped_profiles",
     "simulate",
     "simulate_batches",
-    "token_times",
+    "stage_times",
 ]

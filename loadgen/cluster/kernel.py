@@ -106,6 +106,11 @@ def jobs_of(prompt_tokens: list[int], output_tokens: list[int], arrive_s: list[f
     return [Job(i, prompt_tokens[i], output_tokens[i], arrive_s[i]) for i in range(len(arrive_s))]
 
 
+def ready_of(jobs: list[Job]) -> list[float]:
+    """When each job's KV cache was at its decode worker."""
+    return [job.ready_s for job in jobs]
+
+
 def first_of(jobs: list[Job]) -> list[float]:
     """When each job's first token came."""
     return [job.first_s for job in jobs]
@@ -166,9 +171,12 @@ class Worker:
         "next_n",
         "one",
         "output_tokens",
+        "parked",
+        "passes",
         "preempted",
         "preparing",
         "prompt_tokens",
+        "pulls",
         "queue",
         "requests",
         "role",
@@ -204,15 +212,20 @@ class Worker:
         self.queue: deque[Job] = deque()
         self.preparing: list[Job] | None = None  # the prompts in the present step, first to last
         self.batch_tokens = 0  # their new tokens
-        self.held: list[Job] = []  # prefilled, kept back until the queue is empty
+        self.held: list[
+            tuple[int, int, Job]
+        ] = []  # prefilled, kept back: heap of (the pass it leaves after, job id, job)
+        self.passes = 0  # prefill steps, and those without a prompt that were passed over
         self.link_free_s = 0.0
         # decode
+        self.pulls: list[tuple[Worker, Job]] = []  # (where its KV cache is, job) that the next boundary sets on its way
         self.waiting: deque[Job] = deque()
         self.finishing: list[tuple[int, int, Job]] = []  # heap of (finish step, job id, job)
         self.running: list[Job] = []  # in order of joining, kept only where sequences can be preempted
         self.size = 0  # sequences in the batch
         self.kv_used = 0
         self.base = 0.0
+        self.parked = 0  # tokens of sequences that wait or are on their way, where a step pays for them too
         self.t0 = self.lead = self.one = self.growth = 0.0
         self.step = 0
         self.next_n = 0
@@ -308,13 +321,14 @@ class Cluster:
         self._prefill_route, self._decode_route = profile.prefill_route, profile.decode_route
         self._step_tokens, self._step_requests = profile.max_batch_tokens, profile.max_batch_requests
         self._chunked = profile.chunked
-        self._join_tokens = profile.max_batch_tokens if profile.decode_join == "budget" and not on_demand else 0
         self._drained = profile.prefill_release == "drained"
         self._square_step = profile.prefill_square == "step"
         self._bend = float(profile.bend_tokens)
         self._link = profile.transfer_link
         self._transfer_s, self._between_s = profile.transfer_s_per_token, profile.overhead_s + profile.transfer_t0_s
         self._knee = profile.knee_batch
+        self._pulled = profile.transfer_begins == "pulled" and not on_demand
+        self._parks = profile.decode_context == "worker" and not on_demand
         self._ready_prefill: list[Worker] = []
         self._ready_decode: list[Worker] = []
         self._decoding: list[Worker] = []
@@ -453,6 +467,7 @@ class Cluster:
         tokens, area = 0, 0
         batch: list[Job] = []
         queue = worker.queue
+        many -= len(worker.held)
         while queue and len(batch) < many:
             job = queue[0]
             if job.gone:
@@ -522,13 +537,17 @@ class Cluster:
     def _prefilled(self, worker: Worker, at: float) -> None:
         worker.steps += 1
         cut = worker.preparing[-1] if worker.preparing else None
+        worker.passes += 1
         for job in self._stepped(worker, at):
-            worker.requests -= 1
             worker.finished += 1
             if self._drained:
-                worker.held.append(job)
+                worker.tokens += job.prompt_tokens  # it is still there
+                heappush(worker.held, (worker.passes + job.output_tokens - 1, job.id, job))
             else:
+                worker.requests -= 1
                 self._release(worker, job, at)
+        if worker.held:
+            self._let_go(worker, at)
         if self._on_demand and cut is not None and cut.done < cut.prompt_tokens:
             worker.queue.appendleft(cut)  # nobody else may go on with it
             self._start_prefill(worker, at)
@@ -537,10 +556,39 @@ class Cluster:
         else:
             self._idle(worker, at)
 
+    def _let_go(self, worker: Worker, at: float) -> None:
+        """After a pass: who was kept back for as many as its answer has tokens leaves; the next to, where no place is free."""
+        held = worker.held
+        if len(held) >= self._step_requests:
+            worker.passes = max(worker.passes, held[0][0])
+        while held and held[0][0] <= worker.passes:
+            self._free(worker, at)
+
+    def _free(self, worker: Worker, at: float) -> None:
+        """The next of the prompts that were kept back leaves."""
+        _, _, job = heappop(worker.held)
+        worker.requests -= 1
+        worker.tokens -= job.prompt_tokens
+        self._release(worker, job, at)
+
     def _release(self, worker: Worker, job: Job, at: float) -> None:
         """The prompt's KV cache leaves the prefill worker."""
         if job.gone:
             return
+        if not self._pulled:
+            self._send(worker, job, self._sent(worker, job, at))
+            return
+        target = self._aim(job)
+        if target is None:
+            return
+        if target.boundary_s < _NEVER:
+            target.pulls.append((worker, job))
+            self._hurry(target, at)
+        else:
+            self._arrive(target, job, self._sent(worker, job, at))
+
+    def _sent(self, worker: Worker, job: Job, at: float) -> float:
+        """When a KV cache whose transfer begins now will have left its prefill worker and be at another."""
         occupies = self._transfer_s * job.prompt_tokens
         if self._link == "none":
             sent = at + occupies
@@ -548,31 +596,48 @@ class Cluster:
             sent = worker.link_free_s = max(at, worker.link_free_s) + occupies
         else:
             sent = self._link_free_s = max(at, self._link_free_s) + occupies
-        self._send(worker, job, sent + self._between_s)
+        return sent + self._between_s
 
     def _send(self, sender: Worker, job: Job, at: float) -> None:
         """The KV cache goes to a decode worker, where it is at an instant."""
-        job.reserved = job.prompt_tokens + job.output_tokens
         if self._on_demand:
+            job.reserved = job.prompt_tokens + job.output_tokens
             self._push(at, _READY, sender, job)
             return
+        target = self._aim(job)
+        if target is not None:
+            self._arrive(target, job, at)
+
+    def _aim(self, job: Job) -> Worker | None:
+        """The decode worker of a prefilled request, which counts it from now on; None while no worker is open."""
+        job.reserved = job.prompt_tokens + job.output_tokens
         target = self._route("decode", job)
         if target is None:
             self._stranded_ready.append(job)
-            return
+            return None
         target.requests += 1
         target.tokens += job.reserved
+        return target
+
+    def _arrive(self, target: Worker, job: Job, at: float) -> None:
+        """A KV cache is on its way to a worker, where it is at an instant."""
+        if self._parks:
+            self._park(target, job.prompt_tokens)
         self._push(at, _READY, target, job)
+
+    def _park(self, worker: Worker, tokens: int) -> None:
+        """A sequence's KV cache is there, or no longer, while it is not in the batch: the next step takes another time."""
+        worker.parked += tokens
+        if worker.size:
+            self._hurry(worker, self.now_s)
 
     def _idle(self, worker: Worker, at: float) -> None:
         """The worker has nothing in hand: stop its busy clock; if it was asked to change role, it has drained."""
         if worker.busy_since == worker.busy_since:
             worker.busy_s[worker.role] += at - worker.busy_since
             worker.busy_since = math.nan
-        if worker.held:
-            held, worker.held = worker.held, []
-            for job in held:
-                self._release(worker, job, at)
+        while worker.held:
+            self._free(worker, at)
         if not worker.open and worker.preparing is None and worker.size == 0:
             self._flip(worker, at)
         elif self._on_demand:
@@ -596,12 +661,16 @@ class Cluster:
         if job.gone or not worker.open or worker.role not in ("decode", "mixed"):
             worker.requests -= 1
             worker.tokens -= job.reserved
+            if self._parks:
+                self._park(worker, -job.prompt_tokens)
             if not job.gone:
                 self._send(worker, job, at)
             return
         worker.waiting.append(job)
-        if worker.size == 0 and worker.preparing is None:
-            self._admit(worker, at)
+        if worker.boundary_s == _NEVER:
+            # A boundary now, after all else that happens at this instant: who comes together joins together.
+            worker.t0, worker.lead = at, 0.0
+            self._schedule(worker, 0)
         elif len(worker.waiting) == 1 and self._fits(worker, job):
             self._hurry(worker, at)
 
@@ -681,8 +750,11 @@ class Cluster:
         """At a step boundary: who leaves for want of room, who joins, what else the next step does; then schedule it."""
         lead = 0.0
         first: list[Job] = []
+        if worker.pulls:
+            pulls, worker.pulls = worker.pulls, []
+            for sender, job in pulls:
+                self._arrive(worker, job, self._sent(sender, job, at))
         waiting = worker.waiting
-        budget, joined, again_soon = self._join_tokens, 0, False
         if not (self._preempts and self._preempt(worker)):
             again = 0.0
             while waiting:
@@ -692,18 +764,18 @@ class Cluster:
                     if not self._on_demand:
                         worker.requests -= 1
                         worker.tokens -= job.reserved
+                    if self._parks and not job.made:
+                        worker.parked -= job.prompt_tokens
                     continue
                 if not self._fits(worker, job):
                     break
-                if budget and joined and joined + job.prompt_tokens > budget:
-                    again_soon = True
-                    break
-                joined += job.prompt_tokens
                 waiting.popleft()
                 if self._on_demand:
                     worker.requests += 1
                     worker.tokens += job.reserved
                 self._join(worker, job)
+                if self._parks and not job.made:
+                    worker.parked -= job.prompt_tokens
                 if job.made:
                     context = job.prompt_tokens + job.made
                     again += worker.b * context + worker.c * context * context
@@ -750,11 +822,9 @@ class Cluster:
             n = worker.finishing[0][0] - worker.step
             if self._preempts and size > 1:
                 n = min(n, max(1, int((worker.kv_tokens - worker.base) / size) - worker.step))
-            if again_soon:
-                n = 1
             if bend:
                 n = min(n, max(1, int(bend / (32 * size))))
-                middle = worker.base + size * (worker.step + n / 2)
+                middle = worker.base + worker.parked + size * (worker.step + n / 2)
                 worker.growth *= max(0.0, 1.0 - middle / bend)
         if first:
             end = at + worker.span_s(1)
@@ -768,7 +838,7 @@ class Cluster:
 
     def _one(self, worker: Worker, size: int, base: float) -> float:
         """Seconds of the next step with a batch."""
-        held = base + size * worker.step
+        held = base + size * worker.step + worker.parked
         bend = self._bend
         if bend:
             held = held - held * held / (2 * bend) if held < bend else bend / 2
@@ -910,6 +980,11 @@ class Cluster:
         """Re-route what waits at a worker that is leaving its role; what it has in hand it finishes."""
         begun = [j for j in worker.queue if j.done]
         queued, waiting = [j for j in worker.queue if not j.done], [j for j in worker.waiting if not j.made]
+        pulls, worker.pulls = worker.pulls, []
+        for sender, job in pulls:
+            worker.requests -= 1
+            worker.tokens -= job.reserved
+            self._release(sender, job, self.now_s)
         worker.queue = deque(begun)
         worker.waiting = deque(j for j in worker.waiting if j.made)
         for job in queued:
@@ -919,8 +994,13 @@ class Cluster:
         for job in waiting:
             worker.requests -= 1
             worker.tokens -= job.reserved
+            if self._parks:
+                worker.parked -= job.prompt_tokens
             self._send(worker, job, self.now_s)
         if worker.preparing is None and worker.size == 0 and not worker.queue and not worker.waiting:
+            if worker.boundary_s < _NEVER:  # it was about to admit who has just been sent elsewhere
+                worker.boundary_s = _NEVER
+                self._find_next()
             self._idle(worker, self.now_s)
 
     def _flipped(self, worker: Worker, at: float) -> None:

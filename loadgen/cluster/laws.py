@@ -20,12 +20,16 @@ _CHOICES = {
     "prefill_square": ("prompt", "step"),
     "prefill_release": ("step", "drained"),
     "prefill_route": ("least_tokens", "least_requests", "round_robin", "prefix"),
-    "decode_join": ("free", "budget"),
+    "decode_context": ("batch", "worker"),
     "decode_route": ("least_tokens", "least_requests", "round_robin"),
+    "transfer_begins": ("sent", "pulled"),
     "transfer_link": ("none", "sender", "shared"),
     "kv_policy": ("reserve", "preempt"),
     "discipline": ("queue", "infinite"),
 }
+_RETIRED = (("decode_join", "free"),)
+"""Keys of earlier versions with the value that says what is the case now without them."""
+
 _MAY_BE_ZERO = ("kv_tokens", "knee_batch", "bend_tokens", "cache_tokens")
 
 
@@ -37,19 +41,21 @@ class Profile:
     b_s_per_token sum(n_i) + c_s_per_token2 sum(n_i context_i)``; with prefill_square "step" the last sum is (sum n_i)^2: the
     step's tokens cost what one prompt of as many would. A step takes queued prompts in order while their new
     tokens fit max_batch_tokens and their number max_batch_requests (the first always fits); with ``chunked`` a prompt
-    that does not fit is cut, and goes on in the next step. A prompt leaves after its step, or, with prefill_release
-    "drained", when its worker's queue is empty. cache_tokens: prefix cache of a worker, whole blocks, least
-    recently used first out; 0 is none.
+    that does not fit is cut, and goes on in the next step. A prompt leaves after its step; with prefill_release "drained" it
+    stays for as many steps as its answer has tokens, or until its worker's queue is empty, and counts towards
+    max_batch_requests meanwhile (where no place is free, the next to leave does so at once). cache_tokens: prefix cache of
+    a worker, whole blocks, least recently used first out; 0 is none.
 
     Between the stages: overhead_s is latency that occupies nobody; the KV cache of n tokens takes ``transfer_t0_s +
     transfer_s_per_token n``, the second part one transfer at a time on the link (transfer_link: none, one link a
-    sender, one shared by all).
+    sender, one shared by all). It begins when the prompt leaves its prefill worker, or, with transfer_begins "pulled", when the
+    decode worker's running step has ended.
 
     Decode: a step with B sequences takes ``c0_s + c1_s B + knee_s max(0, B - knee_batch) + c2_s (context tokens)``, with
-    bend_tokens > 0 less and less for each token of context: x - x^2 / (2 bend_tokens) for x, half of bend_tokens beyond it. At
-    most max_batch sequences and, if kv_tokens > 0, at most that many tokens of context. decode_join "budget": in one step
-    sequences join only while their prompts fit max_batch_tokens (the first always does). kv_policy "reserve": prompt and
-    whole answer are reserved at admission; "preempt": only what is there, and when it overflows the latest sequence
+    bend_tokens > 0 less and less for each token of context: x - x^2 / (2 bend_tokens) for x, half of bend_tokens beyond it.
+    The context is that of the batch, with decode_context "worker" also of what is on its way to the worker or waits there.
+    At most max_batch sequences and, if kv_tokens > 0, at most that many tokens of context. kv_policy "reserve": prompt
+    and whole answer are reserved at admission; "preempt": only what is there, and when it overflows the latest sequence
     is put back and recomputed by a prefill step on the decode worker. A worker of role mixed does both in one step:
     the fixed cost once (the larger), the rest added.
 
@@ -71,6 +77,7 @@ class Profile:
     overhead_s: float = 0.0
     transfer_t0_s: float = 0.0
     transfer_s_per_token: float = 0.0
+    transfer_begins: str = "sent"
     transfer_link: str = "none"
     c0_s: float = 0.0
     c1_s: float = 0.0
@@ -81,7 +88,7 @@ class Profile:
     max_batch: int = 1_000_000
     kv_tokens: int = 0
     kv_policy: str = "reserve"
-    decode_join: str = "free"
+    decode_context: str = "batch"
     flip_s: float = 0.0
     prefill_route: str = "least_tokens"
     decode_route: str = "least_requests"
@@ -107,6 +114,8 @@ class Profile:
         known = {f.name: f for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in table.items():
+            if (key, value) in _RETIRED:
+                continue
             if key not in known:
                 raise InputError(f"{where}: unknown key {key[:80]!r}. Known: {', '.join(known)}.")
             kind = str(known[key].type)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadgen.cluster.kernel import Cluster, Job, NextPhase, Switch, first_of, jobs_of, last_of
+from loadgen.cluster.kernel import Cluster, Job, NextPhase, Switch, first_of, jobs_of, last_of, ready_of
 from loadgen.cluster.laws import Profile
 from traces.records import Fleet, Floats, Observations, Sample, Schedule
 
@@ -79,19 +79,22 @@ def _simulated(
     return _result(schedule, jobs, cluster)
 
 
-def token_times(schedule: Schedule, fleet: Fleet, profile: Profile) -> tuple[Floats, Floats]:
-    """(first token, last token) of every request, as :func:`simulate` has them: for who asks thousands of times."""
+def stage_times(schedule: Schedule, fleet: Fleet, profile: Profile) -> tuple[Floats, Floats, Floats]:
+    """(KV cache at the decode worker, first token, last token) of every request, as :func:`simulate` has them.
+
+    For who asks thousands of times.
+    """
     if profile.discipline == "infinite":
         rows = _infinite(schedule, profile).observations
-        return rows.first_token_s, rows.last_token_s
+        return rows.first_token_s - profile.c0_s, rows.first_token_s, rows.last_token_s
     with _no_collection():
         return _timed(schedule, Cluster(profile, fleet, block_tokens=schedule.block_tokens))
 
 
-def _timed(schedule: Schedule, cluster: Cluster) -> tuple[Floats, Floats]:
+def _timed(schedule: Schedule, cluster: Cluster) -> tuple[Floats, Floats, Floats]:
     jobs = _jobs(schedule)
     cluster.run(jobs)
-    return _ends(jobs)
+    return np.array(ready_of(jobs), dtype=float), *_ends(jobs)
 
 
 def _ends(jobs: list[Job]) -> tuple[Floats, Floats]:
