@@ -212,9 +212,7 @@ class Worker:
         self.queue: deque[Job] = deque()
         self.preparing: list[Job] | None = None  # the prompts in the present step, first to last
         self.batch_tokens = 0  # their new tokens
-        self.held: list[
-            tuple[int, int, Job]
-        ] = []  # prefilled, kept back: heap of (the pass it leaves after, job id, job)
+        self.held: list[tuple[int, int, Job]] = []  # prefilled, kept back: heap of (pass it leaves after, job id, job)
         self.passes = 0  # prefill steps, and those without a prompt that were passed over
         self.link_free_s = 0.0
         # decode
