@@ -47,6 +47,10 @@ class Reply:
             return None
 
 
+class RefusedError(EndpointError):
+    """Nobody listens there."""
+
+
 class Endpoint:
     """A server under test, asked outside the load. Every failure is an EndpointError of one line."""
 
@@ -101,7 +105,7 @@ class Endpoint:
         except ConnectionRefusedError:
             proxy = f"--proxy {shown(host)}:{port}", "proxy", "--proxy"
             asked, what, other = proxy if where.proxy else (self.shown, "server", "--endpoint")
-            raise EndpointError(f"{asked}: connection refused. Start the {what}, or give another {other}.") from None
+            raise RefusedError(f"{asked}: connection refused. Start the {what}, or give another {other}.") from None
         except ssl.SSLError as error:
             raise EndpointError(
                 f"{self.shown}: TLS failed ({tls_words(error)}). Give --ca-file FILE, --cert FILE if it asks for the client's, "

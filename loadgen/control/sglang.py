@@ -8,12 +8,14 @@ with, so that a change only registers and deregisters them. A worker taken out f
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loadgen.control import ROLES, Bounds, Connect, Endpoint, LostError, Standing, Steps, members, refused
+from loadgen.control.endpoint import RefusedError
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
 
@@ -193,11 +195,12 @@ class SGLang:
             while True:
                 gone = not any(w["url"] == worker.url for w in self._listed())
                 held = self._held(worker) if gone else 1.0
-                if gone and not held:
+                if gone and held == 0:
                     return
                 if time.monotonic() > until:
+                    what = f"it still holds {held:g} requests" if held >= 0 else "its /metrics do not answer"
                     raise LostError(
-                        f"{worker.url}: it does not drain: it still holds {held:g} requests {self._drain_s:g} s after it was "
+                        f"{worker.url}: it does not drain: {what} {self._drain_s:g} s after it was "
                         "taken out of the router. Look at its log, or set drain_s higher."
                     )
                 time.sleep(0.1)
@@ -205,13 +208,15 @@ class SGLang:
         return f"DELETE {self._router.shown}/workers: take out {worker.url} ({role}), wait until it is idle", step
 
     def _held(self, worker: Worker) -> float:
-        """Requests that a worker still holds by its own metrics; 0 where it has none or is gone."""
+        """Requests that a worker still holds by its own metrics; 0 where it has none or is gone, NaN where they fail."""
         try:
             reply = self._engine(worker.url).fetch("GET", "/metrics", timeout_s=5.0)
+        except RefusedError:
+            return 0.0
         except EndpointError:
-            return 0.0
+            return math.nan
         if reply.status != 200:
-            return 0.0
+            return 0.0 if reply.status in (404, 405, 501) else math.nan
         held: dict[str, float] = {}
         for line in reply.text.splitlines():
             name = line.partition("{")[0].removeprefix("sglang:")
