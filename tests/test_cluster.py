@@ -709,6 +709,7 @@ def test_a_fitted_profile_with_numpy_numbers_is_written_as_plain_ones(tmp_path: 
         ("name = 'x'\nc0_s = 1.0\nworker_speed = [1, 0]\n", "worker_speed must be a list of numbers above 0"),
         ("name = 'x'\nc0_s = 1.0\nmax_batch = 0\n", "max_batch must be a whole number above 0"),
         ("name = 'x'\nc0_s = 1.0\nspeed = 3\n", "unknown key 'speed'"),
+        ("name = 'x'\nc0_s = 1.0\ndecode_join = 'budget'\n", "unknown key 'decode_join'"),
         ("name = 'x'\nc0_s = 1.0\nprefill_route = 'magic'\n", "prefill_route must be one of"),
         ("name = \n", "not a TOML file"),
     ],
@@ -722,6 +723,13 @@ def test_a_profile_that_makes_no_sense_is_one_line(text: str, words: str, tmp_pa
     assert "p.toml" in str(caught.value)
     with pytest.raises(InputError, match="neither a shipped one"):
         Profile.load("nope")
+
+
+def test_a_profile_of_an_earlier_version_says_what_is_the_case_now_anyway(tmp_path: Path) -> None:
+    """Laws in a stored policy may have the key of a rule that is gone, with the value that means without it."""
+    path = tmp_path / "p.toml"
+    path.write_text(Profile.load("demo").to_toml() + 'decode_join = "free"\n')
+    assert Profile.load(path) == Profile.load("demo")
 
 
 def test_the_demo_profile_stays_below_its_ceiling() -> None:

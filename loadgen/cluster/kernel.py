@@ -757,23 +757,20 @@ class Cluster:
             again = 0.0
             while waiting:
                 job = waiting[0]
+                if not job.gone and not self._fits(worker, job):
+                    break
+                waiting.popleft()
+                if self._parks and not job.made:
+                    worker.parked -= job.prompt_tokens
                 if job.gone:
-                    waiting.popleft()
                     if not self._on_demand:
                         worker.requests -= 1
                         worker.tokens -= job.reserved
-                    if self._parks and not job.made:
-                        worker.parked -= job.prompt_tokens
                     continue
-                if not self._fits(worker, job):
-                    break
-                waiting.popleft()
                 if self._on_demand:
                     worker.requests += 1
                     worker.tokens += job.reserved
                 self._join(worker, job)
-                if self._parks and not job.made:
-                    worker.parked -= job.prompt_tokens
                 if job.made:
                     context = job.prompt_tokens + job.made
                     again += worker.b * context + worker.c * context * context
