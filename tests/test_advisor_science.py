@@ -16,8 +16,8 @@ from advisor.features import RunData
 from advisor.model import METRICS, fit_laws, load_of, reach
 from advisor.recommend import break_even, conformal, recommend
 from advisor.screen import Traffic, goodput, survivors
-from advisor.study import proposals, values
-from benchmarks.advisor import solve
+from advisor.study import proposals, quiet, values
+from benchmarks.advisor import probe, solve, would_say
 from benchmarks.worlds import draw, sweep
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, measured, three_runs
@@ -37,6 +37,26 @@ def test_the_advice_loses_little_in_a_world_it_was_not_told(seed: int) -> None:
     assert not row["refused"]
     assert row["regret"] <= 0.05
     assert row["regret"] <= row["baselines"]["1:3"]
+
+
+def test_a_split_that_doubt_alone_rules_out_keeps_the_answer_open() -> None:
+    """No run loaded decode, every draw doubts it, the laws themselves would load it: not sure, and it is measured next.
+
+    With that run the answer loses little; sure after two runs it lost 13 %.
+    """
+    world = draw(192)
+    command, data = quiet(world.asked, world.gpus), []
+    for number in (1, 2):
+        data.append(probe(world, command, number))
+        answer = would_say(data, world.asked, gpus=world.gpus, slo=world.slo, draws=15, seed=world.seed)
+        command = answer.next_probe
+    assert not answer.sure
+    assert "a decode worker was never seen" in command["why"]
+    data.append(probe(world, command, 3))
+    answer = would_say(data, world.asked, gpus=world.gpus, slo=world.slo, draws=15, seed=world.seed)
+    good = {fleet: summary.goodput_per_s for fleet, summary in sweep(world).items()}
+    assert not answer.refused
+    assert good[answer.best.fleet] >= 0.97 * max(good.values())
 
 
 @pytest.mark.parametrize("seed", range(8))
