@@ -97,9 +97,10 @@ class Spool:
     def _write(self, value: dict[str, Any]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            line = json.dumps(value, allow_nan=False) + "\n"
+            line = json.dumps(value, allow_nan=False).encode() + b"\n"
             for k in itertools.count():
-                with self._file(k).open("a", encoding="utf-8") as file:
+                # Without a buffer: closed on a full disk, that would write on in the room that was just made.
+                with self._file(k).open("ab", buffering=0) as file:
                     try:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
@@ -107,8 +108,9 @@ class Spool:
                     if os.fstat(file.fileno()).st_nlink:  # else it was loaded and removed meanwhile
                         begun = os.fstat(file.fileno()).st_size
                         try:
-                            file.write(line)
-                            file.flush()
+                            left = memoryview(line)
+                            while left:
+                                left = left[file.write(left) :]
                         except OSError:
                             with contextlib.suppress(OSError):
                                 os.ftruncate(file.fileno(), begun)  # no half line on a full disk

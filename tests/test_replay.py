@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -571,6 +572,25 @@ def test_rows_that_neither_database_nor_disk_takes_wait_in_memory(
         writer.put(held_rows(4))
     with pytest.raises(StoreError, match="4 rows of run 1 are lost"):
         writer.settle(run, 0.0)
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_no_later_line(store: Store) -> None:
+    """What was written of a line is taken back whole: half of one would have swallowed the next, when there is space again."""
+    run, rows = begun(store), held_rows(4)
+    spool = Spool(store, run.id)
+    spool.add_observations(rows.take(np.array([0])))
+    held = spool.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(held) + 300, hard))  # as a full disk: some of the line fits
+    try:
+        with pytest.raises(StoreError, match="cannot be kept on disk either"):
+            spool.add_observations(rows.take(np.array([1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert spool.path.read_bytes() == held
+    spool.add_observations(rows.take(np.array([1, 2, 3])))
+    assert spool.load(store) == 4
+    assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
 
 
 def test_two_processes_share_a_spool_without_loss(store: Store, swarm: Swarm, endpoint: str, tmp_path: Path) -> None:
