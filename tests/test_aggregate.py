@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.store
+import traces.transfer
 from advisor import compare, model, report
 from advisor.cli import main
 from advisor.features import RunData, decode_rows, load_quantiles, quiet_rows
@@ -27,7 +30,7 @@ from tests.test_store import a_run, same, same_run, some_rows
 from traces import aggregate
 from traces.errors import InputError
 from traces.measures import Figures, Slo, lag_by_worker, parts_of, summarise, ttft_parts
-from traces.records import Fleet, FleetChange, Observations, Sample, Schedule
+from traces.records import Decision, Fleet, FleetChange, Histogram, Observations, Sample, Schedule
 from traces.shape import head
 from traces.store import open_store
 from traces.transfer import export_runs, import_runs
@@ -382,6 +385,36 @@ def test_runs_go_from_one_database_to_another_without_loss(any_url: str, tmp_pat
         assert other.samples(new) == store.samples(run.id)
         assert repr(other.fleet_changes(new)) == repr(store.fleet_changes(run.id))
         assert len(other.runs()) == 2
+        # An import that was broken off, asked about before it was done again: what was said of half a run is not kept.
+        with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
+            connection.execute('delete from observations where "index" >= 200')
+            connection.commit()
+        assert other.figures(other.run(new)).n == 200
+        import_runs(other, tmp_path / "out")
+        assert repr(other.figures(other.run(new))) == repr(store.figures(run))
     (tmp_path / "out" / "samples.parquet").write_bytes(b"PAR1 not at all")
     with open_store(any_url) as store, pytest.raises(InputError, match="cannot be read"):
         import_runs(store, tmp_path / "out")
+
+
+def test_rows_without_a_key_come_over_whole(any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions and histograms of runs that lie across two pieces of the file: all, in order, once, also those that lack."""
+    monkeypatch.setattr(traces.transfer, "PIECE_ROWS", 3)
+    with open_store(any_url) as store, open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
+        ids = [store.end_run(store.begin_run(a_run())).id for _ in range(2)]
+        for i in ids:
+            for k in range(4):
+                store.add_decision(i, Decision(k, k, "hold", Fleet(1, 1), None, f"{i} {k}", 1), "c", 1000.0)
+            held = [Histogram("w", "decode", f"h{k}", "s", 1.0, 2.0, ((math.inf, 1.0),)) for k in range(4)]
+            store.add_histograms(i, held)
+        export_runs(store, ids, tmp_path / "out")
+        for _ in range(2):
+            there = import_runs(other, tmp_path / "out")
+            for i in ids:
+                assert other.decisions(there[i]) == store.decisions(i)
+                assert other.histograms(there[i]) == store.histograms(i)
+            with closing(
+                sqlite3.connect(tmp_path / "other.db")
+            ) as connection:  # the next one has to go on in the middle
+                connection.execute("delete from decisions where id in (4, 7, 8)")
+                connection.commit()

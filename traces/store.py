@@ -1135,17 +1135,27 @@ class Store:
 
         return self._write(write)
 
-    def restore(self, table: str, piece: Mapping[str, Sequence[Any]]) -> None:
-        """Store rows of runs that were dumped; those that are there stay as they are."""
+    def restore(self, table: str, piece: Mapping[str, Sequence[Any]], passed: Mapping[int, int]) -> None:
+        """Store rows of runs that were dumped; those that are there stay as they are.
+
+        passed: run -> its rows in the pieces before this one. A table whose rows have no key goes by their place in the run.
+        """
         t = metadata.tables[table]
         rows = _rows_of(t, piece)
+        ids = {row["run_id"] for row in rows}
 
         def write(connection: sa.Connection) -> None:
             fresh = rows
-            if not any(i.unique for i in t.indexes) and "id" in t.c:  # without a key of its own: of runs that have none
-                ids = {row["run_id"] for row in rows}
-                full = set(connection.execute(sa.select(t.c.run_id).where(t.c.run_id.in_(ids)).distinct()).scalars())
-                fresh = [row for row in rows if row["run_id"] not in full]
+            if t is observations:  # what was kept of these runs, perhaps while they were only half here, holds no more
+                connection.execute(summaries.delete().where(summaries.c.run_id.in_(ids)))
+            if not any(i.unique for i in t.indexes) and "id" in t.c:
+                count = sa.select(t.c.run_id, sa.func.count()).where(t.c.run_id.in_(ids)).group_by(t.c.run_id)
+                there = {run_id: int(n) for run_id, n in connection.execute(count)}
+                place, fresh = Counter(passed), []
+                for row in rows:
+                    place[row["run_id"]] += 1
+                    if place[row["run_id"]] > there.get(row["run_id"], 0):
+                        fresh.append(row)
             if fresh:
                 connection.execute(_once(connection, t), fresh)
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from traces.errors import InputError
 from traces.store import OF_A_RUN, Store
+
+PIECE_ROWS = 20_000
+"""Rows of a file that are stored at once."""
 
 
 def _arrow() -> tuple[Any, Any]:
@@ -61,17 +65,19 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
             wanted = set(store.columns(table))
             if table not in ("runs", "observations") and not (folder / f"{table}.parquet").exists():
                 continue  # an older steelyard had no such table
+            passed: Counter[int] = Counter()
             with pq.ParquetFile(folder / f"{table}.parquet") as file:
                 unknown = set(file.schema_arrow.names) - wanted
                 if unknown:
                     raise InputError(f"{folder}/{table}.parquet: has columns of a newer steelyard: {sorted(unknown)}.")
-                for batch in file.iter_batches(batch_size=20_000):
+                for batch in file.iter_batches(batch_size=PIECE_ROWS):
                     piece: dict[str, list[Any]] = batch.to_pydict()
                     if table == "runs":
                         ids.update(zip(piece["id"], store.restore_runs(piece), strict=True))
                     else:
                         piece["run_id"] = [ids[i] for i in piece["run_id"]]
-                        store.restore(table, piece)
+                        store.restore(table, piece, passed)
+                        passed.update(piece["run_id"])
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
