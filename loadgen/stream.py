@@ -367,7 +367,8 @@ def _content(choice: dict[str, Any]) -> bool:
 
 
 def _count(value: Any, otherwise: int) -> int:
-    return value if type(value) is int and 0 <= value < 2**53 else otherwise
+    # Of more than a column of the database holds, all rows that came with this one would be refused.
+    return value if type(value) is int and 0 <= value < 2**31 else otherwise
 
 
 def _is_json(payload: bytes) -> bool:

@@ -176,7 +176,7 @@ def _facts(told: Mapping[str, str], n: int) -> dict[str, Any]:
             value = facts.pop(name, None)
             if name.endswith("_worker"):
                 held[name][int(i)] = printable(str(value)) if value is not None else ""
-            elif isinstance(value, (int, float)):
+            elif isinstance(value, (int, float)) and abs(value) < 2**31:  # what the columns hold, and no NaN
                 held[name][int(i)] = value
         held["facts"][int(i)] = json.dumps(facts, separators=(",", ":")) if facts else ""
     return held

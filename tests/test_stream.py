@@ -106,6 +106,8 @@ def test_a_token_counts_when_its_event_is_complete() -> None:
         (b"data: " + b"[" * 200_000 + b"\n\n", (0, -1, -1, False, "malformed", "not a JSON object: " + "[" * 181)),
         # usage that lies about its type is no usage
         (event(text("a", "stop") | {"usage": {"prompt_tokens": "7", "completion_tokens": -1}}), (1, -1, -1, True, "", "")),
+        # more than a column of the database holds
+        (event(text("a", "stop") | {"usage": usage(2**31 - 1, 2**31)}), (1, 2**31 - 1, -1, True, "", "")),
         # [DONE] with blanks, and without its blank line
         (event(text("a")) + b"data: [DONE] \n\n", (1, -1, -1, True, "", "")),
         (event(text("a")) + b"data: [DONE]", (1, -1, -1, True, "", "")),

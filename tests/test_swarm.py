@@ -344,6 +344,22 @@ def test_what_servers_said_survives_the_journey() -> None:
     assert unpack(no_facts, asked, 1, 9.0).facts.tolist() == [""] * 5
 
 
+def test_a_number_that_no_column_holds_costs_the_fact_alone() -> None:
+    """A server that says it had 10**30 tokens in its cache ends no run, and keeps no row out of the database."""
+    asked = schedule(2, 1.0)
+    nan = float("nan")
+    facts = [{"cached_tokens": 10**30, "queue_s": 10**400, "rank": 2}, {"cached_tokens": 2**31, "prefill_s": 0.5}]
+    rows = [
+        Row(k, 10.0, nan, nan, nan, 11.0, -1, -1, 0, nan, 200, "ok", "", "", 0, nan, told)
+        for k, told in enumerate(facts)
+    ]
+    found = unpack(pack(rows), asked, 1, 9.0)
+    assert found.cached_tokens.tolist() == [-1, -1]
+    assert np.isnan(found.queue_s).all()
+    assert found.prefill_s[1] == 0.5
+    assert found.facts.tolist() == ['{"rank":2}', ""]
+
+
 def test_rows_of_pieces_are_rows_of_the_schedule() -> None:
     """A message over pieces is the message over the whole; who is not heard of any more ends with what was asked."""
     whole = schedule(50, 10.0)
