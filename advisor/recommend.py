@@ -1,9 +1,10 @@
 """Which fleet: simulate every split on the trace with the fitted laws, decide by what is sure, say what is not.
 
-The decision (lexicographic): the goodput within 1 % of the best, by its lower bound and by its value; then the P99 E2E within
-5 % of the smallest, and of those the goodput within 1 % of the best with either role a twentieth slower; then the fewest GPUs;
-then nearest to the fleet that runs. Without the second step a tie at low load would pick an absurd edge split; without the third
-one, of a plateau of splits, that which a small error of the laws has fall off it.
+The decision (lexicographic): the constraints on quantiles, where there are any, are met; the goodput within 1 % of the best, by
+its lower bound and by its value; then the P99 E2E within 5 % of the smallest, and of those the goodput within 1 % of the best
+with either role a twentieth slower; then the fewest GPUs; then nearest to the fleet that runs. Without the third step a tie at
+low load would pick an absurd edge split; without the fourth one, of a plateau of splits, that which a small error of the laws
+has fall off it. A fleet that misses a constraint is compared by :func:`traces.measures.worth_per_s`, in draws as well.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy import special
@@ -24,9 +25,9 @@ from advisor.parallel import at_once, shared
 from advisor.screen import survivors
 from advisor.study import proposals, quiet, values
 from advisor.telling import Note, silent
-from loadgen.cluster import Profile, simulate
+from loadgen.cluster import Profile, SimResult, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
-from traces.measures import Slo, Summary, goodput_per_s, meets, summarise
+from traces.measures import Slo, Summary, kept, meets, summarise, worth_per_s
 from traces.records import Fleet, Floats, Observations, Schedule
 from traces.shape import scale_rate, scale_tokens
 
@@ -83,6 +84,28 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """A fleet under some laws. meets: the SLO. kept: how nearly its constraints are (:func:`traces.measures.kept`)."""
+
+    summary: Summary
+    utilisation: dict[str, float]
+    meets: bool
+    kept: float
+
+    @classmethod
+    def of(cls, result: SimResult, slo: Slo, attainment: float) -> Self:
+        """What came of a simulation."""
+        rows = result.observations
+        summary = summarise(rows, slo)
+        return cls(summary, result.utilisation, meets(summary, rows, slo, attainment), kept(rows, slo))
+
+    @property
+    def worth_per_s(self) -> float:
+        """Goodput, less by as much as a constraint is missed."""
+        return self.summary.goodput_per_s * self.kept
+
+
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """One fleet, predicted. figures: one Interval for each of METRICS. attainment: share of requests within the SLO.
@@ -90,7 +113,8 @@ class Candidate:
     wins: share of the draws in which it has the most goodput. feasible: it meets the SLO at the point estimate.
     prefill_load, decode_batch, decode_tokens_per_s: predicted utilisation of prefill, sequences per decode worker, output tokens
     a second that each gives. extrapolated: why the
-    figures lie outside what the runs have shown, or "". stressed: goodput with either role slower by STRESS (NaN: no).
+    figures lie outside what the runs have shown, or "". stressed: worth with either role slower by STRESS (NaN: no).
+    kept: how nearly the SLO's constraints are, 1 where they are met or there is none.
     """
 
     fleet: Fleet
@@ -104,6 +128,17 @@ class Candidate:
     decode_tokens_per_s: float = 0.0
     extrapolated: str = ""
     stressed: float = math.nan
+    kept: Interval = Interval(1.0, 1.0, 1.0)
+
+    @property
+    def worth_per_s(self) -> float:
+        """Goodput, less by as much as a constraint is missed."""
+        return self.figures["goodput_per_s"].value * self.kept.value
+
+    @property
+    def worth_low_per_s(self) -> float:
+        """The same by the lower bounds."""
+        return self.figures["goodput_per_s"].low * self.kept.low
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +213,7 @@ class Recommendation:
                 "utilisation": candidate.utilisation,
                 "wins": candidate.wins,
                 "meets_slo": candidate.feasible,
+                "constraints_kept": asdict(candidate.kept),
                 "prefill_load": candidate.prefill_load,
                 "decode_batch": candidate.decode_batch,
                 "extrapolated": candidate.extrapolated,
@@ -268,14 +304,12 @@ def recommend(
 
     whole = _window(schedule, POINT_REQUESTS)
     window = _window(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
-    points: dict[Fleet, tuple[Summary, dict[str, float], bool]] = {}
+    points: dict[Fleet, Simulated] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
 
-    def point(fleet: Fleet) -> tuple[tuple[Summary, dict[str, float], bool], dict[str, float]]:
+    def point(fleet: Fleet) -> tuple[Simulated, dict[str, float]]:
         result = simulate(whole, fleet, fit.profile)
-        summary = summarise(result.observations, slo)
-        kept = meets(summary, result.observations, slo, attainment)
-        return (summary, result.utilisation, kept), _between(result.observations, slo, parts)
+        return Simulated.of(result, slo, attainment), _between(result.observations, slo, parts)
 
     for done in range(0, len(fleets), at_once()):
         note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
@@ -283,45 +317,44 @@ def recommend(
         for fleet, (found, between) in zip(some, shared(point, some), strict=True):
             points[fleet], sampled[fleet] = found, between
     note("splits", len(fleets), len(fleets), _splits_found(points, slo))
-    top = max(s.goodput_per_s for s, _, _ in points.values())
-    asks = {fleet: points[fleet][0].output_tokens_per_s / fleet.decode for fleet in fleets}
+    top = max(p.worth_per_s for p in points.values())
+    asks = {fleet: points[fleet].summary.output_tokens_per_s / fleet.decode for fleet in fleets}
     most = max(asks[f] for f in _contenders(points, fleets))
     laws = fit.draws(np.random.default_rng(seed), draws, most)
     likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     # Theory may be wrong where a simulation of the laws themselves is not.
-    likely = [f for f in fleets if f in likely or points[f][0].goodput_per_s >= 0.9 * top]
+    likely = [f for f in fleets if f in likely or points[f].worth_per_s >= 0.9 * top]
     # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay.
     by_point = sorted(
-        likely, key=lambda f: (-round(points[f][0].goodput_per_s / max(top, 1e-12), 2), _p99(points[f][0]))
+        likely, key=lambda f: (-round(points[f].worth_per_s / max(top, 1e-12), 2), _p99(points[f].summary))
     )
     likely = [f for f in fleets if f in by_point[:LIKELY]]
     short = _window(window, SCREENED_REQUESTS)
     windows = {fleet: window if fleet in likely else short for fleet in fleets}
     anchors = {
-        fleet: points[fleet][0]
+        fleet: points[fleet]
         if len(windows[fleet]) == len(whole)
-        else summarise(simulate(windows[fleet], fleet, fit.profile).observations, slo)
+        else Simulated.of(simulate(windows[fleet], fleet, fit.profile), slo, attainment)
         for fleet in fleets
     }
-    drawn: dict[Fleet, list[tuple[Summary, dict[str, float]]]] = {fleet: [] for fleet in fleets}
+    drawn: dict[Fleet, list[Simulated]] = {fleet: [] for fleet in fleets}
 
-    def draw(i: int) -> dict[Fleet, tuple[Summary, dict[str, float]]]:
-        made = {}
-        for fleet in fleets:
-            if fleet in likely or i < SCREEN_DRAWS:
-                result = simulate(windows[fleet], fleet, laws[i])
-                made[fleet] = summarise(result.observations, slo), result.utilisation
-        return made
+    def draw(i: int) -> dict[Fleet, Simulated]:
+        return {
+            fleet: Simulated.of(simulate(windows[fleet], fleet, laws[i]), slo, attainment)
+            for fleet in fleets
+            if fleet in likely or i < SCREEN_DRAWS
+        }
 
     offered = offered_per_s(schedule)
 
     def served() -> Floats:
-        """[draws so far, likely] goodput, as of all the requests: a draw's window may suit one split more than they do."""
+        """[draws so far, likely] worth, as of all the requests: a draw's window may suit one split more than they do."""
         columns = []
         for fleet in likely:
-            beside = anchors[fleet].goodput_per_s
-            factor = points[fleet][0].goodput_per_s / beside if beside > 0 else 1.0
-            columns.append([min(factor * s.goodput_per_s, offered) for s, _ in drawn[fleet]])
+            beside = anchors[fleet].worth_per_s
+            factor = points[fleet].worth_per_s / beside if beside > 0 else 1.0
+            columns.append([min(factor * one.worth_per_s, offered) for one in drawn[fleet]])
         return np.array(columns).T
 
     for done in range(0, len(laws), at_once()):
@@ -334,22 +367,23 @@ def recommend(
     best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
     candidates = []
     for fleet in fleets:
-        summary, utilisation, feasible = points[fleet]
+        held = points[fleet]
         load = predicted_load(fit, schedule, fleet)
         wins = float((best_of_draw == likely.index(fleet)).mean()) if draws and fleet in likely else 0.0
         candidates.append(
             Candidate(
                 fleet=fleet,
-                figures=_figures(summary, anchors[fleet], utilisation, drawn[fleet], fit, schedule, sampled[fleet]),
-                attainment=summary.attainment,
-                utilisation=utilisation,
+                figures=_figures(held, anchors[fleet].summary, drawn[fleet], fit, schedule, sampled[fleet]),
+                attainment=held.summary.attainment,
+                utilisation=held.utilisation,
                 wins=wins if draws else float("nan"),
-                feasible=feasible,
+                feasible=held.meets,
                 prefill_load=load.prefill,
                 decode_batch=load.batch,
                 decode_tokens_per_s=asks[fleet],
                 extrapolated=fit.outside(load),
                 stressed=stressed(window, fleet, fit.profile, slo) if fleet in likely else math.nan,
+                kept=_kept(held, anchors[fleet], drawn[fleet]),
             )
         )
     ranked = rank([c for c in candidates if c.fleet in likely], current, gpus_per_worker)
@@ -381,6 +415,10 @@ def recommend(
     refused = refusal(best.fleet, regret, unseen, excess, len(usable))
     if best.extrapolated:
         warnings.append(f"{best.fleet}: {best.extrapolated}")
+    if best.kept.low < 1 <= best.kept.value:
+        warnings.append(
+            f"{best.fleet} may miss {slo}: in one draw of twenty a quantile is {1 / max(best.kept.low, 1e-3):.3g} times its limit"
+        )
     if draws and best.wins < 0.8 and runner_up and runner_up.wins > 0:
         warnings.append(
             f"{best.fleet} has the most goodput in {best.wins:.0%} of the draws, {runner_up.fleet} in "
@@ -392,10 +430,9 @@ def recommend(
             f"intervals rest on {len(usable)} runs: laws drawn from what the runs allow, coverage not yet calibrated "
             f"(that takes {CALIBRATED_RUNS} runs)"
         )
-    goodput = {f: points[f][0].goodput_per_s for f in fleets}
     rules = [
-        replace(one, regret=1 - goodput[one.fleet] / top if top > 0 else math.nan)
-        for one in baselines(usable, schedule, fleets, fit.profile, slo)
+        replace(one, regret=1 - points[one.fleet].worth_per_s / top if top > 0 else math.nan)
+        for one in baselines(usable, schedule, fleets, fit.profile, slo.as_limits)
     ]
     answer = Recommendation(
         strategy="static",
@@ -447,14 +484,14 @@ def _laws_found(fit: Fit) -> str:
     )
 
 
-def _splits_found(points: dict[Fleet, tuple[Summary, dict[str, float], bool]], slo: Slo, how: str = "") -> str:
+def _splits_found(points: dict[Fleet, Simulated], slo: Slo, how: str = "") -> str:
     """The split with the most goodput, and the one behind it."""
     if not points:
         return ""
-    first, *rest = sorted(points, key=lambda f: -points[f][0].goodput_per_s)
-    behind = f", then {rest[0]} with {points[rest[0]][0].goodput_per_s:.3g}" if rest else ""
+    first, *rest = sorted(points, key=lambda f: -points[f].worth_per_s)
+    behind = f", then {rest[0]} with {points[rest[0]].summary.goodput_per_s:.3g}" if rest else ""
     most = f"serves most {how}".strip()
-    return f"{first} {most}, {points[first][0].goodput_per_s:.3g} req/s within {slo}{behind}"
+    return f"{first} {most}, {points[first].summary.goodput_per_s:.3g} req/s within {slo}{behind}"
 
 
 def _draws_found(goodputs: Floats, likely: Sequence[Fleet]) -> str:
@@ -519,7 +556,7 @@ def break_even(schedule: Schedule, best: Fleet, other: Fleet, laws: Profile, slo
         return scale_rate(window, factor)
 
     def ahead(shaped: Schedule) -> bool:
-        mine, theirs = (goodput_per_s(simulate(shaped, f, laws).observations, slo) for f in (best, other))
+        mine, theirs = (worth_per_s(simulate(shaped, f, laws).observations, slo) for f in (best, other))
         return theirs > 1.002 * mine
 
     found: dict[str, float | None] = {}
@@ -542,10 +579,11 @@ def rank(candidates: Sequence[Candidate], current: Fleet | None, gpus_per_worker
     left = list(candidates)
     ranked = []
     while left:
-        top = max(c.figures["goodput_per_s"].low for c in left)
-        near = [c for c in left if c.figures["goodput_per_s"].low >= top * (1 - NEAR)]
-        most = max(c.figures["goodput_per_s"].value for c in near)
-        near = [c for c in near if c.figures["goodput_per_s"].value >= most * (1 - NEAR)]
+        near = [c for c in left if c.kept.value >= 1] or left
+        top = max(c.worth_low_per_s for c in near)
+        near = [c for c in near if c.worth_low_per_s >= top * (1 - NEAR)]
+        most = max(c.worth_per_s for c in near)
+        near = [c for c in near if c.worth_per_s >= most * (1 - NEAR)]
 
         least = min(_p99_of(c) for c in near)
         near = [c for c in near if _p99_of(c) <= least * (1 + TOLD)]
@@ -568,16 +606,25 @@ def _p99_of(c: Candidate) -> float:
 
 
 def _firm(c: Candidate) -> float:
-    return c.stressed if math.isfinite(c.stressed) else c.figures["goodput_per_s"].value
+    return c.stressed if math.isfinite(c.stressed) else c.worth_per_s
 
 
 def stressed(schedule: Schedule, fleet: Fleet, laws: Profile, slo: Slo) -> float:
-    """Goodput with the laws' prefill slower by STRESS and with their decode slower, mean of the two."""
+    """What is left of its worth with the laws' prefill slower by STRESS and with their decode slower, mean of the two."""
     found = []
     for names in (("a_s", "b_s_per_token", "c_s_per_token2"), ("c0_s", "c1_s", "c2_s", "knee_s")):
         slower = replace(laws, **{name: getattr(laws, name) * STRESS for name in names})
-        found.append(goodput_per_s(simulate(schedule, fleet, slower).observations, slo))
+        found.append(worth_per_s(simulate(schedule, fleet, slower).observations, slo))
     return float(np.mean(found))
+
+
+def _kept(point: Simulated, anchor: Simulated, draws: Sequence[Simulated]) -> Interval:
+    """How nearly the constraints are kept, over the draws. anchor: as in :func:`_figures`."""
+    if not draws:
+        return Interval(point.kept, point.kept, point.kept)
+    factor = point.kept / anchor.kept if anchor.kept > 0 else 1.0
+    low, high = np.quantile([min(1.0, factor * one.kept) for one in draws], [0.05, 0.95])
+    return Interval(point.kept, min(point.kept, float(low)), max(point.kept, float(high)))
 
 
 def data_hash(data: Sequence[RunData]) -> str:
@@ -656,10 +703,9 @@ def offered_per_s(schedule: Schedule) -> float:
 
 
 def _figures(
-    point: Summary,
+    point: Simulated,
     anchor: Summary,
-    utilisation: dict[str, float],
-    draws: Sequence[tuple[Summary, dict[str, float]]],
+    draws: Sequence[Simulated],
     fit: Fit,
     schedule: Schedule,
     sampled: Mapping[str, float],
@@ -671,11 +717,11 @@ def _figures(
     that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature.
     """
     offered = offered_per_s(schedule)
-    busiest = max(utilisation["prefill"], utilisation["decode"])
+    busiest = max(point.utilisation["prefill"], point.utilisation["decode"])
     figures = {}
     for name in METRICS:
-        value, beside = float(getattr(point, name)), float(getattr(anchor, name))
-        drawn = np.array([getattr(d, name) for d, _ in draws], dtype=float)
+        value, beside = float(getattr(point.summary, name)), float(getattr(anchor, name))
+        drawn = np.array([getattr(one.summary, name) for one in draws], dtype=float)
         drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
         rate = name.endswith("per_s")
         if not math.isfinite(value) or value <= 0 or len(drawn) < 3:
@@ -696,8 +742,8 @@ def _figures(
         if rate:
             high = max(value, min(high, offered))
         figures[name] = Interval(value, low, high)
-    for role, value in utilisation.items():
-        shares = np.array([u[role] for _, u in draws if math.isfinite(u[role])])
+    for role, value in point.utilisation.items():
+        shares = np.array([one.utilisation[role] for one in draws if math.isfinite(one.utilisation[role])])
         if len(shares) < 3 or not math.isfinite(value):
             figures[f"utilisation_{role}"] = Interval(value, 0.0, 1.0)
             continue
@@ -816,8 +862,8 @@ def _unseen(
 
 def _near(candidates: Sequence[Candidate], best: Candidate) -> list[Candidate]:
     """The answer, and what may win instead: in a draw, or under the fitted laws, where draws doubt a stage that no run loaded."""
-    more = best.figures["goodput_per_s"].value * (1 + NEAR)
-    return [c for c in candidates if c is best or c.wins > 0 or c.figures["goodput_per_s"].value > more]
+    more = best.worth_per_s * (1 + NEAR)
+    return [c for c in candidates if c is best or c.wins > 0 or c.worth_per_s > more]
 
 
 def _busiest(candidates: Sequence[Candidate], best: Candidate) -> Candidate:
@@ -825,8 +871,8 @@ def _busiest(candidates: Sequence[Candidate], best: Candidate) -> Candidate:
     return max(_near(candidates, best), key=lambda c: c.decode_tokens_per_s)
 
 
-def _contenders(points: Mapping[Fleet, tuple[Summary, dict[str, float], bool]], fleets: Sequence[Fleet]) -> list[Fleet]:
+def _contenders(points: Mapping[Fleet, Simulated], fleets: Sequence[Fleet]) -> list[Fleet]:
     """Splits that are nearly the best under the fitted laws, and their neighbours, which other laws may prefer."""
-    top = max(s.goodput_per_s for s, _, _ in points.values())
-    good = {i for i, fleet in enumerate(fleets) if points[fleet][0].goodput_per_s >= 0.9 * top}
+    top = max(p.worth_per_s for p in points.values())
+    good = {i for i, fleet in enumerate(fleets) if points[fleet].worth_per_s >= 0.9 * top}
     return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]

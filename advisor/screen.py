@@ -89,9 +89,8 @@ def _batch(t: Traffic, fleet: Fleet, p: Profile, limit: float) -> tuple[float, f
 
 def survivors(schedule: Schedule, fleets: list[Fleet], draws: list[Profile], slo: Slo, most: int = 12) -> list[Fleet]:
     """Fleets that may be the best: near the best by theory in any of the draws, with their neighbours; at most ``most``."""
-    limits = Slo(slo.limits) if slo.limits else slo
     traffic = Traffic(schedule)
-    found: Floats = np.array([[goodput(traffic, f, p, limits) for f in fleets] for p in draws])
+    found: Floats = np.array([[goodput(traffic, f, p, slo.as_limits) for f in fleets] for p in draws])
     top = np.maximum(found.max(axis=1, keepdims=True), 1e-12)
     share = found / top
     near = np.flatnonzero((share >= KEEP).any(axis=0))

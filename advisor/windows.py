@@ -44,11 +44,8 @@ class Question:
 
     @property
     def limits(self) -> Slo:
-        """The SLO as limits per request: a constraint on a quantile becomes a limit where there is none of its kind."""
-        known = dict(self.slo.limits)
-        for metric, _, value in self.slo.constraints:
-            known.setdefault(metric, value)
-        return Slo(tuple(known.items()))
+        """What counts as good in a window, where no quantile can be asked."""
+        return self.slo.as_limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.ingest import ingest
-from traces.measures import Slo, goodput_per_s, summarise
+from traces.measures import Slo, goodput_per_s, meets, summarise
 from traces.records import Fleet, FleetChange, Sample, Schedule
 from traces.shape import head, scale_rate, to_rate
 from traces.shipped import shipped
@@ -127,6 +127,23 @@ def test_the_split_it_picks_is_within_two_percent_of_the_best(kind: str, seed: i
         pytest.fail("there is a fleet that serves half of the requests")
     goodput = truth(profile, schedule)
     assert goodput[answer.best.fleet] >= 0.98 * max(goodput.values()), (answer.best.fleet, goodput)
+
+
+def test_a_split_that_misses_a_constraint_is_not_the_answer() -> None:
+    """All splits but one serve the same; 1:7 has the least P99 E2E and misses TTFT p99: what is recommended truly keeps it."""
+    demo, slo = Profile.load("demo"), Slo.parse("ttft_p99<0.5s tpot_p99<50ms")
+    rate = busy_rate(demo)
+    asked = lognormal(400, 0.6 * rate, 9)
+    answer = recommend(three_runs(demo, rate), asked, gpus=8, slo=slo, draws=6)
+    by = {c.fleet: c for c in answer.candidates}
+    assert not by[Fleet(1, 7)].feasible
+    assert by[Fleet(1, 7)].kept.high < 1
+    assert by[Fleet(1, 7)].wins == 0
+    assert meets(summarise(rows := simulate(asked, answer.best.fleet, demo).observations, slo), rows, slo, 0.9)
+    assert answer.as_json()["candidates"][0]["constraints_kept"]["value"] == by[Fleet(1, 7)].kept.value
+    impossible = Slo.parse("ttft_p99<1ms")
+    with pytest.raises(NoFleetError, match="meets ttft_p99<1ms"):
+        recommend(three_runs(demo, rate), asked, gpus=8, slo=impossible, draws=2)
 
 
 def busy_rate(profile: Profile) -> float:
@@ -386,13 +403,17 @@ def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
         assert found @ [1, at, at * at] == pytest.approx(0.02 + 1e-4 * at + 2e-8 * at * at, rel=0.02)
 
 
-def candidate(fleet: str, goodput: tuple[float, float], p99: float, stressed: float = math.nan) -> Candidate:
-    """goodput: (value, low)."""
+def candidate(
+    fleet: str, goodput: tuple[float, float], p99: float, stressed: float = math.nan, kept: tuple[float, float] = (1, 1)
+) -> Candidate:
+    """goodput, kept: (value, low)."""
     figures = {
         "goodput_per_s": Interval(goodput[0], goodput[1], goodput[0] * 1.1),
         "e2e_p99_s": Interval(p99, p99, p99),
     }
-    return Candidate(Fleet.parse(fleet), figures, 0.9, {}, 0.5, True, 0.5, 4.0, stressed=stressed)
+    return Candidate(
+        Fleet.parse(fleet), figures, 0.9, {}, 0.5, True, 0.5, 4.0, stressed=stressed, kept=Interval(*kept, 1.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -411,10 +432,15 @@ def candidate(fleet: str, goodput: tuple[float, float], p99: float, stressed: fl
         ([candidate("2:6", (10, 10), 5, 8), candidate("3:5", (10, 10), 5.2, 9)], "3:5 2:6"),
         # of P99s that they do tell apart the smaller one
         ([candidate("2:6", (10, 10), 5, 8), candidate("3:5", (10, 10), 5.3, 9)], "2:6 3:5"),
+        # a constraint that is missed by a hair, against half the goodput
+        ([candidate("1:7", (10, 10), 1, kept=(0.999, 0.99)), candidate("3:5", (5, 4), 9)], "3:5 1:7"),
+        # of those that meet it the one that surely does; of those that miss it the nearest
+        ([candidate("1:7", (10, 10), 1, kept=(1, 0.8)), candidate("3:5", (10, 10), 9)], "3:5 1:7"),
+        ([candidate("1:7", (10, 10), 1, kept=(0.5, 0.4)), candidate("3:5", (9, 9), 9, kept=(0.8, 0.7))], "3:5 1:7"),
     ],
 )
 def test_the_decision_is_lexicographic(candidates: list[Candidate], order: str) -> None:
-    """Lower bound of goodput, then P99, then fewest GPUs, then nearest to what runs."""
+    """Constraints, lower bound of goodput, P99, fewest GPUs, nearest to what runs."""
     assert " ".join(str(c.fleet) for c in rank(candidates, None, (1, 1))) == order
 
 

@@ -16,6 +16,7 @@ from traces.measures import (
     Tally,
     counts,
     goodput_per_s,
+    kept,
     lag_by_worker,
     lag_over_time,
     late_word,
@@ -27,6 +28,7 @@ from traces.measures import (
     summarise,
     ttft_parts,
     verdict,
+    worth_per_s,
 )
 from traces.records import Histogram, Observations, Schedule
 
@@ -126,6 +128,19 @@ def test_an_unsent_request_invalidates_a_run() -> None:
     rows = Observations.concat([answers(99), Observations.empty(1)])
     assert verdict(rows).word == "invalid"
     assert "never sent" in verdict(rows).reason
+
+
+def test_a_missed_constraint_counts_by_how_far_it_is_missed() -> None:
+    """Limit over quantile of the worst constraint, at most 1; none asked is kept; of what never came nothing is."""
+    rows = answers(201)
+    rows.first_token_s[:] = rows.due_s + 0.01 * np.arange(201)  # p99 is 1.98 s
+    rows.last_token_s[:] = rows.first_token_s + 1
+    for text, share in (("ttft_p99<0.99s", 0.5), ("ttft_p99<2s", 1.0), ("ttft<1ms", 1.0)):
+        assert kept(rows, Slo.parse(text)) == pytest.approx(share)
+        assert worth_per_s(rows, Slo.parse(text)) == pytest.approx(share * goodput_per_s(rows, Slo.parse(text)))
+    assert kept(rows, Slo.parse("ttft_p99<0.99s e2e_p50<0.5s")) == pytest.approx(0.25)
+    assert kept(Observations.empty(3), Slo.parse("ttft_p99<1s")) == 0.0
+    assert Slo.parse("ttft<1s ttft_p99<2s tpot_p50<50ms").as_limits == Slo((("ttft", 1.0), ("tpot", 0.05)))
 
 
 def test_a_constraint_is_about_a_quantile_of_all_requests() -> None:

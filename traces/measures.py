@@ -61,6 +61,14 @@ class Slo:
         """Seconds allowed per request for ``ttft``, ``tpot`` or ``e2e``; None if the SLO does not speak of it."""
         return dict(self.limits).get(metric)
 
+    @property
+    def as_limits(self) -> Slo:
+        """The SLO as limits per request: a constraint on a quantile becomes a limit where there is none of its metric."""
+        known = dict(self.limits)
+        for metric, _, value in self.constraints:
+            known.setdefault(metric, value)
+        return Slo(tuple(known.items()))
+
     def __str__(self) -> str:
         def time(v: float) -> str:
             return f"{v * 1e3:g}ms" if v < 0.1 else f"{v:g}s"
@@ -421,6 +429,23 @@ def meets(summary: Summary, observations: Observations, slo: Slo, attainment: fl
     """Does this run meet the SLO: its quantile constraints, or, where it has none, ``attainment`` of the requests?"""
     if not slo.constraints:
         return summary.attainment >= attainment
-    if summary.ok < summary.n:
-        return False
-    return all(quantile(getattr(observations, f"{m}_s"), q / 100) <= v for m, q, v in slo.constraints)
+    return summary.ok == summary.n and all(value <= v for value, v in _constrained(observations, slo))
+
+
+def _constrained(observations: Observations, slo: Slo) -> list[tuple[float, float]]:
+    """(the quantile, the most it may be), of each constraint."""
+    return [(quantile(getattr(observations, f"{m}_s"), q / 100), v) for m, q, v in slo.constraints]
+
+
+def kept(observations: Observations, slo: Slo) -> float:
+    """How nearly the constraints on quantiles are met: the least limit / quantile, at most 1; 1 where there is none.
+
+    0 where a quantile is not known.
+    """
+    shares = [v / max(value, v) if math.isfinite(value) else 0.0 for value, v in _constrained(observations, slo)]
+    return min(shares, default=1.0)
+
+
+def worth_per_s(observations: Observations, slo: Slo) -> float:
+    """Goodput by which fleets are compared: less by as much as a constraint is missed (1 s where 0.5 s may be counts half)."""
+    return goodput_per_s(observations, slo) * kept(observations, slo)

@@ -320,7 +320,7 @@ def show(recommendation: Any, as_json: bool = False) -> None:
         table.add_row(
             str(c.fleet),
             interval(c, "goodput_per_s", gap=gap),
-            f"{c.attainment:.0%}",
+            ("met" if c.feasible else "missed") if r.slo.constraints else f"{c.attainment:.0%}",
             interval(c, "ttft_p99_s", gap=gap),
             interval(c, "tpot_p99_s", 1e3, gap),
             interval(c, "e2e_p99_s", gap=gap),

@@ -329,6 +329,12 @@ def _goodput(answer: Mapping[str, Any], runs: Sequence[Digest]) -> Section:
     )
 
 
+def _within(c: Mapping[str, Any]) -> str:
+    """The share of requests within the SLO, or whether its constraints are met."""
+    how = num((c.get("constraints_kept") or {}).get("value", 1.0))
+    return "constraint missed" if how < 1 else _share(num(c.get("attainment")), 1)
+
+
 def _splits_table(rows: Sequence[Mapping[str, Any]], best: str, rival: str) -> Table:
     head = [
         "P:D",
@@ -349,7 +355,7 @@ def _splits_table(rows: Sequence[Mapping[str, Any]], best: str, rival: str) -> T
             [
                 name + word,
                 span(*_figure(c, "goodput_per_s")),
-                _share(num(c.get("attainment")), 1),
+                _within(c),
                 span(*_figure(c, "ttft_p99_s")),
                 span(*_figure(c, "tpot_p99_s"), unit=1e3),
                 span(*_figure(c, "e2e_p99_s")),

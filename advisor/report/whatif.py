@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadgen.cluster import Profile, simulate
-from traces.measures import Slo, Summary, summarise
+from traces.measures import Slo, Summary, kept, summarise
 from traces.records import Fleet, Schedule
 from traces.shape import to_rate
 
@@ -58,15 +58,16 @@ def what_if(
     piece = to_rate(piece, rate)
 
     def ask(kind: str, what: str, asked: Schedule, g: int = gpus) -> Case | None:
-        found = {f: summarise(simulate(asked, f, profile).observations, slo) for f in fleets[g]}
-        if not found:
+        rows = {f: simulate(asked, f, profile).observations for f in fleets[g]}
+        if not rows:
             return None
+        found = {f: (summarise(held, slo), kept(held, slo)) for f, held in rows.items()}
         best = _best(found)
-        top = found[best].goodput_per_s
+        top, served = _worth(found[best]), found[best][0]
         loss = float("nan")
         if g == gpus and chosen in found and top > 0:
-            loss = max(0.0, 1 - found[chosen].goodput_per_s / top)
-        return Case(kind, what, asked.rate_per_s, g, best, top, found[best].attainment, loss)
+            loss = max(0.0, 1 - _worth(found[chosen]) / top)
+        return Case(kind, what, asked.rate_per_s, g, best, served.goodput_per_s, served.attainment, loss)
 
     asked = [ask("rate", "as asked", piece)]
     asked += [ask("rate", f"{factor:g} x the rate", to_rate(piece, rate * factor)) for factor in RATES]
@@ -82,11 +83,17 @@ def what_if(
     return [case for case in asked if case is not None]
 
 
-def _best(found: dict[Fleet, Summary]) -> Fleet:
-    """The least P99 E2E among those within NEAR of the most goodput, as the recommendation decides."""
-    top = max(s.goodput_per_s for s in found.values())
-    near = [f for f, s in found.items() if s.goodput_per_s >= top * (1 - NEAR)]
-    return min(near, key=lambda f: found[f].e2e_p99_s if np.isfinite(found[f].e2e_p99_s) else np.inf)
+def _worth(of: tuple[Summary, float]) -> float:
+    return of[0].goodput_per_s * of[1]
+
+
+def _best(found: dict[Fleet, tuple[Summary, float]]) -> Fleet:
+    """The least P99 E2E among those within NEAR of the most goodput, as the recommendation decides. found: what came, and how
+    nearly the constraints were kept."""
+    held = {f: one for f, one in found.items() if one[1] >= 1} or found
+    top = max(map(_worth, held.values()))
+    late = {f: one[0].e2e_p99_s for f, one in held.items() if _worth(one) >= top * (1 - NEAR)}
+    return min(late, key=lambda f: late[f] if np.isfinite(late[f]) else np.inf)
 
 
 def _middle(schedule: Schedule, most: int) -> Schedule:
