@@ -13,7 +13,7 @@ import numpy as np
 
 from advisor.advise import load
 from advisor.recommend import Recommendation, recommend
-from advisor.study import quiet
+from advisor.study import quiet, splits_of
 from advisor.telling import Note, silent
 from loadgen.client import Target
 from loadgen.control import Endpoint
@@ -97,7 +97,7 @@ def probe(
                 return Probing(group, [r.id for r in runs], True, "the answer is sure", budget_s - left)
             if left < LEAST_S:
                 return Probing(group, [r.id for r in runs], False, "the budget is spent", budget_s - left)
-            fleet, rate, spread = _next(answer, runs, schedule, gpus)
+            fleet, rate, spread = _next(answer, runs, schedule, gpus, gpus_per_worker)
             if done[-2:] == [(fleet, rate)] * 2:
                 return Probing(
                     group, [r.id for r in runs], False, "the same probe twice told nothing new", budget_s - left
@@ -173,12 +173,12 @@ def _sure(answer: Recommendation) -> bool:
 
 
 def _next(
-    answer: Recommendation | None, runs: Sequence[Run], schedule: Schedule, gpus: int
+    answer: Recommendation | None, runs: Sequence[Run], schedule: Schedule, gpus: int, per_worker: tuple[int, int]
 ) -> tuple[Fleet, float, bool]:
     """The advisor's own next probe; before it can name one, those that every fit needs. True: bunches are spread."""
-    rate = schedule.rate_per_s
-    first = [(Fleet(1, gpus - 1), rate), (Fleet(gpus - 1, 1), 0.5 * rate)]
+    rate, splits = schedule.rate_per_s, splits_of(gpus, per_worker)
+    first = [(splits[0], rate), (splits[-1], 0.5 * rate)]
     if answer is None and 0 < len(runs) <= len(first):
         return *first[len(runs) - 1], False
-    probe = answer.next_probe if answer is not None else quiet(schedule, gpus, 0.1 if runs else 0.2)
+    probe = answer.next_probe if answer is not None else quiet(schedule, gpus, 0.1 if runs else 0.2, per_worker)
     return Fleet(probe["prefill"], probe["decode"]), float(probe["rate_per_s"]), probe["arrivals"] == "poisson"

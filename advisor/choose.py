@@ -149,7 +149,7 @@ def choose(
         "windows",
         1,
         1,
-        f"knowing the best split of every window ({len(found.windows)}) would serve {found.regret:.1%} more than {fixed}",
+        f"knowing the best split of every window ({len(found.windows)}) would serve {_more(found.regret)} more than {fixed}",
     )
     short = len(found.windows) < 3
     stand = _standing(schedule, fixed, question)
@@ -161,7 +161,7 @@ def choose(
     elif short:
         why_not = f"{len(schedule)} requests over {schedule.span_s:.3g} s are too few windows to see a mix change"
     elif found.regret <= eps:
-        why_not = f"knowing every window's best split would serve {found.regret:.1%} more at most"
+        why_not = f"knowing every window's best split would serve {_more(found.regret)} more at most"
     elif found.lasts_s < LASTS * found.move_s:
         why_not = (
             f"a mix lasts {found.lasts_s:.3g} s, less than {LASTS:g} times the {found.move_s:.3g} s of a drain and flip"
@@ -188,7 +188,9 @@ def choose(
         if good:
             why_not = ""
             moving = pays(online, eps)[1]
-    offline = _offline(schedule, question, deadline_s, note) if deadline_s is not None or asked == "offline" else None
+    offline = None
+    if deadline_s is not None or asked == "offline":
+        offline = _offline(schedule, question, deadline_s, gpus_per_worker, note)
     if offline is not None:
         arms.append(
             Arm(
@@ -213,7 +215,7 @@ def choose(
         strategy = asked
         why = "you asked for it"
         if asked == "static" and found.regret > eps:
-            why += f"; knowing every window's best split would serve {found.regret:.1%} more"
+            why += f"; knowing every window's best split would serve {_more(found.regret)} more"
         if asked == "online" and why_not:
             why += f"; {why_not}"
         if asked == "offline" and offline is not None and not (deadline_s and offline.holds):
@@ -233,6 +235,11 @@ def choose(
     if asked == "auto" and deadline_s is None:
         warnings.append("offline was not considered: no --deadline says how long an answer may take")
     return Choice(strategy, why, arms, found, online, offline, warnings)
+
+
+def _more(regret: float) -> str:
+    """What the best serves beyond the one that loses ``regret`` of it, as a share of the latter: losing half is 100 % more."""
+    return f"{regret / (1 - regret):.1%}" if regret < 1 else "infinitely"
 
 
 def _late(offline: Offline, deadline_s: float | None) -> str:
@@ -256,7 +263,9 @@ def _colocated(
     return mixed, _standing(schedule, mixed, question), _standing(schedule, fixed, question)
 
 
-def _offline(schedule: Schedule, question: Question, deadline_s: float | None, note: Note) -> Offline:
+def _offline(
+    schedule: Schedule, question: Question, deadline_s: float | None, gpus_per_worker: tuple[int, int], note: Note
+) -> Offline:
     """The best order and split for requests that are all known, by simulation of each pair."""
     part = schedule.take(np.sort(np.random.default_rng(0).permutation(len(schedule))[:OFFLINE_REQUESTS]))
 
@@ -283,17 +292,21 @@ def _offline(schedule: Schedule, question: Question, deadline_s: float | None, n
     blind = min((p for p in spans if p[1] not in ("longest-decode", "two-stage")), key=lambda pair: spans[pair])
     waits = float(schedule.due_s[-1] - schedule.due_s[0])
     workers = fleet.workers
-    needed = workers
+
+    def sized(of: int) -> Fleet:
+        p = min(max(1, round(of * fleet.prefill / workers)), of - 1)
+        return Fleet(p, of - p)
+
+    needed = fleet
     if deadline_s is not None and waits + spans[fleet, how] <= deadline_s:
         low, high = 2, workers
         while low < high:
             middle = (low + high) // 2
-            p = min(max(1, round(middle * fleet.prefill / workers)), middle - 1)
-            if waits + makespan(Fleet(p, middle - p), how) <= deadline_s:
+            if waits + makespan(sized(middle), how) <= deadline_s:
                 high = middle
             else:
                 low = middle + 1
-        needed = high
+        needed = sized(high)
     return Offline(
         fleet,
         how,
@@ -302,7 +315,7 @@ def _offline(schedule: Schedule, question: Question, deadline_s: float | None, n
         blind[1],
         spans[blind],
         deadline_s if deadline_s is not None else math.nan,
-        needed,
+        needed.gpus(gpus_per_worker),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from advisor.recommend import Interval, Recommendation
+from advisor.study import splits_of
 from loadgen import policy
 from loadgen.cluster import simulate
 from traces.errors import NoFleetError
@@ -75,7 +77,7 @@ def needed(
     """The fewest GPUs whose best split keeps the SLO at a rate, by doubling and halving; NoFleetError where none does."""
     schedule = to_rate(answer.schedule.take(np.arange(min(len(answer.schedule), SIMULATED))), rate_per_s)
 
-    def split(gpus: int) -> Fleet | None:
+    def split(gpus: int) -> Fleet | None:  # not every number of GPUs makes a fleet
         return next(
             (f for f in _near(schedule, gpus, answer, gpus_per_worker) if _keeps(schedule, f, answer, attainment)), None
         )
@@ -97,6 +99,7 @@ def needed(
     figure = answer.best.figures["goodput_per_s"]
     worse = figure.value / figure.low if figure.low > 0 else math.inf
     widened = math.ceil(high * worse) if math.isfinite(worse) else MOST_GPUS
+    widened = next(g for g in itertools.count(widened) if Fleet.splits(g, gpus_per_worker))
     return Needed(
         rate_per_s,
         high,
@@ -109,7 +112,7 @@ def needed(
 
 def _near(schedule: Schedule, gpus: int, answer: Recommendation, per_worker: tuple[int, int]) -> list[Fleet]:
     """Splits of so many GPUs, nearest to the recommended ratio and to the balance of work first."""
-    splits = Fleet.splits(gpus, per_worker)
+    splits = splits_of(gpus, per_worker)
     if not splits:
         return []
     best = answer.best.fleet

@@ -23,7 +23,7 @@ from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
 from advisor.parallel import at_once, shared
 from advisor.screen import survivors
-from advisor.study import proposals, quiet, values
+from advisor.study import proposals, quiet, sized, splits_of, values
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -198,7 +198,8 @@ class Recommendation:
     @property
     def compared_with(self) -> Candidate | None:
         """The fleet the user would otherwise run: the current one, else the even split; None if that is the answer."""
-        other = self.current or Fleet(self.gpus // 2, self.gpus - self.gpus // 2)
+        even = min((c.fleet for c in self.candidates), key=lambda f: abs(f.prefill - f.decode))
+        other = self.current or even
         return next((c for c in self.candidates if c.fleet == other != self.best.fleet), None)
 
     def as_json(self) -> dict[str, Any]:
@@ -281,8 +282,7 @@ def recommend(
     the SLO, InputError when there is no split. refuse=False: of these only where no law can be fitted or there is no split; what
     the answer would be is returned, with the reason why it must not be given in ``refused``.
     """
-    used = next((g for g in range(gpus, 1, -1) if Fleet.splits(g, gpus_per_worker)), 0)
-    fleets = Fleet.splits(used, gpus_per_worker)
+    fleets = splits_of(gpus, gpus_per_worker)
     if not fleets:
         raise InputError(
             f"{gpus} GPUs at {gpus_per_worker} GPUs a worker make no fleet with both roles. Give more GPUs."
@@ -290,15 +290,19 @@ def recommend(
     if not len(schedule):
         raise InputError(f"trace {schedule.name!r} has no request that can be replayed.")
     warnings: list[str] = []
+    used = fleets[0].gpus(gpus_per_worker)
     if used < gpus:
         each = f"{gpus_per_worker[0]} and {gpus_per_worker[1]} GPUs a worker"
         warnings.append(f"no fleet of {each} uses {gpus} GPUs: fleets of {used} were compared")
-    usable = _usable(data, schedule, gpus, warnings)
+    if current is not None and current not in fleets:
+        warnings.append(f"today's {current} is no split of {used} GPUs, so it was not compared")
+    first = quiet(schedule, used, per_worker=gpus_per_worker)["command"]
+    usable = _usable(data, first, warnings)
     note("fit", 0, 1)
     try:
         fit = fit_laws(usable)
     except NotEnoughDataError as error:
-        raise NotEnoughDataError(f"{error} Measure next: {quiet(schedule, gpus)['command']}") from None
+        raise NotEnoughDataError(f"{error} Measure next: {first}") from None
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
@@ -637,8 +641,11 @@ def data_hash(data: Sequence[RunData]) -> str:
     return h.hexdigest()
 
 
-def _usable(data: Sequence[RunData], schedule: Schedule, gpus: int, warnings: list[str]) -> list[RunData]:
-    """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid or of unknown fleet."""
+def _usable(data: Sequence[RunData], first: str, warnings: list[str]) -> list[RunData]:
+    """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid or of unknown fleet.
+
+    first: the command of the run to begin with, where there is none.
+    """
     usable = []
     for one in data:
         run = one.run
@@ -662,9 +669,7 @@ def _usable(data: Sequence[RunData], schedule: Schedule, gpus: int, warnings: li
             usable.append(one)
     if not usable:
         why = f" ({warnings[0]})" if warnings else ""
-        raise NotEnoughDataError(
-            f"no stored run can be used{why}. Measure one first: {quiet(schedule, gpus)['command']}"
-        )
+        raise NotEnoughDataError(f"no stored run can be used{why}. Measure one first: {first}")
     return usable
 
 
@@ -794,7 +799,7 @@ def next_probe(
     seen = fit.seen
     if seen.quiet_rows < 20:
         why = "no run was quiet enough to show TTFT without a queue"
-        return quiet(schedule, gpus) | {"why": why, "gain_per_s": 0.0, "stop": sure}
+        return quiet(schedule, gpus, per_worker=per_worker) | {"why": why, "gain_per_s": 0.0, "stop": sure}
     likely = [best.fleet] + ([runner_up.fleet] if runner_up else [])
     ideas = proposals(schedule, fit.profile, gpus, likely, per_worker, laws)
     found = values(ideas, schedule, laws, goodputs, slo)
@@ -818,7 +823,7 @@ def next_probe(
     }[chosen.aim]
     command = (
         f"steelyard replay {schedule.name} --endpoint URL --fleet {chosen.fleet} --rate {chosen.rate_per_s:.3g} "
-        f"--requests {chosen.requests}"
+        f"--requests {chosen.requests}{sized(per_worker)}"
     )
     return {
         "prefill": chosen.fleet.prefill,

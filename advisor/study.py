@@ -50,9 +50,19 @@ def bunched(schedule: Schedule) -> bool:
     return bool((gaps <= 0).mean() > 0.3 or gaps.std() > BURSTY * gaps.mean())
 
 
-def quiet(schedule: Schedule, gpus: int, share: float = 0.2) -> dict[str, Any]:
+def splits_of(gpus: int, per_worker: tuple[int, int] = (1, 1)) -> list[Fleet]:
+    """All fleets of ``gpus`` GPUs, or of the most below that make one; [] where none does."""
+    return next((found for g in range(gpus, 1, -1) if (found := Fleet.splits(g, per_worker))), [])
+
+
+def sized(per_worker: tuple[int, int]) -> str:
+    """The option of a run whose workers have more than one GPU; "" for one each."""
+    return "" if per_worker == (1, 1) else " --gpus-per-worker {},{}".format(*per_worker)
+
+
+def quiet(schedule: Schedule, gpus: int, share: float = 0.2, per_worker: tuple[int, int] = (1, 1)) -> dict[str, Any]:
     """The first run of all: low load on the even split. Bunches are spread (arrivals: "poisson"), or all would queue."""
-    fleet = Fleet(max(1, gpus // 2), max(1, gpus - gpus // 2))
+    fleet = min(splits_of(gpus, per_worker) or [Fleet(1, 1)], key=lambda f: abs(f.prefill - f.decode))
     rate = schedule.rate_per_s * share
     name, command, arrivals = schedule.name, "", "as recorded"
     if bunched(schedule):
@@ -62,6 +72,7 @@ def quiet(schedule: Schedule, gpus: int, share: float = 0.2) -> dict[str, Any]:
             f"--requests {QUIET} --rate {rate:.3g} && "
         )
     command += f"steelyard replay {name} --endpoint URL --fleet {fleet} --rate {rate:.3g} --requests {QUIET}"
+    command += sized(per_worker)
     return {
         "prefill": fleet.prefill,
         "decode": fleet.decode,

@@ -18,6 +18,7 @@ import pytest
 
 from advisor.advise import advise
 from advisor.cli import main
+from advisor.cost import needed
 from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
@@ -205,9 +206,11 @@ def test_no_usable_run_is_exit_five_with_the_command() -> None:
     bad = measured(profile, lognormal(60, 2, 1), Fleet(4, 4), 1)
     bad = replace(bad, run=replace(bad.run, verdict="invalid", reason="send lag p99 80 ms"))
     for data in ([], [bad]):
-        with pytest.raises(NotEnoughDataError, match="steelyard replay") as caught:
+        with pytest.raises(NotEnoughDataError, match=r"steelyard replay .*--fleet 4:4") as caught:
             recommend(data, lognormal(50, 2, 1), gpus=8, slo=SLO)
         assert caught.value.exit_code == 5
+    with pytest.raises(NotEnoughDataError, match=r"--fleet 1:1 .*--gpus-per-worker 4,4"):
+        recommend([], lognormal(50, 2, 1), gpus=9, gpus_per_worker=(4, 4), slo=SLO)
 
 
 ODD: dict[str, dict[str, Any]] = {
@@ -361,15 +364,30 @@ def test_an_slo_that_nothing_meets_is_exit_three() -> None:
 
 
 def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
-    """Nine GPUs with two a worker are used up to eight, with a warning."""
+    """Eleven GPUs with two a worker are used up to ten, with a warning; so is what a rate needs, and the next run."""
     profile = Profile.load("demo")
-    rate = busy_rate(profile)
+    rate, two = busy_rate(profile), (2, 2)
     schedule = lognormal(150, rate * 0.3, 5)
     answer = recommend(
-        three_runs(profile, rate), schedule, gpus=9, gpus_per_worker=(2, 2), slo=SLO, draws=2, attainment=0.1
+        three_runs(profile, rate),
+        schedule,
+        gpus=11,
+        gpus_per_worker=two,
+        slo=SLO,
+        draws=2,
+        attainment=0.1,
+        current=Fleet(1, 2),
     )
-    assert [str(c.fleet) for c in answer.candidates] == ["1:3", "2:2", "3:1"]
-    assert any("fleets of 8 were compared" in w for w in answer.warnings)
+    assert [str(c.fleet) for c in answer.candidates] == ["1:4", "2:3", "3:2", "4:1"]
+    assert any("fleets of 10 were compared" in w for w in answer.warnings)
+    assert "today's 1:2 is no split of 10 GPUs, so it was not compared" in answer.warnings
+    probe = answer.next_probe
+    assert Fleet(probe["prefill"], probe["decode"]).gpus(two) <= 11
+    assert probe["command"].endswith(" --gpus-per-worker 2,2")
+    # Halving goes over numbers that make no fleet: 5 of 10.
+    found = needed(answer, 0.05, attainment=0.1, gpus_per_worker=two)
+    assert (found.gpus, found.prefill, found.decode) == (4, 1, 1)
+    assert found.high % 2 == 0
 
 
 def test_one_gpu_makes_no_fleet() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from advisor.audit import Audit, _fold, _measured, _predicted, _stretches, audit, closed_loop, confounders, cusum
+from advisor.auto import _next
 from advisor.cli import main
 from advisor.cli.advise_verbs import seconds
 from advisor.features import RunData
@@ -206,6 +207,13 @@ def test_auto_measures_until_its_budget_and_puts_the_split_back(
             kept = store.recommendation(answer["recommendation"])
         assert kept["data_hash"] == answer["data_hash"]
         assert kept["laws"] == answer["laws"]
+
+
+def test_the_first_probes_use_the_gpus_that_there_are() -> None:
+    """Of 17 GPUs with two a worker eight workers: low load on the even split, then either end of the splits."""
+    asked, run = lognormal(50, 2.0, 1), measured(DEMO, lognormal(20, 1.0, 1), Fleet(4, 4), 1).run
+    made = [_next(None, [run] * k, asked, 17, (2, 2)) for k in range(3)]
+    assert [str(fleet) for fleet, _, _ in made] == ["4:4", "1:7", "7:1"]
 
 
 def test_auto_needs_an_endpoint_and_a_trace(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advisor.choose import choose
+from advisor.choose import _more, choose
 from advisor.cli import main
 from advisor.strategies import DEFAULT_SLO, Workload
 from advisor.thresholds import Score, defaults, find, lost_by, needless, pareto, pays, period_s, redrawn
@@ -236,6 +236,13 @@ def test_a_mix_that_turns_moves(found, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {a.strategy for a in choice.arms} == {"static", "online", "colocated"}
 
 
+def test_who_loses_half_is_served_twice_as_much_by_the_best() -> None:
+    """Regret is a share of the best, "more" one of what is: 2 % of the one are 2 % of the other, half is all again."""
+    assert [_more(regret) for regret in (0.0, 0.02, 0.5, 0.75, 1.0)] == [
+        "0.0%", "2.0%", "100.0%", "300.0%", "infinitely",
+    ]  # fmt: skip
+
+
 def test_workers_of_different_sizes_do_not_change_roles() -> None:
     """GPUs per worker differ: online cannot be had, and is said to be so."""
     choice = choose(SHIFT, EIGHT, Fleet(3, 5), gpus_per_worker=(1, 2), asked="online")
@@ -245,13 +252,13 @@ def test_workers_of_different_sizes_do_not_change_roles() -> None:
 
 @pytest.mark.parametrize(("deadline", "strategy"), [(100_000.0, "offline"), (10.0, "static")])
 def test_offline_only_when_the_deadline_allows(deadline: float, strategy: str) -> None:
-    """A day's deadline: offline, on fewer GPUs; ten seconds: not, and it says how late it would be."""
+    """A day's deadline: offline, on fewer GPUs (two workers of two); ten seconds: not, and it says how late it would be."""
     part = STEADY.take(np.arange(300))
-    choice = choose(part, EIGHT, Fleet(4, 4), deadline_s=deadline)
+    choice = choose(part, EIGHT, Fleet(4, 4), gpus_per_worker=(2, 2), deadline_s=deadline)
     assert choice.strategy == strategy, choice.why
     assert choice.offline is not None
     if strategy == "offline":
-        assert choice.offline.gpus == 2
+        assert choice.offline.gpus == 4
         assert choice.offline.makespan_s <= choice.offline.blind_makespan_s
     else:
         assert any("offline would be late" in w for w in choice.warnings)
