@@ -36,9 +36,10 @@ def export(answer: Mapping[str, Any], kind: str) -> str:
     checked = [validated(one) for one in documents]
     if kind == "prometheus-rules" and (said := _promtool(text)):
         checked.append(said)
+    roles = _roles(answer)
     head = [
         f"Written by steelyard {__version__} from recommendation {answer.get('recommendation', answer.get('id', '?'))}: "
-        f"{answer['strategy']}, {answer['prefill']} prefill : {answer['decode']} decode, {answer['slo']}.",
+        f"{answer['strategy']}, {roles['prefill']} prefill : {roles['decode']} decode, {answer['slo']}.",
         *dict.fromkeys(checked),
         *notes,
     ]
@@ -62,10 +63,13 @@ def validated(document: Mapping[str, Any]) -> str:
 
 
 def _roles(answer: Mapping[str, Any]) -> dict[str, int]:
-    start = (answer.get("thresholds") or {}).get("start") or answer
+    """Workers of each role under the strategy that was chosen: moving starts from its own split, offline has its own."""
+    chosen = answer
     if answer["strategy"] == "online":
-        return {"prefill": int(start["prefill"]), "decode": int(start["decode"])}
-    return {"prefill": int(answer["prefill"]), "decode": int(answer["decode"])}
+        chosen = (answer.get("thresholds") or {}).get("start") or answer
+    elif answer["strategy"] == "offline":
+        chosen = answer.get("offline") or answer
+    return {"prefill": int(chosen["prefill"]), "decode": int(chosen["decode"])}
 
 
 def _thresholds(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
@@ -105,7 +109,6 @@ def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
         "prefill": ("steelyard_waiting_prompt_tokens", limits["prefill"]["up_waiting_tokens"]),
         "decode": ("vllm:num_requests_running", limits["decode"]["up_running_requests"]),
     }
-    cool = _whole_s(limits["cool_s"])
     found = [
         {
             "apiVersion": "autoscaling/v2",
@@ -124,10 +127,7 @@ def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
                         },
                     }
                 ],
-                "behavior": {
-                    "scaleUp": {"stabilizationWindowSeconds": _whole_s(limits["dwell_s"])},
-                    "scaleDown": {"stabilizationWindowSeconds": cool},
-                },
+                "behavior": _behavior(limits),
             },
         }
         for role, (name, value) in metrics.items()
@@ -138,6 +138,16 @@ def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
         "Pod metrics need an adapter (prometheus-adapter); waiting prompt tokens are requests waiting x mean prompt where an "
         "engine counts requests only.",
     ]
+
+
+LONGEST_S = 3600
+"""Kubernetes takes no stabilization window that is longer."""
+
+
+def _behavior(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """How long a HorizontalPodAutoscaler waits: the dwell before it adds, the cool-down before it takes away."""
+    up, down = (min(LONGEST_S, _whole_s(limits[name])) for name in ("dwell_s", "cool_s"))
+    return {"scaleUp": {"stabilizationWindowSeconds": up}, "scaleDown": {"stabilizationWindowSeconds": down}}
 
 
 def dynamo(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
@@ -207,6 +217,11 @@ def _planner(answer: Mapping[str, Any], limits: Mapping[str, Any]) -> tuple[dict
 def llm_d(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
     """Replicas of a KServe LLMInferenceService: decode in spec, prefill in spec.prefill."""
     roles = _roles(answer)
+    notes = ["A patch: merge it into your service."]
+    if answer["strategy"] == "online":
+        notes.append(
+            "The split that moving starts from. It holds no thresholds: export keda or prometheus-rules for these."
+        )
     return [
         {
             "apiVersion": "serving.kserve.io/v1alpha1",
@@ -214,7 +229,7 @@ def llm_d(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
             "metadata": {"name": "steelyard"},
             "spec": {"replicas": roles["decode"], "prefill": {"replicas": roles["prefill"]}},
         }
-    ], ["A patch: merge it into your service."]
+    ], notes
 
 
 def keda(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
@@ -231,7 +246,8 @@ def keda(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
                 "minReplicaCount": bounds[role][0],
                 "maxReplicaCount": bounds[role][1],
                 "pollingInterval": max(1, _whole_s(limits["tick_s"])),
-                "cooldownPeriod": _whole_s(limits["cool_s"]),
+                # Its cooldownPeriod is about scaling to zero alone.
+                "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _behavior(limits)}},
                 "triggers": [
                     {
                         "type": "prometheus",

@@ -519,9 +519,15 @@ def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys
     with open_store(url) as store:
         schedule = to_rate(store.observations(3).asked("x"), rate)
     capsys.readouterr()
-    code = main(["advise", "--gpus", "8", "--rate", str(rate), "--attainment", "0.4", "--db", url, "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert code == 0, answer
+    asked = ["--gpus", "8", "--rate", str(rate), "--attainment", "0.4", "--strategy", "static"]
+    export = ["--export", "keda", "--export-out", str(tmp_path / "keda.yaml")]  # standing still needs no autoscaler
+    assert main(["advise", *asked, *export, "--db", url, "--json"]) == 1
+    said = capsys.readouterr()
+    assert "this answer is to stand still" in said.err
+    assert not (tmp_path / "keda.yaml").exists()
+    answer = json.loads(said.out)  # it is given all the same, in one object
+    assert answer["exit_code"] == 1
+    assert answer["error"] in said.err
     goodput = truth(profile, schedule)
     chosen = Fleet(answer["prefill"], answer["decode"])
     assert goodput[chosen] >= 0.98 * max(goodput.values())

@@ -26,6 +26,7 @@ def answer(strategy: str) -> dict[str, Any]:
     table = policy.table_of(RULE) | backlog_thresholds(RULE, Fleet(3, 5))
     moving = table | {"start": {"prefill": 3, "decode": 5}, "tick_s": 1.0}
     return {
+        "offline": {"prefill": 4, "decode": 4} if strategy == "offline" else None,
         "strategy": strategy,
         "prefill": 2,
         "decode": 6,
@@ -56,6 +57,17 @@ def test_a_static_answer_sets_replicas(kind: str) -> None:
         assert (document["spec"]["replicas"], document["spec"]["prefill"]["replicas"]) == (6, 2)
 
 
+@pytest.mark.parametrize(("strategy", "split"), [("static", (2, 6)), ("offline", (4, 4)), ("online", (3, 5))])
+def test_every_strategy_is_deployed_with_its_own_split(strategy: str, split: tuple[int, int]) -> None:
+    """Offline has a split of its own, moving one that it starts from: these are written, and named on top."""
+    text = export(answer(strategy), "llm-d")
+    (document,) = read(text)
+    assert (document["spec"]["prefill"]["replicas"], document["spec"]["replicas"]) == split
+    head = text.splitlines()[0]
+    assert "{}, {} prefill : {} decode".format(strategy, *split) in head
+    assert ("It holds no thresholds" in text) is (strategy == "online")
+
+
 @pytest.mark.parametrize("kind", ["keda", "prometheus-rules"])
 def test_what_needs_thresholds_refuses_an_answer_without(kind: str) -> None:
     """Standing still needs no autoscaler: one line and the next step."""
@@ -68,6 +80,21 @@ def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:
     for kind in ("kubernetes", "keda"):
         documents = read(export(answer("online"), kind))
         assert [d["kind"] for d in documents] == [documents[0]["kind"]] * 2
+        for one in documents:
+            spec = one["spec"]
+            held = (
+                spec["behavior"]
+                if kind == "kubernetes"
+                else spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+            )
+            waits = [held[way]["stabilizationWindowSeconds"] for way in ("scaleUp", "scaleDown")]
+            assert waits == [2, 8], kind
+            # KEDA's cooldownPeriod waits before scaling to zero, which a floor rules out: the cool-down would do nothing there.
+            assert "cooldownPeriod" not in spec
+        slow = answer("online")
+        slow["thresholds"] |= {"cool_s": 9000.0}  # Kubernetes takes an hour at most
+        assert "3600" in export(slow, kind)
+        assert "9000" not in export(slow, kind)
     prefill, decode = read(export(answer("online"), "kubernetes"))
     limits = backlog_thresholds(RULE, Fleet(3, 5))
     for one, value in (
@@ -77,7 +104,6 @@ def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:
         spec = one["spec"]
         assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 7)
         assert spec["metrics"][0]["pods"]["target"]["averageValue"] == str(round(value))
-        assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 8
 
 
 def test_dynamos_planner_gets_its_own_names_and_keeps_the_gpus() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import GROUP, RUN, TRACE, db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.common import GROUP, RUN, TRACE, db_option, emit_json, example, json_option, messages, progress, warn
 from advisor.cli.replay_verbs import pair
+from traces.errors import InputError
 
 
 def question(f: Any) -> Any:
@@ -152,18 +153,25 @@ def advise(
         from advisor.report import write_report
 
         write_report(profile_out, answer.recommendation.fit.profile.to_toml())
+    refused: InputError | None = None
     if exported:
         from advisor.exports import export
         from advisor.report import write_report
 
         path = export_out or Path(f"steelyard-{exported}.yaml")
-        write_report(path, export(answer.as_json(), exported))
-        answer.extra["export"] = str(path)
+        try:
+            write_report(path, export(answer.as_json(), exported))
+            answer.extra["export"] = str(path)
+        except InputError as error:
+            refused = error  # what was asked, and perhaps measured, is said all the same
     if as_json:
-        emit_json(answer.as_json())
+        emit_json(answer.as_json() | ({"error": str(refused), "exit_code": refused.exit_code} if refused else {}))
     else:
         show(answer.recommendation)
         show_choice(answer)
+    if refused:
+        warn(str(refused))
+        raise click.exceptions.Exit(refused.exit_code)
 
 
 def ask_closed(db: str, as_json: bool, concurrency: float, options: dict[str, Any]) -> None:
@@ -497,8 +505,6 @@ def _given(context: click.Context, name: str) -> bool:
 
 def _stored(store: Any, number: str) -> dict[str, Any]:
     """A stored answer about a split, by number or the latest. InputError when there is none."""
-    from traces.errors import InputError
-
     known = [row for row in store.recommendations() if row["answer"].get("candidates") and row["kind"] == "static"]
     wanted = [row for row in known if number in ("latest", str(row["id"]))]
     if not wanted:
