@@ -16,7 +16,7 @@ from loadgen.control.reference import Reference
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
-from traces.measures import LAG_LIMIT_S, Slo
+from traces.measures import LAG_LIMIT_S, Slo, meets, summarise
 from traces.records import Feed, Fleet, Run, Schedule
 from traces.store import Store
 
@@ -152,8 +152,9 @@ def keeping(
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """What a fleet sustains. held: the highest rate at which the share of requests within the SLO was at least the
-    attainment, NaN if none was; failed: the lowest rate above it at which it was not, NaN if none was tried; reason: why not."""
+    """What a fleet sustains. held: the highest rate at which it met the SLO's constraints or, without any, the share of requests
+    within the SLO was at least the attainment, NaN if none was; failed: the lowest rate above it at which it did not, NaN if none
+    was tried; reason: why not."""
 
     fleet: Fleet | None
     held_per_s: float
@@ -161,6 +162,18 @@ class Saturation:
     goodput_per_s: float
     runs: tuple[int, ...]
     reason: str = ""
+
+
+def _met(store: Store, run: Run, slo: Slo, attainment: float) -> bool:
+    """Did a run meet the SLO? :func:`traces.measures.meets`, of a long one by its counts."""
+    figures, counted = store.figures(run), store.bins(run)
+    if not slo.constraints:
+        return figures.attainment >= attainment
+    if counted is not None:
+        quantiles = (counted.quantile(f"{metric}_s", q / 100) <= limit for metric, q, limit in slo.constraints)
+        return figures.ok == figures.n and all(quantiles)
+    rows = run.counted(store.observations(run.id))
+    return meets(summarise(rows, slo), rows, slo, attainment)
 
 
 def saturate(
@@ -210,11 +223,9 @@ def saturate(
                     f"run {run.id} at {rate:.4g}/s cannot be trusted ({run.reason}): the search ends here. "
                     f"Sustained so far: {held:.4g}/s."
                 )
-            figures = store.figures(run)
-            good = figures.attainment >= attainment
             spoiled = 0
-            if good:
-                held, best = rate, figures.goodput_per_s
+            if _met(store, run, slo, attainment):
+                held, best = rate, store.figures(run).goodput_per_s
             else:
                 failed = rate
             if math.isnan(failed):

@@ -327,6 +327,16 @@ def test_a_search_ends_where_no_queue_could_fail_the_slo(store: Store, swarm: Sw
     assert "at least --requests 100" in found.reason
 
 
+def test_a_rate_holds_where_the_constraints_on_quantiles_are_met(store: Store, swarm: Swarm, endpoint: str) -> None:
+    """An SLO of constraints alone has no limit that a request could miss: its quantiles decide, whatever the attainment."""
+    asked = constant(10, 20.0)
+    for text, holds in (("ttft_p50<1ms tpot_p99<1s", False), ("ttft_p99<0.4s", True)):
+        found = saturate(
+            store, swarm, lambda rate: to_rate(asked, rate), target(endpoint), None, slo=Slo.parse(text), start_per_s=20.0, most=1
+        )  # fmt: skip
+        assert (math.isnan(found.failed_per_s), found.held_per_s == 20.0) == (holds, holds)
+
+
 def test_a_warm_up_is_measured_and_stands_in_no_figure(store: Store, swarm: Swarm, endpoint: str) -> None:
     """Its rows are stored and counted; latencies and lag are those of the rest; a ramp rises to the rate."""
     asked = ramp(constant(60, 30.0), 1.0)

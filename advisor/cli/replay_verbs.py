@@ -778,6 +778,7 @@ def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as
             for f in found
         ]})  # fmt: skip
     else:
+        within = f"within {slo}" if slo.constraints else f"with {attainment:.0%} within {slo}"
         for f in found:
             bound = "" if f.failed_per_s == f.failed_per_s else "at least "
             held = (
@@ -788,7 +789,7 @@ def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as
             above = f", not {f.failed_per_s:.4g}/s" if f.failed_per_s == f.failed_per_s else ""
             goodput = f"; goodput {f.goodput_per_s:.4g}/s" if f.goodput_per_s == f.goodput_per_s else ""
             messages().print(
-                f"{f.fleet}: {held}{above} with {attainment:.0%} within {slo}{goodput} ({len(f.runs)} runs, group {group})"
+                f"{f.fleet}: {held}{above} {within}{goodput} ({len(f.runs)} runs, group {group})"
                 + (f". {f.reason}" if f.reason else ""),
                 markup=False,
             )
