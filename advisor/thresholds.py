@@ -19,7 +19,7 @@ from sklearn.linear_model import RidgeCV
 
 from advisor.parallel import each
 from advisor.telling import Note, silent
-from advisor.windows import LASTS, BreakEven, Oracle, Question, Study, break_even, oracle, study
+from advisor.windows import LASTS, BreakEven, Oracle, Question, Study, best_fixed, break_even, oracle, study
 from loadgen import policy
 from loadgen.cluster import simulate
 from traces.measures import goodput_per_s
@@ -283,12 +283,13 @@ CALMER_GAINS = (0.2, 0.35, 0.5)
 Constant = Sequence[tuple[Schedule, Fleet]]
 
 
-def constant(history: Schedule, found: Study, seed: int = 0) -> list[tuple[Schedule, Fleet]]:
+def constant(history: Schedule, found: Study, question: Question, seed: int = 0) -> list[tuple[Schedule, Fleet]]:
     """Traffic whose mix does not change, with the split that suits it: some draws for each split that windows of a study want.
 
-    Requests of those windows in an order of chance, arriving at their mean rate (Poisson). Nothing in it is worth a move.
+    Requests of those windows in an order of chance, arriving at their mean rate (Poisson). Nothing in it is worth a move from
+    the split that serves most of the first draw; the windows' own suits what changes around them.
     """
-    made = []
+    made: list[tuple[Schedule, Fleet]] = []
     for k, fleet in enumerate(sorted({w.best for w in found.windows})):
         mine = [w for w in found.windows if w.best == fleet]
         which = np.concatenate([np.flatnonzero((history.due_s >= w.start_s) & (history.due_s < w.end_s)) for w in mine])
@@ -301,7 +302,8 @@ def constant(history: Schedule, found: Study, seed: int = 0) -> list[tuple[Sched
             drawn = rng.choice(which, n)
             due = np.cumsum(rng.exponential(1 / rate, n))
             lengths = history.prompt_tokens[drawn], history.output_tokens[drawn]
-            made.append((Schedule(f"{history.name}, constant", np.arange(n), due, *lengths), fleet))
+            load = Schedule(f"{history.name}, constant", np.arange(n), due, *lengths)
+            made.append((load, made[-1][1] if draw else best_fixed(load, question)))
     return made
 
 
@@ -536,7 +538,7 @@ def find(
     before = study(earlier, question, fixed=fixed)
     note("thresholds", 1, 4)
     start = before.fixed
-    loads = constant(earlier, before, seed)
+    loads = constant(earlier, before, question, seed)
     rule, tried = search(earlier, start, question, before.move_s, seed, seeds, loads)
     note("thresholds", 2, 4, f"{len(tried)} rules tried on the earlier half of the traffic, from {start}")
     ahead, words = None, "nothing moves, so nothing is forecast"

@@ -223,7 +223,9 @@ class BacklogRule:
 class Demand:
     """What has been seen of the traffic at an instant. arrived: prompt tokens so far, done or waiting. active: sequences in
     decode, running or waiting. rate, slow_rate: prompt tokens a second, smoothed over a short and a long memory; growth:
-    sequences a second by which ``active`` changes, smoothed; slow_active: ``active`` over the long memory.
+    sequences a second by which ``active`` changes, smoothed; slow_active: ``active`` over the long memory. since_s: when the
+    first reading was; what is shorter ago than a memory is averaged evenly, so that the first reading weighs no more than
+    another.
     """
 
     at_s: float
@@ -233,6 +235,7 @@ class Demand:
     slow_rate: float = math.nan
     growth: float = 0.0
     slow_active: float = math.nan
+    since_s: float = math.nan
 
     def next(self, at_s: float, arrived: float, active: float, memory_s: float) -> Demand:
         """With another reading."""
@@ -241,17 +244,23 @@ class Demand:
             return self
         # A counter that fell is a worker that went away, with what it had counted.
         rate, growth = max(0.0, arrived - self.arrived) / dt, (active - self.active) / dt
-        short, long = 1 - math.exp(-dt / memory_s), 1 - math.exp(-dt / (LONG_MEMORY * memory_s))
+        since_s = self.at_s if math.isnan(self.since_s) else self.since_s
         if math.isnan(self.rate):
-            return Demand(at_s, arrived, active, rate, rate, 0.0, active)
+            return Demand(at_s, arrived, active, rate, rate, 0.0, active, since_s)
+
+        def share(memory_s: float) -> float:
+            return math.expm1(-dt / memory_s) / math.expm1((since_s - at_s) / memory_s)
+
+        short, long = share(memory_s), share(LONG_MEMORY * memory_s)
         return Demand(
             at_s,
             arrived,
             active,
             self.rate + short * (rate - self.rate),
             self.slow_rate + long * (rate - self.slow_rate),
-            self.growth + short * (growth - self.growth),
+            self.growth - math.expm1(-dt / memory_s) * (growth - self.growth),
             self.slow_active + long * (active - self.slow_active),
+            since_s,
         )
 
 
@@ -303,7 +312,7 @@ class DemandRule:
     ``ahead_s`` from now (those there and their growth, or by ``forecast``). Where a load reaches ``up``, and another split has
     a largest load that is ``gain`` lower (the check of what the move would leave), for ``dwell_s``, that split is asked for
     at once, however many workers it takes. No role goes below its ``floor``; for ``cool_s`` after a move, and while a worker
-    drains or flips, nothing moves the other way. memory_s: over how long arrivals are averaged.
+    drains or flips, nothing moves the other way. memory_s: over how long arrivals are averaged; before that nothing moves.
     """
 
     laws: Profile
@@ -361,7 +370,7 @@ class DemandRule:
         arrived = queues.prompt_tokens_total + waiting_tokens(queues, self.mean_prompt)
         seen = state.seen.next(now_s, arrived, active, self.memory_s) if state.seen else Demand(now_s, arrived, active)
         state = replace(state, seen=seen)
-        if math.isnan(seen.rate):
+        if not now_s - seen.since_s >= self.memory_s:
             return state, None, ""
         rate, later = self.forecast.of(seen) if self.forecast else (seen.rate, active + seen.growth * self.ahead_s)
         later = max(later, active)  # what is there now does not wait for a forecast

@@ -13,7 +13,20 @@ import pytest
 from advisor.choose import _more, choose
 from advisor.cli import main
 from advisor.strategies import DEFAULT_SLO, Workload
-from advisor.thresholds import Score, defaults, find, lost_by, needless, pareto, pays, period_s, redrawn
+from advisor.thresholds import (
+    CONSTANT_DRAWS,
+    Score,
+    constant,
+    defaults,
+    find,
+    lost_by,
+    needless,
+    pareto,
+    pays,
+    period_s,
+    redrawn,
+    replayed,
+)
 from advisor.windows import Question, break_even, drain_and_flip_s, oracle, study
 from loadgen import policy
 from loadgen.cluster import Profile, simulate
@@ -136,6 +149,17 @@ def test_nothing_oscillates_under_constant_load(found) -> None:  # type: ignore[
     steering = policy.Steering(found.rule)
     simulate(STEADY, study(STEADY, EIGHT).fixed, DEMO, controller=steering)
     assert len(steering.moves) <= 1
+
+
+def test_constant_loads_begin_at_the_split_that_serves_most_there() -> None:
+    """A window on the way from one mix to another may want a split that neither half of it would; a constant load does not."""
+    part = SHIFT.take(np.arange(3000))
+    loads = constant(part, study(part, EIGHT), EIGHT)
+    assert len(loads) >= 2 * CONSTANT_DRAWS
+    for load, fleet in loads[::CONSTANT_DRAWS]:
+        served = {f: replayed(load, f, None, EIGHT)[0] for f in EIGHT.splits}
+        assert served[fleet] == max(served.values())
+    assert len({fleet for _, fleet in loads}) >= 2
 
 
 def test_a_forecast_that_moves_once_and_for_the_worse_is_seen() -> None:

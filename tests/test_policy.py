@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadgen import policy
@@ -335,19 +335,35 @@ def test_demand_is_smoothed_over_two_memories() -> None:
     first = policy.Demand(0.0, 100.0, 4.0)
     assert first.next(0.0, 900.0, 9.0, 2.0) is first
     second = first.next(2.0, 300.0, 6.0, 2.0)
-    assert second == policy.Demand(2.0, 300.0, 6.0, 100.0, 100.0, 0.0, 6.0)
+    assert second == policy.Demand(2.0, 300.0, 6.0, 100.0, 100.0, 0.0, 6.0, 0.0)
     third = second.next(3.0, 700.0, 10.0, 2.0)
-    short, long = 1 - math.exp(-0.5), 1 - math.exp(-1 / 16)
-    assert (third.at_s, third.arrived, third.active) == (3.0, 700.0, 10.0)
+    short, long = (math.expm1(-1 / memory) / math.expm1(-3 / memory) for memory in (2, 16))
+    assert (third.at_s, third.arrived, third.active, third.since_s) == (3.0, 700.0, 10.0, 0.0)
     assert third.rate == pytest.approx(100 + short * 300)
     assert third.slow_rate == pytest.approx(100 + long * 300)
-    assert third.growth == pytest.approx(short * 4)
+    assert third.growth == pytest.approx((1 - math.exp(-0.5)) * 4)
     assert third.slow_active == pytest.approx(6 + long * 4)
-    assert third.next(4.0, 0.0, 10.0, 2.0).rate == pytest.approx(third.rate * (1 - short))
+    fell = third.next(4.0, 0.0, 10.0, 2.0).rate
+    assert fell == pytest.approx(third.rate * (1 - math.expm1(-0.5) / math.expm1(-2)))
     assert third.next(5.0, 700.0, 14.0, 2.0).growth == pytest.approx(
         third.growth + (1 - math.exp(-1)) * (2 - third.growth)
     )
-    assert third.next(4.0, 700.0, 8.0, 2.0).growth == pytest.approx(third.growth + short * (-2 - third.growth))
+    assert third.next(4.0, 700.0, 8.0, 2.0).growth == pytest.approx(
+        third.growth + (1 - math.exp(-0.5)) * (-2 - third.growth)
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0.1, 20), st.floats(0, 5000)), min_size=1, max_size=20))
+def test_a_first_reading_weighs_no_more_than_another(readings: list[tuple[float, float]]) -> None:
+    """A rate is the mean of what was seen, each instant by how long ago it is, from the beginning on."""
+    seen, at_s, weights = policy.Demand(0.0, 0.0, 0.0), 0.0, []
+    for dt, rate in readings:
+        at_s += dt
+        seen = seen.next(at_s, seen.arrived + rate * dt, 0.0, 5.0)
+        weights = [w * math.exp(-dt / 5) for w in weights] + [-math.expm1(-dt / 5)]
+    rates = [rate for _, rate in readings]
+    assert seen.rate == pytest.approx(np.average(rates, weights=weights), rel=1e-6, abs=1e-6)
 
 
 def test_a_forecast_is_its_coefficients() -> None:
@@ -387,8 +403,9 @@ def test_loads_of_demand_are_shares_of_what_a_role_can_do() -> None:
 
 
 def test_the_demand_rule_moves_to_the_split_that_demand_wants() -> None:
-    """2000 prompt tokens a second want three of four workers; not back within the cool-down, not for a small gain."""
-    rule = policy.DemandRule(LAWS, 200, 100)
+    """2000 prompt tokens a second want three of four workers; not before a memory has passed, not back within the cool-down,
+    not for a small gain."""
+    rule = policy.DemandRule(LAWS, 200, 100, memory_s=1.0)
     start, target, why = rule.decide(State(), queues(), Fleet(1, 3), 0, 0.0)
     assert (target, why) == (None, "")
     asked = Queues(prompt_tokens_total=2000)
@@ -396,6 +413,10 @@ def test_the_demand_rule_moves_to_the_split_that_demand_wants() -> None:
     assert target == Fleet(3, 1)
     assert why == "load of prefill 2.85 and decode 0.56, 0.95 at most with 3:1"
     assert (state.moved, state.moved_s, state.wish) == ("prefill", 1.0, "")
+    watching, target, _ = replace(rule, memory_s=1.5).decide(start, asked, Fleet(1, 3), 0, 1.0)
+    assert target is None
+    asked_on = Queues(prompt_tokens_total=3000)
+    assert replace(rule, memory_s=1.5).decide(watching, asked_on, Fleet(1, 3), 0, 1.5)[1] == Fleet(3, 1)
     assert rule.decide(start, asked, Fleet(3, 1), 0, 1.0)[1] is None  # below what a role can do nothing moves
     assert replace(rule, up=0.95).decide(start, asked, Fleet(3, 1), 0, 1.0)[1] is None  # it is the best
     assert replace(rule, gain=1.95).decide(start, asked, Fleet(1, 3), 0, 1.0)[1] is None
