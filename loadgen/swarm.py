@@ -766,11 +766,10 @@ class Swarm:
             self._send("steelyard.prepare", {"run": token, "more": pieces.more}, worker.client_id)
         ready: set[str] = set()
         until = time.monotonic() + READY_TIMEOUT_S
-        while ready < waiting:
+        while {w.client_id for w in crew if not w.gone} - ready:
             found = self._next(0.1)
             if found is not None and found[0] == "ready" and found[2]["run"] == token:
                 ready.add(found[1])
-            waiting -= {w.client_id for w in crew if w.gone}
             if time.monotonic() > until:
                 raise SteelyardError(f"{len(ready)} of {len(crew)} load workers were ready in {READY_TIMEOUT_S:g} s.")
         zero = time.monotonic() + start_ahead_s

@@ -522,6 +522,28 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
         assert set(rows.worker) == {0}
 
 
+def test_a_worker_that_dies_before_the_start_is_named_and_the_other_waited_for(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed when it is ready and the other is not yet: the run begins when that one is, not before."""
+    with Swarm(workers=2) as swarm:
+        first, second = swarm.processes[0], swarm.processes[1]
+        heard = swarm._next
+
+        def watched(timeout_s: float) -> tuple[str, str, Any] | None:
+            found = heard(timeout_s)
+            if found is not None and found[0] == "ready" and swarm._workers[found[1]].index == 0:
+                os.kill(first, signal.SIGKILL)
+                threading.Timer(0.5, os.kill, (second, signal.SIGCONT)).start()
+            return found
+
+        monkeypatch.setattr(swarm, "_next", watched)
+        os.kill(second, signal.SIGSTOP)
+        outcome, rows = run(swarm, schedule(20, 100.0), job(endpoint))
+    assert "worker 0 was killed by signal 9, 10 of its 10 requests are lost" in outcome.reason
+    assert Counter(zip(rows.worker.tolist(), rows.status.tolist(), strict=True)) == {(0, "lost"): 10, (1, "ok"): 10}
+
+
 def test_both_workers_killed_ends_the_run(endpoint: str) -> None:
     """With nobody left the run ends at once; nothing hangs."""
     asked = schedule(200, 10.0)
