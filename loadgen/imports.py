@@ -301,7 +301,9 @@ def _rows(
 
 
 def _records(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(
+        text.split("\n"), start=1
+    ):  # JSON's texts may hold what splitlines takes for the end of one
         if line.strip():
             try:
                 yield number, parse(line)

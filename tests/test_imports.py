@@ -113,12 +113,13 @@ def test_any_rows_by_a_map(kind: str, exported: tuple[str, Path, Observations], 
                 "end": float(r["last_token_s"]) * 1e3,
                 "n_in": int(r["prompt_tokens"]),
                 "n_out": int(r["output_tokens"]),
+                "said": "one\u2028line\x85of JSON",
             }
             for r in csv.DictReader(file)
         ]
     path = tmp_path / f"rows.{kind}"
     if kind == "jsonl":
-        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         names = {"sent_s": "at.start", "first_token_s": "at.first"}
     else:
         path.write_text("s,f,end,n_in,n_out\n" + "".join(
