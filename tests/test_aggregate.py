@@ -347,7 +347,8 @@ def test_windows_of_a_long_run_hold_every_neighbour(any_url: str) -> None:
 
 
 def test_pruned_runs_are_gone_and_their_space_given_back(any_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """``runs prune`` deletes what all its conditions name, not when it is only asked; ``runs vacuum`` runs on every backend."""
+    """``runs prune`` deletes what all its conditions name, not when it is only asked, and no run that may be going on; ``runs
+    vacuum`` runs on every backend."""
     with open_store(any_url) as store:
         kept = store.end_run(replace(store.begin_run(replace(a_run(), started_unix_s=0.0)), complete=True))
         gone = store.begin_run(replace(a_run(), started_unix_s=0.0, complete=False))
@@ -358,6 +359,11 @@ def test_pruned_runs_are_gone_and_their_space_given_back(any_url: str, capsys: p
     assert json.loads(capsys.readouterr().out) == {"runs": [gone.id], "deleted": False}
     assert main(words) == 0
     assert main(["runs", "prune", "--db", any_url]) == 2
+    capsys.readouterr()
+    assert main(["runs", "prune", "--incomplete", "--json", "--db", any_url]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"runs": [], "deleted": True}
+    assert f"runs {young.id} have not ended" in said.err
     assert main(["runs", "vacuum", "--db", any_url]) == 0
     with open_store(any_url) as store:
         assert [r.id for r in store.runs()] == [kept.id, young.id]

@@ -10,7 +10,18 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import GROUP, RECOVERED, RUN, db_option, emit_json, example, json_option, messages, plain
+from advisor.cli.common import (
+    GROUP,
+    RECOVERED,
+    RUN,
+    db_option,
+    emit_json,
+    example,
+    json_option,
+    messages,
+    plain,
+    warn,
+)
 
 
 def figures(run: Any, held: Any) -> dict[str, Any]:
@@ -497,7 +508,10 @@ def prune(
     as_json: bool,
     db: str,
 ) -> None:
-    """Delete runs with all their rows: the old ones, those of a group, the incomplete ones; all that is named must hold."""
+    """Delete runs with all their rows: the old ones, those of a group, the incomplete ones; all that is named must hold.
+
+    Without --older-than a run that has not ended and was begun within a day is left: it may be going on.
+    """
     import time
 
     from traces.store import open_store
@@ -506,13 +520,19 @@ def prune(
         raise click.UsageError("say which runs: --older-than DAYS, --group NAME or --incomplete.")
     before = time.time() - (older_than or 0.0) * 86400
     with open_store(db, create=False) as store:
-        found = [
-            run.id
+        named = [
+            run
             for run in store.runs(group=group)
             if (older_than is None or run.started_unix_s < before) and (not incomplete or not run.complete)
         ]
+        # Somebody else's replay, perhaps: without its run it could store nothing more.
+        young = [r.id for r in named if older_than is None and not r.ended and r.started_unix_s > before - 86400]
+        found = [run.id for run in named if run.id not in young]
         for run_id in [] if dry_run else found:
             store.delete_run(run_id)
+    if young:
+        one = f"{', '.join(map(str, young))} have not ended and were begun within a day"
+        warn(f"runs {one}: they may be going on, and are left. --older-than 0 takes them too.")
     if as_json:
         emit_json({"runs": found, "deleted": not dry_run})
         return
