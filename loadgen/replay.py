@@ -25,7 +25,7 @@ from loadgen.live import Live
 from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
 from loadgen.served import Served, judged
-from loadgen.spool import Spool, add
+from loadgen.spool import Batch, Spool, Steered, add
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.credentials import read_secret
@@ -252,7 +252,6 @@ def replay(
     outcome: Outcome | None = None
     reason = ""
     changes: list[FleetChange] = []
-    late: list[tuple[Decision, float]] = []
     refused: list[Decision] = []
 
     def on_change(change: FleetChange) -> None:
@@ -262,10 +261,7 @@ def replay(
     def on_decision(decision: Decision, unix: float) -> None:
         if decision.action == "refused":
             refused.append(decision)
-        try:
-            store.add_decision(run.id, decision, steered, unix)
-        except StoreError:
-            late.append((decision, unix))
+        writer.put(Steered(decision, steered, unix))
 
     steered = control.name if control is not None else ""
     with writer.told(lambda: _ended(run, tally, slo, outcome, reason or "interrupted")):
@@ -304,12 +300,15 @@ def replay(
             except BaseException as error:
                 # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-                for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
-                    silent = tally.silent(piece)
-                    if isinstance(schedule, Feed) and len(silent) == len(piece):
-                        break  # nothing was heard of it: like all that follows it is counted alone
-                    if len(silent):
-                        on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
+                with contextlib.suppress(
+                    StoreError
+                ):  # perhaps it is the feed that cannot be read: the run has an end all the same
+                    for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
+                        silent = tally.silent(piece)
+                        if isinstance(schedule, Feed) and len(silent) == len(piece):
+                            break  # nothing was heard of it: like all that follows it is counted alone
+                        if len(silent):
+                            on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
                 tally.unread(run.scheduled - tally.rows)
                 stack.close()
                 writer.settle(_ended(run, tally, slo, None, reason), patience_s)
@@ -336,8 +335,6 @@ def replay(
         rows = store.pieces(run.id, ("sent_s", "first_token_s", "last_token_s", "status"))
         cost = measured(changes, rows, store.samples(run.id))
         store.cost_fleet_changes(run.id, cost, steered, run.started_unix_s)
-    for decision, unix in late:
-        store.add_decision(run.id, decision, steered, unix)
     if outcome.interrupted:
         raise Interrupted(run)
     return run
@@ -415,11 +412,9 @@ def _health(server: Endpoint, query: str = "") -> Mapping[str, Any]:
 GRACE_S = 0.6
 """A database that has not taken a batch after this long is one that went away: the batch goes to disk as well."""
 
-Batch = Observations | Sequence[Sample] | FleetChange
-
 
 class Writer:
-    """Stores rows, readings and role changes while the run goes on; a context manager.
+    """Stores rows, readings, role changes and decisions while the run goes on; a context manager.
 
     Two threads. One gathers what came within about half a second; the other talks to the database, one transaction a
     batch, and may wait there: on a lock, or on a server that was stopped and says nothing. What is not stored after GRACE_S
@@ -441,7 +436,7 @@ class Writer:
         self._asked: Future[Any] | None = None
 
     def put(self, batch: Batch) -> None:
-        """Hand over rows, readings or a change; never blocks."""
+        """Hand over rows, readings, a change or a decision; never blocks."""
         self._queue.put(batch)
 
     def __enter__(self) -> Writer:
@@ -532,7 +527,7 @@ class Writer:
                 batch = self._queue.get()
                 if isinstance(batch, Observations):
                     rows.append(batch)
-                elif isinstance(batch, FleetChange):
+                elif isinstance(batch, (FleetChange, Steered)):
                     self._unkept.append(batch)
                 else:
                     readings.extend(batch)

@@ -1,10 +1,11 @@
 """Rows that wait on disk while the database is away, one file a run, loaded when it is back.
 
-A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"samples": [..]}``, ``{"change": {..}}``, and at
-the end ``{"run": {..}}``, what came of the run. A line that was cut by a crash is left out; nothing is stored twice, because
-observations are keyed by (run, index) and lines are dropped from the file once they are in the database. A file is locked
-while it is written or loaded, so any command may load what another process is still adding to. Nobody waits for a lock: who
-loads may be waiting for a database that never answers, so who adds then takes another file (``-run-7.1.jsonl``).
+A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"samples": [..]}``, ``{"change": {..}}``,
+``{"decision": {..}}``, and at the end ``{"run": {..}}``, what came of the run. A line that was cut by a crash is left out;
+nothing is stored twice, because what is measured has a key, and lines are dropped from the file once they are in the
+database. A file is locked while it is written or loaded, so any command may load what another process is still adding to.
+Nobody waits for a lock: who loads may be waiting for a database that never answers, so who adds then takes another file
+(``-run-7.1.jsonl``).
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from loadgen import state
 from traces.errors import InputError, StoreError
-from traces.records import Fleet, FleetChange, Histogram, Observations, Run, Sample
+from traces.records import Decision, Fleet, FleetChange, Histogram, Observations, Run, Sample
 
 if TYPE_CHECKING:
     from traces.store import Store  # whoever asks whether rows wait need not load a database's library
@@ -51,6 +53,19 @@ _OUTCOME = (
 """What is known of a run only when it has ended; the rest is in the database already."""
 
 
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """A decision of the online controller, and what :meth:`traces.store.Store.add_decision` wants to know of it."""
+
+    decision: Decision
+    control: str
+    zero_unix_s: float
+
+
+Batch = Observations | Sequence[Sample] | FleetChange | Steered
+"""What is stored while a run goes on."""
+
+
 class Spool:
     """The file of one run, or several. Made when the first line is written."""
 
@@ -58,10 +73,17 @@ class Spool:
         self.path = (where or folder()) / f"{_mark(store)}-run-{run_id}.jsonl"
         self._run_id = run_id
 
-    def keep(self, batch: Observations | Sequence[Sample] | FleetChange) -> None:
-        """Keep rows, readings or a role change."""
+    def keep(self, batch: Batch) -> None:
+        """Keep rows, readings, a role change or a decision."""
         if isinstance(batch, Observations):
             self.add_observations(batch)
+        elif isinstance(batch, Steered):
+            d = batch.decision
+            held: dict[str, Any] = asdict(d)
+            for name in ("before", "after"):
+                fleet = getattr(d, name)
+                held[name] = None if fleet is None else str(fleet)
+            self._write({"decision": held, "control": batch.control, "zero_unix_s": batch.zero_unix_s})
         elif isinstance(batch, FleetChange):
             times = {"asked_s": batch.asked_s, "ready_s": None if math.isnan(batch.ready_s) else batch.ready_s}
             self._write(
@@ -129,15 +151,15 @@ class Spool:
             with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file.fileno()).st_nlink:
-                    stored += self._load(store, path, file.read().splitlines())
+                    stored += self._load(store, path, file)
         return stored
 
-    def _load(self, store: Store, path: Path, lines: list[bytes]) -> int:
-        run_id, stored = self._run_id, 0
+    def _load(self, store: Store, path: Path, file: BinaryIO) -> int:
+        run_id, stored, done = self._run_id, 0, 0
         try:
-            while lines:
+            for line in file:
                 try:
-                    held = json.loads(lines[0])
+                    held = json.loads(line)
                 except ValueError:
                     held = {}  # cut by a crash
                 if "observations" in held:
@@ -150,16 +172,20 @@ class Spool:
                     store.add_histograms(run_id, [_histogram(h) for h in held["histograms"]])
                 elif "change" in held:
                     add(store, run_id, _change(held["change"]))
+                elif "decision" in held:
+                    add(store, run_id, Steered(_decision(held["decision"]), held["control"], held["zero_unix_s"]))
                 elif "run" in held:
                     known: dict[str, Any] = {
                         k: math.nan if v is None else v for k, v in held["run"].items() if k in _OUTCOME
                     }
                     store.end_run(replace(store.run(run_id), **known))
-                lines.pop(0)
+                done += len(line)
         except (StoreError, InputError):
-            with path.open("r+b") as again:  # in place: the lock is on this file
-                again.write(b"".join(line + b"\n" for line in lines))
-                again.truncate()
+            if done:  # a database that is away is asked twice a second, and the file may be large by then
+                with path.open("r+b") as again:  # in place: the lock is on this file
+                    file.seek(done)
+                    shutil.copyfileobj(file, again)
+                    again.truncate()
             raise
         path.unlink()
         return stored
@@ -172,12 +198,14 @@ def waiting(store: Store, where: Path | None = None) -> list[Spool]:
     return [Spool(store, number, where) for number in sorted(int(n) for n in numbers if n.isdigit())]
 
 
-def add(store: Store, run_id: int, batch: Observations | Sequence[Sample] | FleetChange) -> None:
-    """Store rows, readings or a role change."""
+def add(store: Store, run_id: int, batch: Batch) -> None:
+    """Store rows, readings, a role change or a decision."""
     if isinstance(batch, Observations):
         store.add_observations(run_id, batch)
     elif isinstance(batch, FleetChange):
         store.add_fleet_change(run_id, batch)
+    elif isinstance(batch, Steered):
+        store.add_decision(run_id, batch.decision, batch.control, batch.zero_unix_s)
     else:
         store.add_samples(run_id, batch)
 
@@ -191,6 +219,11 @@ def _change(held: dict[str, Any]) -> FleetChange:
     ready = held["ready_s"]
     before, after = Fleet.parse(held["before"]), Fleet.parse(held["after"])
     return FleetChange(held["asked_s"], math.nan if ready is None else ready, before, after, held["reason"])
+
+
+def _decision(held: dict[str, Any]) -> Decision:
+    fleets = {name: None if held[name] is None else Fleet.parse(held[name]) for name in ("before", "after")}
+    return Decision(**held | fleets)
 
 
 def _mark(store: Store) -> str:

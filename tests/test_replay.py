@@ -27,19 +27,20 @@ import numpy as np
 import pytest
 import tokenizers
 
+import loadgen.swarm
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.engines import WORDS, single_token_words
 from loadgen.replay import Writer, read_api_key, replay
-from loadgen.spool import Spool, folder
+from loadgen.spool import Spool, Steered, folder
 from loadgen.swarm import Swarm
 from loadgen.sweep import plan, saturate, sweep
 from traces.errors import EndpointError, InputError, StoreError
 from traces.ingest import ingest
 from traces.measures import Slo, summarise
-from traces.records import Fleet, FleetChange, Observations, Run, Schedule
+from traces.records import Decision, Feed, Fleet, FleetChange, Observations, Run, Sample, Schedule
 from traces.shape import ramp, to_rate
 from traces.shipped import shipped
 from traces.store import Store, open_store
@@ -519,11 +520,17 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
         with Writer(store, run.id, every_s=0.1) as writer:
             other.execute("BEGIN IMMEDIATE")
             change = FleetChange(0.5, math.nan, Fleet(1, 1), Fleet(2, 1), "why")
+            decided = [
+                Decision(k, k + 1.0, "move", Fleet(1, 1), after, "why", 2)
+                for k, after in enumerate((Fleet(2, 1), None))
+            ]
             for k in range(3):
                 rows = held_rows(4).take(np.array([k]))
                 writer.put(rows)
                 if k == 1:
                     writer.put(change)
+                    for one in decided:
+                        writer.put(Steered(one, "c", 1000.0))
                 time.sleep(1.0)
                 waiting = "".join(p.read_text() for p in folder().iterdir())
                 assert f'"index": [{k}]' in waiting
@@ -540,6 +547,7 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     assert store.observations(run.id).index.tolist() == [0, 1, 2]
     assert [(c.reason, c.after) for c in store.fleet_changes(run.id)] == [("why", Fleet(2, 1))]
+    assert store.decisions(run.id) == decided
     assert not list(folder().iterdir())
 
 
@@ -584,7 +592,7 @@ def test_rows_that_neither_database_nor_disk_takes_wait_in_memory(
         writer.settle(run, 0.0)
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_no_later_line(store: Store) -> None:
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_no_later_line(store: Store, tmp_path: Path) -> None:
     """What was written of a line is taken back whole: half of one would have swallowed the next, when there is space again."""
     run, rows = begun(store), held_rows(4)
     spool = Spool(store, run.id)
@@ -599,8 +607,21 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_no_later_line(store:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert spool.path.read_bytes() == held
     spool.add_observations(rows.take(np.array([1, 2, 3])))
+    rename(tmp_path / "made.db", "samples", "hidden")
+    spool.add_samples([Sample(0.5, "w", "decode")])
+    spool.add_observations(rows)
+    with pytest.raises(StoreError):
+        spool.load(store)  # up to the reading: what is left is what comes after
+    left = spool.path.read_bytes()
+    assert [next(iter(json.loads(line))) for line in left.splitlines()] == ["samples", "observations"]
+    since = spool.path.stat().st_mtime_ns
+    with pytest.raises(StoreError):
+        spool.load(store)
+    assert (spool.path.stat().st_mtime_ns, spool.path.read_bytes()) == (since, left)  # not written again for nothing
+    rename(tmp_path / "made.db", "hidden", "samples")
     assert spool.load(store) == 4
     assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
+    assert len(store.samples(run.id)) == 1
 
 
 def test_two_processes_share_a_spool_without_loss(store: Store, swarm: Swarm, endpoint: str, tmp_path: Path) -> None:
@@ -735,6 +756,27 @@ def test_a_long_trace_is_read_while_it_is_replayed(
 
 
 @pytest.mark.timed
+def test_a_feed_that_cannot_be_read_on_ends_its_run(
+    store: Store, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database of a long trace went away for too long: the run has an end, says why, and keeps what was asked."""
+    monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.3)
+    asked = schedule(60, 40.0)
+    reading = iter([asked.take(np.arange(20)), asked.take(np.arange(20, 40))])
+
+    def pieces() -> Iterator[Schedule]:
+        yield from reading
+        raise StoreError("the database is away.")
+
+    with Swarm(workers=1) as own, pytest.raises(StoreError, match="is away"):
+        replay(store, own, Feed("t", 60, asked.span_s, 40, "test", pieces), endpoint)
+    (run,) = store.runs()
+    assert (run.ended, run.complete) == (True, False)
+    assert "StoreError: the database is away." in run.reason
+    assert sum(run.counts.values()) == 60
+    assert len(store.observations(run.id)) == run.counts["ok"] <= 20
+
+
 def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without --endpoint the sweep brings the reference endpoint along."""
     command = [
@@ -851,6 +893,14 @@ def test_wrong_input_is_one_line(
         assert err.count("\n") == 1
     with open_store(db) as store:
         assert store.runs() == []
+
+
+@pytest.mark.parametrize("named", ["9" * 20, "\u00b2"])
+def test_a_run_that_no_database_could_hold_is_one_line(
+    made_url: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["runs", "show", named, "--db", made_url]) == 2
+    assert f"no run is named {named!r}" in capsys.readouterr().err
 
 
 def test_a_worker_without_a_master_is_refused_its_address(capsys: pytest.CaptureFixture[str]) -> None:

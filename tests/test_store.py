@@ -30,7 +30,7 @@ from tests import keep_revision
 from tests.test_features import run_of
 from traces.errors import InputError, StoreError
 from traces.measures import Slo
-from traces.records import ERRORS, STATUSES, Fleet, FleetChange, Observations, Run, Sample
+from traces.records import ERRORS, STATUSES, Decision, Fleet, FleetChange, Observations, Run, Sample
 from traces.store import head_revision, migrate, open_store
 
 DATA = Path(__file__).parent / "data"
@@ -151,14 +151,22 @@ def test_samples_and_fleet_changes_come_back(any_url: str) -> None:
 
 
 def test_whatever_is_written_twice_is_stored_once(any_url: str) -> None:
-    """A reading and a change of P:D sent again, as after a broken connection, change nothing."""
+    """A reading, a decision and a change of P:D sent again, as after a broken connection, change nothing."""
     readings = [Sample(at, worker, "decode", running_requests=at) for at in (0.5, 1.0) for worker in ("a", "b")]
     change = FleetChange(1.0, 2.0, Fleet(4, 4), Fleet(3, 5), "why")
+    decision = Decision(1.0, 2.0, "hold", Fleet(4, 4), None, "why", 3)
     with open_store(any_url) as store:
         run = store.begin_run(a_run())
         for _ in range(2):
             store.add_samples(run.id, readings)
             store.add_fleet_change(run.id, change)
+            for whose, steered in ((run.id, "a"), (None, "a"), (None, "b")):
+                store.add_decision(whose, decision, steered, 1000.0)
+            for steered in ("a", "b"):
+                store.add_fleet_change(None, change, steered, 1000.0)
+        assert store.decisions(run.id) == [decision]
+        assert store.decisions(None) == [decision] * 2
+        assert store.fleet_changes(None) == [change] * 2
         store.add_samples(run.id, [replace(readings[0], running_requests=99.0), Sample(0.5, "c", "decode")])
         assert len(store.samples(run.id)) == 5
         assert readings[0] in store.samples(run.id)

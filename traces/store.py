@@ -6,7 +6,8 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
 - **What is atomic.** A trace: all of it or none. A batch of observations or samples: all of it or none. A run that
   never ended is a run with ``ended = false``; its rows count as what was measured before the interruption.
 - **What is written twice.** Everything that is measured has a key of its own: an observation (run, index), a sample
-  (run, time, worker, role), a fleet change (run, time), a run and a recommendation a number that their writer drew. Writing
+  (run, time, worker, role), a fleet change (run, time), a run and a recommendation a number that their writer drew; a decision,
+  and a fleet change outside of a run, is told by its time and what it steered. Writing
   the same again changes nothing, so whatever was sent when a connection broke is sent again: by the store itself at once
   (RETRIES_S), by the replay from disk (:mod:`loadgen.spool`). Only a trace is not: it fails whole, ``ingest`` runs again.
 - **What a reader sees.** Whole batches, in any order of arrival; never half a batch. A reader never blocks a writer
@@ -1448,7 +1449,15 @@ class Store:
         """Store a change of P:D; one that is there already stays as it is. run_id None: outside a run. control: what was
         steered, without credentials; zero_unix_s: the wall clock where the change's seconds count from."""
         values = _fleet_change(run_id, change, control, zero_unix_s)
-        self._write(lambda connection: connection.execute(_once(connection, fleet_changes), [values]))
+        f = fleet_changes.c
+        outside = run_id is None and zero_unix_s is not None  # the key does not tell those outside of a run apart
+        same = sa.select(f.id).where(f.run_id.is_(None), f.asked_unix_s == values["asked_unix_s"])
+
+        def write(connection: sa.Connection) -> None:
+            if not outside or connection.execute(same.where(f.control == values["control"])).first() is None:
+                connection.execute(_once(connection, fleet_changes), [values])
+
+        self._write(write)
 
     def cost_fleet_changes(self, run_id: int, changes: Sequence[FleetChange], control: str, zero_unix_s: float) -> None:
         """Store a run's changes anew, with what they cost."""
@@ -1484,8 +1493,8 @@ class Store:
             ]
 
     def add_decision(self, run_id: int | None, decision: Decision, control: str, zero_unix_s: float) -> None:
-        """Store a decision of the online controller. control: what it steers, without credentials; zero_unix_s: the wall
-        clock where its seconds count from."""
+        """Store a decision of the online controller; one that is there already stays as it is. control: what it steers, without
+        credentials; zero_unix_s: the wall clock where its seconds count from."""
         values = {
             "run_id": run_id,
             "control": _clean(control)[:400],
@@ -1498,7 +1507,17 @@ class Store:
             "reason": _clean(decision.reason),
             "repeats": decision.repeats,
         }
-        self._write(lambda connection: connection.execute(decisions.insert(), [values]))
+        d = decisions.c
+        whose = d.run_id.is_(None) if run_id is None else d.run_id == run_id
+        same = sa.select(d.id).where(
+            whose, *(d[name] == values[name] for name in ("unix_s", "at_s", "control", "action"))
+        )
+
+        def write(connection: sa.Connection) -> None:
+            if connection.execute(same).first() is None:
+                connection.execute(decisions.insert(), [values])
+
+        self._write(write)
 
     def decisions(self, run_id: int | None) -> list[Decision]:
         """The controller's decisions of a run, in order of time; those outside a run for None."""

@@ -125,7 +125,7 @@ class RunId(_Named):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number."""
         text = str(value)
-        if text.isdigit():
+        if text.isdecimal() and len(text) < 19:  # what a database can be asked for
             return int(text)
         if ctx is None:
             self.fail(f"a run is named by its number (got {text!r}).", param, ctx)
