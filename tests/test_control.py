@@ -19,16 +19,19 @@ import msgpack
 import pytest
 import zmq
 
+import loadgen.control
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
-from loadgen.control import Bounds, Connect, Endpoint, Keeper, LostError, Standing, control_of, put, vllm_router
+from loadgen.control import Bounds, Connect, Endpoint, Keeper, LostError, Standing, Steps, control_of, put, vllm_router
+from loadgen.control.command import Command
 from loadgen.control.journal import Journal
-from loadgen.control.online import Controller, Planned, measured
+from loadgen.control.online import Controller, Ledger, Planned, measured
 from loadgen.control.reference import Reference
 from loadgen.policy import CountRule, Steering
 from tests.pages import Pages
-from traces.errors import EndpointError, InputError
+from tests.test_replay import rename
+from traces.errors import EndpointError, InputError, StoreError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 from traces.store import open_store
 
@@ -190,13 +193,39 @@ def test_a_set_on_purpose_survives_a_sweep_and_is_undone_by_restore(server: str,
     assert (first.in_flight, first.failed) == (2, 0)
 
 
-def test_a_note_that_cannot_be_read_is_not_thrown_away(server: str) -> None:
+def test_a_note_that_cannot_be_read_is_not_thrown_away(capsys: pytest.CaptureFixture[str]) -> None:
     journal = Journal("reference:x", "x")
     journal.path.parent.mkdir(parents=True)
     journal.path.write_text("{")
     with pytest.raises(InputError, match="Put the fleet back by hand"):
         journal.entries()
+    assert main(["control", "restore"]) == 1
+    said = capsys.readouterr()
+    assert f"{journal.path}: not restored: the note cannot be read" in said.out
+    assert "The note stays" in said.err
     assert journal.path.exists()
+
+
+def test_a_fleet_that_is_set_is_said_to_be_though_the_database_is_away(
+    server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db = ["--db", "sqlite:////nowhere/a.db"]
+    assert main(["control", "set", "2:4", server, "--json", *db]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["fleet"] == {"prefill": 2, "decode": 4}
+    assert "the fleet is 2:4 now, but what that took is not stored" in said.err
+    assert main(["control", "restore", *db]) == 0
+    assert endpoint(server).fleet() == Fleet(3, 3)
+
+
+def test_nothing_moves_where_the_way_back_cannot_be_noted(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert main(["control", "set", "2:4", server]) == 1
+    assert "the way back of" in capsys.readouterr().err
+    assert endpoint(server).fleet() == Fleet(3, 3)
 
 
 def test_a_dry_run_says_and_does_nothing(server: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +337,12 @@ def test_a_command_gets_each_argument_as_it_is(tmp_path: Path) -> None:
     put(control, Fleet(3, 4))
     assert json.loads(seen.read_text()) == [odd.replace("{prefill}", "3").replace("{decode}", "4")]
     assert not (tmp_path / "shell").exists()
+
+
+def test_a_command_may_leave_something_running() -> None:
+    """It is done when it has exited, also when an engine that it started still holds what it could write to."""
+    control = Command(["sh", "-c", "sleep 40 & echo", "{prefill}", "{decode}"], now=Fleet(1, 1), timeout_s=60)
+    assert put(control, Fleet(2, 1), 30.0).ready_s < 30
 
 
 def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
@@ -810,7 +845,8 @@ def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
 def test_a_controller_reads_the_workers_of_a_targets_file(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Queues that only the workers' own pages tell move the fleet; at the end it is put back."""
+    """Queues that only the workers' own pages tell move the fleet; at the end it is put back. All the while the database does not
+    take a decision, which ends no controller: they are stored when it is back."""
     page = "vllm:num_requests_waiting {}\n"
     with Pages() as pages:
         pages["/p/metrics"], pages["/d/metrics"] = page.format(9), page.format(0)
@@ -818,12 +854,83 @@ def test_a_controller_reads_the_workers_of_a_targets_file(
         workers = [{"role": role, "metrics": f"{pages.url}/{role[0]}/metrics"} for role in ("prefill", "decode")]
         file.write_text(json.dumps({"workers": workers}))
         arguments = ["--policy", "online-report", "--for", "3", "--tick", "0.2", "--max-switches-per-hour", "1"]
-        db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
-        assert main(["control", "run", server, "--targets", str(file), *arguments, "--json", *db]) == 0
-    said = json.loads(capsys.readouterr().out)
+        db = f"sqlite:///{tmp_path / 'a.db'}"
+        open_store(db).close()
+        rename(tmp_path / "a.db", "decisions", "hidden")
+        back = threading.Timer(2.0, rename, (tmp_path / "a.db", "hidden", "decisions"))
+        back.start()
+        assert main(["control", "run", server, "--targets", str(file), *arguments, "--json", "--db", db]) == 0
+        back.join()
+    told = capsys.readouterr()
+    said = json.loads(told.out)
+    assert told.err.count("The controller goes on") == 1
+    with open_store(db) as store:
+        stored = store.decisions(None)
+    assert [(d.action, d.repeats) for d in stored] == [(d["action"], d["repeats"]) for d in said["decisions"]]
+    assert [d.action for d in stored][-2:] == ["move", "cap"]
+    assert stored[-1].repeats > 3
     moved = [d for d in said["decisions"] if d["action"] == "move"]
     assert [(d["before"], d["after"], d["reason"]) for d in moved] == [("3:3", "4:2", "9 prompts and 0 answers wait")]
     assert endpoint(server).fleet() == Fleet(3, 3)
+
+
+def test_what_no_database_took_is_counted() -> None:
+    """The end waits for a database that is away as long as it is told to, and says how many rows are left."""
+    taken: list[int] = []
+
+    def fails() -> None:
+        raise StoreError("sqlite:///x: is locked.")
+
+    said: list[str] = []
+    ledger = Ledger(said.append)
+    ledger.put(lambda: taken.append(1))
+    ledger.put(fails)
+    ledger.put(lambda: taken.append(2))
+    assert ledger.close(0.2) == 2
+    assert taken == [1]
+    assert said == ["sqlite:///x: is locked. The controller goes on; its decisions are stored when it is back."]
+
+
+def test_nothing_moves_after_the_end() -> None:
+    """A reading that comes while the controller is ended asks for nothing: the old fleet may be back already."""
+    control, asked = Fake(Fleet(1, 3)), threading.Event()
+
+    def read() -> list[Sample]:
+        asked.set()
+        time.sleep(0.3)
+        return queues(9, 0)
+
+    with Controller(control, read, Steering(CountRule()), time.monotonic(), lambda change: None, tick_s=0.05):
+        assert asked.wait(10)
+    assert control.asked == []
+
+
+def test_a_change_that_was_given_up_says_nothing_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that would not end in time, and fails later, is no failure of the change that came after it, nor a step of it."""
+    monkeypatch.setattr(loadgen.control, "STEP_S", 0.05)
+    steps, hold, last = Steps(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        hold.wait(10)
+        raise LostError("it does not drain")
+
+    def ends() -> None:
+        hold.wait(10)
+
+    def waits() -> None:
+        last.wait(10)
+
+    for late in (slow, ends):
+        steps.start([late])
+        before = steps._thread
+        assert before is not None
+        steps.start([waits])
+        hold.set()
+        before.join(10)
+        steps.check()
+        assert steps.left == 1
+        hold.clear()
+    last.set()
 
 
 def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path: Path) -> None:

@@ -9,12 +9,16 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages
+from advisor.cli.common import db_option, emit_json, example, json_option, messages, warn
 from advisor.cli.reaching import connect_of, credentials, watching
 from advisor.cli.steering import rule_of, steering, thresholds
 
 HOW = "How the fleet is set: reference:URL, sglang:ROUTER_URL, kubernetes:NS/KIND/NAME,KIND/NAME, "
 HOW += 'command:["PROGRAM", "{prefill}", "{decode}"], manual:, none, or a TOML file'
+
+
+PATIENCE_S = 10.0
+"""How long the end of ``control run`` waits for a database that is away."""
 
 
 def control_options(f: Any) -> Any:
@@ -150,7 +154,7 @@ def set_(
     **options: Any,
 ) -> int:
     """Put a fleet in force, wait until it is, and store what that cost. ``control restore`` goes back."""
-    from traces.errors import EndpointError
+    from traces.errors import EndpointError, StoreError
     from traces.records import Fleet, FleetChange
     from traces.store import open_store
 
@@ -180,9 +184,13 @@ def set_(
         warm or -1,
         failed,
     )
+    unstored = ""
     if cost.before != wanted:
-        with open_store(db) as store:
-            store.add_fleet_change(None, change, made.name, began)
+        try:
+            with open_store(db) as store:
+                store.add_fleet_change(None, change, made.name, began)
+        except StoreError as error:  # the fleet is in force all the same, and what that took is worth saying
+            unstored = f"the fleet is {wanted} now, but what that took is not stored: {error}"
     found = {
         "control": made.name,
         "before": _fleet(cost.before),
@@ -193,9 +201,10 @@ def set_(
         "asked": warm,
         "failed": max(0, failed),
     }
+    warn(unstored)
     if as_json:
         emit_json(found)
-        return 0
+        return 1 if unstored else 0
     line = f"{made.name}: {cost.before or 'unknown'} -> {wanted}, in force after {cost.ready_s:.2f} s"
     if cost.joined_s < cost.ready_s:
         line += f" (new workers after {cost.joined_s:.2f} s, then the drain)"
@@ -206,7 +215,7 @@ def set_(
             else "; nothing answered"
         )
     messages().print(line, markup=False)
-    return 0
+    return 1 if unstored else 0
 
 
 def _warm(server: Any, model: str | None, requests: int, asked: float) -> tuple[float, int]:
@@ -300,6 +309,9 @@ def restore(
                 journal.unlock()
         except SteelyardError as error:
             row["said"] = str(error)
+    for path in [] if wanted is not None else Journal.unreadable():
+        said = "the note cannot be read; put the fleet back by hand and remove the file"
+        found.append({"control": str(path), "fleet": None, "changed_by": "", "done": False, "said": said})
     failed = [row for row in found if not row["done"] and not dry_run]
     if as_json:
         emit_json({"restored": found, "dry_run": dry_run})
@@ -379,7 +391,7 @@ def run(
     With --dry-run it decides and says so, and changes nothing.
     """
     from loadgen import policy
-    from loadgen.control.online import Controller
+    from loadgen.control.online import Controller, Ledger
     from traces.errors import EndpointError
     from traces.measures import Slo
     from traces.records import Decision, FleetChange
@@ -406,13 +418,15 @@ def run(
         rule = rule_of(options, known, slo, options["mean_prompt"], options["mean_output"])
         read, on_standing = _readings(url, made, options, zero)
 
+        ledger = Ledger(warn)
+
         def on_decision(decision: Decision) -> None:
             decisions.append(decision)
-            store.add_decision(None, decision, made.name, unix)
+            ledger.put(lambda: store.add_decision(None, decision, made.name, unix))
 
         def on_change(change: FleetChange) -> None:
             changes.append(change)
-            store.add_fleet_change(None, change, made.name, unix)
+            ledger.put(lambda: store.add_fleet_change(None, change, made.name, unix))
 
         with (
             keeper,
@@ -434,6 +448,10 @@ def run(
                 threading.Event().wait(for_s)
             except KeyboardInterrupt:
                 console.print("stopping", markup=False)
+        if unstored := ledger.close(PATIENCE_S):
+            warn(
+                f"{unstored} decisions and changes of fleet are not stored: {store.url} took none within {PATIENCE_S:g} s."
+            )
     if as_json:
         emit_json(
             {
@@ -460,7 +478,7 @@ def run(
             f"{controller.missed} ticks without a reading",
             markup=False,
         )
-    return 0
+    return 1 if unstored else 0
 
 
 class _Dry:

@@ -27,6 +27,9 @@ from traces.records import Fleet
 FLEET_S = 180.0
 """How long a change of P:D may take to be in force, unless told otherwise."""
 
+STEP_S = 60.0
+"""How long a change that is given up may take to end the step that runs; then the next one does not wait for it."""
+
 BACK_S = 60.0
 """How long the way back is awaited after Ctrl-C; the note on disk stays when it takes longer."""
 
@@ -229,7 +232,7 @@ class Steps:
         """End after the step that runs now."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(60)
+            self._thread.join(STEP_S)
         self._left = 0
 
     def check(self) -> None:
@@ -245,11 +248,15 @@ class Steps:
             try:
                 step()
             except Exception as error:
+                if stop.is_set():
+                    return  # of a change that was given up: what it says is not the next one's
                 self._error = (
                     error if isinstance(error, EndpointError) else LostError(f"{type(error).__name__}: {error}")
                 )
                 self._left = 0
                 return
+            if stop.is_set():
+                return  # the steps that are left are the next change's
             self._left = max(0, self._left - 1)
 
 

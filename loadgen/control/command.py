@@ -8,9 +8,11 @@ counts as in force when the command has exited, and what was in force before has
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
 from loadgen.stream import printable
@@ -92,11 +94,25 @@ class Command:
         return filled
 
     def _run(self, arguments: list[str], timeout_s: float) -> str:
+        # Files, not pipes: whatever the command leaves running holds a pipe open, and nobody would see that it has ended.
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            code = self._ended(arguments, timeout_s, out, err)
+            out.seek(0)
+            err.seek(max(0, err.seek(0, os.SEEK_END) - 65536))
+            said, wrong = out.read(65536), err.read(65536)
+        if code:
+            lines = wrong.decode("utf-8", "replace").strip().splitlines()
+            last = printable(lines[-1][:200]) if lines else "it said nothing"
+            raise LostError(f"control command {arguments[0]!r}: exit code {code} ({last}).")
+        return said.decode("utf-8", "replace").strip()
+
+    @staticmethod
+    def _ended(arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes]) -> int:
         try:
-            done = subprocess.run(
-                arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False,
+            return subprocess.run(
+                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout_s, check=False,
                 start_new_session=True,  # Ctrl-C is ours: the way back must not be cut in the middle
-            )  # fmt: skip
+            ).returncode  # fmt: skip
         except FileNotFoundError:
             raise LostError(f"control command {arguments[0]!r}: there is no such program.") from None
         except PermissionError:
@@ -107,11 +123,6 @@ class Command:
             ) from None
         except OSError as error:
             raise LostError(f"control command {arguments[0]!r}: cannot be run ({error.strerror}).") from None
-        if done.returncode:
-            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            said = printable(lines[-1][:200]) if lines else "it said nothing"
-            raise LostError(f"control command {arguments[0]!r}: exit code {done.returncode} ({said}).")
-        return done.stdout[:65536].decode("utf-8", "replace").strip()
 
 
 def _arguments(held: Any, what: str) -> list[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -58,12 +59,19 @@ class Journal:
                 found.append(cls(str(held["control"]), str(held["name"]), path.parent))
         return found
 
+    @classmethod
+    def unreadable(cls, where: Path | None = None) -> list[Path]:
+        """The others: each may be the only trace of an old fleet."""
+        known = {journal.path for journal in cls.all(where)}
+        return [path for path in sorted((where or folder()).glob("*.json")) if path not in known]
+
     # --- who holds it
 
     def lock(self, verb: str) -> None:
         """Held until unlock or the end of the process. EndpointError when another process changes this fleet."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = self.path.with_suffix(".lock").open("a+", encoding="utf-8")
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = self.path.with_suffix(".lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -133,19 +141,30 @@ class Journal:
         return Fleet.parse(held[-1].before), SET
 
     def _write(self, entries: list[Entry]) -> None:
-        if not entries:
-            self.path.unlink(missing_ok=True)
-        else:
-            held = {"control": self.spec, "name": self.name, "entries": [asdict(e) for e in entries]}
-            part = self.path.with_suffix(".part")
-            with part.open("w", encoding="utf-8") as out:
-                json.dump(held, out, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
-            part.replace(self.path)
-        # The name must be on the disk too, not only the bytes.
-        handle = os.open(self.path.parent, os.O_RDONLY)
+        with self._writing():
+            if not entries:
+                self.path.unlink(missing_ok=True)
+            else:
+                held = {"control": self.spec, "name": self.name, "entries": [asdict(e) for e in entries]}
+                part = self.path.with_suffix(".part")
+                with part.open("w", encoding="utf-8") as out:
+                    json.dump(held, out, indent=1)
+                    out.flush()
+                    os.fsync(out.fileno())
+                part.replace(self.path)
+            # The name must be on the disk too, not only the bytes.
+            handle = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.path.parent}: the way back of {self.name} cannot be noted there ({error.strerror}). Make room, or let "
+                "XDG_STATE_HOME name a folder that can be written."
+            ) from None

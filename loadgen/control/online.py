@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import queue
 import re
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from loadgen.control import Control, LostError, Standing, has_grown
-from traces.errors import EndpointError, InputError
+from traces.errors import EndpointError, InputError, StoreError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 
 
@@ -188,6 +189,10 @@ class Controller:
         if len(self._moved) + 1 > self._most_per_hour:
             self._decide("cap", target, f"{self._most_per_hour:g} moves an hour are made, this one is not: {why}")
             return
+        if (
+            self._stop.is_set()
+        ):  # the end came while it was read and decided: who has us may be putting the old fleet back
+            return
         try:
             self._control.ask(target)
         except InputError as error:
@@ -203,6 +208,47 @@ class Controller:
         decision = Decision(now, now, action, self._fleet, after, reason, 1)
         if self._decisions.add(decision):
             self._on_said(decision)
+
+
+class Ledger:
+    """Stores what a controller does in a thread of its own: a database that is away, or says nothing, holds no decision up.
+
+    What cannot be stored is tried again each second, and say gets one line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._given, self._stored = say, 0, 0
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="steelyard-ledger", daemon=True)
+        self._thread.start()
+
+    def put(self, write: Callable[[], None]) -> None:
+        """Hand over what stores a row; never blocks."""
+        self._given += 1
+        self._queue.put(write)
+
+    def close(self, patience_s: float) -> int:
+        """Wait until all is stored, ``patience_s`` at most; returns how many are not."""
+        self._queue.put(None)
+        self._thread.join(patience_s)
+        return self._given - self._stored
+
+    def _main(self) -> None:
+        while (write := self._queue.get()) is not None:
+            said = False
+            while not self._done(write, said):
+                said = True
+                time.sleep(1.0)
+            self._stored += 1
+
+    def _done(self, write: Callable[[], None], said: bool) -> bool:
+        try:
+            write()
+        except StoreError as error:
+            if not said:
+                self._say(f"{error} The controller goes on; its decisions are stored when it is back.")
+            return False
+        return True
 
 
 def measured(

@@ -199,6 +199,7 @@ class SGLang:
                     return
                 if time.monotonic() > until:
                     what = f"it still holds {held:g} requests" if held >= 0 else "its /metrics do not answer"
+                    what = what if gone else "the router still lists it"
                     raise LostError(
                         f"{worker.url}: it does not drain: {what} {self._drain_s:g} s after it was "
                         "taken out of the router. Look at its log, or set drain_s higher."
