@@ -9,11 +9,13 @@ import gzip
 import itertools
 import json
 import math
+import multiprocessing
 import socket
 import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -288,8 +290,8 @@ def test_nobody_listening_is_refused() -> None:
     assert [(r.status, r.error) for r in rows] == [("failed", "refused")] * 2
 
 
-def test_a_worker_without_file_handles_has_not_sent_the_request() -> None:
-    """It is the generator's fault: ``unsent``, which spoils the run, and no failure of the server."""
+def without_handles() -> list[tuple[str, str, str, float]]:
+    """(status, error, detail, sent) of two requests of a client whose process has no file handle left."""
     import resource
 
     async def run() -> list[Row]:
@@ -318,10 +320,16 @@ def test_a_worker_without_file_handles_has_not_sent_the_request() -> None:
         await client.close()
         return rows
 
-    rows = asyncio.run(run())
-    assert [(r.status, r.error) for r in rows] == [("unsent", "")] * 2
-    assert "Too many open files" in rows[0].detail
-    assert math.isnan(rows[0].sent)
+    return [(r.status, r.error, r.detail, r.sent) for r in asyncio.run(run())]
+
+
+def test_a_worker_without_file_handles_has_not_sent_the_request() -> None:
+    """It is the generator's fault: ``unsent``, which spoils the run, and no failure of the server. In a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+        rows = own.submit(without_handles).result(60)
+    assert [(status, error) for status, error, _, _ in rows] == [("unsent", "")] * 2
+    assert "Too many open files" in rows[0][2]
+    assert math.isnan(rows[0][3])
 
 
 def test_a_request_that_takes_too_long_times_out_and_keeps_what_it_measured() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -154,6 +155,22 @@ def test_a_change_is_seen_through_watches_that_break(api: ApiServer) -> None:
     forgetting.start()
     assert put(made(), Fleet(3, 2), 20).ready_s >= 0.4
     forgetting.join()
+
+
+def test_a_control_that_is_let_go_ends_its_watches(api: ApiServer) -> None:
+    """A change that is given up on its way leaves no thread that asks a server, which may be gone, for ever."""
+    api.start_s, api.hold_s = 60, 0.05
+    others = set(threading.enumerate())
+
+    def watches() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name == "steelyard-watch" and t not in others]
+
+    control = made()
+    control.ask(Fleet(3, 2))
+    assert len(watches()) == 4
+    del control
+    gc.collect()
+    soon(lambda: not watches())
 
 
 def test_what_may_not_be_watched_is_asked_for(api: ApiServer) -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,6 +296,12 @@ class Watched:
         return heard
 
 
+def _stop(*watched: Mapping[Any, Watched]) -> None:
+    for held in watched:
+        for one in held.values():
+            one.stop()
+
+
 class Kubernetes:
     """See :class:`loadgen.control.Control`. api: the client's CustomObjectsApi, which reaches every group; pods: its CoreV1Api.
 
@@ -310,6 +317,7 @@ class Kubernetes:
         self._selectors: dict[str, str] = {}
         self._objects: dict[tuple[str, str], Watched] = {}
         self._pods: dict[str, Watched] = {}
+        weakref.finalize(self, _stop, self._objects, self._pods)  # a change that was given up leaves its watches
         self._blind = False
         self.note = ""
         self.spec = f"kubernetes:{namespace}/{prefill}" + (f",{decode}" if decode != prefill else "")
@@ -444,9 +452,9 @@ class Kubernetes:
         return True
 
     def _unwatch(self) -> None:
-        for one in (*self._objects.values(), *self._pods.values()):
-            one.stop()
-        self._objects, self._pods = {}, {}
+        _stop(self._objects, self._pods)
+        self._objects.clear()
+        self._pods.clear()
 
     # --- what to do
 
