@@ -13,7 +13,7 @@ import numpy as np
 
 from advisor.advise import load
 from advisor.recommend import Recommendation, recommend
-from advisor.study import quiet, splits_of
+from advisor.study import check_rate, quiet, splits_of
 from advisor.telling import Note, silent
 from loadgen.client import Target
 from loadgen.control import Endpoint
@@ -79,6 +79,7 @@ def probe(
     is known so far; watch(step, live), progress(step, done, of): a replay as it goes.
     """
     began = time.monotonic()
+    check_rate(schedule)
     if Endpoint(where).fleet() is None:
         raise EndpointError(
             f"{where.shown}: its split cannot be set by steelyard (no /fleet), so --auto cannot probe. Run the probes that "

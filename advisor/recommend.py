@@ -23,7 +23,7 @@ from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
 from advisor.parallel import at_once, shared
 from advisor.screen import survivors
-from advisor.study import proposals, quiet, sized, splits_of, values
+from advisor.study import check_rate, proposals, quiet, sized, splits_of, values
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -184,7 +184,9 @@ class Recommendation:
             other = even.figures["goodput_per_s"].value
             gain = goodput.value / other - 1 if other > 0 else math.inf
             name = f"today's {even.fleet}" if self.current else f"{even.fleet}"
-            if not math.isfinite(gain):
+            if self.slo.constraints and not even.feasible:
+                text += f"; {name} misses that"
+            elif not math.isfinite(gain):
                 text += f"; {name} serves none"
             else:
                 text += (
@@ -289,6 +291,7 @@ def recommend(
         )
     if not len(schedule):
         raise InputError(f"trace {schedule.name!r} has no request that can be replayed.")
+    check_rate(schedule)
     warnings: list[str] = []
     used = fleets[0].gpus(gpus_per_worker)
     if used < gpus:
@@ -471,9 +474,11 @@ def _stands(answer: Recommendation, attainment: float) -> Recommendation:
     if not any(c.feasible for c in answer.candidates):
         wanted = str(answer.slo) if answer.slo.constraints else f"{attainment:.0%} of requests within {answer.slo}"
         best = answer.best
+        quantiles = [f"{metric}_p{q:g}" for metric, q, _ in answer.slo.constraints if q in (50, 90, 99)]
+        told = [f"{name} {best.figures[f'{name}_s'].value:.3g} s" for name in quantiles] or [f"{best.attainment:.0%}"]
         raise NoFleetError(
             f"no split of {answer.gpus} GPUs meets {wanted} at {answer.schedule.rate_per_s:.3g} req/s: the best, {best.fleet}, "
-            f"reaches {best.attainment:.0%}. Lower --rate, loosen --slo or --attainment, or give more --gpus."
+            f"reaches {', '.join(told)}. Lower --rate, loosen --slo or --attainment, or give more --gpus."
         )
     return answer
 

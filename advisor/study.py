@@ -17,6 +17,7 @@ import numpy as np
 from advisor.calibrate import CORRELATED, STATISTIC_SD, Replay
 from advisor.model import load_of
 from loadgen.cluster import Profile
+from traces.errors import InputError
 from traces.measures import Slo
 from traces.records import Fleet, Floats, Schedule
 from traces.shape import to_rate
@@ -48,6 +49,17 @@ def bunched(schedule: Schedule) -> bool:
         return False
     gaps = np.diff(schedule.due_s)
     return bool((gaps <= 0).mean() > 0.3 or gaps.std() > BURSTY * gaps.mean())
+
+
+def check_rate(schedule: Schedule) -> None:
+    """InputError where all requests come at one instant: a split is chosen for traffic that arrives."""
+    if not math.isfinite(schedule.rate_per_s):
+        name = schedule.name
+        raise InputError(
+            f"trace {name!r} has no rate, its requests ({len(schedule)}) are due at one instant: a split is chosen for traffic "
+            f"that arrives. Spread them: steelyard synth --like {name} --name {name}-spread --lengths empirical "
+            "--arrivals poisson --rate R"
+        )
 
 
 def splits_of(gpus: int, per_worker: tuple[int, int] = (1, 1)) -> list[Fleet]:

@@ -143,7 +143,8 @@ def test_a_split_that_misses_a_constraint_is_not_the_answer() -> None:
     assert meets(summarise(rows := simulate(asked, answer.best.fleet, demo).observations, slo), rows, slo, 0.9)
     assert answer.as_json()["candidates"][0]["constraints_kept"]["value"] == by[Fleet(1, 7)].kept.value
     impossible = Slo.parse("ttft_p99<1ms")
-    with pytest.raises(NoFleetError, match="meets ttft_p99<1ms"):
+    assert replace(answer, current=Fleet(1, 7)).sentence.count("; today's 1:7 misses that") == 1
+    with pytest.raises(NoFleetError, match=r"meets ttft_p99<1ms .*, reaches ttft_p99 0\.\d+ s\."):
         recommend(three_runs(demo, rate), asked, gpus=8, slo=impossible, draws=2)
 
 
@@ -396,6 +397,14 @@ def test_one_gpu_makes_no_fleet() -> None:
         recommend([], lognormal(10, 1, 0), gpus=1, slo=SLO)
 
 
+@pytest.mark.parametrize("n", [1, 10])
+def test_requests_at_one_instant_are_no_traffic(n: int) -> None:
+    """A batch and a lone request come at no rate: one line that says so, with the command that spreads them."""
+    asked = lognormal(n, 1, 0)
+    with pytest.raises(InputError, match=rf"its requests \({n}\) are due at one instant.*synth --like lognormal-0"):
+        recommend([], replace(asked, due_s=np.zeros(n)), gpus=8, slo=SLO)
+
+
 def test_fitted_laws_reproduce_the_decode_step() -> None:
     """The decode law predicts the true step time within 5 % over the range of the runs."""
     profile = Profile.load("demo")
@@ -528,6 +537,12 @@ def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys
     answer = json.loads(said.out)  # it is given all the same, in one object
     assert answer["exit_code"] == 1
     assert answer["error"] in said.err
+    assert main(["runs", "--db", url, "--json"]) == 0
+    (kept,) = json.loads(capsys.readouterr().out)["recommendations"]
+    assert (kept["recommendation"], kept["runs"]) == (answer["recommendation"], [1, 2, 3])
+    assert (kept["data_hash"], kept["sentence"]) == (answer["data_hash"], answer["sentence"])
+    assert main(["runs", "--db", url]) == 0
+    assert f"runs 1, 2, 3  data {kept['data_hash'][:12]}: {kept['sentence']}" in capsys.readouterr().out
     goodput = truth(profile, schedule)
     chosen = Fleet(answer["prefill"], answer["decode"])
     assert goodput[chosen] >= 0.98 * max(goodput.values())

@@ -116,7 +116,7 @@ def table(rows: list[dict[str, Any]], title: str) -> None:
 @db_option
 @click.pass_context
 def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> None:
-    """List stored runs; show or export one."""
+    """List stored runs, and the latest answers that rest on them; show or export one."""
     if context.invoked_subcommand is not None:
         return
     from rich.markup import escape
@@ -127,8 +127,9 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
 
     with open_store(db, create=False) as store:
         found = store.runs(group=group)
+        answers = _answers(store, {run.id for run in found})
     if as_json:
-        emit_json({"runs": [_short(run) for run in found]})
+        emit_json({"runs": [_short(run) for run in found], "recommendations": answers})
         return
     made = Table(box=None, pad_edge=False)
     for column in ("run", "name", "trace", "P:D", "rate/s", "ok", "lag p99 ms", "verdict"):
@@ -149,6 +150,35 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
     console.print(made, width=max(console.width, 120))
     if not found:
         console.print("No runs yet. Make one: steelyard replay --help")
+    if answers:
+        console.print("Answers that rest on them, the latest first; read one: steelyard report --recommendation ID")
+    for one in answers:
+        on = ", ".join(map(str, one["runs"]))
+        console.print(
+            f"  {one['recommendation']}  {one['created_at']}  runs {on}  data {one['data_hash'][:12]}: {one['sentence']}",
+            markup=False,
+        )
+
+
+LATEST = 10
+"""Answers that are listed with the runs."""
+
+
+def _answers(store: Any, runs: set[int]) -> list[dict[str, Any]]:
+    """The latest answers that rest on any of these runs: which they are, on what, and what they say."""
+    found = [
+        {
+            "recommendation": row["id"],
+            "created_at": row["created_at"],
+            "kind": row["kind"],
+            "runs": row["run_ids"],
+            "data_hash": row["answer"].get("data_hash") or "",
+            "sentence": row["answer"].get("sentence") or "",
+        }
+        for row in store.recommendations()
+        if runs.intersection(row["run_ids"])
+    ]
+    return found[:LATEST]
 
 
 def _or_dash(value: float, form: str) -> str:
