@@ -74,7 +74,8 @@ def _roles(answer: Mapping[str, Any]) -> dict[str, int]:
 
 def _thresholds(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     found = answer.get("thresholds")
-    if not found or not found.get("rule"):
+    # Thresholds that were found and do not pay stand in an answer that is to stand still, too.
+    if answer["strategy"] != "online" or not found or not found.get("rule"):
         raise InputError(
             f"--export {kind} needs thresholds, and this answer is to stand still. Ask for some: advise --strategy online"
         )

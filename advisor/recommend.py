@@ -23,7 +23,7 @@ from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
 from advisor.parallel import at_once, shared
 from advisor.screen import survivors
-from advisor.study import check_rate, proposals, quiet, sized, splits_of, values
+from advisor.study import check_rate, proposals, quiet, reason, sized, splits_of, values
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -198,6 +198,12 @@ class Recommendation:
         return text + f" ({label}: {goodput.low:.3g} to {goodput.high:.3g})."
 
     @property
+    def gap(self) -> float:
+        """Share of what the answer serves that its runner-up loses; below 0 where that serves more. NaN without one."""
+        mine = self.best.worth_per_s
+        return 1 - self.runner_up.worth_per_s / mine if self.runner_up and mine > 0 else math.nan
+
+    @property
     def compared_with(self) -> Candidate | None:
         """The fleet the user would otherwise run: the current one, else the even split; None if that is the answer."""
         even = min((c.fleet for c in self.candidates), key=lambda f: abs(f.prefill - f.decode))
@@ -232,7 +238,7 @@ class Recommendation:
             "ttft_p99_s": best["ttft_p99_s"],
             "tpot_p99_s": best["tpot_p99_s"],
             "e2e_p99_s": best["e2e_p99_s"],
-            "runner_up": one(self.runner_up) if self.runner_up else None,
+            "runner_up": one(self.runner_up) | {"gap": self.gap} if self.runner_up else None,
             "candidates": [one(c) for c in self.candidates],
             "thresholds": None,
             "next_probe": self.next_probe,
@@ -299,13 +305,13 @@ def recommend(
         warnings.append(f"no fleet of {each} uses {gpus} GPUs: fleets of {used} were compared")
     if current is not None and current not in fleets:
         warnings.append(f"today's {current} is no split of {used} GPUs, so it was not compared")
-    first = quiet(schedule, used, per_worker=gpus_per_worker)["command"]
+    first = quiet(schedule, used, per_worker=gpus_per_worker)
     usable = _usable(data, first, warnings)
     note("fit", 0, 1)
     try:
         fit = fit_laws(usable)
     except NotEnoughDataError as error:
-        raise NotEnoughDataError(f"{error} Measure next: {first}") from None
+        raise NotEnoughDataError(f"{error} Measure next: {first['command']}", first) from None
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
@@ -470,7 +476,8 @@ def recommend(
 def _stands(answer: Recommendation, attainment: float) -> Recommendation:
     """The answer, if it may be given."""
     if answer.refused:
-        raise NotEnoughDataError(f"{answer.refused}. Measure next: {answer.next_probe['command']}")
+        probe = answer.next_probe
+        raise NotEnoughDataError(f"{answer.refused}. Measure next: {probe['command']} ({reason(probe)})", probe)
     if not any(c.feasible for c in answer.candidates):
         wanted = str(answer.slo) if answer.slo.constraints else f"{attainment:.0%} of requests within {answer.slo}"
         best = answer.best
@@ -646,10 +653,10 @@ def data_hash(data: Sequence[RunData]) -> str:
     return h.hexdigest()
 
 
-def _usable(data: Sequence[RunData], first: str, warnings: list[str]) -> list[RunData]:
+def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str]) -> list[RunData]:
     """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid or of unknown fleet.
 
-    first: the command of the run to begin with, where there is none.
+    first: the run to begin with, where there is none.
     """
     usable = []
     for one in data:
@@ -674,7 +681,7 @@ def _usable(data: Sequence[RunData], first: str, warnings: list[str]) -> list[Ru
             usable.append(one)
     if not usable:
         why = f" ({warnings[0]})" if warnings else ""
-        raise NotEnoughDataError(f"no stored run can be used{why}. Measure one first: {first}")
+        raise NotEnoughDataError(f"no stored run can be used{why}. Measure one first: {first['command']}", first)
     return usable
 
 
@@ -763,9 +770,6 @@ def _figures(
         )
     return figures
 
-
-TRUSTED = 0.7
-"""Runs that lie nearer to the laws than draws reach narrow a band to this share at most: the laws were fitted to these runs."""
 
 REGIMES = (0.7, 0.95)
 """Bounds between regimes of the busier stage: quiet, busy, saturated. A run says little of another regime's error."""

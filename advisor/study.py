@@ -8,7 +8,7 @@ what is left. What that choice loses, on average over the draws, against what to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +70,14 @@ def splits_of(gpus: int, per_worker: tuple[int, int] = (1, 1)) -> list[Fleet]:
 def sized(per_worker: tuple[int, int]) -> str:
     """The option of a run whose workers have more than one GPU; "" for one each."""
     return "" if per_worker == (1, 1) else " --gpus-per-worker {},{}".format(*per_worker)
+
+
+def reason(probe: Mapping[str, Any]) -> str:
+    """Why a run comes next, and what it is expected to spare; of one that is not needed, that it is not."""
+    text = str(probe["why"])
+    if probe["gain_per_s"] > 0:
+        text += f"; it is expected to spare {probe['gain_per_s']:.2g} req/s"
+    return text + ("; enough is known without it" if probe["stop"] else "")
 
 
 def quiet(schedule: Schedule, gpus: int, share: float = 0.2, per_worker: tuple[int, int] = (1, 1)) -> dict[str, Any]:

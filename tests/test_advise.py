@@ -18,12 +18,13 @@ import pytest
 
 from advisor.advise import advise
 from advisor.cli import main
+from advisor.cli.advise_verbs import show
 from advisor.cost import needed
 from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
-from advisor.recommend import Candidate, Interval, _regret, enough, rank, recommend, refusal, stressed
+from advisor.recommend import Candidate, Interval, _regret, _stands, enough, rank, recommend, refusal, stressed
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -130,7 +131,7 @@ def test_the_split_it_picks_is_within_two_percent_of_the_best(kind: str, seed: i
     assert goodput[answer.best.fleet] >= 0.98 * max(goodput.values()), (answer.best.fleet, goodput)
 
 
-def test_a_split_that_misses_a_constraint_is_not_the_answer() -> None:
+def test_a_split_that_misses_a_constraint_is_not_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     """All splits but one serve the same; 1:7 has the least P99 E2E and misses TTFT p99: what is recommended truly keeps it."""
     demo, slo = Profile.load("demo"), Slo.parse("ttft_p99<0.5s tpot_p99<50ms")
     rate = busy_rate(demo)
@@ -144,6 +145,18 @@ def test_a_split_that_misses_a_constraint_is_not_the_answer() -> None:
     assert answer.as_json()["candidates"][0]["constraints_kept"]["value"] == by[Fleet(1, 7)].kept.value
     impossible = Slo.parse("ttft_p99<1ms")
     assert replace(answer, current=Fleet(1, 7)).sentence.count("; today's 1:7 misses that") == 1
+    rival = answer.runner_up
+    assert rival is not None
+    assert answer.as_json()["runner_up"]["gap"] == pytest.approx(1 - rival.worth_per_s / answer.best.worth_per_s)
+    show(replace(answer, break_even={"prompt_factor": 1.5, "rate_factor": None}))
+    assert f"Runner-up {rival.fleet} serves {abs(answer.gap):.1%} " in (text := capsys.readouterr().out)
+    assert "; it is ahead with prompts 1.5 times as long." in text
+    probe = answer.next_probe | {"gain_per_s": 0.25, "why": "who knows", "stop": False}
+    with pytest.raises(
+        NotEnoughDataError, match=r"^too little\. .* \(who knows; it is expected to spare 0.25 req/s\)$"
+    ) as known:
+        _stands(replace(answer, refused="too little", next_probe=probe), 0.9)
+    assert known.value.next_probe == probe
     with pytest.raises(NoFleetError, match=r"meets ttft_p99<1ms .*, reaches ttft_p99 0\.\d+ s\."):
         recommend(three_runs(demo, rate), asked, gpus=8, slo=impossible, draws=2)
 
@@ -543,6 +556,16 @@ def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys
     assert (kept["data_hash"], kept["sentence"]) == (answer["data_hash"], answer["sentence"])
     assert main(["runs", "--db", url]) == 0
     assert f"runs 1, 2, 3  data {kept['data_hash'][:12]}: {kept['sentence']}" in capsys.readouterr().out
+    other = f"sqlite:///{tmp_path}/b.db"
+    with open_store(other) as store:  # no run that can be used: the refusal has its next run as a key, too
+        run = store.begin_run(replace(data.run, verdict="invalid", reason="late"))
+        store.add_observations(run.id, data.observations)
+        store.end_run(run)
+    capsys.readouterr()
+    assert main(["advise", "--gpus", "8", "--db", other, "--json"]) == 5
+    held = json.loads(capsys.readouterr().out)
+    assert held["next_probe"]["command"] in held["error"]
+    assert (held["exit_code"], held["next_probe"]["prefill"]) == (5, 4)
     goodput = truth(profile, schedule)
     chosen = Fleet(answer["prefill"], answer["decode"])
     assert goodput[chosen] >= 0.98 * max(goodput.values())

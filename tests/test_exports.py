@@ -71,8 +71,10 @@ def test_every_strategy_is_deployed_with_its_own_split(strategy: str, split: tup
 @pytest.mark.parametrize("kind", ["keda", "prometheus-rules"])
 def test_what_needs_thresholds_refuses_an_answer_without(kind: str) -> None:
     """Standing still needs no autoscaler: one line and the next step."""
-    with pytest.raises(InputError, match="advise --strategy online"):
-        export(answer("static"), kind)
+    held = answer("online") | {"strategy": "static"}  # thresholds were found, and do not pay
+    for still in (answer("static"), held):
+        with pytest.raises(InputError, match="advise --strategy online"):
+            export(still, kind)
 
 
 def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:

@@ -14,7 +14,7 @@ A message says what, where, got and next step, on one line, and never holds a se
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
 """For ``str.translate``: a terminal obeys these, so text from outside must not hold them where people read."""
@@ -55,6 +55,13 @@ class NoFleetError(SteelyardError):
 
 
 class NotEnoughDataError(SteelyardError):
-    """The stored rows cannot answer the question; the message names the next measurement."""
+    """The stored rows cannot answer the question; the message names the next measurement.
+
+    next_probe: the same as ``advise --json`` has it, where a replay is what is missing.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, next_probe: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.next_probe = next_probe

@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = steelyard.main(args=arguments, prog_name="steelyard", standalone_mode=False)
     except SteelyardError as error:
         if "--json" in arguments:
-            emit_json({"error": str(error), "exit_code": error.exit_code})
+            probe = getattr(error, "next_probe", None)
+            emit_json({"error": str(error), "exit_code": error.exit_code} | ({"next_probe": probe} if probe else {}))
         click.echo(f"steelyard: {error}", err=True)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):  # Abort is a RuntimeError: before those

@@ -149,19 +149,18 @@ def advise(
         answer.extra["probing"] = asdict(probing)
         if not probing.sure:
             answer.recommendation.warnings.append(f"--auto ended before the answer was sure: {probing.reason}")
-    if profile_out:
-        from advisor.report import write_report
-
-        write_report(profile_out, answer.recommendation.fit.profile.to_toml())
     refused: InputError | None = None
-    if exported:
+    if profile_out or exported:
         from advisor.exports import export
         from advisor.report import write_report
 
         path = export_out or Path(f"steelyard-{exported}.yaml")
         try:
-            write_report(path, export(answer.as_json(), exported))
-            answer.extra["export"] = str(path)
+            if profile_out:
+                write_report(profile_out, answer.recommendation.fit.profile.to_toml())
+            if exported:
+                write_report(path, export(answer.as_json(), exported))
+                answer.extra["export"] = str(path)
         except InputError as error:
             refused = error  # what was asked, and perhaps measured, is said all the same
     if as_json:
@@ -316,6 +315,8 @@ def show(recommendation: Any, as_json: bool = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from advisor.study import reason
+
     r = recommendation
     console = messages(as_json)
     console.print(f"[bold]{escape(r.sentence)}[/bold]")
@@ -337,6 +338,8 @@ def show(recommendation: Any, as_json: bool = False) -> None:
             style="bold" if word == "recommended" else None,
         )
     console.print(table)
+    if r.runner_up:
+        console.print(rival(r), markup=False)
     kind = "90 % intervals" if r.calibrated else "90 % bands, not yet calibrated"
     console.print(
         f"Evidence: {len(r.runs)} runs ({', '.join(map(str, r.runs))}), n = {r.n} finished requests; [{kind}]",
@@ -344,7 +347,21 @@ def show(recommendation: Any, as_json: bool = False) -> None:
     )
     for warning in r.warnings:
         console.print(f"note: {warning}", markup=False)
-    console.print(f"Next: {r.next_probe['command']}  ({r.next_probe['why']})", markup=False)
+    console.print(f"Next: {r.next_probe['command']}  ({reason(r.next_probe)})", markup=False)
+
+
+def rival(recommendation: Any) -> str:
+    """The runner-up, how far behind it is, and what would put it ahead."""
+    r, gap = recommendation, recommendation.gap
+    word = f"serves {abs(gap):.1%} {'less' if gap >= 0 else 'more'}" if gap == gap else "serves none either"
+    words = {"prompt_factor": "with prompts {:.3g} times as long", "rate_factor": "at {:.3g} times the rate"}
+    turns = [text.format(r.break_even[k]) for k, text in words.items() if r.break_even.get(k) is not None]
+    ahead = (
+        f"it is ahead {' or '.join(turns)}"
+        if turns
+        else "no prompts or rate up to four times or a quarter put it ahead"
+    )
+    return f"Runner-up {r.runner_up.fleet} {word}; {ahead}."
 
 
 def show_choice(answer: Any) -> None:

@@ -192,9 +192,11 @@ def _rests(answer: Mapping[str, Any], runs: Sequence[Digest]) -> list[str]:
 
 def _next(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> list[str]:
     lines = []
-    if answer.get("candidates"):
-        lines.append(f"Serve with {answer['prefill']} prefill and {answer['decode']} decode workers.")
     rule = answer.get("thresholds") or {}
+    if answer.get("candidates"):
+        own = {"online": rule.get("start"), "offline": answer.get("offline")}.get(str(answer.get("strategy")))
+        split = own or answer
+        lines.append(f"Serve with {split['prefill']} prefill and {split['decode']} decode workers.")
     if answer.get("strategy") == "online" and rule.get("rule"):
         told = ", ".join(
             f"{k} {v:g}" for k, v in rule.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
