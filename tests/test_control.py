@@ -933,7 +933,8 @@ def test_a_change_that_was_given_up_says_nothing_of_the_next(monkeypatch: pytest
     last.set()
 
 
-def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path: Path, number: int) -> None:
     control = Reference(endpoint(server))
     before = control.get().fleet or Fleet(9, 9)
     child = subprocess.Popen(
@@ -943,7 +944,7 @@ def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path:
     try:
         assert child.stdout is not None
         assert "hold" in child.stdout.readline()
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         said, _ = child.communicate(timeout=60)
         assert child.returncode == 0
         assert "stopping" in said

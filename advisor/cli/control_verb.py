@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -445,7 +448,8 @@ def run(
             ) as controller,
         ):
             try:
-                threading.Event().wait(for_s)
+                with _terminable():
+                    threading.Event().wait(for_s)
             except KeyboardInterrupt:
                 console.print("stopping", markup=False)
         if unstored := ledger.close(PATIENCE_S):
@@ -479,6 +483,19 @@ def run(
             markup=False,
         )
     return 1 if unstored else 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: who stops a service, or takes a pod away, wants the fleet back as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Dry:
