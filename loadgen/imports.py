@@ -37,6 +37,9 @@ OF_AGGREGATES = ("prefill", "decode", "prefill_gpus", "decode_gpus", "engine", "
 COLUMNS = ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status")
 """Names of a CSV or JSONL of rows; ``--map due_s=COLUMN,...`` renames. ``status`` and one of due_s and sent_s may be missing."""
 
+MEASURED = ("first_token_s", "last_token_s", "output_tokens")
+"""Columns that tell the rows of two runs of one schedule apart."""
+
 MOST_BYTES = 1 << 30
 """Largest result that is read; a document is parsed as a whole."""
 
@@ -516,7 +519,10 @@ def store_run(
     slo: Slo | None = None,
     gpus_per_worker: tuple[int, int] = (1, 1),
 ) -> tuple[Run, bool]:
-    """Store one run of another client; (the run, whether it was there already with the same rows and name)."""
+    """Store one run of another client; (the run, whether it was there already with the same rows and name).
+
+    InputError when it was, as measured on another fleet.
+    """
     rows, zero = observations(measured)
     schedule = rows.asked(name)
     digest = hashlib.sha256()
@@ -524,8 +530,17 @@ def store_run(
         digest.update(np.ascontiguousarray(column).tobytes())
     group = group or f"import {digest.hexdigest()[:16]}"
     for known in store.runs(group=group):
-        if known.name == name and known.schedule_digest == schedule.digest() and known.ended:
-            return known, True
+        if known.name != name or known.schedule_digest != schedule.digest() or not known.ended:
+            continue
+        there = store.observations(known.id)  # another fleet may have been asked the same, at the same times
+        if not all(np.array_equal(getattr(there, c), getattr(rows, c), equal_nan=c.endswith("_s")) for c in MEASURED):
+            continue
+        if known.fleet != fleet:
+            raise InputError(
+                f"{name!r}: the same rows are run {known.id} already, as measured on {known.fleet} (got --fleet {fleet}). Where "
+                f"that was wrong: steelyard runs prune --group '{group}', then import again."
+            )
+        return known, True
     judged = verdict(rows, slo)
     word, why = judged.word, f"measured by {measured.client}; {judged.reason}"
     if not measured.due_known:

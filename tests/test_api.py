@@ -81,6 +81,7 @@ def test_observations_as_arrow_and_pandas_say_what_numpy_says() -> None:
     assert table.column_names == list(frame.columns) == list(columns)
     assert table["ttft_s"].to_pylist() == [0.5, 0.5, None]
     assert table["output_tokens"].to_pylist() == [6, None, None]
+    assert table["cached_tokens"].to_pylist() == [None] * 3
     assert table["error"].to_pylist() == ["", "", "reset"]
     assert frame["output_tokens"].isna().tolist() == [False, True, True]
     np.testing.assert_array_equal(frame["ttft_s"], columns["ttft_s"])

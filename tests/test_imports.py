@@ -97,6 +97,8 @@ def exported(tmp_path: Path) -> tuple[str, Path, Observations]:
 def test_what_is_exported_can_be_imported(exported: tuple[str, Path, Observations]) -> None:
     """``runs export`` writes what ``runs import`` reads, times and ends the same."""
     _, out, rows = exported
+    with out.open(newline="") as file:
+        assert {row["cached_tokens"] for row in csv.DictReader(file)} == {""}  # what did not come is empty, not -1
     back, _ = observations(read(out)[0])
     for name in ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status"):
         assert getattr(back, name).tolist() == getattr(rows, name).tolist(), name
@@ -186,6 +188,24 @@ def test_the_verb_stores_says_and_repeats_nothing(tmp_path: Path, capsys: pytest
     with open_store(url) as store:
         assert len(store.runs()) == 2
         assert "secret" not in json.dumps([str(store.observations(i).detail.tolist()) for i in (1, 2)])
+
+
+def test_two_fleets_that_were_asked_the_same_are_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one group, under one name, at the same times: the second's rows are stored. The same rows are of one fleet alone."""
+    head = "due_s,sent_s,first_token_s,last_token_s,prompt_tokens,output_tokens\n"
+    paths = [tmp_path / f"{k}" / "rows.csv" for k in range(2)]
+    for k, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_text(head + "".join(f"{t},{t},{t + 0.1 + k},{t + 0.2 + k},10,5\n" for t in range(3)))
+    command = ["runs", "import", "--group", "g", "--db", f"sqlite:///{tmp_path}/a.db", "--json", "--fleet"]
+    for _ in range(2):
+        for k, (path, fleet) in enumerate(zip(paths, ("3:5", "4:4"), strict=True)):
+            assert main([*command, fleet, str(path)]) == 0
+            (run,) = json.loads(capsys.readouterr().out)["runs"]
+            assert (run["run"], run["fleet"]["prefill"]) == (k + 1, 3 + k)
+            assert run["ttft_ms"]["p50"] == pytest.approx(100 + 1000 * k)
+    assert main([*command, "5:3", str(paths[0])]) == 1
+    assert "the same rows are run 1 already, as measured on 3:5 (got --fleet 5:3)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

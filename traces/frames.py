@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.errors import InputError
-from traces.records import Observations, Sample, Schedule
+from traces.records import MAY_LACK, Observations, Sample, Schedule
 
 if TYPE_CHECKING:
     import pandas
@@ -62,7 +62,7 @@ def _column(values: list[Any]) -> npt.NDArray[Any]:
 
 def _counts(name: str, rows: Rows) -> bool:
     """Is -1 in this column "the server said nothing"?"""
-    return isinstance(rows, Observations) and name in ("worker", "prompt_tokens", "output_tokens")
+    return isinstance(rows, Observations) and name in MAY_LACK
 
 
 def _library(name: str, extra: str) -> ModuleType:

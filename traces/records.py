@@ -259,6 +259,10 @@ class Feed:
 # --- what happened --------------------------------------------------------------------------------------------------
 
 
+MAY_LACK = ("worker", "prompt_tokens", "output_tokens", "cached_tokens")
+"""Columns of observations in which -1 says that nothing is known."""
+
+
 @dataclass(frozen=True, eq=False)
 class Observations:
     """One row per scheduled request, measured; columns of length n. Latencies are derived, never stored.

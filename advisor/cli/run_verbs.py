@@ -316,7 +316,7 @@ def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:
 @db_option
 def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
     """Write one line a request, with the names of traces/records.py; what did not come is empty."""
-    from traces.records import Observations
+    from traces.records import MAY_LACK, Observations
     from traces.store import open_store
     from traces.whole import whole
 
@@ -327,7 +327,11 @@ def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
             writer = csv.writer(file)
             writer.writerow(names)
             for rows in store.pieces(run.id):
-                for row in zip(*(getattr(rows, name).tolist() for name in names), strict=True):
+                held = [getattr(rows, name).tolist() for name in names]
+                for name, values in zip(names, held, strict=True):
+                    if name in MAY_LACK:
+                        values[:] = ["" if v < 0 else v for v in values]
+                for row in zip(*held, strict=True):
                     writer.writerow(["" if v is None or v != v else _guarded(v) for v in row])
                 n += len(rows)
     if as_json:
@@ -589,24 +593,33 @@ def vacuum(as_json: bool, db: str) -> None:
 @runs.command("recover", **example("steelyard runs recover"))
 @json_option
 @db_option
-def recover(as_json: bool, db: str) -> None:
+def recover(as_json: bool, db: str) -> int:
     """Store rows that wait on disk because the database was away when they were measured.
 
     Every other command on that database does so unasked, and says it.
     """
     from loadgen.spool import waiting
+    from traces.errors import InputError
     from traces.store import open_store
 
+    found: dict[str, int] = {}
+    homeless = ""
     with open_store(db, create=False) as store:
-        found = {str(spool.path): spool.load(store) for spool in waiting(store)}
+        for spool in waiting(store):
+            try:
+                found[str(spool.path)] = spool.load(store)
+            except InputError as error:  # the others are stored all the same
+                homeless = homeless or str(error)
     # The group above has the same database as a rule, and was there first.
     found |= click.get_current_context().meta.get(RECOVERED, {}).get(db, {})
     if as_json:
         emit_json({"rows": sum(found.values()), "files": found})
-    elif not found:
+    elif not found and not homeless:
         messages().print("Nothing waits for this database here.")
     for path, rows in () if as_json else found.items():
         messages().print(f"{rows} rows from {path} are in the database", markup=False)
+    warn(homeless)
+    return 1 if homeless else 0
 
 
 APPROXIMATE = "Of runs of more than 100,000 requests quantiles come from bins 1 % wide, half a per cent off at most."
