@@ -5,7 +5,7 @@ A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"s
 nothing is stored twice, because what is measured has a key, and lines are dropped from the file once they are in the
 database. A file is locked while it is written or loaded, so any command may load what another process is still adding to.
 Nobody waits for a lock: who loads may be waiting for a database that never answers, so who adds then takes another file
-(``-run-7.1.jsonl``).
+(``-run-7-KEY.1.jsonl``).
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def folder() -> Path:
     return state.folder("spool")
 
 
+KEY = 8
+"""Characters of a run's key that stand in the name of its file."""
+
 _OUTCOME = (
     "started_unix_s",
     "complete",
@@ -67,10 +70,12 @@ Batch = Observations | Sequence[Sample] | FleetChange | Steered
 
 
 class Spool:
-    """The file of one run, or several. Made when the first line is written."""
+    """The file of one run, or several. Made when the first line is written. key: the run's, as far as a name holds it."""
 
-    def __init__(self, store: Store, run_id: int, where: Path | None = None) -> None:
-        self.path = (where or folder()) / f"{_mark(store)}-run-{run_id}.jsonl"
+    def __init__(self, store: Store, run_id: int, where: Path | None = None, key: str | None = None) -> None:
+        # A number is given again once its run was deleted, or the database made anew: its rows are not the next one's.
+        self._key = store.begun.get(run_id, "")[:KEY] if key is None else key
+        self.path = (where or folder()) / f"{_mark(store)}-run-{run_id}{self._key and '-'}{self._key}.jsonl"
         self._run_id = run_id
 
     def keep(self, batch: Batch) -> None:
@@ -143,6 +148,7 @@ class Spool:
 
     def load(self, store: Store) -> int:
         """Put what waits into the database; returns the rows. StoreError leaves what is not stored yet in the file.
+        InputError: the database has no such run any more.
 
         What another process loads at this moment is left to it.
         """
@@ -151,6 +157,11 @@ class Spool:
             with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(file.fileno()).st_nlink:
+                    if not (key := store.key(self._run_id)) or not key.startswith(self._key):
+                        raise InputError(
+                            f"{path}: its rows are of a run that is not in {store.url} any more: it was deleted, or the database "
+                            "is another one. Remove the file if that was meant."
+                        )
                     stored += self._load(store, path, file)
         return stored
 
@@ -194,8 +205,9 @@ class Spool:
 def waiting(store: Store, where: Path | None = None) -> list[Spool]:
     """The files that wait for this database."""
     start = f"{_mark(store)}-run-"
-    numbers = {path.name.removeprefix(start).split(".")[0] for path in (where or folder()).glob(f"{start}*.jsonl")}
-    return [Spool(store, number, where) for number in sorted(int(n) for n in numbers if n.isdigit())]
+    names = {path.name.removeprefix(start).split(".")[0] for path in (where or folder()).glob(f"{start}*.jsonl")}
+    found = sorted((int(number), key) for number, _, key in (n.partition("-") for n in names) if number.isdecimal())
+    return [Spool(store, number, where, key) for number, key in found]
 
 
 def add(store: Store, run_id: int, batch: Batch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sqlite3
 import sys
 from contextlib import closing
@@ -382,6 +383,11 @@ def test_runs_go_from_one_database_to_another_without_loss(any_url: str, tmp_pat
         run = store.end_run(run)
         written = export_runs(store, [run.id], tmp_path / "out")
         assert written["observations"] == 300
+        shutil.copytree(tmp_path / "out", tmp_path / "cut")
+        (tmp_path / "cut" / "samples.parquet").write_bytes(b"PAR1 not at all")
+        with pytest.raises(InputError, match="cannot be read"):
+            import_runs(other, tmp_path / "cut")
+        assert [r.ended for r in other.runs()] == [False, False]  # half a run is none that has ended
         for _ in range(2):
             ids = import_runs(other, tmp_path / "out")
         (new,) = ids.values()

@@ -624,6 +624,30 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_no_later_line(store:
     assert len(store.samples(run.id)) == 1
 
 
+def test_rows_of_a_run_that_is_gone_are_not_the_next_one_s(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number is given again when its run was deleted, or the database made anew. Old rows keep no others out."""
+    gone, rows = begun(store), held_rows(4)
+    Spool(store, gone.id).add_observations(rows.take(np.array([0, 1])))
+    store.delete_run(gone.id)
+    run, url = begun(store), f"sqlite:///{tmp_path}/made.db"
+    assert run.id == gone.id
+    with Writer(store, run.id, every_s=0.1) as writer:
+        writer.put(rows.take(np.array([2])))
+    writer.settle(run, 5.0)
+    assert store.observations(run.id).index.tolist() == [2]
+    other = begun(store)
+    Spool(store, other.id).add_observations(rows)
+    assert main(["traces", "--db", url]) == 0
+    assert len(store.observations(other.id)) == 4
+    (left,) = folder().iterdir()
+    capsys.readouterr()
+    assert main(["runs", "recover", "--db", url]) == 1
+    assert f"{left}: its rows are of a run that is not in" in capsys.readouterr().err
+    assert store.observations(run.id).index.tolist() == [2]
+
+
 def test_two_processes_share_a_spool_without_loss(store: Store, swarm: Swarm, endpoint: str, tmp_path: Path) -> None:
     """Rows are added while others load the file and remove it: each is stored, none twice."""
     run = replay(store, swarm, schedule(4, 40.0), endpoint)

@@ -715,6 +715,8 @@ class Store:
         self._counting: dict[int, Bins] = {}  # of long runs that were begun here
         self._kept: dict[int, int] = {}
         self._lock = threading.Lock()
+        self.begun: dict[int, str] = {}
+        """Run -> its key, of runs that were begun here."""
 
     def __enter__(self) -> Self:
         return self
@@ -1008,6 +1010,7 @@ class Store:
             return int(connection.execute(sa.select(runs.c.id).where(runs.c.key == values["key"])).scalar_one())
 
         run = replace(run, id=self._write(write))
+        self.begun[run.id] = values["key"]
         if run.scheduled > EXACT_ROWS:
             with self._lock:
                 self._counting[run.id] = Bins(run.slo, run.warmup_s)
@@ -1077,6 +1080,11 @@ class Store:
         with self._begin() as connection:
             return [_run(row) for row in connection.execute(query)]
 
+    def key(self, id: int) -> str:
+        """What tells a run from another that had, or will have, its number; "" where there is none."""
+        with self._begin() as connection:
+            return str(connection.execute(sa.select(runs.c.key).where(runs.c.id == id)).scalar() or "")
+
     def run(self, id: int) -> Run:
         """One run. InputError when there is none."""
         found = self.runs(ids=[id])
@@ -1125,16 +1133,32 @@ class Store:
                 yield held
 
     def restore_runs(self, piece: Mapping[str, Sequence[Any]]) -> list[int]:
-        """Store runs that were dumped; their ids here. One whose key is there stays as it is."""
+        """Store runs that were dumped; their ids here. One whose key is there stays as it is. They have not ended until
+        :meth:`end_restored` says that all their rows are here."""
         rows = _rows_of(runs, piece)
+        begun = [{k: v for k, v in row.items() if k != "id"} | {"ended": False} for row in rows]
 
         def write(connection: sa.Connection) -> list[int]:
-            connection.execute(_once(connection, runs), [{k: v for k, v in row.items() if k != "id"} for row in rows])
+            connection.execute(_once(connection, runs), begun)
             known = sa.select(runs.c.key, runs.c.id).where(runs.c.key.in_([row["key"] for row in rows]))
             ids = {key: int(number) for key, number in connection.execute(known)}
             return [ids[row["key"]] for row in rows]
 
         return self._write(write)
+
+    def end_restored(self, piece: Mapping[str, Sequence[Any]]) -> None:
+        """What came of runs that were dumped; those that have ended here stay as they are."""
+        rows = _rows_of(runs, piece)
+
+        def write(connection: sa.Connection) -> None:
+            for row in rows:
+                mine = (runs.c.key == row["key"], runs.c.ended.is_(False))
+                which = sa.select(runs.c.id).where(*mine).scalar_subquery()
+                connection.execute(summaries.delete().where(summaries.c.run_id == which))
+                values = {k: v for k, v in row.items() if k not in ("id", "key")}
+                connection.execute(runs.update().where(*mine).values(values))
+
+        self._write(write)
 
     def restore(self, table: str, piece: Mapping[str, Sequence[Any]], passed: Mapping[int, int]) -> None:
         """Store rows of runs that were dumped; those that are there stay as they are.

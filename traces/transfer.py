@@ -1,7 +1,8 @@
 """Runs as Parquet files, from one database to another without loss: one folder, one file a table, one column a column.
 
 A folder holds ``runs.parquet``, ``observations.parquet`` and what else a run has; JSON columns are text. Runs are told apart by
-their key: one that is there already gets the rows that it lacks, and keeps those that it has.
+their key: one that is there already gets the rows that it lacks, and keeps those that it has. Until all its rows are
+there a run counts as one that has not ended.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
     """Store the runs of a folder; id there -> id here. InputError when a file is not what export_runs writes."""
     pa, pq = _arrow()
     ids: dict[int, int] = {}
+    begun: list[dict[str, list[Any]]] = []
     try:
         for table in ("runs", *OF_A_RUN):
             wanted = set(store.columns(table))
@@ -74,10 +76,13 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
                     piece: dict[str, list[Any]] = batch.to_pydict()
                     if table == "runs":
                         ids.update(zip(piece["id"], store.restore_runs(piece), strict=True))
+                        begun.append(piece)
                     else:
                         piece["run_id"] = [ids[i] for i in piece["run_id"]]
                         store.restore(table, piece, passed)
                         passed.update(piece["run_id"])
+        for piece in begun:
+            store.end_restored(piece)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:

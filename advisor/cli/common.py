@@ -191,7 +191,7 @@ RECOVERED = "steelyard.recovered"
 
 def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
     """Store what waited on disk for this database, and say so; ``runs recover`` is asked to do it and says it itself."""
-    from traces.errors import SteelyardError
+    from traces.errors import InputError, SteelyardError
 
     if context.info_name in ("recover", "migrate"):
         return db
@@ -204,7 +204,10 @@ def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
 
             with open_store(db, create=False) as store:
                 for spool in waiting(store):
-                    rows = spool.load(store)
+                    try:
+                        rows = spool.load(store)
+                    except InputError:
+                        continue  # of a run that is gone, says runs recover; the others' rows are stored
                     context.meta.setdefault(RECOVERED, {}).setdefault(db, {})[str(spool.path)] = rows
                     click.echo(f"steelyard: {rows} rows that waited in {spool.path} are stored now.", err=True)
     except (SteelyardError, OSError):
