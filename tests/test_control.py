@@ -563,6 +563,23 @@ def test_a_worker_that_keeps_its_requests_is_named(routers: list[Router], tmp_pa
         put(control, Fleet(1, 1))
 
 
+def test_the_way_back_does_not_wait_for_a_drain_that_is_given_up(routers: list[Router], tmp_path: Path) -> None:
+    """Ctrl-C while a worker keeps its requests: the old fleet is in force again long before the drain would have ended."""
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")], deaf=True)
+    routers.append(router)
+    file = Path(router.file(tmp_path / "sglang.toml"))
+    file.write_text(file.read_text().replace("drain_s = 1\n", "drain_s = 300\n"))
+    control = control_of(str(file), CONNECT)
+    assert control is not None
+    control.ask(Fleet(1, 1))
+    until = time.monotonic() + 20
+    while not any(line.startswith("remove") for line in router.log) and time.monotonic() < until:
+        time.sleep(0.02)
+    put(control, Fleet(2, 1), 30.0)
+    assert time.monotonic() < until + 10
+    assert control.get().settled(Fleet(2, 1))
+
+
 def test_a_router_that_refuses_and_an_expired_token_are_one_line_each(routers: list[Router]) -> None:
     router = Router([("prefill", "prefill"), ("decode", "decode")])
     routers.append(router)

@@ -158,6 +158,7 @@ def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Stan
         return Cost(was, fleet, 0.0, 0.0)
     asked = time.monotonic()
     control.ask(fleet)
+    until = time.monotonic() + timeout_s  # a step of the change before, which has to end first, takes nothing of it
     joined = math.nan
     trouble, pause = "", 0.02
     while True:
@@ -174,7 +175,7 @@ def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Stan
                 joined = took
             if standing.settled(fleet):
                 return Cost(was, fleet, took if math.isnan(joined) else joined, took)
-        if took > timeout_s:
+        if time.monotonic() > until:
             break
         time.sleep(pause)
         pause = min(pause * 1.3, 0.25)

@@ -197,6 +197,8 @@ class SGLang:
                 held = self._held(worker) if gone else 1.0
                 if gone and held == 0:
                     return
+                if self._steps.stopped:
+                    return  # the change is given up: the way back does not wait for this drain
                 if time.monotonic() > until:
                     what = f"it still holds {held:g} requests" if held >= 0 else "its /metrics do not answer"
                     what = what if gone else "the router still lists it"
