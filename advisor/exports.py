@@ -73,12 +73,15 @@ def _roles(answer: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _thresholds(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    found = answer.get("thresholds")
+    found = answer.get("thresholds") or {}
     # Thresholds that were found and do not pay stand in an answer that is to stand still, too.
-    if answer["strategy"] != "online" or not found or not found.get("rule"):
+    if answer["strategy"] != "online":
         raise InputError(
             f"--export {kind} needs thresholds, and this answer is to stand still. Ask for some: advise --strategy online"
         )
+    if not found.get("rule"):
+        why = found.get("why") or "there are none"
+        raise InputError(f"--export {kind} needs thresholds: {why}. Export the split: advise --strategy static")
     checked: Mapping[str, Any] = found
     return checked
 

@@ -199,7 +199,7 @@ class Recommendation:
 
     @property
     def gap(self) -> float:
-        """Share of what the answer serves that its runner-up loses; below 0 where that serves more. NaN without one."""
+        """Share of the answer's worth that its runner-up loses; below 0 where that is worth more. NaN without one."""
         mine = self.best.worth_per_s
         return 1 - self.runner_up.worth_per_s / mine if self.runner_up and mine > 0 else math.nan
 

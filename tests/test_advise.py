@@ -151,6 +151,8 @@ def test_a_split_that_misses_a_constraint_is_not_the_answer(capsys: pytest.Captu
     show(replace(answer, break_even={"prompt_factor": 1.5, "rate_factor": None}))
     assert f"Runner-up {rival.fleet} serves {abs(answer.gap):.1%} " in (text := capsys.readouterr().out)
     assert "; it is ahead with prompts 1.5 times as long." in text
+    show(replace(answer, runner_up=by[Fleet(1, 7)], break_even={}))
+    assert "Runner-up 1:7 misses the SLO; no prompts or rate" in capsys.readouterr().out
     probe = answer.next_probe | {"gain_per_s": 0.25, "why": "who knows", "stop": False}
     with pytest.raises(
         NotEnoughDataError, match=r"^too little\. .* \(who knows; it is expected to spare 0.25 req/s\)$"

@@ -75,6 +75,11 @@ def test_what_needs_thresholds_refuses_an_answer_without(kind: str) -> None:
     for still in (answer("static"), held):
         with pytest.raises(InputError, match="advise --strategy online"):
             export(still, kind)
+    none = answer("online") | {
+        "thresholds": {"rule": None, "why": "nothing that moves did better"}
+    }  # they were asked for
+    with pytest.raises(InputError, match=r"thresholds: nothing that moves did better. .*--strategy static$"):
+        export(none, kind)
 
 
 def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:

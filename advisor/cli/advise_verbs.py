@@ -354,6 +354,8 @@ def rival(recommendation: Any) -> str:
     """The runner-up, how far behind it is, and what would put it ahead."""
     r, gap = recommendation, recommendation.gap
     word = f"serves {abs(gap):.1%} {'less' if gap >= 0 else 'more'}" if gap == gap else "serves none either"
+    if r.slo.constraints and not r.runner_up.feasible:
+        word = "misses the SLO"
     words = {"prompt_factor": "with prompts {:.3g} times as long", "rate_factor": "at {:.3g} times the rate"}
     turns = [text.format(r.break_even[k]) for k, text in words.items() if r.break_even.get(k) is not None]
     ahead = (
