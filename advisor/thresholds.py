@@ -274,7 +274,7 @@ CONSTANT_S = 900.0
 CONSTANT_MOVES = 40.0
 """Constant traffic lasts that long, or that many drains and flips if that is longer."""
 
-CONSTANT_REQUESTS = (500, 8000)
+CONSTANT_REQUESTS = (500, 40_000)
 CONSTANT_DRAWS = 3
 
 CALMER_GAINS = (0.2, 0.35, 0.5)
