@@ -304,9 +304,7 @@ def _rows(
 
 
 def _records(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # JSON's texts may hold what splitlines takes for the end of one
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines ends a line within JSON's texts too
         if line.strip():
             try:
                 yield number, parse(line)

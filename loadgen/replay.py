@@ -300,9 +300,8 @@ def replay(
             except BaseException as error:
                 # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-                with contextlib.suppress(
-                    StoreError
-                ):  # perhaps it is the feed that cannot be read: the run has an end all the same
+                # Perhaps it is the feed that cannot be read: the run has an end all the same.
+                with contextlib.suppress(StoreError):
                     for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
                         silent = tally.silent(piece)
                         if isinstance(schedule, Feed) and len(silent) == len(piece):

@@ -189,9 +189,7 @@ class Controller:
         if len(self._moved) + 1 > self._most_per_hour:
             self._decide("cap", target, f"{self._most_per_hour:g} moves an hour are made, this one is not: {why}")
             return
-        if (
-            self._stop.is_set()
-        ):  # the end came while it was read and decided: who has us may be putting the old fleet back
+        if self._stop.is_set():  # since the reading: who has us may be putting the old fleet back
             return
         try:
             self._control.ask(target)
