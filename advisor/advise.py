@@ -71,7 +71,7 @@ def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
 def choose_runs(
     store: Store, *, ids: Sequence[int] = (), group: str | None = None, endpoint: str | None = None
 ) -> list[Run]:
-    """The runs to learn from: those named, those of a group, or all of one endpoint.
+    """The runs to learn from: those named, those of a group, all of one endpoint, or what all of these have in common.
 
     By default the endpoint is that of the latest run: the same engine serving the same model, whatever its port.
     NotEnoughDataError when there are none.
@@ -86,14 +86,14 @@ def choose_runs(
             f"the database holds no ended run{where}. Measure one first: "
             "steelyard replay TRACE --endpoint URL --fleet 4:4, or see steelyard demo."
         )
-    if ids or group:
-        return runs
     if endpoint:
         chosen = [run for run in runs if run.endpoint == endpoint or run.model == endpoint]
         if not chosen:
             known = ", ".join(sorted({run.model or run.endpoint for run in runs}))
             raise InputError(f"no run was made against {endpoint!r}. Known: {known}.")
         return chosen
+    if ids or group:
+        return runs
     return [run for run in runs if (run.engine, run.model) == (runs[-1].engine, runs[-1].model)]
 
 
@@ -245,10 +245,12 @@ def advise(
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
     answer.warnings.extend(beside_means(store, means, answer.fit.profile))
     used = [one for one in data if one.run.id in set(answer.runs)]
-    answer.warnings.extend(confounders(used))
+    tpot = [one.get("tpot_p50_s", 0.0) for one in answer.fit.residuals]
+    residuals = dict(zip(answer.runs, tpot, strict=True))
+    answer.warnings.extend(confounders(used, residuals))
     extra: dict[str, Any] = {}
     if audit:
-        checked = audit_of(used, wanted, note)
+        checked = audit_of(used, wanted, note, residuals)
         extra["audit"] = checked.as_json()
         answer.warnings.extend(f"this advisor fails on your runs: {line}" for line in checked.failed)
     choice = None

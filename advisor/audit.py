@@ -8,7 +8,7 @@ generator, clients that wait for answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -62,8 +62,10 @@ class Audit:
         return {**asdict(self), "bars": BARS}
 
 
-def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
-    """Of usable runs (fleets known, one engine)."""
+def audit(
+    data: Sequence[RunData], slo: Slo, note: Note = silent, residuals: Mapping[int, float] | None = None
+) -> Audit:
+    """Of usable runs (fleets known, one engine). residuals: as in :func:`confounders`."""
     groups: dict[str, dict[str, list[int]]] = {"run": {}, "ratio": {}, "rate": {}}
     for k, one in enumerate(data):
         groups["run"].setdefault(f"run {one.run.id}", []).append(k)
@@ -99,7 +101,7 @@ def audit(data: Sequence[RunData], slo: Slo, note: Note = silent) -> Audit:
             failed.append(f"leave-one-{name}-out: without {', '.join(unfitted)} no law can be fitted")
     decisions = _decisions(data, slo)
     note("audit", 1, 1, f"{len(failed)} of its bars missed" if failed else "every bar kept")
-    return Audit(schemes, failed, decisions, confounders(data))
+    return Audit(schemes, failed, decisions, confounders(data, residuals))
 
 
 def _stretches(one: RunData) -> list[tuple[Observations, float]]:
@@ -201,8 +203,11 @@ def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
 # --- what spoils the data -------------------------------------------------------------------------------------------
 
 
-def confounders(data: Sequence[RunData]) -> list[str]:
-    """Drift, mixed systems, prefix hits, a late generator and closed loops, each in one line; [] where none is seen."""
+def confounders(data: Sequence[RunData], residuals: Mapping[int, float] | None = None) -> list[str]:
+    """Drift, mixed systems, prefix hits, a late generator and closed loops, each in one line; [] where none is seen.
+
+    residuals: of each run by id, log(predicted / measured) TPOT p50 by laws of all of them; without, these laws are fitted now.
+    """
     found = []
     for word, values in (
         ("engines", {one.run.engine for one in data}),
@@ -216,7 +221,7 @@ def confounders(data: Sequence[RunData]) -> list[str]:
             found.append(f"mixed {word}: {', '.join(sorted(values))}; laws of one do not hold for the other")
     for one in data:
         found += _of_run(one)
-    return found + _drift(data)
+    return found + _drift(data, residuals)
 
 
 def _of_run(one: RunData) -> list[str]:
@@ -275,7 +280,7 @@ def _prompt_tokens(one: RunData) -> float | None:
     return total if total > 0 else None
 
 
-def _drift(data: Sequence[RunData]) -> list[str]:
+def _drift(data: Sequence[RunData], residuals: Mapping[int, float] | None) -> list[str]:
     """The same cell measured at different times (anchors), and a CUSUM of the residuals of all runs in time order."""
     found = []
     ordered = sorted(data, key=lambda one: one.run.started_unix_s)
@@ -293,7 +298,8 @@ def _drift(data: Sequence[RunData]) -> list[str]:
                     f"drift: {fleet} on the same requests had a median {word} of {shown} ms "
                     f"(runs {', '.join(str(r.run.id) for r in runs)})"
                 )
-    since = cusum(_residuals(ordered))
+    told = _residuals(ordered) if residuals is None else [residuals[one.run.id] for one in ordered]
+    since = cusum(told)
     if since is not None:
         found.append(
             f"drift: from run {ordered[since].run.id} on the runs differ from those before (CUSUM of TPOT residuals)"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from advisor.advise import advise
+from advisor.advise import advise, choose_runs
 from advisor.cli import main
 from advisor.cli.advise_verbs import show
 from advisor.cost import needed
@@ -603,6 +603,24 @@ def test_the_flip_is_what_a_move_takes_beyond_its_drain(flip_s: float) -> None:
     never = [replace(c, ready_s=math.nan, joined_s=math.nan) for c in changes]
     assert flip_law([(one, never)], true) is None
     assert flip_law([(one, [])], true) is None
+
+
+def test_a_group_and_an_endpoint_together_are_what_both_have(tmp_path: Path) -> None:
+    """--endpoint-name beside --group or --run narrows them; it was ignored."""
+    with open_store(f"sqlite:///{tmp_path}/a.db") as store:
+        for group, model in (("g", "a"), ("g", "b"), ("h", "a")):
+            store.end_run(store.begin_run(replace(run_of(Fleet(1, 1)), id=0, group=group, model=model)))
+
+        def chosen(**how: Any) -> list[int]:
+            return [run.id for run in choose_runs(store, **how)]
+
+        assert chosen(group="g") == [1, 2]
+        assert chosen(group="g", endpoint="a") == [1]
+        assert chosen(ids=[1, 3], endpoint="a") == [1, 3]
+        assert chosen(ids=[2, 3], endpoint="a") == [3]
+        assert chosen() == [1, 3]
+        with pytest.raises(InputError, match="no run was made against 'b'"):
+            chosen(group="h", endpoint="b")
 
 
 def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path) -> None:

@@ -115,6 +115,20 @@ def test_what_spoils_the_data_is_named(runs: list[RunData]) -> None:
     assert any("drift: 1:7" in line for line in confounders([runs[1], later]))
 
 
+def test_a_step_in_known_residuals_is_a_drift(runs: list[RunData]) -> None:
+    """Residuals that the fit of all runs has already are taken as they are, in time order, not in that of the list."""
+    times = (3, 0, 5, 1, 4, 2)
+    six = [
+        replace(runs[0], run=replace(runs[0].run, id=10 + k, started_unix_s=float(k), schedule_digest=str(k)))
+        for k in times
+    ]
+    still = {10 + k: 0.01 * (k % 2) for k in times}
+    assert confounders(six, still) == []
+    assert confounders(six, {run: r + 0.3 * (run >= 13) for run, r in still.items()}) == [
+        "drift: from run 13 on the runs differ from those before (CUSUM of TPOT residuals)"
+    ]
+
+
 def test_a_closed_loop_is_told_from_an_open_one() -> None:
     """Eight clients that wait for their answers are a closed loop; Poisson arrivals are none, at any load."""
     n, users = 300, 8

@@ -269,8 +269,8 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
 
     if not options["trace"]:
         raise click.UsageError("--auto asks the endpoint for a --trace.")
-    if options["run_ids"] or options["group"]:
-        raise click.UsageError("--auto learns from its own runs: not with --run or --group.")
+    if options["run_ids"] or options["group"] or options["endpoint"]:
+        raise click.UsageError("--auto learns from its own runs: not with --run, --group or --endpoint-name.")
     where = target(url, api_key=read_api_key(None))
     fleet = Endpoint(where).fleet()
     if fleet is None:
