@@ -18,7 +18,7 @@ from advisor.telling import Note, silent
 from advisor.windows import Question
 from loadgen.cluster import Profile
 from traces import __version__
-from traces.errors import InputError, NotEnoughDataError
+from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo
 from traces.records import CLOSED_LOOP, Fleet, Observations, Run, Schedule
 from traces.shape import head, joined, to_rate
@@ -270,15 +270,18 @@ def advise(
     if gpu_hour_usd is not None:
         extra["cost"] = costs.as_json(costs.cost(answer, gpu_hour_usd, per_worker))
     if target_rate_per_s is not None:
-        extra["needed"] = costs.as_json(
-            costs.needed(
+        try:
+            needed = costs.needed(
                 answer,
                 target_rate_per_s,
                 attainment=attainment,
                 gpus_per_worker=per_worker,
                 gpu_hour_usd=gpu_hour_usd,
             )
-        )
+        except NoFleetError as error:  # of that rate; what was asked about the other one is known
+            answer.warnings.append(str(error))
+        else:
+            extra["needed"] = costs.as_json(needed)
     number = store.add_recommendation(
         "static",  # the kind of answer: a split (the study of strategies is another kind); its strategy is in it
         _merged(answer, choice, extra) | {"version": __version__},

@@ -41,11 +41,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Needed:
-    """The smallest fleet that keeps the SLO at a rate. high: with the goodput at the low end of its interval."""
+    """The smallest fleet that keeps the SLO at a rate. high: with the goodput at the low end of its interval; None where that
+    is 0."""
 
     target_rate_per_s: float
     gpus: int
-    high: int
+    high: int | None
     prefill: int
     decode: int
     usd_per_hour: float | None
@@ -97,9 +98,10 @@ def needed(
     fleet = split(high)
     assert fleet is not None  # noqa: S101 - high always does
     figure = answer.best.figures["goodput_per_s"]
-    worse = figure.value / figure.low if figure.low > 0 else math.inf
-    widened = math.ceil(high * worse) if math.isfinite(worse) else MOST_GPUS
-    widened = next(g for g in itertools.count(widened) if Fleet.splits(g, gpus_per_worker))
+    widened = None
+    if figure.low > 0:
+        least = math.ceil(high * figure.value / figure.low)
+        widened = next(g for g in itertools.count(least) if Fleet.splits(g, gpus_per_worker))
     return Needed(
         rate_per_s,
         high,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import advisor.cost
 from advisor.advise import advise, choose_runs
 from advisor.cli import main
 from advisor.cli.advise_verbs import show
@@ -403,7 +404,11 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
     # Halving goes over numbers that make no fleet: 5 of 10.
     found = needed(answer, 0.05, attainment=0.1, gpus_per_worker=two)
     assert (found.gpus, found.prefill, found.decode) == (4, 1, 1)
-    assert found.high % 2 == 0
+    assert found.high is None  # the interval of the goodput begins at 0
+    figures = answer.best.figures
+    narrow = replace(figures["goodput_per_s"], low=0.8 * figures["goodput_per_s"].value)
+    firm = replace(answer, best=replace(answer.best, figures=figures | {"goodput_per_s": narrow}))
+    assert needed(firm, 0.05, attainment=0.1, gpus_per_worker=two).high == 6  # five would do, and make no fleet
 
 
 def test_one_gpu_makes_no_fleet() -> None:
@@ -623,8 +628,12 @@ def test_a_group_and_an_endpoint_together_are_what_both_have(tmp_path: Path) -> 
             chosen(group="h", endpoint="b")
 
 
-def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path) -> None:
-    """From the database: the run stays out of the other laws, its changes are in the answer's laws and profile."""
+def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the database: the run stays out of the other laws, its changes are in the answer's laws and profile.
+
+    A target rate that no fleet keeps costs nothing of the answer.
+    """
+    monkeypatch.setattr(advisor.cost, "MOST_GPUS", 8)
     true = replace(Profile.load("demo"), flip_s=3.0)
     schedule = lognormal(150, busy_rate(true) * 0.8, 8)
     with open_store(f"sqlite:///{tmp_path}/a.db") as store:
@@ -634,7 +643,9 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path) -> 
             for change in changes:
                 store.add_fleet_change(run.id, change)
             store.end_run(run)
-        answer = advise(store, gpus=8, slo=str(SLO), schedule=schedule, attainment=0.0)
+        answer = advise(store, gpus=8, slo=str(SLO), schedule=schedule, attainment=0.5, target_rate_per_s=1e5)
+        assert "needed" not in store.recommendation(answer.id)
+    assert any("no fleet of up to 8 GPUs keeps" in w for w in answer.recommendation.warnings)
     assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
     assert answer.recommendation.fit.laws[-1].stage == "role change"
     assert any(w.startswith("run 4 left out: policy planned") for w in answer.recommendation.warnings)

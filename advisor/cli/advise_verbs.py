@@ -413,8 +413,9 @@ def show_choice(answer: Any) -> None:
     if answer.extra.get("needed"):
         n = answer.extra["needed"]
         price = f", ${n['usd_per_hour']:.4g} an hour" if n["usd_per_hour"] is not None else ""
+        high = n["high"] or "no number"
         console.print(
-            f"For {n['target_rate_per_s']:g} req/s: {n['gpus']} GPUs as {n['prefill']}:{n['decode']}{price}; {n['high']} at "
+            f"For {n['target_rate_per_s']:g} req/s: {n['gpus']} GPUs as {n['prefill']}:{n['decode']}{price}; {high} at "
             "the low end of the goodput interval.",
             markup=False,
         )
