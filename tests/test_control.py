@@ -750,6 +750,16 @@ def steer(control: Fake, read: Any, for_s: float, **options: Any) -> tuple[list[
     return decisions, changes
 
 
+def test_a_tick_that_fails_is_told_and_the_next_one_decides() -> None:
+    """What nobody foresaw, such as a reading that is no reading, would end the controller's thread without a word."""
+    control = Fake(Fleet(1, 3))
+    readings = iter([[None], [None]])
+    decisions, _ = steer(control, lambda: next(readings, queues(9, 0)), 0.4)
+    assert [d.action for d in decisions[:2]] == ["hold", "move"]
+    assert decisions[0].reason.startswith("this tick failed (AttributeError: ")
+    assert decisions[0].repeats == 2
+
+
 def test_every_decision_has_its_reason_and_repeats_are_counted() -> None:
     control = Fake(Fleet(1, 3))
     decisions, changes = steer(control, lambda: queues(9, 0) if control.fleet.prefill < 3 else queues(0, 0), 0.5)

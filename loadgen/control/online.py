@@ -147,6 +147,8 @@ class Controller:
                     self._decide("refused", None, str(error))
                 elif age > self._stale_s:
                     self._decide("stale", None, f"no reading for {age:.0f} s, nothing is moved ({error})")
+            except Exception as error:  # a fault of the rule or of an engine's answer must not end this thread unseen
+                self._decide("hold", None, f"this tick failed ({type(error).__name__}: {error}), nothing is moved")
             when = max(when + self._tick_s, time.monotonic())
 
     def _arrived(self) -> tuple[Fleet | None, int]:
