@@ -8,7 +8,7 @@ beforehand, moves drained and flipped, asked at the best of four leads, or stand
 the same with moves that cost nothing. Then constant load (15 minutes of each mix alone, three draws that the search did not
 see, from the split that serves most there): those on which the chosen rule moves more than once.
 
-    python -m benchmarks.online [--jobs 2] [--only demo]
+    python -m benchmarks.online [--jobs 2] [--only demo] [--seed 11]
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SYSTEMS = {
 STRETCHES = 10
 
 CONSTANT_S = 900.0
-CONSTANT_SEEDS = (2, 3, 4)
+CONSTANT_DRAWS = 3
 
 REPORTS = "report's 1.5x"
 
@@ -59,6 +59,7 @@ class Case:
     mix: str
     every_s: float
     share: float
+    seed: int = 1
 
     @property
     def question(self) -> Question:
@@ -101,12 +102,12 @@ def one(case: Case) -> tuple[Case, Found, bool, str, list[int], float]:
     """(case, thresholds, whether the product would move, why, moves under each constant load, seconds)."""
     q = case.question
     began = time.perf_counter()
-    found = find(case.traffic([k % 2 for k in range(STRETCHES)], 1), q)
+    found = find(case.traffic([k % 2 for k in range(STRETCHES)], case.seed), q)
     seconds = time.perf_counter() - began
     moves, why = pays(found, EPS)
     constant = []
-    for kind, seed in itertools.product((0, 1), CONSTANT_SEEDS if found.rule else ()):
-        still = case.traffic([kind] * round(CONSTANT_S / case.every_s), seed)
+    for kind, draw in itertools.product((0, 1), range(CONSTANT_DRAWS if found.rule else 0)):
+        still = case.traffic([kind] * round(CONSTANT_S / case.every_s), case.seed + 1 + draw)
         steering = policy.Steering(found.rule)
         simulate(still, best_fixed(still, q), q.profile, controller=steering, tick_s=q.tick_s)
         constant.append(len(steering.moves))
@@ -116,11 +117,12 @@ def one(case: Case) -> tuple[Case, Found, bool, str, list[int], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=1, help="other traces of the same kinds")
     parser.add_argument("--only", default="", help="traces whose name (profile mix seconds) holds this")
     given = parser.parse_args()
     jobs = given.jobs
     cases = [
-        Case(profile, mix, every, share)
+        Case(profile, mix, every, share, given.seed)
         for profile, mix, (every, share) in itertools.product(SYSTEMS, MIXES, ((120.0, 0.7), (300.0, 0.85)))
         if given.only in f"{profile} {mix} {every:g}"
     ]
