@@ -13,7 +13,8 @@ from advisor.audit import confounders
 from advisor.choose import Choice, choose
 from advisor.features import RunData
 from advisor.moves import flip_law
-from advisor.recommend import POINT_REQUESTS, Recommendation, recommend
+from advisor.recommend import Recommendation, recommend
+from advisor.splits import POINT_REQUESTS
 from advisor.telling import Note, silent
 from advisor.windows import Question
 from loadgen.cluster import Profile

@@ -11,31 +11,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from scipy import special
 
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
-from advisor.parallel import at_once, shared
-from advisor.screen import survivors
+from advisor.splits import Simulated, Splits, piece, simulated
 from advisor.study import check_rate, proposals, quiet, reason, sized, splits_of, values
 from advisor.telling import Note, silent
-from loadgen.cluster import Profile, SimResult, simulate
+from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
-from traces.measures import Slo, Summary, kept, meets, summarise, worth_per_s
-from traces.records import Fleet, Floats, Observations, Schedule
+from traces.measures import Slo, worth_per_s
+from traces.records import Fleet, Floats, Schedule
 from traces.shape import scale_rate, scale_tokens
 
 DRAWS = 30
 """Bootstrap draws behind an interval."""
-
-DRAW_REQUESTS = 2000
-"""Requests of the trace that a draw simulates; the point estimate simulates up to POINT_REQUESTS."""
 
 NEAR = 0.01
 """Fleets whose goodput differs by less than this share are as good as each other."""
@@ -45,16 +40,6 @@ TOLD = 0.05
 
 STRESS = 1.05
 """How much longer the steps of either role are made in turn, to see how near to a cliff a split stands."""
-
-POINT_REQUESTS = 20_000
-"""Requests of the trace that the point estimate simulates at most."""
-
-SCREENED_REQUESTS = 600
-"""Requests that a draw simulates of fleets that theory and the point estimate rule out."""
-
-SCREEN_DRAWS = 6
-LIKELY = 8
-"""Fleets that all draws simulate at most."""
 
 STUDY_DRAWS = 20
 BREAK_EVEN_REQUESTS = 600
@@ -82,28 +67,6 @@ class Interval:
     value: float
     low: float
     high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Simulated:
-    """A fleet under some laws. meets: the SLO. kept: how nearly its constraints are (:func:`traces.measures.kept`)."""
-
-    summary: Summary
-    utilisation: dict[str, float]
-    meets: bool
-    kept: float
-
-    @classmethod
-    def of(cls, result: SimResult, slo: Slo, attainment: float) -> Self:
-        """What came of a simulation."""
-        rows = result.observations
-        summary = summarise(rows, slo)
-        return cls(summary, result.utilisation, meets(summary, rows, slo, attainment), kept(rows, slo))
-
-    @property
-    def worth_per_s(self) -> float:
-        """Goodput, less by as much as a constraint is missed."""
-        return self.summary.goodput_per_s * self.kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,68 +278,11 @@ def recommend(
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
-    whole = _window(schedule, POINT_REQUESTS)
-    window = _window(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
-    points: dict[Fleet, Simulated] = {}
-    sampled: dict[Fleet, dict[str, float]] = {}
-
-    def point(fleet: Fleet) -> tuple[Simulated, dict[str, float]]:
-        result = simulate(whole, fleet, fit.profile)
-        return Simulated.of(result, slo, attainment), _between(result.observations, slo, parts)
-
-    for done in range(0, len(fleets), at_once()):
-        note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
-        some = fleets[done : done + at_once()]
-        for fleet, (found, between) in zip(some, shared(point, some), strict=True):
-            points[fleet], sampled[fleet] = found, between
-    note("splits", len(fleets), len(fleets), _splits_found(points, slo))
-    top = max(p.worth_per_s for p in points.values())
-    asks = {fleet: points[fleet].summary.output_tokens_per_s / fleet.decode for fleet in fleets}
-    most = max(asks[f] for f in _contenders(points, fleets))
-    laws = fit.draws(np.random.default_rng(seed), draws, most)
-    likely = survivors(window, fleets, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
-    # Theory may be wrong where a simulation of the laws themselves is not.
-    likely = [f for f in fleets if f in likely or points[f].worth_per_s >= 0.9 * top]
-    # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay.
-    by_point = sorted(
-        likely, key=lambda f: (-round(points[f].worth_per_s / max(top, 1e-12), 2), _p99(points[f].summary))
+    splits = simulated(
+        fit, schedule, fleets, slo, attainment=attainment, seed=seed, draws=draws, parts=parts, note=note
     )
-    likely = [f for f in fleets if f in by_point[:LIKELY]]
-    short = _window(window, SCREENED_REQUESTS)
-    windows = {fleet: window if fleet in likely else short for fleet in fleets}
-    anchors = {
-        fleet: points[fleet]
-        if len(windows[fleet]) == len(whole)
-        else Simulated.of(simulate(windows[fleet], fleet, fit.profile), slo, attainment)
-        for fleet in fleets
-    }
-    drawn: dict[Fleet, list[Simulated]] = {fleet: [] for fleet in fleets}
-
-    def draw(i: int) -> dict[Fleet, Simulated]:
-        return {
-            fleet: Simulated.of(simulate(windows[fleet], fleet, laws[i]), slo, attainment)
-            for fleet in fleets
-            if fleet in likely or i < SCREEN_DRAWS
-        }
-
-    offered = offered_per_s(schedule)
-
-    def served() -> Floats:
-        """[draws so far, likely] worth, as of all the requests: a draw's window may suit one split more than they do."""
-        columns = []
-        for fleet in likely:
-            beside = anchors[fleet].worth_per_s
-            factor = points[fleet].worth_per_s / beside if beside > 0 else 1.0
-            columns.append([min(factor * one.worth_per_s, offered) for one in drawn[fleet]])
-        return np.array(columns).T
-
-    for done in range(0, len(laws), at_once()):
-        note("bootstrap", done, draws, _draws_found(served(), likely))
-        for made in shared(draw, range(done, min(done + at_once(), len(laws)))):
-            for fleet, figures in made.items():
-                drawn[fleet].append(figures)
-    goodputs = served()
-    note("bootstrap", draws, draws, _draws_found(goodputs, likely))
+    points, likely, laws, window = splits.points, splits.likely, splits.laws, splits.window
+    goodputs = splits.goodputs()
     best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
     candidates = []
     for fleet in fleets:
@@ -386,17 +292,17 @@ def recommend(
         candidates.append(
             Candidate(
                 fleet=fleet,
-                figures=_figures(held, anchors[fleet].summary, drawn[fleet], fit, schedule, sampled[fleet]),
+                figures=_figures(splits, fleet, fit),
                 attainment=held.summary.attainment,
                 utilisation=held.utilisation,
                 wins=wins if draws else float("nan"),
                 feasible=held.meets,
                 prefill_load=load.prefill,
                 decode_batch=load.batch,
-                decode_tokens_per_s=asks[fleet],
+                decode_tokens_per_s=splits.decode_tokens_per_s(fleet),
                 extrapolated=fit.outside(load),
                 stressed=stressed(window, fleet, fit.profile, slo) if fleet in likely else math.nan,
-                kept=_kept(held, anchors[fleet], drawn[fleet]),
+                kept=_kept(held, splits.anchors[fleet], splits.drawn[fleet]),
             )
         )
     ranked = rank([c for c in candidates if c.fleet in likely], current, gpus_per_worker)
@@ -422,7 +328,7 @@ def recommend(
         slo,
         sure,
         gpus_per_worker,
-        fit.seen.decode_loaded(max(most, _busiest(candidates, best).decode_tokens_per_s)),
+        fit.seen.decode_loaded(max(splits.asked_tokens_per_s, _busiest(candidates, best).decode_tokens_per_s)),
     )
     probe["trace"] = schedule.name
     refused = refusal(best.fleet, regret, unseen, excess, len(usable))
@@ -444,7 +350,7 @@ def recommend(
             f"(that takes {CALIBRATED_RUNS} runs)"
         )
     rules = [
-        replace(one, regret=1 - points[one.fleet].worth_per_s / top if top > 0 else math.nan)
+        replace(one, regret=1 - points[one.fleet].worth_per_s / splits.top if splits.top > 0 else math.nan)
         for one in baselines(usable, schedule, fleets, fit.profile, slo.as_limits)
     ]
     answer = Recommendation(
@@ -500,24 +406,6 @@ def _laws_found(fit: Fit) -> str:
     )
 
 
-def _splits_found(points: dict[Fleet, Simulated], slo: Slo, how: str = "") -> str:
-    """The split with the most goodput, and the one behind it."""
-    if not points:
-        return ""
-    first, *rest = sorted(points, key=lambda f: -points[f].worth_per_s)
-    behind = f", then {rest[0]} with {points[rest[0]].summary.goodput_per_s:.3g}" if rest else ""
-    most = f"serves most {how}".strip()
-    return f"{first} {most}, {points[first].summary.goodput_per_s:.3g} req/s within {slo}{behind}"
-
-
-def _draws_found(goodputs: Floats, likely: Sequence[Fleet]) -> str:
-    """Which split won most of the draws so far."""
-    if not goodputs.size:
-        return ""
-    wins = np.bincount(goodputs.argmax(axis=1))
-    return f"{likely[int(wins.argmax())]} serves most in {wins.max()} of {len(goodputs)} draws of the laws"
-
-
 def enough(regret: Interval, unseen: str, excess: float, runs: int) -> bool:
     """Is no further run worth it? Two runs at least, all stages loaded that matter, and laws that explain them."""
     return not unseen and runs > 1 and regret.high <= STOP and excess <= EXPLAINED
@@ -544,10 +432,6 @@ def refusal(fleet: Fleet, regret: Interval, unseen: str, excess: float, runs: in
     return ""
 
 
-def _p99(summary: Summary) -> float:
-    return summary.e2e_p99_s if math.isfinite(summary.e2e_p99_s) else math.inf
-
-
 def _regret(goodputs: Floats, chosen: int) -> Interval:
     """What the choice loses in the draws, as a share of each draw's best: mean, and the 95 % quantile as high."""
     if not goodputs.size:
@@ -563,7 +447,7 @@ def break_even(schedule: Schedule, best: Fleet, other: Fleet, laws: Profile, slo
     prompt_factor: all prompts that many times as long (answers as they are), so a change of the prompt:output mix.
     rate_factor: the same requests at that many times the rate. None where a factor of 4 either way does not suffice.
     """
-    window = _window(schedule, BREAK_EVEN_REQUESTS)
+    window = piece(schedule, BREAK_EVEN_REQUESTS)
 
     def mix(factor: float) -> Schedule:
         return scale_tokens(window, prompt=factor)
@@ -635,7 +519,7 @@ def stressed(schedule: Schedule, fleet: Fleet, laws: Profile, slo: Slo) -> float
 
 
 def _kept(point: Simulated, anchor: Simulated, draws: Sequence[Simulated]) -> Interval:
-    """How nearly the constraints are kept, over the draws. anchor: as in :func:`_figures`."""
+    """How nearly the constraints are kept, over the draws. anchor: the point's laws on the requests of the draws."""
     if not draws:
         return Interval(point.kept, point.kept, point.kept)
     factor = point.kept / anchor.kept if anchor.kept > 0 else 1.0
@@ -685,55 +569,15 @@ def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str])
     return usable
 
 
-def _window(schedule: Schedule, most: int) -> Schedule:
-    """A contiguous piece of at most ``most`` requests whose rate is nearest to the whole's; all, if it is short."""
-    if len(schedule) <= most:
-        return schedule
-    starts = np.arange(0, len(schedule) - most + 1, max(1, most // 4))
-    spans = schedule.due_s[starts + most - 1] - schedule.due_s[starts]
-    start = int(starts[np.argmin(np.abs(spans - schedule.span_s * most / len(schedule)))])
-    piece = schedule.take(np.arange(start, start + most))
-    return replace(piece, due_s=piece.due_s - piece.due_s[0])
-
-
-def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
-    """Half-widths of 90 % intervals, as log ratios, since ``parts`` windows stand for all of the traffic.
-
-    Student's t of how much the windows differ. Of rates it is the shares that count: the rate is that of all of the traffic.
-    """
-    if parts < 2:
-        return {}
-    each = [summarise(rows.take(which), slo) for which in np.array_split(np.arange(len(rows)), parts)]
-    wider = float(special.stdtrit(parts - 1, 0.95)) / math.sqrt(parts)
-    found = {}
-    for name in METRICS:
-        shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
-        values = np.array(shares.get(name) or [getattr(s, name) for s in each])
-        values = values[np.isfinite(values) & (values > 0)]
-        found[name] = wider * float(np.log(values).std(ddof=1)) if len(values) > 1 else 0.0
-    return found
-
-
-def offered_per_s(schedule: Schedule) -> float:
-    """Requests a second that are asked: no split serves more."""
-    return len(schedule) / max(schedule.span_s, 1e-9)
-
-
-def _figures(
-    point: Simulated,
-    anchor: Summary,
-    draws: Sequence[Simulated],
-    fit: Fit,
-    schedule: Schedule,
-    sampled: Mapping[str, float],
-) -> dict[str, Interval]:
-    """Point values with 90 % intervals, as log ratios around the point. anchor: the point's laws on the window of the draws.
+def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
+    """Point values with 90 % intervals, as log ratios around the point.
 
     With enough runs the width is how far the draws reach below and above the laws on the same window, times the conformal
     quantile of how far off the runs are in such reaches. With fewer the draws' width is taken around their median, so
     that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature.
     """
-    offered = offered_per_s(schedule)
+    point, anchor, draws = splits.points[fleet], splits.anchors[fleet].summary, splits.drawn[fleet]
+    offered, sampled = splits.offered_per_s, splits.sampled[fleet]
     busiest = max(point.utilisation["prefill"], point.utilisation["decode"])
     figures = {}
     for name in METRICS:
@@ -883,10 +727,3 @@ def _near(candidates: Sequence[Candidate], best: Candidate) -> list[Candidate]:
 def _busiest(candidates: Sequence[Candidate], best: Candidate) -> Candidate:
     """Which of those asks most of a decode worker."""
     return max(_near(candidates, best), key=lambda c: c.decode_tokens_per_s)
-
-
-def _contenders(points: Mapping[Fleet, Simulated], fleets: Sequence[Fleet]) -> list[Fleet]:
-    """Splits that are nearly the best under the fitted laws, and their neighbours, which other laws may prefer."""
-    top = max(p.worth_per_s for p in points.values())
-    good = {i for i, fleet in enumerate(fleets) if points[fleet].worth_per_s >= 0.9 * top}
-    return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]

@@ -22,8 +22,8 @@ import traces.transfer
 from advisor import compare, model, report
 from advisor.cli import main
 from advisor.features import RunData, decode_rows, load_quantiles, quiet_rows
-from advisor.recommend import _between
 from advisor.report.digest import QUANTILES, read
+from advisor.splits import _between
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import lognormal
 from tests.test_features import run_of

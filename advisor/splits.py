@@ -1,0 +1,228 @@
+"""Every split under the fitted laws, and those that may be the best under draws of the laws: what a decision looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from scipy import special
+
+from advisor.model import METRICS, Fit
+from advisor.parallel import at_once, shared
+from advisor.screen import survivors
+from advisor.telling import Note
+from loadgen.cluster import Profile, SimResult, simulate
+from traces.measures import Slo, Summary, kept, meets, summarise
+from traces.records import Fleet, Floats, Observations, Schedule
+
+POINT_REQUESTS = 20_000
+"""Requests of the trace that the point estimate simulates at most."""
+
+DRAW_REQUESTS = 2000
+"""Requests of the trace that a draw simulates."""
+
+SCREENED_REQUESTS = 600
+"""Requests that a draw simulates of fleets that theory and the point estimate rule out."""
+
+SCREEN_DRAWS = 6
+"""Draws that simulate those fleets as well."""
+
+LIKELY = 8
+"""Fleets that all draws simulate at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """A fleet under some laws. meets: the SLO. kept: how nearly its constraints are (:func:`traces.measures.kept`)."""
+
+    summary: Summary
+    utilisation: dict[str, float]
+    meets: bool
+    kept: float
+
+    @classmethod
+    def of(cls, result: SimResult, slo: Slo, attainment: float) -> Self:
+        """What came of a simulation."""
+        rows = result.observations
+        summary = summarise(rows, slo)
+        return cls(summary, result.utilisation, meets(summary, rows, slo, attainment), kept(rows, slo))
+
+    @property
+    def worth_per_s(self) -> float:
+        """Goodput, less by as much as a constraint is missed."""
+        return self.summary.goodput_per_s * self.kept
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """What came of it, by fleet.
+
+    points: under the fitted laws, on up to POINT_REQUESTS requests. sampled: half-widths, as windows stand for all of the traffic
+    (:func:`_between`). laws: the draws. window: the requests that a draw simulates. likely: fleets that all draws simulated.
+    anchors: the fitted laws on the requests of the draws. drawn: one for each draw, of other fleets for the first SCREEN_DRAWS.
+    offered_per_s: requests a second that are asked, no split serves more. asked_tokens_per_s: output tokens a second that the
+    splits which may be the best ask of a decode worker, at most.
+    """
+
+    points: dict[Fleet, Simulated]
+    sampled: dict[Fleet, dict[str, float]]
+    laws: list[Profile]
+    window: Schedule
+    likely: list[Fleet]
+    anchors: dict[Fleet, Simulated]
+    drawn: dict[Fleet, list[Simulated]]
+    offered_per_s: float
+    asked_tokens_per_s: float
+
+    @property
+    def top(self) -> float:
+        """Worth of the best split under the fitted laws."""
+        return max(p.worth_per_s for p in self.points.values())
+
+    def decode_tokens_per_s(self, fleet: Fleet) -> float:
+        """Output tokens a second that each of its decode workers gives."""
+        return self.points[fleet].summary.output_tokens_per_s / fleet.decode
+
+    def goodputs(self) -> Floats:
+        """[draws so far, likely] worth, as of all the requests: a draw's window may suit one split more than they do."""
+        columns = []
+        for fleet in self.likely:
+            beside = self.anchors[fleet].worth_per_s
+            factor = self.points[fleet].worth_per_s / beside if beside > 0 else 1.0
+            columns.append([min(factor * one.worth_per_s, self.offered_per_s) for one in self.drawn[fleet]])
+        return np.array(columns).T
+
+
+def simulated(
+    fit: Fit,
+    schedule: Schedule,
+    fleets: Sequence[Fleet],
+    slo: Slo,
+    *,
+    attainment: float,
+    seed: int,
+    draws: int,
+    parts: int,
+    note: Note,
+) -> Splits:
+    """Simulate every split, find those that may be the best, and simulate these under every draw. parts: of how many windows
+    the schedule is made."""
+    whole = piece(schedule, POINT_REQUESTS)
+    window = piece(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
+    points: dict[Fleet, Simulated] = {}
+    sampled: dict[Fleet, dict[str, float]] = {}
+
+    def point(fleet: Fleet) -> tuple[Simulated, dict[str, float]]:
+        result = simulate(whole, fleet, fit.profile)
+        return Simulated.of(result, slo, attainment), _between(result.observations, slo, parts)
+
+    for done in range(0, len(fleets), at_once()):
+        note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
+        some = fleets[done : done + at_once()]
+        for fleet, (found, between) in zip(some, shared(point, some), strict=True):
+            points[fleet], sampled[fleet] = found, between
+    note("splits", len(fleets), len(fleets), _splits_found(points, slo))
+
+    most = max(points[f].summary.output_tokens_per_s / f.decode for f in _contenders(points, fleets))
+    laws = fit.draws(np.random.default_rng(seed), draws, most)
+    likely = _likely(window, points, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
+    short = piece(window, SCREENED_REQUESTS)
+    windows = {fleet: window if fleet in likely else short for fleet in fleets}
+    anchors = {
+        fleet: points[fleet]
+        if len(windows[fleet]) == len(whole)
+        else Simulated.of(simulate(windows[fleet], fleet, fit.profile), slo, attainment)
+        for fleet in fleets
+    }
+    offered = len(schedule) / max(schedule.span_s, 1e-9)
+    made = Splits(points, sampled, laws, window, likely, anchors, {fleet: [] for fleet in fleets}, offered, most)
+
+    def draw(i: int) -> dict[Fleet, Simulated]:
+        return {
+            fleet: Simulated.of(simulate(windows[fleet], fleet, laws[i]), slo, attainment)
+            for fleet in fleets
+            if fleet in likely or i < SCREEN_DRAWS
+        }
+
+    for done in range(0, len(laws), at_once()):
+        note("bootstrap", done, draws, _draws_found(made))
+        for by_fleet in shared(draw, range(done, min(done + at_once(), len(laws)))):
+            for fleet, one in by_fleet.items():
+                made.drawn[fleet].append(one)
+    note("bootstrap", draws, draws, _draws_found(made))
+    return made
+
+
+def _likely(window: Schedule, points: dict[Fleet, Simulated], laws: list[Profile], slo: Slo) -> list[Fleet]:
+    """Fleets that may be the best: by theory under some of the laws, or by the simulation of the fitted ones."""
+    fleets = list(points)
+    top = max(p.worth_per_s for p in points.values())
+    found = survivors(window, fleets, laws, slo)
+    # Theory may be wrong where a simulation of the laws themselves is not.
+    found = [f for f in fleets if f in found or points[f].worth_per_s >= 0.9 * top]
+
+    # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay.
+    def place(fleet: Fleet) -> tuple[float, float]:
+        late = points[fleet].summary.e2e_p99_s
+        return -round(points[fleet].worth_per_s / max(top, 1e-12), 2), late if math.isfinite(late) else math.inf
+
+    first = sorted(found, key=place)[:LIKELY]
+    return [f for f in fleets if f in first]
+
+
+def _contenders(points: dict[Fleet, Simulated], fleets: Sequence[Fleet]) -> list[Fleet]:
+    """Splits that are nearly the best under the fitted laws, and their neighbours, which other laws may prefer."""
+    top = max(p.worth_per_s for p in points.values())
+    good = {i for i, fleet in enumerate(fleets) if points[fleet].worth_per_s >= 0.9 * top}
+    return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]
+
+
+def piece(schedule: Schedule, most: int) -> Schedule:
+    """A contiguous piece of at most ``most`` requests whose rate is nearest to the whole's; all, if it is short."""
+    if len(schedule) <= most:
+        return schedule
+    starts = np.arange(0, len(schedule) - most + 1, max(1, most // 4))
+    spans = schedule.due_s[starts + most - 1] - schedule.due_s[starts]
+    start = int(starts[np.argmin(np.abs(spans - schedule.span_s * most / len(schedule)))])
+    part = schedule.take(np.arange(start, start + most))
+    return replace(part, due_s=part.due_s - part.due_s[0])
+
+
+def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
+    """Half-widths of 90 % intervals, as log ratios, since ``parts`` windows stand for all of the traffic.
+
+    Student's t of how much the windows differ. Of rates it is the shares that count: the rate is that of all of the traffic.
+    """
+    if parts < 2:
+        return {}
+    each = [summarise(rows.take(which), slo) for which in np.array_split(np.arange(len(rows)), parts)]
+    wider = float(special.stdtrit(parts - 1, 0.95)) / math.sqrt(parts)
+    found = {}
+    for name in METRICS:
+        shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
+        values = np.array(shares.get(name) or [getattr(s, name) for s in each])
+        values = values[np.isfinite(values) & (values > 0)]
+        found[name] = wider * float(np.log(values).std(ddof=1)) if len(values) > 1 else 0.0
+    return found
+
+
+def _splits_found(points: dict[Fleet, Simulated], slo: Slo, how: str = "") -> str:
+    """The split with the most goodput, and the one behind it."""
+    if not points:
+        return ""
+    first, *rest = sorted(points, key=lambda f: -points[f].worth_per_s)
+    behind = f", then {rest[0]} with {points[rest[0]].summary.goodput_per_s:.3g}" if rest else ""
+    most = f"serves most {how}".strip()
+    return f"{first} {most}, {points[first].summary.goodput_per_s:.3g} req/s within {slo}{behind}"
+
+
+def _draws_found(splits: Splits) -> str:
+    """Which split won most of the draws so far."""
+    goodputs = splits.goodputs()
+    if not goodputs.size:
+        return ""
+    wins = np.bincount(goodputs.argmax(axis=1))
+    return f"{splits.likely[int(wins.argmax())]} serves most in {wins.max()} of {len(goodputs)} draws of the laws"
