@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from advisor.recommend import Interval, Recommendation
+from advisor.screen import Traffic, strain
 from advisor.study import splits_of
 from loadgen import policy
 from loadgen.cluster import simulate
@@ -77,19 +78,21 @@ def needed(
 ) -> Needed:
     """The fewest GPUs whose best split keeps the SLO at a rate, by doubling and halving; NoFleetError where none does."""
     schedule = to_rate(answer.schedule.take(np.arange(min(len(answer.schedule), SIMULATED))), rate_per_s)
+    traffic, limits = Traffic(schedule), answer.slo.as_limits
 
     def split(gpus: int) -> Fleet | None:  # not every number of GPUs makes a fleet
-        return next(
-            (f for f in _near(schedule, gpus, answer, gpus_per_worker) if _keeps(schedule, f, answer, attainment)), None
-        )
+        near = _near(schedule, gpus, answer, gpus_per_worker)
+        # At a high rate the requests come within a moment, and what they show is how a burst fares, not what lasts.
+        lasting = (f for f in near if strain(traffic, f, answer.fit.profile, limits) <= 1)
+        return next((f for f in lasting if _keeps(schedule, f, answer, attainment)), None)
 
     high = max(2, answer.best.fleet.gpus(gpus_per_worker))
     while split(high) is None:
         high *= 2
         if high > MOST_GPUS:
             raise NoFleetError(
-                f"no fleet of up to {MOST_GPUS} GPUs keeps {answer.slo} at {rate_per_s:g} req/s: a lone request may be too "
-                "slow for it. Loosen --slo or --attainment."
+                f"no fleet of up to {MOST_GPUS} GPUs keeps {answer.slo} at {rate_per_s:g} req/s: they are too few, or a lone "
+                "request is too slow for it. Ask for a lower rate, or loosen --slo or --attainment."
             )
     low = 1  # does not do
     while high - low > 1:

@@ -49,9 +49,7 @@ def goodput(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float
     s = float(service.mean())
     busy = t.rate * s / fleet.prefill
     cs2 = float(service.var()) / max(s * s, 1e-18)
-    limit = float(p.max_batch)
-    if p.kv_tokens:
-        limit = min(limit, max(1.0, p.kv_tokens / t.context))
+    limit = _limit(t, p)
     batch, needed = _batch(t, fleet, p, limit)
     step = p.step_s(batch, batch * t.context)
     first = p.overhead_s + p.transfer_t0_s + p.transfer_s_per_token * t.n + alone + step
@@ -73,6 +71,25 @@ def goodput(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float
         good = good * (first + late + step * t.m < end)
     slowest = max(1.0, busy, needed / limit)
     return float(t.rate * good.mean() / slowest)
+
+
+def strain(traffic: Traffic, fleet: Fleet, profile: Profile, slo: Slo) -> float:
+    """What a fleet is asked in the long run, however few requests are simulated; above 1 it does not do.
+
+    The largest of prefill's utilisation with full steps, the sequences that decode would have to hold over those it can, and
+    the decode step over the TPOT limit.
+    """
+    p, t = profile, traffic
+    mean = float(t.n.mean())
+    busy = t.rate * float(p.prompt_s(t.n, p.together(mean), mean).mean()) / fleet.prefill
+    limit = _limit(t, p)
+    batch, needed = _batch(t, fleet, p, limit)
+    return max(busy, needed / limit, p.step_s(batch, batch * t.context) / (slo.limit("tpot") or math.inf))
+
+
+def _limit(t: Traffic, p: Profile) -> float:
+    """Sequences that a decode worker can hold."""
+    return min(float(p.max_batch), max(1.0, p.kv_tokens / t.context) if p.kv_tokens else math.inf)
 
 
 def _batch(t: Traffic, fleet: Fleet, p: Profile, limit: float) -> tuple[float, float]:

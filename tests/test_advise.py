@@ -411,6 +411,15 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
     assert needed(firm, 0.05, attainment=0.1, gpus_per_worker=two).high == 6  # five would do, and make no fleet
 
 
+def test_ten_times_the_rate_takes_ten_times_the_gpus() -> None:
+    """Few requests at a high rate are a burst, which the queues of few workers hold: what lasts counts as well."""
+    profile = Profile.load("demo")
+    rate = busy_rate(profile)
+    answer = recommend(three_runs(profile, rate), lognormal(150, rate, 9), gpus=8, slo=SLO, draws=2, attainment=0.5)
+    few, many = (needed(answer, factor * rate, attainment=0.8).gpus for factor in (2, 200))
+    assert 60 * few < many < 110 * few
+
+
 def test_one_gpu_makes_no_fleet() -> None:
     """One GPU cannot hold both roles."""
     with pytest.raises(InputError, match="no fleet"):
