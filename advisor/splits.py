@@ -80,7 +80,7 @@ class Splits:
     @property
     def top(self) -> float:
         """Worth of the best split under the fitted laws."""
-        return max(p.worth_per_s for p in self.points.values())
+        return _top(self.points)
 
     def decode_tokens_per_s(self, fleet: Fleet) -> float:
         """Output tokens a second that each of its decode workers gives."""
@@ -126,7 +126,7 @@ def simulated(
             points[fleet], sampled[fleet] = found, between
     note("splits", len(fleets), len(fleets), _splits_found(points, slo))
 
-    most = max(points[f].summary.output_tokens_per_s / f.decode for f in _contenders(points, fleets))
+    most = max(points[f].summary.output_tokens_per_s / f.decode for f in _contenders(points))
     laws = fit.draws(np.random.default_rng(seed), draws, most)
     likely = _likely(window, points, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     short = piece(window, SCREENED_REQUESTS)
@@ -158,8 +158,7 @@ def simulated(
 
 def _likely(window: Schedule, points: dict[Fleet, Simulated], laws: list[Profile], slo: Slo) -> list[Fleet]:
     """Fleets that may be the best: by theory under some of the laws, or by the simulation of the fitted ones."""
-    fleets = list(points)
-    top = max(p.worth_per_s for p in points.values())
+    fleets, top = list(points), _top(points)
     found = survivors(window, fleets, laws, slo)
     # Theory may be wrong where a simulation of the laws themselves is not.
     found = [f for f in fleets if f in found or points[f].worth_per_s >= 0.9 * top]
@@ -173,9 +172,13 @@ def _likely(window: Schedule, points: dict[Fleet, Simulated], laws: list[Profile
     return [f for f in fleets if f in first]
 
 
-def _contenders(points: dict[Fleet, Simulated], fleets: Sequence[Fleet]) -> list[Fleet]:
+def _top(points: dict[Fleet, Simulated]) -> float:
+    return max(p.worth_per_s for p in points.values())
+
+
+def _contenders(points: dict[Fleet, Simulated]) -> list[Fleet]:
     """Splits that are nearly the best under the fitted laws, and their neighbours, which other laws may prefer."""
-    top = max(p.worth_per_s for p in points.values())
+    fleets, top = list(points), _top(points)
     good = {i for i, fleet in enumerate(fleets) if points[fleet].worth_per_s >= 0.9 * top}
     return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]
 

@@ -166,10 +166,10 @@ class Saturation:
 
 def _met(store: Store, run: Run, slo: Slo, attainment: float) -> bool:
     """Did a run meet the SLO? :func:`traces.measures.meets`, of a long one by its counts."""
-    figures, counted = store.figures(run), store.bins(run)
+    figures = store.figures(run)
     if not slo.constraints:
         return figures.attainment >= attainment
-    if counted is not None:
+    if (counted := store.bins(run)) is not None:
         quantiles = (counted.quantile(f"{metric}_s", q / 100) <= limit for metric, q, limit in slo.constraints)
         return figures.ok == figures.n and all(quantiles)
     rows = run.counted(store.observations(run.id))
