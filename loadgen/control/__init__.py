@@ -200,7 +200,7 @@ class LostError(EndpointError):
 class Steps:
     """For kinds whose change is a list of steps: runs them in a thread, one after another; the first that fails ends it.
 
-    left: steps not done yet. check() raises what went wrong, once.
+    check() says how many are not done yet, and raises what went wrong, once.
     """
 
     def __init__(self) -> None:
@@ -208,11 +208,6 @@ class Steps:
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-
-    @property
-    def left(self) -> int:
-        """Steps that are not done."""
-        return self._left
 
     @property
     def stopped(self) -> bool:
@@ -236,11 +231,16 @@ class Steps:
             self._thread.join(STEP_S)
         self._left = 0
 
-    def check(self) -> None:
-        """Raise what a step raised."""
+    def check(self) -> int:
+        """Steps that are not done. Raises what a step raised.
+
+        To be asked before the fleet is looked at: a step that fails in between would look like one that is done.
+        """
+        left = self._left  # first: what went wrong is there before this is 0
         error, self._error = self._error, None
         if error is not None:
             raise error
+        return left
 
     def _main(self, steps: list[Callable[[], None]], stop: threading.Event) -> None:
         for step in steps:

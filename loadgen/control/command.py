@@ -7,8 +7,10 @@ counts as in force when the command has exited, and what was in force before has
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -44,8 +46,7 @@ class Command:
 
     def get(self) -> Standing:
         """See :class:`loadgen.control.Control`."""
-        self._steps.check()
-        left = self._steps.left
+        left = self._steps.check()
         if not self._read:
             return Standing(None if left else self._now, self._target, left)
         said = self._run(self._read, GET_S)
@@ -109,10 +110,18 @@ class Command:
     @staticmethod
     def _ended(arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes]) -> int:
         try:
-            return subprocess.run(
-                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout_s, check=False,
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 start_new_session=True,  # Ctrl-C is ours: the way back must not be cut in the middle
-            ).returncode  # fmt: skip
+            )  # fmt: skip
+            try:
+                return process.wait(timeout_s)
+            except BaseException:
+                with contextlib.suppress(OSError):  # gone, or another user's (sudo)
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would go on changing the fleet
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
+                raise
         except FileNotFoundError:
             raise LostError(f"control command {arguments[0]!r}: there is no such program.") from None
         except PermissionError:

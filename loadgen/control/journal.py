@@ -41,6 +41,23 @@ def folder() -> Path:
     return state.folder("control")
 
 
+def hold(path: Path, verb: str, busy: str) -> IO[str]:
+    """A lock, held until the file is closed or the process ends. EndpointError when another has it: busy, and who."""
+    handle = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        who = handle.read(200).strip() or "another process"
+        handle.close()
+        raise EndpointError(f"{busy} {who}. Wait for it, or end it.") from None
+    handle.seek(0)
+    handle.truncate()
+    handle.write(f"steelyard {verb}, process {os.getpid()}")
+    handle.flush()
+    return handle
+
+
 class Journal:
     """The file of one control. spec: what makes it again; name: for people."""
 
@@ -71,19 +88,7 @@ class Journal:
         """Held until unlock or the end of the process. EndpointError when another process changes this fleet."""
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = self.path.with_suffix(".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            who = handle.read(200).strip() or "another process"
-            handle.close()
-            raise EndpointError(f"{self.name}: its fleet is being changed by {who}. Wait for it, or end it.") from None
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"steelyard {verb}, process {os.getpid()}")
-        handle.flush()
-        self._lock = handle
+            self._lock = hold(self.path.with_suffix(".lock"), verb, f"{self.name}: its fleet is being changed by")
 
     def unlock(self) -> None:
         """Let others."""

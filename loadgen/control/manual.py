@@ -25,14 +25,13 @@ class Manual:
 
     def get(self) -> Standing:
         """See :class:`loadgen.control.Control`. The first time, the operator is asked."""
-        self._steps.check()
+        left = self._steps.check()
         while self._now is None:
             said = self._asked("Which fleet is in force now (prefill:decode)? ")
             try:
                 self._now = Fleet.parse(said)
             except InputError as error:
                 self._asked(f"{error} Press Enter and try again. ")
-        left = self._steps.left
         return Standing(None if left else self._now, self._target, left)
 
     def steps(self, fleet: Fleet) -> list[str]:

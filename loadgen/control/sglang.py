@@ -65,7 +65,7 @@ class SGLang:
 
     def get(self) -> Standing:
         """See :class:`loadgen.control.Control`."""
-        self._steps.check()
+        left = self._steps.check()
         listed = self._listed()
         self._remember(listed)
         serving = {
@@ -74,7 +74,6 @@ class SGLang:
         }
         counts = [len(serving[role]) for role in ROLES]
         fleet = Fleet(*counts) if min(counts) else None
-        left = self._steps.left
         return Standing(fleet, self._target if left else None, left, serving)
 
     def _listed(self) -> list[dict[str, Any]]:

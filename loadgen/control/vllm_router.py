@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loadgen.control import ROLES, Bounds, Connect, LostError, Standing, members
-from loadgen.control.journal import Journal, folder
+from loadgen.control.journal import Journal, folder, hold
 from traces.errors import InputError
 from traces.records import Fleet
 
@@ -118,7 +118,7 @@ def beat(
     """Register the workers again and again in the roles that are wanted, until stop().
 
     The router is told of a new fleet within a tenth of a second after it was asked for. Ctrl-C ends it: the router then
-    drops the workers within 5 s.
+    drops the workers within 5 s. EndpointError when another process does so already: each would end the other's.
     """
     import msgpack
     import zmq
@@ -127,6 +127,7 @@ def beat(
     folder().mkdir(parents=True, exist_ok=True)
     # Two files, each with one writer: the control writes what is wanted, this process what it tells the router.
     alive = control.file.with_suffix(".alive")
+    alone = hold(control.file.with_suffix(".keep"), "control keep", f"{control.name}: its workers are registered by")
     _write(control.file, {"target": str(fleet)})
     context = zmq.Context()
     sockets = []
@@ -164,6 +165,7 @@ def beat(
         context.term()
         alive.unlink(missing_ok=True)
         control.file.unlink(missing_ok=True)
+        alone.close()
 
 
 def _write(path: Path, held: dict[str, Any]) -> None:
