@@ -7,6 +7,7 @@ import math
 import shutil
 import sqlite3
 import sys
+import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +147,7 @@ def test_rows_of_somebody_else_are_counted_at_the_end(any_url: str, monkeypatch:
         assert held.rows == 500
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 1000), span=st.floats(0.01, 1e5), warmup=st.floats(0.0, 0.9), pieces=st.integers(1, 9))
 def test_counts_do_not_depend_on_the_order_of_rows(seed: int, span: float, warmup: float, pieces: int) -> None:
     """Whatever the pieces, the counts are the same, come back from the database as they went in, and hold every request."""
@@ -259,7 +261,47 @@ def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(any_u
         assert repr(store.figures(run)) == repr(Figures.of(rows, Slo.parse("ttft<1s")))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("exact_rows", [100, 10_000])
+@pytest.mark.parametrize("committed", [True, False])
+def test_figures_are_not_kept_of_rows_that_are_no_longer_all(
+    any_url: str, exact_rows: int, committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader has read a run's rows, and some come before it keeps what it found: whoever asks next counts them."""
+    monkeypatch.setattr(traces.store, "EXACT_ROWS", exact_rows)
+    rows = answered(300, 4)
+    with open_store(any_url) as store, open_store(any_url) as other:
+        run = store.begin_run(replace(a_run(), slo="ttft<1s", scheduled=300))
+        store.add_observations(run.id, rows.take(slice(0, 200)))
+        run = store.end_run(run)
+        other.add_observations(run.id, rows.take(slice(200, 250)))
+        late = [rows.take(slice(250, 300))]
+        found: list[int] = []
+        if committed:
+
+            def come(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+                if late and "FROM observations" in statement and "count(" not in statement:
+                    other.add_observations(run.id, late.pop())
+
+            sa.event.listen(store._engine, "after_cursor_execute", come)
+            found.append(store.figures(run).n)
+        else:
+            reader = threading.Thread(target=lambda: found.append(store.figures(run).n))
+
+            def ask(connection: Any) -> None:
+                if not late:
+                    return
+                late.clear()
+                reader.start()
+                reader.join(0.5)  # it waits for this batch, which will be there or not
+
+            sa.event.listen(other._engine, "commit", ask)
+            other.add_observations(run.id, late[0])
+            reader.join(30)
+        assert found == [250]
+        assert store.figures(run).n == 300
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(values=st.lists(st.floats(1e-6, 1e5), min_size=1, max_size=200), q=st.floats(0, 1))
 def test_a_quantile_from_bins_is_within_half_a_per_cent_of_a_value(values: list[float], q: float) -> None:
     """Whatever the values, the binned quantile is next to the value that stands at its place."""

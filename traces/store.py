@@ -14,7 +14,8 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
   (SQLite: WAL; PostgreSQL, MariaDB: MVCC). Two writers of one SQLite file take turns, each waits up to 30 s.
 - **What is derived.** A run's figures are kept with it when it has ended, those of a long run with the counts they come from
   (``summaries``, :mod:`traces.aggregate`), and thrown away by the first row that comes later; whoever asks then computes them
-  again from the rows. Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at most.
+  again from the rows, and keeps them unless a row has come meanwhile (to be sure of it takes the turn of a writer for as long as
+  the rows take to count). Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at most.
 - **Revisions.** A database is used at this version's revision only; an older one is refused with the command to run, a
   newer one in words. Two ``migrate`` at once: the second waits, then finds the work done. A revision that fails leaves the
   one before it, except on MariaDB, which cannot take a change of tables back: there restore a dump.
@@ -1032,10 +1033,10 @@ class Store:
         self._write(write)
         if run.scheduled > EXACT_ROWS:  # now, so that nobody who asks waits for it
             with suppress(StoreError):
-                # Rows that somebody else stored, or stored before, are not in what was counted here.
                 known = counted is not None and (counted.slo, counted.warmup_s) == (run.slo, run.warmup_s)
-                if counted is not None and known and EXACT_ROWS < counted.rows == self._rows(run.id):
-                    self._keep(run.id, counted.figures(), counted)
+                if counted is not None and known and counted.rows > EXACT_ROWS:
+                    # Not kept where somebody else stored rows, or stored some before: those are not in what was counted here.
+                    self._keep(run.id, counted.figures(), counted, counted.rows)
                 self.figures(run)
         return run
 
@@ -1172,6 +1173,7 @@ class Store:
         def write(connection: sa.Connection) -> None:
             fresh = rows
             if t is observations:  # what was kept of these runs, perhaps while they were only half here, holds no more
+                _alone(connection, ids)
                 connection.execute(summaries.delete().where(summaries.c.run_id.in_(ids)))
             if not any(i.unique for i in t.indexes) and "id" in t.c:
                 count = sa.select(t.c.run_id, sa.func.count()).where(t.c.run_id.in_(ids)).group_by(t.c.run_id)
@@ -1209,6 +1211,7 @@ class Store:
 
         def write(connection: sa.Connection) -> None:
             if counted is None:
+                _alone(connection, [run_id])
                 connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
             if connection.dialect.name == "postgresql" and _copied(connection, run_id, rows):
                 return
@@ -1279,14 +1282,6 @@ class Store:
                         column[:] = [-1 if v is None else v for v in values]
                 yield part
 
-    def _rows(self, run_id: int, most: int | None = None) -> int:
-        """How many rows a run has; with most, no more than that many are counted."""
-        t = observations.c
-        which = sa.select(t.run_id).where(t.run_id == run_id)
-        query = sa.select(sa.func.count()).select_from((which.limit(most) if most else which).subquery())
-        with self._begin() as connection:
-            return int(connection.execute(query).scalar_one())
-
     def figures(self, run: Run) -> Figures:
         """The figures of a run after its warm-up, by its own SLO. Of one that has ended they are computed once and kept.
 
@@ -1299,9 +1294,10 @@ class Store:
             return _figures(kept)
         if (counted := self.bins(run)) is not None:
             return counted.figures()
-        found = Figures.of(run.counted(self.observations(run.id)), Slo.parse(run.slo) if run.slo else Slo())
+        rows = self.observations(run.id)
+        found = Figures.of(run.counted(rows), Slo.parse(run.slo) if run.slo else Slo())
         if run.ended and found.n:
-            self._keep(run.id, found)
+            self._keep(run.id, found, rows=len(rows))
         return found
 
     def bins(self, run: Run, slo: Slo | None = None) -> Bins | None:
@@ -1317,12 +1313,13 @@ class Store:
             kept = connection.execute(query).first()
         found = Bins.unpack(kept.bins, kept.latencies) if kept is not None and kept.latencies is not None else None
         if found is None:
-            if self._rows(run.id, EXACT_ROWS + 1) <= EXACT_ROWS:
-                return None
+            with self._begin() as connection:
+                if _rows(connection, run.id, EXACT_ROWS + 1) <= EXACT_ROWS:
+                    return None
             found = Bins(run.slo, run.warmup_s)
             for piece in self._pieces(COLUMNS, observations.c.run_id == run.id):
                 found.add(piece)
-            self._keep(run.id, found.figures(), found)
+            self._keep(run.id, found.figures(), found, found.rows)
         if slo is not None and str(slo) != str(Slo.parse(found.slo) if found.slo else Slo()):
             limits = " ".join(f"{metric}<{limit!r}" for metric, limit in sorted(slo.limits))
             good = found.others.get(limits) if run.ended else None
@@ -1382,6 +1379,7 @@ class Store:
         s = summaries.c
 
         def write(connection: sa.Connection) -> None:
+            _alone(connection, [run_id])
             held = connection.execute(sa.select(s.bins).where(s.run_id == run_id)).scalar()
             if held and held["rows"] == counted.rows:
                 kept = counted.keep_other(limits, good)
@@ -1390,12 +1388,16 @@ class Store:
         with suppress(StoreError):  # a reader without the right to write still gets its answer
             self._write(write)
 
-    def _keep(self, run_id: int, found: Figures, counted: Bins | None = None) -> None:
-        """Keep what was computed of a run, instead of what was kept before."""
+    def _keep(self, run_id: int, found: Figures, counted: Bins | None = None, rows: int | None = None) -> None:
+        """Keep what was computed of a run, instead of what was kept before. rows: only if the run has as many."""
         plain, latencies = counted.pack() if counted is not None else ({}, None)
         values = {"run_id": run_id, "figures": _plain(asdict(found)), "bins": _plain(plain), "latencies": latencies}
 
         def write(connection: sa.Connection) -> None:
+            if rows is not None:
+                _alone(connection, [run_id])
+                if _rows(connection, run_id) != rows:  # some came after they were read
+                    return
             connection.execute(summaries.delete().where(summaries.c.run_id == run_id))
             connection.execute(_once(connection, summaries), [values])
 
@@ -1652,6 +1654,23 @@ class Store:
 def _table(rows: Iterable[Sequence[Any]]) -> Ints:
     """Rows of four whole numbers as an array; a hundred times as fast as numpy.array, which asks each row for its shape."""
     return np.fromiter(chain.from_iterable(rows), dtype=np.int64).reshape(-1, 4)
+
+
+def _rows(connection: sa.Connection, run_id: int, most: int | None = None) -> int:
+    """How many rows a run has; with most, no more than that many are counted."""
+    t = observations.c
+    which = sa.select(t.run_id).where(t.run_id == run_id)
+    query = sa.select(sa.func.count()).select_from((which.limit(most) if most else which).subquery())
+    return int(connection.execute(query).scalar_one())
+
+
+def _alone(connection: sa.Connection, run_ids: Iterable[int]) -> None:
+    """Until the transaction ends nobody else keeps figures of these runs, or adds rows to them that make kept ones stale."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would begin only before the first row is changed
+    else:  # others may still refer to the run: the rows of whoever counts what it stores
+        query = sa.select(runs.c.id).where(runs.c.id.in_(run_ids)).order_by(runs.c.id)
+        connection.execute(query.with_for_update(key_share=True)).all()
 
 
 def _once(connection: sa.Connection, table: sa.Table) -> Any:
