@@ -23,10 +23,10 @@ from tests.watch import Watch
 from traces.store import open_store
 
 # The same examples on every machine, so that a red run means a change. HYPOTHESIS_PROFILE=explore looks for new ones; unshrunk
-# fails with the first that it finds, where nobody reads it (make mutants).
-settings.register_profile("repeat", derandomize=True)
-settings.register_profile("unshrunk", derandomize=True, phases=(Phase.explicit, Phase.generate))
-settings.register_profile("explore")
+# fails with the first that it finds, where nobody reads it (make mutants). How long one takes says how busy the machine is.
+settings.register_profile("repeat", derandomize=True, deadline=None)
+settings.register_profile("unshrunk", derandomize=True, deadline=None, phases=(Phase.explicit, Phase.generate))
+settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 _NUMBERS = itertools.count()

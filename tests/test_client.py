@@ -204,7 +204,7 @@ EVENT_BYTES = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(st.one_of(*[st.tuples(FRAMES, EVENT_BYTES)] * 6, SPOILED), max_size=12),
     st.lists(st.floats(0, 1, exclude_max=True), max_size=12),

@@ -199,7 +199,7 @@ def stepped(schedule: Schedule, profile: Profile) -> tuple[list[float], list[flo
     return first, last
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.floats(0, 3), st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=25),
     st.integers(1, 6),
@@ -276,7 +276,7 @@ def with_blocks(schedule: Schedule, seed: int = 0) -> Schedule:
     return replace(schedule, blocks=blocks, block_tokens=16)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     profiles(),
     FLEETS,
@@ -331,7 +331,7 @@ def test_nothing_is_lost_whatever_the_fleet_does(
         assert math.isnan(busy) or -1e-9 <= busy <= 1 + 1e-6
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(profiles(), FLEETS, st.integers(0, 2**31), st.booleans(), st.booleans())
 def test_littles_law_and_conservation(profile: Profile, fleet: Fleet, seed: int, on_demand: bool, shared: bool) -> None:
     """Tokens made equal tokens asked for, nothing stays reserved, and sequence-seconds agree with what is counted.
@@ -379,7 +379,7 @@ def test_littles_law_and_conservation(profile: Profile, fleet: Fleet, seed: int,
         assert sample.waiting_requests == sample.running_requests == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     profiles(),
     st.sampled_from([Fleet(2, 2), Fleet(0, 0, 2), Fleet(1, 1, 1)]),

@@ -103,7 +103,7 @@ def test_one_congestion_is_not_many_witnesses() -> None:
     assert next(d for d in made.differences if d.metric == "ttft_p50_s").verdict == "cannot tell"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.0, 0.9), st.integers(0, 1000))
 def test_blocks_grow_with_the_correlation(phi: float, seed: int) -> None:
     """Blocks are at least one bin, at most a third of them, and longer for a series that hangs together than for its shuffle."""

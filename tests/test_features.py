@@ -47,7 +47,7 @@ def answer(start: float, step: float, tokens: int, prompt: int) -> Observations:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.floats(0, 5), st.floats(0.01, 0.1), st.integers(2, 40), st.integers(1, 500)),

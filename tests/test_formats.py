@@ -671,7 +671,7 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(sorted(set(formats()))),
     st.lists(st.one_of(st.dictionaries(KEYS, VALUES, max_size=8).map(json.dumps), st.text(max_size=40)), max_size=5),

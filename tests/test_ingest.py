@@ -280,7 +280,7 @@ def empty(sqlite_url: str) -> Iterator[Store]:
         yield store
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(st.binary(max_size=400), st.text(max_size=300).map(str.encode)),
     st.sampled_from(["", HEADER, HEADER + GOOD]),
@@ -328,7 +328,7 @@ FIELDS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(FIELDS, min_size=2, max_size=4).map(",".join), min_size=1, max_size=12), st.booleans())
 def test_columns_at_once_are_the_rows_one_by_one(rows: list[str], crlf: bool) -> None:
     """The fast way of a CSV, a block at a time, gives what the row by row way gives: rows, reasons and line numbers."""

@@ -44,7 +44,7 @@ def test_rows_of_anything_come_back(postgres_url: str) -> None:
     """Every float (infinite, subnormal, -0), count at its limit, and text of any script."""
     with open_store(postgres_url) as store:
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=60, suppress_health_check=list(HealthCheck))
         @given(some())
         def check(rows: Observations) -> None:
             run = store.begin_run(a_run())

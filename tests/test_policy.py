@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen import policy
@@ -353,7 +353,6 @@ def test_demand_is_smoothed_over_two_memories() -> None:
     )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.1, 20), st.floats(0, 5000)), min_size=1, max_size=20))
 def test_a_first_reading_weighs_no_more_than_another(readings: list[tuple[float, float]]) -> None:
     """A rate is the mean of what was seen, each instant by how long ago it is, from the beginning on."""

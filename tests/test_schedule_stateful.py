@@ -177,6 +177,6 @@ class ScheduleMachine(RuleBasedStateMachine):
 
 
 ScheduleMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=12, suppress_health_check=list(HealthCheck)
 )
 TestSchedule = ScheduleMachine.TestCase

@@ -34,7 +34,7 @@ KEY = "sk-planted-4f1d9c2b7a"
 PASSWORD = "pw-planted-8e6a0d35"
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(text=st.binary(max_size=500), flip=st.integers(0, 10**6))
 def test_what_is_sealed_is_read_by_its_key_alone_and_not_changed(text: bytes, flip: int) -> None:
     """Sealed text comes back; under another key, or with one bit changed, it is refused; it is not in what is sent."""
@@ -49,7 +49,7 @@ def test_what_is_sealed_is_read_by_its_key_alone_and_not_changed(text: bytes, fl
             secret.unseal(k, held)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(parts=st.lists(st.binary(max_size=20), min_size=4, max_size=4))
 def test_a_proof_is_of_one_greeting_and_one_role(parts: list[bytes]) -> None:
     """A proof does for neither another nonce, nor another secret, nor the other role: it cannot be sent back or again."""
@@ -233,7 +233,7 @@ def test_planted_secrets_are_in_nothing_that_is_produced(
         assert not any(word.encode() in line for word in (*planted, "swarm-planted-0123456789")), line
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     user=st.text("ab", min_size=1, max_size=3),
     password=st.text("xyz/@:?%&=#", min_size=6, max_size=12).filter(lambda p: "xyz" not in "//host/db"),

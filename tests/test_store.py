@@ -236,7 +236,7 @@ def test_a_reader_sees_whole_batches_while_a_writer_writes(any_url: str) -> None
         assert len(store.observations(run.id)) == 2000
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=arrays(np.float64, 5, elements=st.floats(allow_nan=True, allow_infinity=False, width=64)),
     texts=st.lists(st.text(max_size=200), min_size=5, max_size=5),

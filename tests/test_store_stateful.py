@@ -85,6 +85,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=12, stateful_step_count=15, suppress_health_check=list(HealthCheck)
 )
 TestStore = StoreMachine.TestCase

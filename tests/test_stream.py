@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadgen.stream import FOLD_BYTES, MAX_EVENT_BYTES, Answer, printable
@@ -134,7 +134,6 @@ PIECES = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     PIECES,
     st.sampled_from([b"\n", b"\r\n"]),
@@ -175,7 +174,6 @@ INTRUDERS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.one_of(TOKENS, TOKENS, TOKENS, INTRUDERS), max_size=60),
     st.sampled_from(KINDS),
@@ -224,7 +222,6 @@ def test_a_run_of_alike_events_is_read_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 3
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
 def test_no_bytes_make_the_reader_raise(pieces: list[bytes], whole: bool) -> None:
     """Whatever arrives, the reader names it and goes on."""

@@ -22,7 +22,6 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
         file.write("1\r\n")
         assert not path.exists()
     assert path.read_bytes() == b"1\r\n"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
     with pytest.raises(ZeroDivisionError), whole(path) as file:
         file.write(str(1 / 0))
     assert path.read_bytes() == b"1\r\n"
@@ -30,6 +29,20 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
         file.write(b"2")
     assert path.read_bytes() == b"2"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_is_as_open_as_others_and_stays_as_it_was(tmp_path: Path) -> None:
+    """Whoever may not read other new files, or what stood there before, may not read it either."""
+    path = tmp_path / "a.csv"
+    before = os.umask(0o027)
+    try:
+        for wanted in (0o640, 0o600):
+            with whole(path) as file:
+                file.write("1")
+            assert stat.S_IMODE(path.stat().st_mode) == wanted
+            path.chmod(0o600)
+    finally:
+        os.umask(before)
 
 
 def test_a_pipe_is_written_and_stays_a_pipe(tmp_path: Path) -> None:
