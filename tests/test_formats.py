@@ -459,10 +459,11 @@ def test_a_gateways_own_answers_never_reached_an_engine(store: Store, tmp_path: 
         "r2,aembedding,50,0,2025-03-01T10:00:01,2025-03-01T10:00:02,,success,,\n"
         "r3,acompletion,70,9,2025-03-01T10:00:02,2025-03-01T10:00:02,True,success,,\n"
         "r4,acompletion,70,0,2025-03-01T10:00:03,2025-03-01T10:00:03,None,failure,,\n"
+        "r5,anthropic_messages,80,9,2025-03-01T10:00:04,2025-03-01T10:00:05,False,success,,\n"
     )
     report = load(store, tmp_path, text, ".csv")
-    assert (report.format, report.rows_kept, report.other_events, report.failed_rows) == ("litellm", 2, 2, 1)
-    assert len(store.schedule("t")) == 1
+    assert (report.format, report.rows_kept, report.other_events, report.failed_rows) == ("litellm", 3, 2, 1)
+    assert len(store.schedule("t")) == 2
     assert "taken as UTC" in report.notes[0]
 
 

@@ -56,8 +56,8 @@ class LiteLlm:
     def _row(self, record: dict[str, Any]) -> Event:
         if None in record or None in record.values():
             raise BadRowError("wrong_field_count", "the row has not as many fields as the header")
-        call = record["call_type"].lower().removeprefix("a")
-        if call not in _LLM_CALLS:
+        call = record["call_type"].lower()
+        if call not in _LLM_CALLS and call.removeprefix("a") not in _LLM_CALLS:  # "acompletion" is an awaited one
             return OtherEvent(call[:40])
         if record.get("cache_hit", "").lower() == "true":
             return OtherEvent("gateway cache hit")
