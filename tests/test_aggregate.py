@@ -313,7 +313,9 @@ def test_a_quantile_from_bins_is_within_half_a_per_cent_of_a_value(values: list[
 
 
 def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traffic and misses from windows are those of all rows: rate and mix, the laws' errors, within the interval that is said."""
+    """Traffic and misses from windows are those of all rows: rate and mix, the laws' errors, within the interval that is said.
+
+    Failed rows of a trace, which no replay sends, count neither in its rate nor in its windows."""
     profile, slo = Profile.load("demo"), Slo.parse("ttft<1s tpot<50ms")
     module: Any = sys.modules["advisor.advise"]
     asked, fleet = lognormal(6000, 2, 3), Fleet(2, 2)
@@ -325,6 +327,12 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
             batches=[{k: v.tolist() for k, v in batch.items()}],
             summary=lambda: ({"rows_kept": 6000}, None, None, None),
         )  # fmt: skip
+        failing = {k: v.tolist() for k, v in batch.items()} | {"status": [int(k % 5 == 2) for k in range(6000)]}
+        store.add_trace(
+            name="f", format="x", sha256="f", files=[], options={},
+            batches=[failing],
+            summary=lambda: ({"rows_kept": 6000}, None, None, None),
+        )  # fmt: skip
         rows = simulate(asked, fleet, profile).observations
         run = store.begin_run(
             replace(run_of(fleet, 6000), trace="t", slo=str(slo), rate_per_s=asked.rate_per_s, counts={"ok": 6000})
@@ -334,6 +342,7 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
         assert not whole.windows
         for name, value in (("LONG_TRACE", 1000), ("POINT_REQUESTS", 2000), ("EXACT_ROWS", 100)):
             monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(report, "POINT_REQUESTS", 2000)
         read = traces.store.Store.windows
         monkeypatch.setattr(traces.store.Store, "windows", lambda self, id, most, parts: read(self, id, 3000, 3))
         (some,) = module.load(store, [run])
@@ -355,6 +364,11 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
         assert rebuilt is not None
         assert rebuilt.rate_per_s == pytest.approx(7.0)
         assert np.array_equal(rebuilt.prompt_tokens, schedule.prompt_tokens)
+        fewer, _ = module._asked(store, "f", run, None)
+        assert len(fewer) == 1600
+        assert fewer.rate_per_s == pytest.approx(store.schedule("f").rate_per_s, rel=1e-3)
+        again = {"trace": "f", "schedule_changes": fewer.changes, "rate_per_s": 7.0, "requests": 1600}
+        assert report.rebuilt(store, again) is not None
         first, one = module._asked(store, "t", run, 500)
         assert (first.digest(), one) == (head(asked_again(asked), 500).digest(), 1)
     found = simulate(schedule, fleet, profile).observations

@@ -877,13 +877,12 @@ class Store:
         return [one for one in found if len(one)]
 
     def excerpt(self, name: str, most: int, parts: int) -> Schedule:
-        """The windows of a long trace one after the other, at its mean rate."""
+        """The windows of a long trace one after the other, at the mean rate of what a replay sends."""
         found = self.trace_windows(name, most, parts)
         if not found:
             return self.schedule(name)
-        n = int(found[-1].index[-1] - found[0].index[0])
-        span = float(found[-1].due_s[-1] - found[0].due_s[0])
-        return joined(found, name, n + 1, n / span if span > 0 else math.inf)
+        whole = self.feed(name)
+        return joined(found, name, whole.scheduled, whole.rate_per_s)
 
     def schedule(self, name: str, *, blocks: bool = False, sessions: bool = False, most: int | None = None) -> Schedule:
         """The trace's successful requests as a schedule at the recorded times; with most, its first.

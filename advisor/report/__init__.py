@@ -21,6 +21,7 @@ from advisor.report.pdf import pdf
 from advisor.report.reproduce import reproduce
 from advisor.report.sections import build
 from advisor.report.whatif import Case, what_if
+from advisor.splits import POINT_REQUESTS
 from loadgen.cluster import Profile
 from traces.errors import InputError
 from traces.measures import Slo
@@ -115,10 +116,9 @@ def rebuilt(store: Store, answer: Mapping[str, Any]) -> Schedule | None:
     try:
         changes = answer.get("schedule_changes") or ()
         first = re.fullmatch(r"first (\d+) of \d+ requests", changes[0]) if changes else None
-        windows = re.fullmatch(r"(\d+) windows of (\d+) requests of \d+", changes[0]) if changes else None
-        if windows:
-            k, width = map(int, windows.groups())
-            schedule, changes = store.excerpt(answer["trace"], k * width, k), changes[1:]
+        windows = re.fullmatch(r"(\d+) windows of \d+ requests of \d+", changes[0]) if changes else None
+        if windows:  # how many requests of a window did not fail does not tell how wide it was
+            schedule, changes = store.excerpt(answer["trace"], POINT_REQUESTS, int(windows[1])), changes[1:]
         else:
             schedule = store.schedule(answer["trace"], most=int(first[1]) if first else None)
         for change in changes:
