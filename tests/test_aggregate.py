@@ -229,6 +229,26 @@ def test_reports_and_comparisons_of_counts_are_those_of_the_rows(
     assert json.loads(capsys.readouterr().out)["runs"][0]["quantiles"] != "exact"
 
 
+def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From counts as from rows: every status and kind of failure with the warm-up in it, the worst lag without."""
+    rows, url, shown = some_rows(300, 3), f"sqlite:///{tmp_path}/a.db", []
+    rows.error[:] = np.where(rows.status != "failed", "", np.where(rows.error == "", "other", rows.error))
+    rows.dispatch_s[:] = rows.due_s + np.where(rows.due_s < 30, 5.0, 0.01)
+    with open_store(url) as store:
+        run = store.begin_run(replace(a_run(), warmup_s=30.0, scheduled=400))
+        store.add_observations(run.id, rows)
+    for exact_rows in (10_000, 100):
+        monkeypatch.setattr(traces.store, "EXACT_ROWS", exact_rows)
+        assert main(["runs", "show", "1", "--json", "--db", url]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+    assert [one["quantiles"] == "exact" for one in shown] == [True, False]
+    for name in ("ok", "failed", "unsent", "cancelled", "lost"):
+        assert shown[1][name] == shown[0][name], name
+    assert shown[1]["lag_ms"]["max"] == pytest.approx(shown[0]["lag_ms"]["max"])
+
+
 def test_windows_know_whom_they_miss() -> None:
     """Batches, and who met no other prefill, are told alike from windows and from the whole run, away from the windows' edges."""
     whole = simulate(lognormal(6000, 8, 2), Fleet(4, 4), Profile.load("demo")).observations

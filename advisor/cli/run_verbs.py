@@ -282,13 +282,15 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
 def _so_far(run: Any, rows: Any, bins: Any) -> Any:
     """A run that goes on or was broken off, with what its rows say: its own counts and lag are written when it ends."""
     from traces.measures import Lag, counts
+    from traces.records import STATUSES
 
     if rows is not None:
         lag = Lag.of(run.counted(rows))
         p50, p99, most, held = lag.p50_ms, lag.p99_ms, lag.max_ms, counts(rows)
     else:
-        p50, p99 = (bins.quantile("lag_s", q) * 1e3 for q in (0.5, 0.99))
-        most, held = float(bins.most("lag_s").max()) * 1e3, {"ok": bins.total("ok")}
+        p50, p99, most = (bins.quantile("lag_s", q) * 1e3 for q in (0.5, 0.99, 1.0))
+        held = {"ok": int(bins.counts["ok"].sum())}  # as of rows, with the warm-up in it
+        held |= {kind if kind in STATUSES else f"failed.{kind}": n for kind, (n, *_) in bins.failures.items()}
     return replace(run, counts=held, lag_p50_ms=p50, lag_p99_ms=p99, lag_max_ms=most)
 
 
