@@ -363,6 +363,27 @@ def test_a_command_that_takes_too_long_is_ended_with_what_it_started(tmp_path: P
         os.close(pipe)
 
 
+def test_what_nobody_has_looked_at_is_never_settled(tmp_path: Path) -> None:
+    """A command that reads nothing: the fleet of its file (now) is what was in force once, not what is after a change."""
+    fleet, file = tmp_path / "fleet", tmp_path / "control.toml"
+    program = [sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write(':'.join(sys.argv[2:]))", str(fleet)]
+    file.write_text(f'kind = "command"\nset = {json.dumps([*program, "{prefill}", "{decode}"])}\nnow = "2:1"\n')
+    db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
+    assert main(["control", "set", "1:2", "--control", str(file), *db]) == 0
+    assert fleet.read_text() == "1:2"
+    assert main(["control", "restore", *db]) == 0
+    assert fleet.read_text() == "2:1"
+    put(control_of(str(file), CONNECT), Fleet(1, 2))  # type: ignore[arg-type]
+    fresh = control_of(str(file), CONNECT)
+    assert fresh is not None
+    with Keeper(fresh, "replay", put_back=False) as keeper:
+        keeper.put(Fleet(2, 1))
+        assert fleet.read_text() == "2:1"
+        fleet.unlink()
+        keeper.put(Fleet(2, 1))  # now it is known
+    assert not fleet.exists()
+
+
 def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
     control = control_of('command:["true", "{prefill}", "{decode}"]', CONNECT)
     assert control is not None
@@ -431,6 +452,18 @@ def test_the_operator_is_asked_and_waited_for() -> None:
     assert "from 2:1 to 1:2" in asked[3]
     with pytest.raises(LostError, match="did not put the fleet 2:1 in force"):
         put(control, Fleet(2, 1))
+
+
+def test_the_operator_is_asked_for_the_fleet_of_the_file_too(tmp_path: Path) -> None:
+    """It was in force when the file was written; once the operator has answered, the same is not asked again."""
+    file = tmp_path / "control.toml"
+    file.write_text('kind = "manual"\nnow = "2:1"\n')
+    asked: list[str] = []
+    control = control_of(str(file), Connect(endpoint, endpoint, lambda question: asked.append(question) or ""))
+    assert control is not None
+    for _ in range(2):
+        put(control, Fleet(2, 1))
+    assert len(asked) == 1
 
 
 def test_where_nobody_can_be_asked_manual_says_so() -> None:

@@ -41,12 +41,14 @@ ANY = (1, 2_000_000)
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What an endpoint says of its fleet. fleet: serving now, None while a role is without a worker or where nothing says;
-    target: asked for last, where known; changing: workers that start, drain or flip. workers: role -> names, where known."""
+    target: asked for last, where known; changing: workers that start, drain or flip. workers: role -> names, where known.
+    sure: seen or put in force, not only what a file says was in force once."""
 
     fleet: Fleet | None = None
     target: Fleet | None = None
     changing: int = 0
     workers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sure: bool = True
 
     @property
     def aimed(self) -> Fleet | None:
@@ -54,8 +56,8 @@ class Standing:
         return self.target or self.fleet
 
     def settled(self, fleet: Fleet) -> bool:
-        """Is this fleet in force, with nothing on its way?"""
-        return self.fleet == fleet and not self.changing and self.target in (None, fleet)
+        """Is this fleet in force for sure, with nothing on its way?"""
+        return self.sure and self.fleet == fleet and not self.changing and self.target in (None, fleet)
 
 
 class Control(Protocol):

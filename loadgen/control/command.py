@@ -2,7 +2,8 @@
 
 ``{prefill}``, ``{decode}`` and ``{workers}`` are replaced inside each argument. The command is done when it exits with 0;
 a second one (``get``) prints what is in force, as ``P:D`` or as JSON with ``prefill`` and ``decode``. Without it the fleet
-counts as in force when the command has exited, and what was in force before has to be said (``now``).
+counts as in force when the command has exited, and what was in force before has to be said (``now``); that is believed as the
+way back, not as a reason to run nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Command:
         """See :class:`loadgen.control.Control`."""
         left = self._steps.check()
         if not self._read:
-            return Standing(None if left else self._now, self._target, left)
+            return Standing(None if left else self._now, self._target, left, sure=self._target is not None)
         said = self._run(self._read, GET_S)
         held: Any = None
         try:

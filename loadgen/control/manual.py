@@ -18,6 +18,7 @@ class Manual:
     def __init__(self, what: str, ask_operator: Callable[[str], str] | None, now: Fleet | None = None) -> None:
         self._ask_operator, self._now = ask_operator, now
         self._target: Fleet | None = None
+        self._sure = False
         self._steps = Steps()
         self.name = f"manual {what}".strip()
         self.spec = f"manual:{what}"
@@ -29,10 +30,10 @@ class Manual:
         while self._now is None:
             said = self._asked("Which fleet is in force now (prefill:decode)? ")
             try:
-                self._now = Fleet.parse(said)
+                self._now, self._sure = Fleet.parse(said), True
             except InputError as error:
                 self._asked(f"{error} Press Enter and try again. ")
-        return Standing(None if left else self._now, self._target, left)
+        return Standing(None if left else self._now, self._target, left, sure=self._sure)
 
     def steps(self, fleet: Fleet) -> list[str]:
         """See :class:`loadgen.control.Control`."""
@@ -50,7 +51,7 @@ class Manual:
             )
             if said.strip().lower() in ("n", "no"):
                 raise LostError(f"the operator did not put the fleet {fleet} in force.")
-            self._now = fleet
+            self._now, self._sure = fleet, True
 
         self._steps.start([change])
 
