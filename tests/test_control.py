@@ -178,6 +178,25 @@ def test_the_next_sweep_goes_back_to_what_stood_before_the_crash(server: str) ->
     assert Journal.all() == []
 
 
+def test_a_replay_after_a_crash_loses_no_way_back(server: str, tmp_path: Path) -> None:
+    """It leaves its own fleet, as asked; what the killed sweep noted stays for restore, and the replay says so."""
+    control = Reference(endpoint(server))
+    before = control.get().fleet or Fleet(9, 9)
+    journal = Journal(control.spec, control.name)
+    journal.lock("sweep")
+    journal.begin("sweep", before, Fleet(1, 5))
+    journal.unlock()
+    put(control, Fleet(1, 5))
+    said: list[str] = []
+    with Keeper(control, "replay", put_back=False, say=said.append) as keeper:
+        keeper.put(Fleet(2, 4))
+    assert control.get().settled(Fleet(2, 4))
+    assert main(["control", "restore", "--db", f"sqlite:///{tmp_path / 'a.db'}"]) == 0
+    assert control.get().settled(before)
+    assert Journal.all() == []
+    assert said == [f"{server}: an earlier command ended without putting 3:3 back. Afterwards: steelyard control restore"]
+
+
 def test_a_set_on_purpose_survives_a_sweep_and_is_undone_by_restore(server: str, tmp_path: Path) -> None:
     db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
     control = Reference(endpoint(server))

@@ -270,7 +270,7 @@ class Keeper:
     whether it comes back always (a sweep) or only when an error or Ctrl-C ended the work (a replay, which was asked for
     that fleet). keep_note: the note stays, so that ``steelyard control restore`` goes back (``control set``).
     say: gets a line when something needs to be known. A crash leaves the note; the next Keeper of the same endpoint goes
-    back to what stood before the crash.
+    back to what stood before the crash, or, where it leaves its own fleet, keeps the note for ``restore``.
     """
 
     def __init__(
@@ -291,16 +291,17 @@ class Keeper:
         self.timeout_s, self._say = timeout_s, say
         self.journal = Journal(control.spec, control.name)
         self.before: Fleet | None = None
-        self._entered = False
+        self._entered = self._owed = False
         self._said: set[str] = set()
 
     def __enter__(self) -> Keeper:
         self.journal.lock(self._verb)
         left = self.journal.left(self._verb)
         if left is not None and not self._keep_note:
-            self.before = left
+            self.before, self._owed = left, True
             self._say(
-                f"{self.name}: an earlier command ended without putting {left} back; that is done at the end of this one."
+                f"{self.name}: an earlier command ended without putting {left} back"
+                + ("; that is done at the end of this one." if self._put_back else ". Afterwards: steelyard control restore")
             )
         self._entered = True
         return self
@@ -311,7 +312,7 @@ class Keeper:
                 return
             if self._put_back or (kind is not None and not self._keep_note):
                 self.back()
-            elif not self._keep_note:
+            elif not self._keep_note and not self._owed:  # what a crash left is not ours to drop
                 self.journal.done(self._verb)
         finally:
             self._entered = False
