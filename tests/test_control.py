@@ -194,7 +194,9 @@ def test_a_replay_after_a_crash_loses_no_way_back(server: str, tmp_path: Path) -
     assert main(["control", "restore", "--db", f"sqlite:///{tmp_path / 'a.db'}"]) == 0
     assert control.get().settled(before)
     assert Journal.all() == []
-    assert said == [f"{server}: an earlier command ended without putting 3:3 back. Afterwards: steelyard control restore"]
+    assert said == [
+        f"{server}: an earlier command ended without putting 3:3 back. Afterwards: steelyard control restore"
+    ]
 
 
 def test_a_set_on_purpose_survives_a_sweep_and_is_undone_by_restore(server: str, tmp_path: Path) -> None:
@@ -627,6 +629,20 @@ def test_sglang_knows_what_it_cannot_reach(routers: list[Router]) -> None:
     put(control, Fleet(1, 1))
     put(control, Fleet(2, 1))  # what was taken out is known, and comes back
     assert control.get().fleet == Fleet(2, 1)
+
+
+def test_what_was_taken_out_of_a_router_comes_back_by_another_command(routers: list[Router], tmp_path: Path) -> None:
+    """Nobody else knows of it: the router lists it no longer, and no file names the pool."""
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
+    routers.append(router)
+    control = control_of(f"sglang:{router.url}", CONNECT)
+    assert control is not None
+    with Keeper(control, "set", keep_note=True, put_back=False) as keeper:
+        keeper.put(Fleet(1, 1))
+    assert main(["control", "restore", "--db", f"sqlite:///{tmp_path / 'a.db'}"]) == 0
+    gone = list(router.workers)[1]
+    assert router.log == [f"remove {gone}", f"add {gone} prefill 9000"]
+    assert list(Journal(control.spec, control.name).path.parent.glob("*.pool")) == []
 
 
 @pytest.mark.parametrize("hangs_up", [0, 1])

@@ -301,7 +301,11 @@ class Keeper:
             self.before, self._owed = left, True
             self._say(
                 f"{self.name}: an earlier command ended without putting {left} back"
-                + ("; that is done at the end of this one." if self._put_back else ". Afterwards: steelyard control restore")
+                + (
+                    "; that is done at the end of this one."
+                    if self._put_back
+                    else ". Afterwards: steelyard control restore"
+                )
             )
         self._entered = True
         return self

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from loadgen import state
 from traces.errors import EndpointError, InputError
@@ -145,18 +145,41 @@ class Journal:
             return left, next(e.verb for e in held if e.verb != SET)
         return Fleet.parse(held[-1].before), SET
 
+    # --- what else the way back needs
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_suffix(".pool")
+
+    def keep(self, held: Any) -> None:
+        """Beside the note, and dropped with it: what the control has to know to go back. Nothing where there is no note."""
+        if self.path.exists():
+            with self._writing():
+                self._store(self._beside, held)
+
+    def kept(self) -> Any:
+        """What :meth:`keep` was given last; None where it cannot be read."""
+        try:
+            return json.loads(self._beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _store(self, path: Path, held: Any) -> None:
+        part = path.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as out:
+            json.dump(held, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(path)
+
     def _write(self, entries: list[Entry]) -> None:
         with self._writing():
             if not entries:
                 self.path.unlink(missing_ok=True)
+                self._beside.unlink(missing_ok=True)
             else:
                 held = {"control": self.spec, "name": self.name, "entries": [asdict(e) for e in entries]}
-                part = self.path.with_suffix(".part")
-                with part.open("w", encoding="utf-8") as out:
-                    json.dump(held, out, indent=1)
-                    out.flush()
-                    os.fsync(out.fileno())
-                part.replace(self.path)
+                self._store(self.path, held)
             # The name must be on the disk too, not only the bytes.
             handle = os.open(self.path.parent, os.O_RDONLY)
             try:

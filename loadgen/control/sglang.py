@@ -16,6 +16,7 @@ from typing import Any
 
 from loadgen.control import ROLES, Bounds, Connect, Endpoint, LostError, Standing, Steps, members, refused
 from loadgen.control.endpoint import RefusedError
+from loadgen.control.journal import Journal
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
 
@@ -55,6 +56,7 @@ class SGLang:
         self, router: Endpoint, engine: Callable[[str], Endpoint], pool: Sequence[Worker] = (), drain_s: float = DRAIN_S
     ) -> None:
         self._router, self._engine, self._pool, self._drain_s = router, engine, list(pool), drain_s
+        self._named = bool(pool)
         self._target: Fleet | None = None
         self._steps = Steps()
         self.name = f"sglang-router {router.shown}"
@@ -89,10 +91,14 @@ class SGLang:
         return workers
 
     def _remember(self, listed: Sequence[dict[str, Any]]) -> None:
-        """Without a pool in a file, the pool is every worker that was ever seen, in the role it has."""
+        """Without a pool in a file, the pool is every worker that was ever seen, in the role it has: here, or by the command
+        that noted the way back and may have taken it out."""
         known = {w.url for w in self._pool}
-        for w in listed:
+        kept = None if self._named else Journal(self.spec, self.name).kept()
+        more = [w for w in kept if isinstance(w, dict) and "url" in w] if isinstance(kept, list) else []
+        for w in [*listed, *more]:
             if w["url"] not in known and w.get("worker_type") in ROLES:
+                known.add(w["url"])
                 self._pool.append(Worker(str(w["url"]), str(w["worker_type"]), w.get("bootstrap_port")))
 
     # --- what to do
@@ -104,6 +110,9 @@ class SGLang:
     def ask(self, fleet: Fleet) -> None:
         """See :class:`loadgen.control.Control`."""
         plan = self._plan(fleet)
+        if not self._named:  # what is taken out is listed no longer, and restore may be another process
+            pool = [{"url": w.url, "worker_type": w.role, "bootstrap_port": w.bootstrap_port} for w in self._pool]
+            Journal(self.spec, self.name).keep([w for w in pool if "@" not in str(w["url"])])  # no password on disk
         self._target = fleet
         self._steps.start([step for _, step in plan])
 
