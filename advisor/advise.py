@@ -10,7 +10,7 @@ from typing import Any
 from advisor import cost as costs
 from advisor.audit import audit as audit_of
 from advisor.audit import confounders
-from advisor.choose import Choice, choose
+from advisor.choose import Choice, choose, known_by_windows
 from advisor.features import RunData
 from advisor.moves import flip_law
 from advisor.recommend import Recommendation, recommend
@@ -214,6 +214,8 @@ def advise(
             schedule = head(schedule, requests)
         if rate_per_s:
             schedule = to_rate(schedule, rate_per_s)
+    if parts > 1 and (strategy in ("online", "offline") or deadline_s is not None):
+        raise InputError(f"{known_by_windows(schedule.name, parts)}.")
     answer = recommend(
         data,
         schedule,
@@ -267,6 +269,7 @@ def advise(
             deadline_s=deadline_s,
             seed=seed,
             note=note,
+            parts=parts,
         )
     if gpu_hour_usd is not None:
         extra["cost"] = costs.as_json(costs.cost(answer, gpu_hour_usd, per_worker))

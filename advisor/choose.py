@@ -132,11 +132,13 @@ def choose(
     eps: float = EPS,
     seed: int = 0,
     note: Note = silent,
+    parts: int = 1,
 ) -> Choice:
     """Static, online or offline for a schedule under fitted laws. fixed: the split that was recommended to stand still.
 
     asked: "auto", or the strategy the user wants, whose regret is then said all the same. gpus_per_worker: workers of
-    different sizes cannot change roles.
+    different sizes cannot change roles. parts: of how many windows of a longer trace the schedule is made; of more than one
+    only the regret can be told.
     """
     warnings: list[str] = []
     arms: list[Arm] = []
@@ -162,6 +164,8 @@ def choose(
         why_not = f"{len(schedule)} requests over {schedule.span_s:.3g} s are too few windows to see a mix change"
     elif found.regret <= eps:
         why_not = f"knowing every window's best split would serve {_more(found.regret)} more at most"
+    elif parts > 1:
+        why_not = known_by_windows(schedule.name, parts)
     elif found.lasts_s < LASTS * found.move_s:
         why_not = (
             f"a mix lasts {found.lasts_s:.3g} s, less than {LASTS:g} times the {found.move_s:.3g} s of a drain and flip"
@@ -234,7 +238,15 @@ def choose(
         warnings.append(_late(offline, deadline_s))
     if asked == "auto" and deadline_s is None:
         warnings.append("offline was not considered: no --deadline says how long an answer may take")
-    return Choice(strategy, why, arms, found, online, offline, warnings)
+    return Choice(strategy, why, arms, found if parts == 1 else None, online, offline, warnings)
+
+
+def known_by_windows(name: str, parts: int) -> str:
+    """Why windows of a long trace, one after the other, do not tell of moving or collecting."""
+    return (
+        f"{name!r} is known by {parts} windows: they do not say how long a mix lasts, nor how long collecting takes. Ask of a "
+        "stretch: --requests N"
+    )
 
 
 def _more(regret: float) -> str:

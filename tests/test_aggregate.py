@@ -378,6 +378,9 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
             assert (len(schedule), parts) == ((2000, 8) if trace else (3000, 3))
             assert schedule.rate_per_s == pytest.approx(asked.rate_per_s, rel=1e-3)
             assert schedule.prompt_tokens.mean() == pytest.approx(asked.prompt_tokens.mean(), rel=0.1)
+        for asks in ({"strategy": "online"}, {"strategy": "offline"}, {"deadline_s": 60.0}):
+            with pytest.raises(InputError, match=r"known by 8 windows.*--requests"):
+                module.advise(store, trace="t", **asks)
         schedule, parts = module._asked(store, "t", run, None)
         again = {"trace": "t", "schedule_changes": schedule.changes, "rate_per_s": 7.0, "requests": 2000}
         rebuilt = report.rebuilt(store, again)

@@ -260,6 +260,16 @@ def test_a_mix_that_turns_moves(found, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {a.strategy for a in choice.arms} == {"static", "online", "colocated"}
 
 
+def test_windows_of_a_longer_trace_do_not_say_how_long_a_mix_lasts() -> None:
+    """Stretches of days, one after the other, turn every 150 s; the traffic need not: stand still, and ask of a stretch."""
+    choice = choose(SHIFT, EIGHT, study(SHIFT, EIGHT).fixed, parts=8)
+    assert choice.strategy == "static"
+    assert "8 windows" in choice.why
+    assert "--requests" in choice.why
+    assert choice.arms[0].regret > 0.02
+    assert choice.as_json()["windows"] is None
+
+
 def test_who_loses_half_is_served_twice_as_much_by_the_best() -> None:
     """Regret is a share of the best, "more" one of what is: 2 % of the one are 2 % of the other, half is all again."""
     assert [_more(regret) for regret in (0.0, 0.02, 0.5, 0.75, 1.0)] == [
