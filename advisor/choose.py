@@ -16,7 +16,7 @@ import numpy as np
 
 from advisor.telling import Note, silent
 from advisor.thresholds import Found, find, pays
-from advisor.windows import LASTS, Question, Study, study
+from advisor.windows import LASTS, Question, Study, balance, study
 from loadgen import policy
 from loadgen.cluster import simulate, simulate_batches
 from traces.measures import goodput_per_s
@@ -336,7 +336,5 @@ def _around(part: Schedule, question: Question) -> Sequence[Fleet]:
     splits = question.splits
     if len(splits) <= 8:
         return splits
-    workers = splits[0].workers
-    middle = policy.balanced(part.prompt_tokens, part.output_tokens, question.profile, workers)
-    at = min(range(len(splits)), key=lambda k: abs(splits[k].prefill - middle.prefill))
+    at = splits.index(balance(part, question))
     return splits[max(0, at - 3) : at + 4]

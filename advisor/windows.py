@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loadgen.cluster import Profile, simulate
+from loadgen.policy import balanced
 from traces.measures import Slo, goodput_per_s, met
 from traces.records import Fleet, Floats, Schedule
 
@@ -144,8 +145,8 @@ def study(
 ) -> Study:
     """Cut a schedule into windows and find what each would want, against a fixed split [the best for the whole schedule].
 
-    Of many splits those are looked at that a climb from the window before's best meets: goodput over P is a hill but for
-    noise.
+    Of many splits those are looked at that climbs from the fixed one and from the window before's own best (in the first from
+    the balance of work) meet: goodput over P is a hill but for noise.
     """
     at_first = fixed or best_fixed(schedule, question)
     move_s = drain_and_flip_s(schedule, question, at_first)
@@ -153,10 +154,12 @@ def study(
     cut = np.concatenate([cut[:-1], [np.nextafter(cut[-1], math.inf)]])
     windows: list[Window] = []
     for start, end in itertools.pairwise(cut.tolist()):
-        n = int(((schedule.due_s >= start) & (schedule.due_s < end)).sum())
+        part = schedule.take((schedule.due_s >= start) & (schedule.due_s < end))
+        n = len(part)
         if n:
-            begin = (at_first, windows[-1].best) if windows else (at_first,)
-            good = _climb(schedule, start, end, question, begin)
+            before = windows[-1].good if windows else {}
+            near = max(before, key=before.__getitem__) if before else balance(part, question)
+            good = _climb(schedule, start, end, question, (at_first, near))
             windows.append(Window(start, end, n, good, at_first))
     windows = _path(windows, at_first, move_s)
     most = sum(w.most for w in windows)
@@ -212,7 +215,8 @@ def _most(schedule: Schedule, question: Question, splits: Sequence[Fleet]) -> Fl
 def _climb(
     schedule: Schedule, start_s: float, end_s: float, question: Question, begin: Sequence[Fleet]
 ) -> dict[Fleet, int]:
-    """Requests within the SLO by split, up the hill from each beginning, two splits beyond its top."""
+    """Requests within the SLO by split, up the hill from each beginning, two splits beyond its top; where none serves
+    anything, by every split."""
     splits = question.splits
     if len(splits) <= 8:
         return good_by_split(schedule, start_s, end_s, question, splits)
@@ -233,7 +237,15 @@ def _climb(
             if look(up) <= look(at):
                 break
             at = up
+    if not any(found.values()):
+        found = good_by_split(schedule, start_s, end_s, question, splits)
     return found
+
+
+def balance(part: Schedule, question: Question) -> Fleet:
+    """The split nearest to the balance of work."""
+    middle = balanced(part.prompt_tokens, part.output_tokens, question.profile, question.splits[0].workers)
+    return min(question.splits, key=lambda f: abs(f.prefill - middle.prefill))
 
 
 @dataclass(frozen=True, slots=True)

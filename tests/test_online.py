@@ -27,7 +27,7 @@ from advisor.thresholds import (
     redrawn,
     replayed,
 )
-from advisor.windows import Question, break_even, drain_and_flip_s, oracle, study
+from advisor.windows import Question, _climb, break_even, drain_and_flip_s, good_by_split, oracle, study
 from loadgen import policy
 from loadgen.cluster import Profile, simulate
 from loadgen.cluster.embedded import embedded
@@ -45,13 +45,13 @@ LONG = (LogNormal(7.6, 0.6, 10, 8192), LogNormal(4.4, 0.6, 4, 2048), 12.5)
 SHORT = (LogNormal(5.4, 0.7, 10, 8192), LogNormal(6.0, 0.5, 4, 2048), 5.8)
 
 
-def traffic(stretches: list[tuple[float, str]], seed: int = 1) -> Schedule:
-    """Stretches of (seconds, "long" prompts or "short") at steady rates."""
+def traffic(stretches: list[tuple[float, str]], seed: int = 1, times: float = 1.0) -> Schedule:
+    """Stretches of (seconds, "long" prompts or "short") at steady rates, times a factor."""
     rng = np.random.default_rng(seed)
     due, prompt, output, at = [], [], [], 0.0
     for seconds, kind in stretches:
         lengths, answers, rate = LONG if kind == "long" else SHORT
-        n = rng.poisson(rate * seconds)
+        n = rng.poisson(times * rate * seconds)
         due.append(np.sort(rng.uniform(at, at + seconds, n)))
         prompt.append(lengths.draw(n, rng))
         output.append(answers.draw(n, rng))
@@ -77,6 +77,19 @@ def test_windows_of_one_mix_want_one_split_and_of_two_mixes_two() -> None:
     long, short = ({w.best.prefill for w in shift.windows[k::2]} for k in (0, 1))
     assert min(long) > max(short)
     assert shift.lasts_s == pytest.approx(150, rel=0.01)
+
+
+@pytest.mark.parametrize("fixed", [Fleet(23, 1), Fleet(20, 4), Fleet(1, 23)])
+def test_of_many_splits_each_window_finds_its_best_however_far_the_fixed_one_is(fixed: Fleet) -> None:
+    """The regret is that of every split simulated, also where the fixed split and its neighbours serve nothing."""
+    large = replace(EIGHT, splits=tuple(Fleet.splits(24)))
+    turns = traffic([(60, kind) for _ in range(2) for kind in ("long", "short")], times=3)
+    found = study(turns, large, fixed=fixed, borders=np.arange(0, 241, 60.0))
+    every = [good_by_split(turns, w.start_s, w.end_s, large, large.splits) for w in found.windows]
+    assert found.regret == pytest.approx(1 - sum(w[fixed] for w in every) / sum(max(w.values()) for w in every))
+    last = found.windows[-1]
+    climbed = _climb(turns, last.start_s, last.end_s, large, [fixed])
+    assert max(climbed.values()) > 0.9 * max(every[-1].values())
 
 
 def test_an_oracle_that_pays_serves_no_more_than_one_that_does_not_and_no_less_than_standing_still() -> None:
