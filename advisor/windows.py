@@ -162,6 +162,10 @@ def study(
             good = _climb(schedule, start, end, question, (at_first, near))
             windows.append(Window(start, end, n, good, at_first))
     windows = _path(windows, at_first, move_s)
+    for k, w in enumerate(windows):  # the path may hold, through a window, a split that its climb did not meet
+        if w.best not in w.good:
+            known = w.good | good_by_split(schedule, w.start_s, w.end_s, question, [w.best])
+            windows[k] = replace(w, good=known)
     most = sum(w.most for w in windows)
     regret = 1 - sum(w.good[at_first] for w in windows) / most if most else 0.0
     held = [sum(w.end_s - w.start_s for w in same) for _, same in itertools.groupby(windows, key=lambda w: w.best)]

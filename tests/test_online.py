@@ -92,6 +92,20 @@ def test_of_many_splits_each_window_finds_its_best_however_far_the_fixed_one_is(
     assert max(climbed.values()) > 0.9 * max(every[-1].values())
 
 
+def test_a_split_that_only_the_path_gives_a_window_is_simulated_there() -> None:
+    """Few requests before very many: moving early costs least, to a split that no climb of the quiet window has met."""
+    slow = replace(EIGHT, profile=replace(DEMO, flip_s=10.0), splits=tuple(Fleet.splits(24)))
+    busy = traffic([(60, "short"), (60, "long"), (60, "short")], times=6)
+    quiet = busy.take((busy.due_s > 60) | (np.arange(len(busy)) % 20 == 0))
+    found = study(quiet, slow, fixed=Fleet(2, 22), borders=np.arange(0, 181, 60.0))
+    first = found.windows[0]
+    assert first.best.prefill > 8
+    assert first.good[first.best] > 0.9 * first.requests
+    even = break_even(quiet, slow, found)
+    assert even is not None
+    assert even.gain_per_s > 0
+
+
 def test_an_oracle_that_pays_serves_no_more_than_one_that_does_not_and_no_less_than_standing_still() -> None:
     """static <= paid oracle <= free oracle."""
     found = study(SHIFT, EIGHT)
