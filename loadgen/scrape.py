@@ -490,8 +490,10 @@ class Scraper:
                 known = found.get(name)
                 has = known.role if known else self._role(name, None)
                 role = said or has
-                if role != has and (known is not None or has in ("prefill", "decode")):
-                    continue  # a router goes on naming a worker in the role that it has given up
+                # A router goes on naming a worker in the role that it has given up. Of a worker that nobody lists and that
+                # has no page of its own, there is no other word than this one.
+                if role != has and (known is not None or (name in self._workers and has in ("prefill", "decode"))):
+                    continue
                 if known is None:
                     rest.append(Sample(at_s, name, role, **values))
                 else:

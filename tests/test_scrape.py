@@ -229,6 +229,20 @@ def test_the_reference_endpoint_is_read_by_worker_and_role() -> None:
     assert found[-1].at_s > found[0].at_s >= 0
 
 
+def test_a_worker_that_changes_its_role_is_read_on_in_the_new_one() -> None:
+    """The reference endpoint lists no workers: what its page says of a role comes before what it said before."""
+    found: list[Sample] = []
+    with embedded("constant", Fleet(2, 2)) as url:
+        endpoint = Endpoint(target(url))
+        with Scraper(endpoint, time.monotonic(), found.extend, period_s=0.05, engine="reference") as scraper:
+            until(lambda: len(scraper.last) == 4)
+            endpoint.ask_fleet(Fleet(1, 3))
+            until(lambda: sum(s.role == "decode" for s in scraper.last.values()) == 3)
+            last = scraper.last["1"].at_s
+            until(lambda: scraper.last["1"].at_s > last)
+    assert [s.role for s in found if s.worker == "1"][-1] == "decode"
+
+
 def test_a_server_without_metrics_costs_nothing() -> None:
     """After five readings that did not come the scraper gives up."""
     endpoint = Endpoint(target("http://127.0.0.1:1"))
