@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import random
@@ -66,8 +67,14 @@ START_AHEAD_S = 0.5
 """The agreed start lies this far ahead of the message that agrees on it."""
 
 READY_TIMEOUT_S = 60.0
-SILENCE_S = 4.0
-"""A worker that is not ours to watch is given up after this long without a heartbeat."""
+SLACK_S = 30.0
+"""A run may take so much longer than its requests can."""
+
+STOP_S = 5.0
+"""Workers that were told to stop have so long, beside the drain, to say that they did."""
+
+LAST_WORDS_S = 0.3
+"""Messages of a worker that died come at most so far apart."""
 
 MASTER_SILENCE_S = 60.0
 """A worker that hears nothing of its master for this long ends."""
@@ -779,27 +786,52 @@ class Swarm:
             self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
         on_start(zero, unix)
         last_due = schedule.last_due_s
-        longest = job.timeout_s + 30.0
+        longest = job.timeout_s + SLACK_S
         if job.causal and isinstance(schedule, Schedule) and schedule.parent is not None:
             # A session may take as long as its answers do: the deepest one, each turn at its limit.
             longest += job.timeout_s * _depth(schedule.parent)
         if job.dispatch is not None:
             last_due = max(last_due, job.dispatch.start_s)
-            longest += job.timeout_s * len(job.dispatch.batches)
+            slots = job.dispatch.in_flight or n
+            longest += job.timeout_s * sum(math.ceil(len(batch) / slots) for batch, _ in job.dispatch.batches)
         until = zero + last_due + (deadline_s if deadline_s is not None else longest)
-        interrupted = False
+        interrupted = overdue = False
         with _noted() as stops:
+
+            def heard(message: tuple[str, str, Any]) -> None:
+                self._accept(message, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
+                if message[0] == "stop":
+                    stops.append(0)
+
+            def stop(seconds: float) -> float:
+                """Have the workers stop; returns until when they are awaited."""
+                for client_id in waiting:
+                    self._send("steelyard.stop", {"run": token, "drain_s": seconds}, client_id)
+                return time.monotonic() + seconds + STOP_S
+
             while True:
                 found = self._next(0.1)
+                if found is not None:
+                    heard(found)
                 near = time.monotonic() - zero + LOOKAHEAD_S
-                while pieces.more and not interrupted and pieces.next_due_s < near and any(not w.gone for w in crew):
+                while (
+                    pieces.more
+                    and not (interrupted or overdue)
+                    and pieces.next_due_s < near
+                    and any(not w.gone for w in crew)
+                ):
                     send(*pieces.take())
                 for worker in crew:
                     if worker.gone and worker.client_id in waiting:
                         waiting.discard(worker.client_id)
-                        # What it had sent before it died may still be in the inbox: rows come before the verdict.
-                        while (late := self._next(0.3)) is not None:
-                            self._accept(late, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
+                        # What it had sent before it died may still be in the inbox: rows come before the verdict. The living
+                        # go on sending, so it is its own silence that counts.
+                        quiet = time.monotonic() + LAST_WORDS_S
+                        while (left_s := quiet - time.monotonic()) > 0:
+                            if (late := self._next(left_s)) is not None:
+                                heard(late)
+                                if late[1] == worker.client_id and late[0] != "missing":
+                                    quiet = time.monotonic() + LAST_WORDS_S
                         its = np.concatenate([np.empty(0, np.int64), *mine[worker.client_id]])
                         left = its[missing[its]]
                         why = f"worker {worker.index} {worker.gone}"
@@ -808,20 +840,19 @@ class Swarm:
                             missing[left] = False
                             on_rows(pieces.ended(left, "lost", worker.index, why))
                             pieces.heard(left)
-                if found is not None:
-                    self._accept(found, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
-                    if found[0] == "stop":
-                        stops.append(0)
                 if not waiting:
                     break  # nobody is left to send what is still to be read
                 if time.monotonic() > until:
-                    reasons.append("interrupted" if interrupted else "the deadline passed")
-                    break
+                    if interrupted:
+                        reasons.append("interrupted")
+                    if interrupted or overdue:
+                        break
+                    overdue = True
+                    reasons.append("the deadline passed")
+                    until = stop(0.0)
                 if stops and not interrupted:
                     interrupted = True
-                    for client_id in waiting:
-                        self._send("steelyard.stop", {"run": token, "drain_s": drain_s}, client_id)
-                    until = time.monotonic() + drain_s + 5.0
+                    until = stop(drain_s)
         if interrupted and "interrupted" not in reasons:
             reasons.insert(0, "interrupted")
         for worker in crew:

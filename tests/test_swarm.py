@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import _thread
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +27,7 @@ from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
 from loadgen.crew import Crew
 from loadgen.engines import dialect
+from loadgen.policy import Dispatch
 from loadgen.swarm import MOST_FACTS, Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
 from traces.errors import InputError
 from traces.records import Feed, Fleet, Observations, Schedule
@@ -482,6 +485,36 @@ def test_ctrl_c_stops_sending_and_leaves_a_row_for_every_request(swarm: Swarm, e
     assert run(swarm, schedule(4, 50.0), job(endpoint))[0].reason == ""
 
 
+def test_few_in_flight_may_take_as_long_as_their_answers_do(
+    swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, one at a time: the deadline counts a timeout for each in turn, not one for the whole batch."""
+    monkeypatch.setattr(loadgen.swarm, "SLACK_S", 1.0)
+    n = 12
+    order = Dispatch(((tuple(range(n)), None),), in_flight=1)
+    asked = schedule(n, 1e3, output_tokens=20)
+    outcome, rows = run(swarm, asked, replace(job(endpoint, timeout_s=0.5), dispatch=order))
+    assert time.monotonic() - outcome.zero > 2.0  # what one batch had before
+    assert outcome.reason == ""
+    assert len(rows) == n
+
+
+def test_after_the_deadline_nothing_is_asked_any_more(swarm: Swarm, endpoint: str) -> None:
+    """Workers are told that it is over, and what they were at has its rows; the next run's are its own."""
+    parts: list[Observations] = []
+    outcome = swarm.run(schedule(20, 20.0, output_tokens=3000), job(endpoint), on_rows=parts.append, deadline_s=-0.3)
+    assert outcome.reason.startswith("the deadline passed")
+    counts = Counter(Observations.concat(parts).status)
+    assert counts["cancelled"] > 0
+    assert counts["cancelled"] + counts["unsent"] == 20
+    with urllib.request.urlopen(f"{endpoint}/metrics", timeout=20) as answer:
+        page = answer.read().decode()
+    running = re.findall(r"^steelyard_running_requests{.*} (.*)$", page, re.M)
+    assert sum(map(float, running)) == 0 < len(running)
+    outcome, rows = run(swarm, schedule(20, 100.0), job(endpoint))
+    assert (outcome.reason, set(rows.status)) == ("", {"ok"})
+
+
 def test_a_drain_that_is_too_short_cancels_what_is_in_flight(swarm: Swarm, endpoint: str) -> None:
     """An answer that outlasts the drain is cancelled and keeps the tokens that came."""
     asked = schedule(10, 50.0, output_tokens=3000)
@@ -520,6 +553,25 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
         outcome, rows = run(swarm, schedule(10, 100.0), job(endpoint))
         assert outcome.reason == ""
         assert set(rows.worker) == {0}
+
+
+def test_ctrl_c_is_heard_though_a_worker_has_died(endpoint: str) -> None:
+    """The rows of the living are no last words of the dead: whoever waits for those hears a stop all the same."""
+    with Swarm(workers=2) as swarm:
+        victim = swarm.processes[1]
+
+        def meanwhile() -> None:
+            time.sleep(1.0)
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(1.0)
+            _thread.interrupt_main()
+
+        outcome, rows = run(swarm, schedule(2000, 200.0), job(endpoint), meanwhile)
+        assert outcome.interrupted
+        assert time.monotonic() - outcome.zero < 6
+    assert "worker 1 was killed by signal 9" in outcome.reason
+    assert len(rows) == 2000
+    assert Counter(rows.status[rows.worker == 0])["unsent"] > 400
 
 
 def test_a_worker_that_dies_before_the_start_is_named_and_the_other_waited_for(
