@@ -105,19 +105,20 @@ def audit(
 
 
 def _stretches(one: RunData) -> list[tuple[Observations, float]]:
-    """(rows, due time from which they are compared): the run, or of a long one each window that an empty cluster can begin.
+    """(rows, due time from which they are compared): the run after its warm-up, or of a long one each window that an empty
+    cluster can begin.
 
     The first window began when the run did. A later one is compared from when those who were there before it have gone, and
     left out where that takes more than half of it: its queue is older than the window.
     """
-    found = [(one.pieces[0], -math.inf)]
+    found = [(one.pieces[0], one.run.warmup_s or -math.inf)]
     for rows in one.windows[1:]:
         stay = np.fmax(rows.last_token_s, rows.sent_s) - rows.sent_s
         stay = stay[np.isfinite(stay)]
         first, last = float(rows.due_s.min()), float(rows.due_s.max())
         begin = first + (float(np.quantile(stay, STAYED)) if len(stay) else 0.0)
-        if begin <= (first + last) / 2:
-            found.append((rows, begin))
+        if max(begin, one.run.warmup_s) <= (first + last) / 2:
+            found.append((rows, max(begin, one.run.warmup_s)))
     return found
 
 

@@ -79,7 +79,7 @@ def _boosted(data: Sequence[RunData], schedule: Schedule, fleets: Sequence[Fleet
     from sklearn.ensemble import GradientBoostingRegressor  # what it brings along takes a third of a second to import
 
     x, y = [], []
-    for run, rows in [(one, rows) for one in data for rows in one.pieces]:
+    for run, rows in [(one, rows) for one in data for piece in one.pieces if len(rows := one.run.counted(piece))]:
         good = met(rows, slo)
         block = time_block(rows, rows.due_s)
         width = max(float(np.ptp(rows.due_s)), 1e-9) / BLOCKS

@@ -75,7 +75,8 @@ square and on its way after its step, a decode step that pays for its batch's co
 class Replay:
     """A run to be simulated: what was asked of which fleet, and the statistics of what came.
 
-    rows: positions, in the schedule, of the rows that count (finished). thirds: which of three equal parts by prompt length.
+    rows: positions, in the schedule, of the rows that count (finished, not of the warm-up). thirds: which of three
+    equal parts by prompt length. seen: what came, a row for each of the schedule's requests.
     steps: [parts by batch, 2], mean batch and context that the run's own answers shared their worker with; NaN: none.
     spans: of each part [m, 2], when the answers' first and last tokens came.
     """
@@ -88,17 +89,22 @@ class Replay:
     observed: Floats
     steps: Floats = field(default_factory=lambda: np.full((len(LOAD_QUANTILES) - 1, 2), np.nan))
     spans: Sequence[Floats] = ()
+    seen: Observations = field(default_factory=Observations.empty)
 
     @classmethod
     def of(cls, one: RunData, most: int) -> Replay:
-        """The first ``most`` requests of a run that were sent.
+        """The first ``most`` requests of a run that were sent, a quarter of them at most of its warm-up.
 
-        Of a longer run the last quarter of them only keeps the others company: what came after them is not simulated.
+        Those of the warm-up are in the queues that the others meet, and count no more. Of a longer run the last quarter only
+        keeps the others company, too: what came after them is not simulated.
         """
         rows = one.observations.take(np.flatnonzero(np.isfinite(one.observations.sent_s)))
+        rows = rows.take(np.argsort(rows.sent_s, kind="stable"))
+        warm = int((rows.due_s < one.run.warmup_s).sum())
+        rows = rows.take(np.arange(max(0, warm - most // 4), len(rows)))
         whole = len(rows)
-        rows = rows.take(np.argsort(rows.sent_s, kind="stable")[:most])
-        ok = rows.ok
+        rows = rows.take(np.arange(min(whole, most)))
+        ok = rows.ok & (rows.due_s >= one.run.warmup_s)
         if whole > most:
             ok = ok & (np.arange(most) < 0.75 * most)
         n = rows.prompt_lengths
@@ -106,7 +112,7 @@ class Replay:
         thirds = (n <= low, (n > low) & (n <= high), n > high)
         slo = Slo(Slo.parse(one.run.slo).limits) if one.run.slo else Slo()
         steps, tpot, spans = _by_batch(one)
-        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0), steps, spans)
+        made = cls(sent(rows), Fleet(one.prefill, one.decode), slo, ok, thirds, np.empty(0), steps, spans, rows)
         seen = made.statistics(rows.sent_s, rows.first_token_s, rows.last_token_s)
         return replace(made, observed=np.concatenate([seen, np.log(tpot)]))
 

@@ -179,6 +179,8 @@ def objection(run: Run, base: Run, *, slo_given: bool = False) -> str:
         return f"was made with another seed than run {base.id} ({run.seed}, not {base.seed})"
     if run.schedule_digest != base.schedule_digest:
         return f"asked another schedule than run {base.id} ({run.scheduled} requests at {run.rate_per_s:.3g}/s)"
+    if run.warmup_s != base.warmup_s:
+        return f"has another warm-up than run {base.id} ({run.warmup_s:g} s, not {base.warmup_s:g} s)"
     if run.slo != base.slo and not slo_given:
         return f"has another SLO than run {base.id} ({run.slo or 'none'}, not {base.slo or 'none'}; give --slo)"
     return ""
@@ -187,7 +189,7 @@ def objection(run: Run, base: Run, *, slo_given: bool = False) -> str:
 def compare(base: Binned, other: Binned, *, seed: int = 0, draws: int = DRAWS) -> Comparison:
     """Every metric of ``other`` against ``base``. Runs of one schedule are resampled jointly."""
     paired = bool(base.run.schedule_digest) and base.run.schedule_digest == other.run.schedule_digest
-    paired = paired and base.series.shape == other.series.shape
+    paired = paired and base.series.shape == other.series.shape and base.run.warmup_s == other.run.warmup_s
     series = [other.series - base.series] if paired else [base.series, other.series]
     longest = max(block_length(column) / len(part) for part in series for column in part.T)
     block = min(LONGEST, max(SHORTEST, STRETCH * longest))

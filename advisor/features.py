@@ -44,6 +44,11 @@ class RunData:
         """From what :meth:`traces.store.Store.windows` read."""
         return cls(run, Observations.concat(windows), samples, windows if len(windows) > 1 else ())
 
+    @cached_property
+    def counted(self) -> Observations:
+        """The rows after the warm-up. What is told of them needs the others, too: they were in the same queues and batches."""
+        return self.run.counted(self.observations)
+
     @property
     def pieces(self) -> Sequence[Observations]:
         """Rows without a gap between them: the windows, or all."""
@@ -194,8 +199,8 @@ LEAST_TOKENS = 4
 
 
 def answers(data: RunData) -> Observations:
-    """Answers whose TPOT tells of a decode step, and whose company is known."""
-    rows = data.observations.take(np.flatnonzero(data.observations.ok & (data.observations.tokens >= LEAST_TOKENS)))
+    """Answers after the warm-up whose TPOT tells of a decode step, and whose company is known."""
+    rows = data.counted.take(np.flatnonzero(data.counted.ok & (data.counted.tokens >= LEAST_TOKENS)))
     return rows.take(np.flatnonzero((rows.tpot_s > 0) & data.known(rows.first_token_s, rows.last_token_s)))
 
 
@@ -215,7 +220,7 @@ def quiet_rows(data: RunData, number: int) -> Rows:
     """Rows for TTFT without a queue: y = TTFT from sent (s), x = [1, n, n^2], of requests that met no other prefill.
 
     A request is quiet when fewer requests than there are prefill workers were waiting for their first token while it
-    was. In a run that is never quiet there are no rows.
+    was. In a run that is never quiet there are no rows, nor are there any of its warm-up.
     """
     rows = data.observations.take(np.flatnonzero(data.observations.ok))
     if not len(rows):
@@ -224,13 +229,15 @@ def quiet_rows(data: RunData, number: int) -> Rows:
     # Others that overlap [sent, first token): sent before it ended, not answered before it started.
     overlap = np.searchsorted(sent, rows.first_token_s) - np.searchsorted(first, rows.sent_s, side="right") - 1
     keep = (overlap < data.prefill) & (rows.ttft_sent_s > 0) & data.known(rows.sent_s, rows.first_token_s)
+    keep &= rows.due_s >= data.run.warmup_s
     n = rows.prompt_lengths[keep].astype(float)
     x = np.column_stack([np.ones(len(n)), n, n * n])
     return Rows(x, rows.ttft_sent_s[keep], time_block(data.observations, rows.sent_s[keep]), np.full(len(n), number))
 
 
 def prefill_reading_rows(data: RunData, number: int) -> Rows:
-    """Rows for the prefill step from server readings: y = busy seconds of the prefill role in a time block of the run.
+    """Rows for the prefill step from server readings: y = busy seconds of the prefill role in a time block of the run,
+    its warm-up left out.
 
     x = [steps, prompt tokens, sum of squared prompt lengths]; a missing counter gives no rows. Squared lengths are
     not a server reading: the block's tokens times the run's mean of n^2 over n, which requests in flight at the edges
@@ -249,7 +256,7 @@ def prefill_reading_rows(data: RunData, number: int) -> Rows:
         return none
     n = data.observations.prompt_lengths.astype(float)
     per_token = float((n * n).sum() / n.sum())
-    start, end = float(data.observations.due_s.min()), float(np.nanmax(data.observations.last_token_s))
+    start, end = float(data.counted.due_s.min()), float(np.nanmax(data.observations.last_token_s))
     edges = np.linspace(start, end, BLOCKS + 1)
     total = np.zeros((3, BLOCKS))
     for readings in workers.values():
@@ -314,9 +321,9 @@ def preempted(data: RunData) -> bool:
 
 
 def load_quantiles(data: RunData, q: float) -> tuple[float, float]:
-    """(sequences, tokens of context) per decode worker that were exceeded for 1 - q of the time."""
+    """(sequences, tokens of context) per decode worker that were exceeded for 1 - q of the time after the warm-up."""
     load = decode_load(data.observations, data.decode)
-    gaps = np.diff(load.at_s) * data.known(load.at_s[:-1], load.at_s[1:])
+    gaps = np.diff(load.at_s) * data.known(load.at_s[:-1], load.at_s[1:]) * (load.at_s[:-1] >= data.run.warmup_s)
     if not gaps.sum() > 0:
         return 0.0, 0.0
     found = []

@@ -298,13 +298,18 @@ def _misses(one: RunData, profile: Profile) -> list[dict[str, float]]:
     fleet = Fleet(one.prefill, one.decode)
     if not one.windows:
         predicted = simulate(asked(one.observations), fleet, profile).observations
-        return [log_ratios(summarise(predicted, slo), summarise(_from_sent(one.observations), slo))]
+        return [
+            log_ratios(
+                summarise(one.run.counted(predicted), slo),
+                summarise(one.run.counted(_from_sent(one.observations)), slo),
+            )
+        ]
     found = []
     for rows in one.windows[:: math.ceil(len(one.windows) / CHECKED)]:
         rows = rows.take(np.flatnonzero(np.isfinite(rows.sent_s)))
         rows = rows.take(np.argsort(rows.sent_s, kind="stable"))
         # The simulation begins empty: that the beginning of a window is left out serves it as well.
-        inner = one.known(rows.sent_s, rows.last_token_s)
+        inner = one.known(rows.sent_s, rows.last_token_s) & (rows.due_s >= one.run.warmup_s)
         if inner.sum() < LEAST_CHECKED:
             continue
         predicted = simulate(sent(rows), fleet, profile).observations.take(inner)
@@ -524,11 +529,10 @@ def _scores(fit: Fit, seed: int) -> dict[str, list[tuple[float, float]]]:
     for i, one in enumerate(fit.data):
         replay: Replay = fit.calibration.replays[i]
         slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
-        rows = one.observations.take(np.flatnonzero(np.isfinite(one.observations.sent_s)))
-        rows = _from_sent(rows.take(np.argsort(rows.sent_s, kind="stable")[: len(replay.schedule)]))
         result = replay.simulated(fit.profile)
-        ours, theirs = summarise(result.observations, slo), summarise(rows, slo)
-        drawn = [summarise(replay.simulated(p).observations, slo) for p in draws]
+        told = one.run.counted
+        ours, theirs = (summarise(told(rows), slo) for rows in (result.observations, _from_sent(replay.seen)))
+        drawn = [summarise(told(replay.simulated(p).observations), slo) for p in draws]
         busiest = max(result.utilisation["prefill"], result.utilisation["decode"])
         for name, ratio in log_ratios(ours, theirs).items():
             down, up = reach(getattr(ours, name), [getattr(d, name) for d in drawn])
@@ -559,7 +563,7 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
     quiet, prefill, batch, tokens = 0, 0.0, 0.0, 0.0
     for i, one in enumerate(data):
         quiet += len(quiet_rows(one, i))
-        for rows in one.pieces:
+        for rows in (kept for piece in one.pieces if len(kept := one.run.counted(piece))):
             load = load_of(profile, asked(rows), Fleet(one.prefill, one.decode))
             prefill = max(prefill, load.prefill)
             given = summarise(_from_sent(rows), Slo()).output_tokens_per_s / one.decode

@@ -555,8 +555,11 @@ def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str])
             warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
         elif any(change.startswith("clock x") for change in run.changes):
             warnings.append(f"run {run.id} left out: it ran at another speed than life")
-        elif one.observations.ok.sum() < 20:
-            warnings.append(f"run {run.id} left out: {int(one.observations.ok.sum())} finished requests, fewer than 20")
+        elif one.counted.ok.sum() < 20:
+            warm = " after its warm-up" if run.warmup_s > 0 else ""
+            warnings.append(
+                f"run {run.id} left out: {int(one.counted.ok.sum())} finished requests{warm}, fewer than 20"
+            )
         else:
             if run.verdict == "degraded":
                 warnings.append(f"run {run.id} is degraded: {run.reason}")

@@ -31,13 +31,14 @@ from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.ingest import ingest
 from traces.measures import Slo, goodput_per_s, meets, summarise
-from traces.records import Fleet, FleetChange, Sample, Schedule
+from traces.records import Fleet, FleetChange, Observations, Sample, Schedule
 from traces.shape import head, scale_rate, to_rate
 from traces.shipped import shipped
 from traces.store import open_store
 
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
 
+STAMPS = ("due_s", "sent_s", "first_token_s", "last_token_s")
 
 def lognormal(n: int, rate: float, seed: int, prompt: float = 800.0, output: float = 150.0) -> Schedule:
     rng = np.random.default_rng(seed)
@@ -450,6 +451,26 @@ def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
     rng = np.random.default_rng(3)
     n = rng.uniform(10, 4000, 400)
     y = 0.02 + 1e-4 * n + 2e-8 * n * n
+def test_what_a_run_was_before_its_warm_up_ended_is_in_no_law() -> None:
+    """Half a minute served by laws five times as slow changes the fit by nothing where the runs call it their warm-up."""
+    true = Profile.load("demo")
+    slow = replace(true, **{name: 5 * getattr(true, name) for name in ("a_s", "b_s_per_token", "c0_s", "c1_s")})
+    data = []
+    for one in three_runs(true, busy_rate(true)):
+        cold = measured(slow, lognormal(60, 4.0, one.run.id), Fleet(4, 4), one.run.id).observations
+        cold = cold.take(cold.last_token_s < 30)
+        later = replace(one.observations, **{n: getattr(one.observations, n) + 30 for n in STAMPS})
+        data.append(RunData(replace(one.run, warmup_s=30.0), Observations.concat([cold, later])))
+    fit = fit_laws(data)
+    assert fit.profile.step_s(6.0, 6000.0) == pytest.approx(true.step_s(6.0, 6000.0), rel=0.05)
+    prompt = np.array([800.0])
+    assert fit.profile.prompt_s(prompt)[0] == pytest.approx(true.prompt_s(prompt)[0], rel=0.15)
+    assert max(abs(r["goodput_per_s"]) for r in fit.residuals) < 0.05
+    few = RunData(replace(data[0].run, warmup_s=float(data[0].observations.due_s[-19])), data[0].observations)
+    with pytest.raises(NotEnoughDataError, match="19 finished requests"):
+        recommend([few], lognormal(50, 5, 1), gpus=8, slo=SLO)
+
+
     y = y * np.exp(rng.normal(0, 0.01, 400))
     y[::20] *= 3
     x = np.column_stack([np.ones(400), n, n * n])

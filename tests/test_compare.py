@@ -127,6 +127,7 @@ def test_blocks_grow_with_the_correlation(phi: float, seed: int) -> None:
         ({"seed": 5}, "another seed"),
         ({"schedule_digest": "e"}, "another schedule"),
         ({"slo": "ttft<1s"}, "another SLO"),
+        ({"warmup_s": 30.0}, "another warm-up than run 1 (30 s, not 0 s)"),
         ({}, ""),
     ],
 )
