@@ -21,7 +21,7 @@ from advisor.parallel import each
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import NotEnoughDataError
-from traces.measures import Slo, Summary, quantile, summarise
+from traces.measures import Slo, quantile, summarise, worth_per_s
 from traces.records import Fleet, Observations
 
 BARS = {"tpot_p50_s": 0.05, "ttft_p99_s": 0.15, "e2e_p99_s": 0.10, "throughput_per_s": 0.04}
@@ -49,7 +49,8 @@ class Audit:
     """schemes: "run", "ratio", "rate" -> median relative error by metric, with folds and those that could not be fitted.
 
     failed: what misses its bar, in words. decisions: for each schedule that several fleets served, the fleet that laws without
-    that schedule's runs choose among them, and its regret in measured goodput. confounders: in words.
+    that schedule's runs choose among them, and its regret in measured goodput (less where a constraint
+    is missed). confounders: in words.
     """
 
     schemes: dict[str, dict[str, Any]]
@@ -122,22 +123,15 @@ def _stretches(one: RunData) -> list[tuple[Observations, float]]:
     return found
 
 
-def _measured(one: RunData, slo: Slo) -> list[Summary]:
+def _measured(one: RunData) -> list[Observations]:
     """What each stretch of a run showed."""
-    held = []
-    for rows, begin in _stretches(one):
-        sent = _from_sent(rows)
-        held.append(summarise(sent.take(np.flatnonzero(sent.due_s >= begin)), slo))
-    return held
+    return [sent.take(sent.due_s >= begin) for rows, begin in _stretches(one) for sent in [_from_sent(rows)]]
 
 
-def _predicted(one: RunData, fleet: Fleet, laws: Profile, slo: Slo) -> list[Summary]:
+def _predicted(one: RunData, fleet: Fleet, laws: Profile) -> list[Observations]:
     """What each would have shown on a fleet under these laws."""
-    held = []
-    for rows, begin in _stretches(one):
-        told = simulate(asked(rows), fleet, laws).observations
-        held.append(summarise(told.take(np.flatnonzero(told.due_s >= begin)), slo))
-    return held
+    told = [(simulate(asked(rows), fleet, laws).observations, begin) for rows, begin in _stretches(one)]
+    return [rows.take(rows.due_s >= begin) for rows, begin in told]
 
 
 def _fold(data: Sequence[RunData], slo: Slo, fold: tuple[str, list[int]]) -> Fold:
@@ -150,7 +144,8 @@ def _fold(data: Sequence[RunData], slo: Slo, fold: tuple[str, list[int]]) -> Fol
     found = []
     for k in left:
         one = data[k]
-        ours, theirs = _predicted(one, Fleet(one.prefill, one.decode), fit.profile, slo), _measured(one, slo)
+        both = _predicted(one, Fleet(one.prefill, one.decode), fit.profile), _measured(one)
+        ours, theirs = ([summarise(rows, slo) for rows in stretches] for stretches in both)
         errors = {}
         for m in METRICS:
             pairs = [(getattr(a, m), getattr(b, m)) for a, b in zip(ours, theirs, strict=True)]
@@ -166,9 +161,9 @@ def _from_sent(rows: Observations) -> Observations:
     return replace(rows, due_s=np.where(np.isfinite(rows.sent_s), rows.sent_s, rows.due_s))
 
 
-def _goodput(stretches: Sequence[Summary]) -> float:
+def _worth(stretches: Sequence[Observations], slo: Slo) -> float:
     """Mean of the stretches', in requests a second."""
-    return float(np.mean([s.goodput_per_s for s in stretches]))
+    return float(np.mean([worth_per_s(rows, slo) for rows in stretches]))
 
 
 def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
@@ -188,8 +183,8 @@ def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
         measured: dict[Fleet, list[float]] = {}
         for one in runs:
             assert one.run.fleet is not None  # noqa: S101 - callers keep runs of unknown fleet out
-            measured.setdefault(one.run.fleet, []).append(_goodput(_measured(one, slo)))
-        predicted = {f: _goodput(_predicted(runs[0], f, fit.profile, slo)) for f in measured}
+            measured.setdefault(one.run.fleet, []).append(_worth(_measured(one), slo))
+        predicted = {f: _worth(_predicted(runs[0], f, fit.profile), slo) for f in measured}
         chosen = max(predicted, key=lambda f: predicted[f])
         means = {f: float(np.mean(v)) for f, v in measured.items()}
         best = max(means, key=lambda f: means[f])

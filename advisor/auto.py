@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -164,13 +163,12 @@ def _known(answer: Recommendation) -> str:
 
 
 def _sure(answer: Recommendation) -> bool:
-    """Nothing unseen, and the answer wins most draws, or its rival serves within 3 % of it anyway."""
+    """Nothing unseen, and the answer wins most draws, or its rival is worth within 3 % of it anyway."""
     if answer.refused:
         return False
     if answer.best.wins >= SURE or answer.runner_up is None:
         return True
-    mine, other = (c.figures["goodput_per_s"].value for c in (answer.best, answer.runner_up))
-    return math.isfinite(mine) and abs(mine - other) <= 0.03 * max(mine, 1e-9)
+    return abs(answer.gap) <= 0.03
 
 
 def _next(

@@ -18,6 +18,7 @@ import pytest
 
 import advisor.cost
 from advisor.advise import advise, choose_runs
+from advisor.auto import _sure
 from advisor.cli import main
 from advisor.cli.advise_verbs import show
 from advisor.cost import needed
@@ -37,8 +38,8 @@ from traces.shipped import shipped
 from traces.store import open_store
 
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
-
 STAMPS = ("due_s", "sent_s", "first_token_s", "last_token_s")
+
 
 def lognormal(n: int, rate: float, seed: int, prompt: float = 800.0, output: float = 150.0) -> Schedule:
     rng = np.random.default_rng(seed)
@@ -145,6 +146,10 @@ def test_a_split_that_misses_a_constraint_is_not_the_answer(capsys: pytest.Captu
     assert by[Fleet(1, 7)].wins == 0
     assert meets(summarise(rows := simulate(asked, answer.best.fleet, demo).observations, slo), rows, slo, 0.9)
     assert answer.as_json()["candidates"][0]["constraints_kept"]["value"] == by[Fleet(1, 7)].kept.value
+    near = replace(answer.best, wins=0.55, kept=Interval(1.0, 1.0, 1.0))
+    for share, sure in ((1.0, True), (0.98, True), (0.5, False), (0.0, False)):  # of equal goodput, one misses the SLO
+        known = replace(near, fleet=Fleet(1, 7), kept=Interval(share, share, share))
+        assert _sure(replace(answer, refused="", best=near, runner_up=known)) is sure
     impossible = Slo.parse("ttft_p99<1ms")
     assert replace(answer, current=Fleet(1, 7)).sentence.count("; today's 1:7 misses that") == 1
     rival = answer.runner_up
@@ -158,9 +163,9 @@ def test_a_split_that_misses_a_constraint_is_not_the_answer(capsys: pytest.Captu
     probe = answer.next_probe | {"gain_per_s": 0.25, "why": "who knows", "stop": False}
     with pytest.raises(
         NotEnoughDataError, match=r"^too little\. .* \(who knows; it is expected to spare 0.25 req/s\)$"
-    ) as known:
+    ) as told:
         _stands(replace(answer, refused="too little", next_probe=probe), 0.9)
-    assert known.value.next_probe == probe
+    assert told.value.next_probe == probe
     with pytest.raises(NoFleetError, match=r"meets ttft_p99<1ms .*, reaches ttft_p99 0\.\d+ s\."):
         recommend(three_runs(demo, rate), asked, gpus=8, slo=impossible, draws=2)
 
@@ -446,11 +451,6 @@ def test_fitted_laws_reproduce_the_decode_step() -> None:
         assert ours == pytest.approx(true, rel=0.05)
 
 
-def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
-    """Known coefficients are found to 2 % although one row in twenty is three times too slow."""
-    rng = np.random.default_rng(3)
-    n = rng.uniform(10, 4000, 400)
-    y = 0.02 + 1e-4 * n + 2e-8 * n * n
 def test_what_a_run_was_before_its_warm_up_ended_is_in_no_law() -> None:
     """Half a minute served by laws five times as slow changes the fit by nothing where the runs call it their warm-up."""
     true = Profile.load("demo")
@@ -471,6 +471,11 @@ def test_what_a_run_was_before_its_warm_up_ended_is_in_no_law() -> None:
         recommend([few], lognormal(50, 5, 1), gpus=8, slo=SLO)
 
 
+def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
+    """Known coefficients are found to 2 % although one row in twenty is three times too slow."""
+    rng = np.random.default_rng(3)
+    n = rng.uniform(10, 4000, 400)
+    y = 0.02 + 1e-4 * n + 2e-8 * n * n
     y = y * np.exp(rng.normal(0, 0.01, 400))
     y[::20] *= 3
     x = np.column_stack([np.ones(400), n, n * n])

@@ -12,7 +12,18 @@ import joblib
 import numpy as np
 import pytest
 
-from advisor.audit import Audit, _fold, _measured, _predicted, _stretches, audit, closed_loop, confounders, cusum
+from advisor.audit import (
+    Audit,
+    _decisions,
+    _fold,
+    _measured,
+    _predicted,
+    _stretches,
+    audit,
+    closed_loop,
+    confounders,
+    cusum,
+)
 from advisor.auto import _next
 from advisor.cli import main
 from advisor.cli.advise_verbs import seconds
@@ -21,6 +32,7 @@ from advisor.parallel import each
 from loadgen.cluster import Profile, simulate
 from loadgen.cluster.embedded import embedded
 from tests.test_advise import SLO, busy_rate, lognormal, measured, three_runs
+from traces.measures import Slo, summarise
 from traces.records import Fleet, Sample, Schedule
 from traces.store import open_store
 
@@ -57,6 +69,15 @@ def test_runs_left_out_are_predicted_and_the_bars_decide(checked: Audit) -> None
     assert json.dumps(found.as_json())
 
 
+def test_a_choice_is_judged_by_the_constraints_that_it_keeps(runs: list[RunData]) -> None:
+    """Two fleets serve all that is asked, the one with the shorter tail misses TTFT p99: it is neither chosen nor the best."""
+    asked, slo = lognormal(250, busy_rate(DEMO) * 0.6, 8), Slo.parse("ttft_p99<0.5s")
+    two = [measured(DEMO, asked, fleet, k) for k, fleet in ((4, Fleet(1, 7)), (5, Fleet(3, 5)))]
+    data = [*runs[:3], *(replace(one, run=replace(one.run, schedule_digest="3")) for one in two)]
+    (decision,) = _decisions(data, slo)
+    assert (decision["chosen"], decision["best"], decision["regret"]) == ("3:5", "3:5", 0.0)
+
+
 def test_an_advisor_that_fails_says_so(runs: list[RunData]) -> None:
     """A run whose servers were twice as slow is missed by laws of the others, and the line says which bar."""
     rows = runs[3].observations
@@ -77,8 +98,8 @@ def test_a_long_run_is_judged_by_its_later_windows_too() -> None:
     assert [begin > one.due_s.min() for one, begin in _stretches(slow)] == [False, True, True]
     fast = RunData.of(whole.run, [whole.observations.take(np.arange(at, at + 600)) for at in (0, 1200, 2400)])
     for one, ratios in ((slow, (1.0, 2.0, 2.0)), (fast, (1.0, 1.0, 1.0))):
-        ours, theirs = _predicted(one, Fleet(3, 5), DEMO, SLO), _measured(one, SLO)
-        for a, b, ratio in zip(ours, theirs, ratios, strict=True):
+        for ours, theirs, ratio in zip(_predicted(one, Fleet(3, 5), DEMO), _measured(one), ratios, strict=True):
+            a, b = (summarise(rows, SLO) for rows in (ours, theirs))
             assert b.tpot_p50_s / a.tpot_p50_s == pytest.approx(ratio, rel=0.03)
     full = measured(DEMO, lognormal(3000, 40.0, 8), Fleet(1, 1), 2)  # its queue only grows
     held = RunData.of(full.run, [full.observations.take(np.arange(at, at + 600)) for at in (0, 1200, 2400)])

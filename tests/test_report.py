@@ -232,7 +232,10 @@ def test_what_an_answer_weighed_stands_in_its_report() -> None:
     }
     answer = {
         "sentence": "Run 2:6.", "prefill": 2, "decode": 6, "gpus": 8, "strategy": "online", "why": "the mix turns",
-        "candidates": [{"prefill": p, "decode": 8 - p, "goodput_per_s": figure} for p in (2, 3)],
+        "candidates": [
+            {"prefill": 2, "decode": 6, "goodput_per_s": figure, "constraints_kept": {"value": 1.0}},
+            {"prefill": 3, "decode": 5, "goodput_per_s": {**figure, "value": 5.5}, "constraints_kept": {"value": 0.5}},
+        ],
         "runner_up": {"prefill": 3, "decode": 5, "goodput_per_s": figure},
         "regret": {"value": 0.004, "low": 0.0, "high": 0.02}, "sure": True,
         "baselines": [{"name": "half and half", "prefill": 4, "decode": 4, "regret": 0.3}],
@@ -248,7 +251,7 @@ def test_what_an_answer_weighed_stands_in_its_report() -> None:
     sure = " ".join(held["cards"][0]["lines"])
     assert "loses 0.4 % of the best goodput on average, 2.0 % at worst in 20. That is little enough" in sure
     assert "more_s 0.5)" in " ".join(held["cards"][2]["lines"])
-    assert held["sections"]["rules"]["table"][0]["lost"] == "30.0 %"
+    assert [row["lost"] for row in held["sections"]["rules"]["table"]] == ["30.0 %", "0.0 %"]  # 3:5 misses a constraint
     assert "The mix turns." in held["sections"]["chosen"]["text"]
     assert "overtakes at prompts 1.8 times as long" in held["sections"]["whatif"]["text"]
     assert held["sections"]["cost"]["table"][1]["value"] == "5 [4, 6]"

@@ -333,8 +333,12 @@ def _goodput(answer: Mapping[str, Any], runs: Sequence[Digest]) -> Section:
 
 def _within(c: Mapping[str, Any]) -> str:
     """The share of requests within the SLO, or whether its constraints are met."""
-    how = num((c.get("constraints_kept") or {}).get("value", 1.0))
-    return "constraint missed" if how < 1 else _share(num(c.get("attainment")), 1)
+    return "constraint missed" if _kept(c) < 1 else _share(num(c.get("attainment")), 1)
+
+
+def _kept(c: Mapping[str, Any]) -> float:
+    """How nearly its constraints are kept; 1 where there is none."""
+    return num((c.get("constraints_kept") or {}).get("value", 1.0))
 
 
 def _splits_table(rows: Sequence[Mapping[str, Any]], best: str, rival: str) -> Table:
@@ -414,8 +418,10 @@ def _rules(answer: Mapping[str, Any]) -> Section:
         name, lost = _fleet(rule), num(rule.get("regret"))
         rows.append([str(rule["name"]), name, f"{goodput.get(name, math.nan):.3g}", _share(lost, 1)])
         told.append(f"{rule['name']} says {name}, {_share(lost)} lost")
-    mine, most = goodput.get(best, math.nan), max(goodput.values())
-    rows.append(["this answer", best, f"{mine:.3g}", _share(1 - mine / most if most > 0 else math.nan, 1)])
+    worth = {_fleet(c): goodput[_fleet(c)] * _kept(c) for c in answer["candidates"]}
+    mine, most = worth.get(best, math.nan), max(worth.values())
+    lost = 1 - mine / most if most > 0 else math.nan
+    rows.append(["this answer", best, f"{goodput.get(best, math.nan):.3g}", _share(lost, 1)])
     return Section(
         "rules",
         "What the usual rules would have said",
