@@ -440,6 +440,29 @@ def test_spans_are_requests_where_they_count_tokens(store: Store, tmp_path: Path
     assert ingest(store, [_write(pretty / "p.json", json.dumps(OTLP, indent=1))], name="p").rows_kept == 1
 
 
+def test_a_bad_line_among_documents_of_spans_costs_only_itself(store: Store, tmp_path: Path) -> None:
+    """Cut in the middle or as the last line of a file that is still written; an empty line is no document."""
+    spans = OTLP["resourceSpans"][0]["scopeSpans"][0]["spans"][:1]
+    every = [json.dumps({"spans": [spans[0] | {"attributes": spans[0]["attributes"][1:]}]}) for _ in range(40)]
+    cut = every[0][:70]
+    report = load(store, tmp_path, "\n".join(["", *every[:20], "", cut, *every[20:], cut]))
+    assert (report.rows_kept, report.skipped["bad_json"].count, report.skipped["bad_json"].first_lines) == (
+        40,
+        2,
+        [23, 44],
+    )
+
+
+@pytest.mark.parametrize("kind", ["otlp", "weka"])
+def test_a_document_on_one_line_may_be_as_long_as_on_many(kind: str, store: Store, tmp_path: Path) -> None:
+    """5 MiB: more than a row of other formats may have, less than a document may."""
+    request = {"t": 0, "type": "n", "in": 64, "out": 2, "hash_ids": [1]}
+    session = {"id": "s", "block_size": 64, "hash_id_scope": "local", "requests": [request]}
+    document = (OTLP if kind == "otlp" else session) | {"more": "x" * (5 << 20)}
+    report = load(store, tmp_path, json.dumps(document), ".json")
+    assert (report.format, report.rows_kept) == (kind, 1)
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path

@@ -46,7 +46,7 @@ PIECE = 16_384
 
 MAX_BAD = 0.05
 LINE_LIMIT = 4 << 20
-"""Longest line that is read, in characters; a longer one is skipped and counted, never held."""
+"""Longest line that is read, in characters, of a format without ``longest``; a longer one is skipped and counted, never held."""
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 MOST_RATIO = 200
@@ -275,7 +275,7 @@ class _Loaded:
         read: Callable[[Any], Iterator[Any]] = getattr(self.reader, "batches", self.reader.rows)
         try:
             with _open(path, getattr(self.reader, "columns", ())) as lines:
-                for item in read(_Bounded(lines, progress)):
+                for item in read(_Bounded(lines, progress, getattr(self.reader, "longest", LINE_LIMIT))):
                     if isinstance(item, Batch):
                         self.keep_batch(item)
                         continue
@@ -612,11 +612,12 @@ class _Links:
 
 
 class _Bounded:
-    """Lines of a text file, none longer than LINE_LIMIT; a longer one arrives cut, and so fails as a row."""
+    """Lines of a text file, none of ``longest`` characters or more; a longer one arrives cut, and so fails as a row."""
 
-    def __init__(self, text: TextIO, progress: Callable[[int], None] | None) -> None:
+    def __init__(self, text: TextIO, progress: Callable[[int], None] | None, longest: int = LINE_LIMIT) -> None:
         self._text = text
         self._progress = progress
+        self._longest = longest
         self._seen = 0
 
     def blocks(self) -> Iterator[list[str]]:
@@ -631,7 +632,7 @@ class _Bounded:
                 whole = whole.replace("\x00", "\ufffd")
             lines = whole.split("\n")
             rest = lines.pop()
-            if len(rest) >= LINE_LIMIT:
+            if len(rest) >= self._longest:
                 lines.append(rest[:100])
                 rest = ""
                 while piece := self._text.read(1 << 18):  # the rest of a line that is too long is thrown away
@@ -648,10 +649,10 @@ class _Bounded:
     def __iter__(self) -> Iterator[str]:
         n = 0
         while True:
-            line = self._text.readline(LINE_LIMIT)
+            line = self._text.readline(self._longest)
             if not line:
                 break
-            if len(line) == LINE_LIMIT and not line.endswith("\n"):
+            if len(line) == self._longest and not line.endswith("\n"):
                 while rest := self._text.readline(LINE_LIMIT):
                     if rest.endswith("\n"):
                         break

@@ -107,7 +107,8 @@ class TraceFormat(Protocol):
         """Every record with its line number (1-based): a request, another event, or why it is neither.
 
         BadFileError refuses the whole file. A format may have ``batches(lines)`` beside it, which gives the same and may give a
-        :class:`Batch` instead of its rows. Formats that nobody here has seen a real file of say so: ``unseen = True``.
+        :class:`Batch` instead of its rows. Formats that nobody here has seen a real file of say so: ``unseen = True``; those
+        whose lines may be whole documents say how many characters these may have: ``longest = 64 << 20``.
         """
 
 

@@ -28,6 +28,7 @@ class Spans:
     name = "otlp"
     title = "OpenTelemetry spans as JSON (vLLM llm_request, OTel GenAI)"
     meta = Meta(clock="nanosecond")
+    longest = MOST_BYTES
 
     def sniff(self, head: str) -> str | None:
         """Spans stand somewhere near the start."""
@@ -38,23 +39,24 @@ class Spans:
 
     def rows(self, lines: IO[str]) -> Iterator[tuple[int, Event | BadRowError]]:
         """A span a row; the number is that of the line, or of the span where the file is one document."""
-        held, size = "", 0
+        held, lined = "", False
         for count, line in enumerate(lines, start=1):
-            size += len(line)
-            if size > MOST_BYTES and held:
+            if held and len(held) + len(line) > MOST_BYTES:
                 raise BadFileError(f"a JSON document of more than {MOST_BYTES >> 20} MiB")
-            if not held and line.strip().endswith("}"):
-                # One document a line, unless it is the only line of one.
+            if not held and not line.strip():
+                continue
+            if not held and (lined or line.rstrip().endswith("}")):
+                # One document a line, unless it is the only line of one; after one, a line that is none is bad by itself.
                 try:
                     document = parse(line)
                 except BadRowError as bad:
-                    if not line.lstrip().startswith("{"):
+                    if lined or not line.lstrip().startswith("{"):
                         yield count, bad
                         continue
                 else:
+                    lined = True
                     for span in _spans(document):
                         yield count, _event(span)
-                    size = 0
                     continue
             held += line
         if held.strip():

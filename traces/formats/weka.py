@@ -25,6 +25,7 @@ class Weka:
     name = "weka"
     title = "WEKA agentic session (JSON, subagents, 64-token blocks)"
     meta = Meta(clock="second", block_size=BLOCK, hash_scope="session")
+    longest = MOST_BYTES
 
     def sniff(self, head: str) -> str | None:
         """The document's first keys, which may be cut after 64 KiB."""
