@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,27 @@ def test_a_feed_holds_what_the_schedule_holds(sqlite_url: str, tmp_path: Path, m
     assert fast.digest() != feed.digest()
     assert fast.changes == (f"rate x{50.0 / whole.rate_per_s:.6g}",)
     np.testing.assert_allclose(first.due_s, whole.due_s[:700] * whole.rate_per_s / 50.0, rtol=1e-9)
+
+
+def test_a_schedule_takes_what_its_numbers_take(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace without sessions is read in pieces: five numbers a request, and not all of its rows at once."""
+    n = 40_000
+    monkeypatch.setattr(traces.store, "FEED_ROWS", 1000)
+    path = tmp_path / "t.csv"
+    path.write_text("at,in,out\n" + "".join(f"{1000 + k},{1000 + k % 7},{300 + k % 5}\n" for k in range(n)))
+    with open_store(sqlite_url) as store:
+        ingest(store, [path], columns="arrival=at,input=in,output=out")
+        store.schedule("t", sessions=True, most=10)
+        tracemalloc.start()
+        try:
+            found = store.schedule("t", sessions=True)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert (len(found), found.due_s[-1], found.prompt_tokens[-1]) == (n, n - 1, 1000 + (n - 1) % 7)
+    assert most < 100 * n
 
 
 def test_a_feed_waits_for_its_database(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -898,9 +898,13 @@ class Store:
             .order_by(t.seq)
             .limit(most)
         )
+        rows: Any = []
         with self._begin() as connection:
-            rows = connection.execute(query).all()
-        table = _table(row[:4] for row in rows) if blocks else _table(rows)
+            if blocks:
+                rows = connection.execute(query).all()
+                table = _table(row[:4] for row in rows)
+            else:  # of millions of rows only the numbers are held
+                table = _table(connection.execution_options(yield_per=FEED_ROWS).execute(query))
         due = table[:, 1] / 1e6
         due = due - (due[0] if len(due) else 0.0)
         held: dict[str, Any] = {}
@@ -977,10 +981,12 @@ class Store:
         n = len(kept)
         session, parent, think = np.full(n, -1), np.full(n, -1), np.full(n, np.nan)
         numbers: dict[str, int] = {}
-        place = dict(zip(kept.tolist(), range(n), strict=True))
         above: dict[int, int] = {}  # of a row that is not kept, the nearest earlier one that is
         with self._begin() as connection:
-            for seq, key, before, think_us in connection.execute(query):
+            if connection.scalar(query.limit(1)) is None:
+                return {}
+            place = dict(zip(kept.tolist(), range(n), strict=True))
+            for seq, key, before, think_us in connection.execution_options(yield_per=FEED_ROWS).execute(query):
                 up = -1 if before is None else place.get(before, above.get(before, -1))
                 at = place.get(seq)
                 if at is None:
