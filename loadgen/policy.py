@@ -148,7 +148,7 @@ class BacklogRule:
     def prefill_s(self, queues: Queues, workers: int) -> float:
         """Seconds that ``workers`` need for the prompts that wait."""
         p = self.laws
-        tokens = queues.prefill_waiting_tokens
+        tokens = waiting_tokens(queues, self.mean_prompt)
         steps = max(tokens / p.max_batch_tokens, queues.prefill_waiting / p.max_batch_requests)
         steps = min(steps, queues.prefill_waiting)
         square = tokens / max(steps, 1.0) if p.prefill_square == "step" else self.mean_prompt
@@ -351,8 +351,8 @@ class DemandRule:
         p = self.laws
         backlog = waiting_tokens(queues, self.mean_prompt) * self.token_s
         prefill = (rate * self.token_s + backlog / self.clear_s) / (fleet.prefill * self.target)
-        running = queues.decode_running
-        context = queues.decode_context_tokens / running if running else self.mean_prompt + self.mean_output / 2
+        running, told = queues.decode_running, queues.decode_context_tokens
+        context = told / running if told and running else self.mean_prompt + self.mean_output / 2
         batch = max(1.0, active / fleet.decode)
         held = min(batch, float(p.max_batch))
         decode = max(

@@ -261,6 +261,7 @@ def test_backlogs_are_seconds_of_work() -> None:
     assert rule.prefill_s(queues(pw=6, pt=1200), 2) == pytest.approx(
         (1200 * 1.2e-3 + 1.5 * 0.01) / 2
     )  # steps by number
+    assert rule.prefill_s(queues(pw=6), 2) == rule.prefill_s(queues(pw=6, pt=1200), 2)  # counts alone: mean prompts
     assert rule.prefill_s(queues(pw=5, pt=4000), 1) == pytest.approx(4000 * 1.2e-3 + 4 * 0.01)  # by tokens
     assert rule.prefill_s(queues(pw=2, pt=5000), 1) == pytest.approx(5000 * 1.2e-3 + 2 * 0.01)  # a prompt is one step
     assert rule.step_s(4) == pytest.approx(0.015)
@@ -394,6 +395,8 @@ def test_loads_of_demand_are_shares_of_what_a_role_can_do() -> None:
     tight = policy.DemandRule(LAWS, 200, 100, Slo.parse("tpot<10ms"))
     assert tight.loads(0, 12, seen, Fleet(2, 3))[1] == pytest.approx(0.0152 / 0.009)
     assert tight.loads(0, 30, seen, Fleet(2, 3))[1] == pytest.approx((0.01 + 8 * 0.0013) / 0.009)
+    untold = replace(seen, decode_context_tokens=0)  # a server that does not say: contexts of mean length
+    assert tight.loads(0, 12, untold, Fleet(2, 3))[1] == pytest.approx((0.01 + 4 * 0.00125) / 0.009)
     assert tight.loads(0, 1, queues(), Fleet(2, 3))[1] == pytest.approx(0.01125 / 0.009)
     small = policy.DemandRule(replace(LAWS, kv_tokens=1000), 200, 100, Slo.parse("tpot<50ms"))
     assert small.loads(0, 12, seen, Fleet(2, 3))[1] == pytest.approx(12 * 300 / 3000)
