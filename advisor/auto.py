@@ -105,9 +105,7 @@ def probe(
             done.append((fleet, rate))
             step = f"probe {len(runs) + 1}, {fleet}"
             note(f"probe {len(runs) + 1}: {fleet} at {rate:.3g}/s, {left:.0f} s of the budget left")
-            asked = _piece(schedule, rate, min(PROBE_S, left / 3), seed + len(runs))
-            if spread:
-                asked = alike(asked, len(asked), name=asked.name, rate_per_s=rate, arrivals="poisson", seed=seed)
+            asked = _piece(schedule, rate, min(PROBE_S, left / 3), seed + len(runs), spread)
             runs.append(
                 replay(
                     store,
@@ -128,11 +126,14 @@ def probe(
             )
 
 
-def _piece(schedule: Schedule, rate: float, seconds: float, seed: int) -> Schedule:
-    """As many requests as fill the time at a rate, a stretch of the trace by seed."""
+def _piece(schedule: Schedule, rate: float, seconds: float, seed: int, spread: bool = False) -> Schedule:
+    """As many requests as fill the time at a rate, a stretch of the trace by seed; spread: drawn anew, as are those of one
+    instant, which have no rate to scale."""
     n = min(len(schedule), max(min(LEAST, len(schedule)), int(rate * seconds)))
     start = int(np.random.default_rng(seed).integers(len(schedule) - n + 1))
     part = schedule.take(np.arange(start, start + n))
+    if spread or not part.span_s:
+        return alike(part, n, name=part.name, rate_per_s=rate, arrivals="poisson", seed=seed)
     return to_rate(replace(part, due_s=part.due_s - part.due_s[0]), rate)
 
 

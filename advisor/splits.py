@@ -13,6 +13,7 @@ from scipy import special
 from advisor.model import METRICS, Fit
 from advisor.parallel import at_once, shared
 from advisor.screen import survivors
+from advisor.study import check_rate
 from advisor.telling import Note
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.measures import Slo, Summary, kept, meets, summarise
@@ -112,6 +113,7 @@ def simulated(
     the schedule is made."""
     whole = piece(schedule, POINT_REQUESTS)
     window = piece(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
+    check_rate(window)
     points: dict[Fleet, Simulated] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
 

@@ -56,8 +56,8 @@ def check_rate(schedule: Schedule) -> None:
     if not math.isfinite(schedule.rate_per_s):
         name = schedule.name
         raise InputError(
-            f"trace {name!r} has no rate, its requests ({len(schedule)}) are due at one instant: a split is chosen for traffic "
-            f"that arrives. Spread them: steelyard synth --like {name} --name {name}-spread --lengths empirical "
+            f"trace {name!r} has no rate, its requests ({len(schedule)} in a row) are due at one instant: a split is chosen "
+            f"for traffic that arrives. Spread them: steelyard synth --like {name} --name {name}-spread --lengths empirical "
             "--arrivals poisson --rate R"
         )
 
@@ -125,11 +125,13 @@ def proposals(
         load_of(laws, schedule, ends["prefill"]).prefill
     ]
     load = float(np.quantile(loads, 0.2))
-    n = min(len(schedule), REQUESTS)
+    # Beyond one instant of a coarse clock, or they would have no rate.
+    least = 1 + int(np.unique(schedule.due_s, return_counts=True)[1].max())
+    n = min(len(schedule), max(REQUESTS, least))
     found.append(Probe(ends["prefill"], rate * 1.3 / max(load, 1e-3), n, "prefill"))
     found.append(Probe(ends["decode"], decode_saturating(schedule, laws, ends["decode"]), n, "decode"))
     for fleet in likely:
-        found.append(Probe(fleet, rate, min(len(schedule), max(REQUESTS, 40 * fleet.workers)), "answer"))
+        found.append(Probe(fleet, rate, min(len(schedule), max(n, 40 * fleet.workers)), "answer"))
     return found
 
 

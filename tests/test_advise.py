@@ -436,8 +436,23 @@ def test_one_gpu_makes_no_fleet() -> None:
 def test_requests_at_one_instant_are_no_traffic(n: int) -> None:
     """A batch and a lone request come at no rate: one line that says so, with the command that spreads them."""
     asked = lognormal(n, 1, 0)
-    with pytest.raises(InputError, match=rf"its requests \({n}\) are due at one instant.*synth --like lognormal-0"):
+    with pytest.raises(
+        InputError, match=rf"its requests \({n} in a row\) are due at one instant.*synth --like lognormal-0"
+    ):
         recommend([], replace(asked, due_s=np.zeros(n)), gpus=8, slo=SLO)
+
+
+@pytest.mark.parametrize("a_minute", [400, 3000])
+def test_a_clock_of_minutes_is_no_lack_of_a_rate(a_minute: int) -> None:
+    """400 requests an instant: the next run holds more than one instant, so that it has a rate. 3,000: to be spread first."""
+    minutes = replace(lognormal(8 * 400, 6.0, 9), due_s=np.arange(8 * 400) // a_minute * 60.0)
+    data = three_runs(Profile.load("demo"), 6.0)
+    if a_minute == 400:
+        probe = recommend(data, minutes, gpus=8, slo=SLO, draws=4, refuse=False).next_probe
+        assert math.isfinite(to_rate(head(minutes, probe["requests"]), probe["rate_per_s"]).rate_per_s)
+    else:
+        with pytest.raises(InputError, match=r"in a row\) are due at one instant.*Spread them"):
+            recommend(data, minutes, gpus=8, slo=SLO, draws=4, refuse=False)
 
 
 def test_fitted_laws_reproduce_the_decode_step() -> None:

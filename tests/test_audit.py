@@ -24,7 +24,7 @@ from advisor.audit import (
     confounders,
     cusum,
 )
-from advisor.auto import _next
+from advisor.auto import _next, _piece
 from advisor.cli import main
 from advisor.cli.advise_verbs import seconds
 from advisor.features import RunData
@@ -249,6 +249,17 @@ def test_the_first_probes_use_the_gpus_that_there_are() -> None:
     asked, run = lognormal(50, 2.0, 1), measured(DEMO, lognormal(20, 1.0, 1), Fleet(4, 4), 1).run
     made = [_next(None, [run] * k, asked, 17, (2, 2)) for k in range(3)]
     assert [str(fleet) for fleet, _, _ in made] == ["4:4", "1:7", "7:1"]
+
+
+def test_a_probe_of_one_instant_of_a_coarse_clock_is_spread() -> None:
+    """A piece whose requests share an instant cannot be scaled to a rate: it is drawn anew at that rate."""
+    minutes = lognormal(200, 2.0, 1)
+    minutes = replace(minutes, due_s=np.arange(200) // 50 * 60.0)
+    for seed in range(4):
+        asked = _piece(minutes, 3.0, 5.0, seed)
+        assert len(asked) == 24
+        assert 1.5 < asked.rate_per_s < 6
+    assert len(np.unique(_piece(minutes, 3.0, 5.0, 3, spread=True).due_s)) == 24
 
 
 def test_auto_needs_an_endpoint_and_a_trace(tmp_path: Path) -> None:
