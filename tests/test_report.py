@@ -240,7 +240,10 @@ def test_what_an_answer_weighed_stands_in_its_report() -> None:
         "regret": {"value": 0.004, "low": 0.0, "high": 0.02}, "sure": True,
         "baselines": [{"name": "half and half", "prefill": 4, "decode": 4, "regret": 0.3}],
         "break_even": {"prompt_factor": 1.8, "rate_factor": None},
-        "strategies": [arm, arm | {"strategy": "static", "goodput_per_s": None}],
+        "strategies": [
+            arm, arm | {"strategy": "static", "goodput_per_s": None},
+            arm | {"strategy": "offline", "goodput_per_s": 99.0},
+        ],
         "windows": {"mix_lasts_s": 300.0, "move_s": 4.0},
         "thresholds": {"rule": "backlog", "more_s": 0.5, "laws": "x" * 500},
         "cost": {"usd_per_hour": 16.0, "usd_per_million": figure},
@@ -253,6 +256,10 @@ def test_what_an_answer_weighed_stands_in_its_report() -> None:
     assert "more_s 0.5)" in " ".join(held["cards"][2]["lines"])
     assert [row["lost"] for row in held["sections"]["rules"]["table"]] == ["30.0 %", "0.0 %"]  # 3:5 misses a constraint
     assert "The mix turns." in held["sections"]["chosen"]["text"]
+    assert held["sections"]["chosen"]["table"][2]["goodput, req/s"] == "99 (throughput)"
+    (chosen,) = (one for one in report.sections if one.key == "chosen")
+    assert chosen.plot is not None
+    assert not any(99.0 in mark.y for mark in chosen.plot.marks)  # no bar of a throughput beside those of goodput
     assert "overtakes at prompts 1.8 times as long" in held["sections"]["whatif"]["text"]
     assert held["sections"]["cost"]["table"][1]["value"] == "5 [4, 6]"
     assert HOSTILE not in text_of(report, "html")
@@ -342,6 +349,10 @@ def test_demand_is_what_a_cluster_at_that_rate_is_busy_with() -> None:
     busy = result.utilisation["prefill"] * 4 * span / schedule.span_s
     assert float(np.mean(demand["prefill_workers"])) == pytest.approx(busy, rel=0.25)
     assert (demand["decode_workers"] > 0).all()
+    small = traffic(schedule, replace(profile, kv_tokens=6000), SLO)  # a cache of few contexts holds a smaller batch
+    m = schedule.output_tokens
+    assert small.batch == int(6000 / ((m * (schedule.prompt_tokens + m / 2)).sum() / m.sum()))
+    assert (small.over.values["decode_workers"] >= demand["decode_workers"]).all()
 
 
 @pytest.mark.parametrize("log", [False, True])

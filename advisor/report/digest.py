@@ -177,7 +177,7 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
     """A schedule over time, and the workers it needs by the laws alone, without queueing.
 
     Prefill: rate x service time of a prompt. Decode: a worker that holds B sequences makes B tokens a step; B is the most
-    that keeps the TPOT limit (and the batch limit) at the traffic's mean context, so tokens/s x step(B) / B workers are busy.
+    that keeps the TPOT limit (and those of the batch and the KV cache) at the traffic's mean context, so tokens/s x step(B) / B workers are busy.
     """
     over = _binned(schedule.due_s, max(4, min(BINS, len(schedule) // 10)))
     place, n, width = over
@@ -199,7 +199,8 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
         work = np.bincount(place, weights=each, minlength=k)
         m = schedule.output_tokens.astype(float)
         context = float((m * (schedule.prompt_tokens + m / 2)).sum() / m.sum())
-        sizes = np.arange(1, min(profile.max_batch, 1024) + 1, dtype=float)
+        held = max(1, int(profile.kv_tokens / context)) if profile.kv_tokens else profile.max_batch
+        sizes = np.arange(1, min(profile.max_batch, held, 1024) + 1, dtype=float)
         steps = profile.step_s(sizes, sizes * context)
         limit = slo.limit("tpot")
         most = int((steps <= limit).sum()) if limit else len(sizes)

@@ -675,7 +675,7 @@ def traffic_sections(traffic: Traffic, answer: Mapping[str, Any]) -> list[Sectio
                 "capacity",
                 "Traffic against capacity",
                 f"Workers that this traffic keeps busy by the fitted laws, without queueing: prefill {told('prefill_workers')}; decode "
-                f"{told('decode_workers')} (a decode worker holding {traffic.batch:.0f} sequences, the most within the TPOT limit).{more}",
+                f"{told('decode_workers')} (a decode worker holding {traffic.batch:.0f} sequences, the most within the limits of TPOT, batch and KV cache).{more}",
                 Plot(
                     "seconds from the first request",
                     "workers",
@@ -906,16 +906,17 @@ def _chosen(answer: Mapping[str, Any]) -> Section:
     values = _arr([num(a.get("goodput_per_s")) for a in arms])
     at = np.arange(len(names), dtype=float)
     mine = [n.split()[0] == answer.get("strategy") for n in names]
+    good = np.where(np.array(names) == "offline", np.nan, values)  # offline's is a throughput
     marks = [
-        Mark(word, at[keep], values[keep], "bars", look=look, strong=look == 2)
+        Mark(word, at[keep], good[keep], "bars", look=look, strong=look == 2)
         for word, look, keep in (("chosen", 2, np.array(mine)), ("others", 0, ~np.array(mine)))
-        if keep.any()
+        if np.isfinite(good[keep]).any()
     ]
     rows = [
         [
             n,
             str(a.get("fleet") or "–"),
-            f"{v:.3g}" if math.isfinite(v) else "–",
+            f"{v:.3g}{' (throughput)' if n == 'offline' else ''}" if math.isfinite(v) else "–",
             _share(num(a.get("regret")), 1),
             f"{num(a.get('switches_per_h')):.3g}",
             str(a.get("note") or "–"),
@@ -937,7 +938,7 @@ def _chosen(answer: Mapping[str, Any]) -> Section:
         Table(
             ["strategy", "P:D", "goodput, req/s", "regret", "switches per h", "how"],
             rows,
-            "On the later part of the traffic, chosen on the earlier.",
+            "Online on the later part of the traffic, by thresholds chosen on the earlier.",
         ),
     )
 
