@@ -257,6 +257,8 @@ class _Source:
     failed_at: float = -math.inf
     readings: int = 0
     busy: Future[tuple[Reading, float]] | None = None
+    last: tuple[Reading, float] | None = None
+    told: bool = True
     before: dict[tuple[str, str], dict[str, Counted]] = field(default_factory=dict)
 
 
@@ -356,8 +358,12 @@ class Scraper:
             self._sources[page] = _Source(own, self._server, "/metrics")
 
     def read(self) -> list[Sample]:
-        """One reading of every worker, now. EndpointError when there is none."""
-        found = self._round(PAGE_S)
+        """One reading of every worker, now, whoever fetched it meanwhile. EndpointError when there is none."""
+        since = time.monotonic() - self._zero - self._period_s
+        self._round(PAGE_S)
+        with self._lock:
+            fresh = [(s, *s.last) for s in self._sources.values() if s.last is not None and s.last[1] >= since]
+            found = self._merged(fresh)
         if not found:
             raise EndpointError(f"{self._server.shown}: no metrics page of it or its workers answers.")
         return found
@@ -405,16 +411,24 @@ class Scraper:
         when = time.monotonic()
         while not self._stop.is_set():
             try:
-                self._tell(self._round(self._period_s))
+                self._round(self._period_s)
+                self._tell()
                 self.look()
             except (RuntimeError, MemoryError):  # the machine gives no thread: this round has no reading, the next may
                 self.failures += 1
             when = max(when + self._period_s, time.monotonic())
             self._stop.wait(max(0.0, when - time.monotonic()))
         with contextlib.suppress(RuntimeError, MemoryError):
-            self._tell(self._round(PAGE_S))  # the difference over the run ends here
+            self._round(PAGE_S)  # the difference over the run ends here
+            self._tell()
 
-    def _tell(self, found: list[Sample]) -> None:
+    def _tell(self) -> None:
+        """Hand on what came since the last time, also what :meth:`read` fetched."""
+        with self._lock:
+            came = [(s, *s.last) for s in self._sources.values() if s.last is not None and not s.told]
+            for source, *_ in came:
+                source.told = True
+            found = self._merged(came)
         if found:
             self._on_samples(found)
 
@@ -442,32 +456,35 @@ class Scraper:
         except (ValueError, KeyError, IndexError):
             raise EndpointError(f"{source.endpoint.shown}{source.path}: not Prometheus text") from None
 
-    def _round(self, patience_s: float) -> list[Sample]:
+    def _round(self, patience_s: float) -> None:
         """Ask every page that is not asked already, wait a while, take what came; a slow page comes in a later round."""
         with self._lock:
+            self._came()
             for source in self._sources.values():
                 seldom = not source.readings and source.failures >= GIVE_UP
                 if source.busy is None and not (seldom and time.monotonic() - source.failed_at < FIND_S):
                     source.busy = self._pool.submit(self._page, source)
             asked = [s.busy for s in self._sources.values() if s.busy is not None]
         wait(asked, timeout=patience_s)
-        came: list[tuple[_Source, Reading, float]] = []
         with self._lock:
-            for source in self._sources.values():
-                if source.busy is None or not source.busy.done():
-                    continue
-                done, source.busy = source.busy, None
-                if done.exception() is not None:
-                    source.failures += 1
-                    source.failed_at = time.monotonic()
-                    self.failures += 1
-                    continue
-                source.readings += 1
-                source.failures = 0
-                self.readings += 1
-                came.append((source, *done.result()))
+            self._came()
             self._round_s = time.monotonic() - self._zero
-            return self._merged(came)
+
+    def _came(self) -> None:
+        """Note which pages came or failed."""
+        for source in self._sources.values():
+            if source.busy is None or not source.busy.done():
+                continue
+            done, source.busy = source.busy, None
+            if done.exception() is not None:
+                source.failures += 1
+                source.failed_at = time.monotonic()
+                self.failures += 1
+                continue
+            source.readings += 1
+            source.failures = 0
+            self.readings += 1
+            source.last, source.told = done.result(), False
 
     def _merged(self, came: Sequence[tuple[_Source, Reading, float]]) -> list[Sample]:
         """One sample a worker and role."""

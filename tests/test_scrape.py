@@ -340,6 +340,29 @@ def test_a_slow_page_holds_up_no_other() -> None:
     assert sum(s.worker == "fast" for s in found) >= 10
 
 
+def test_who_reads_now_and_the_thread_take_nothing_from_each_other() -> None:
+    """The controller's reading is there whoever of both fetched the page, and whole; a worker that is gone is not in it."""
+    found: list[Sample] = []
+    with Pages() as pages:
+        pages["/p"] = (0.05, "vllm:num_requests_waiting 2\n")
+        pages["/router"] = f'vllm_router_pd_active_prefill_tokens{{worker="{pages.url}"}} 900\n'
+        pages["/q"] = "vllm:num_requests_waiting 2\n"
+        workers = [
+            Worker("router", "router", metrics=f"{pages.url}/router"),
+            Worker("p", "prefill", pages.url, metrics=f"{pages.url}/p"),
+            Worker("q", "decode", metrics=f"{pages.url}/q"),
+        ]
+        with scraper_of(pages, workers, found) as scraper:
+            for _ in range(30):
+                (sample,) = [s for s in scraper.read() if s.worker == "p"]
+                assert (sample.waiting_requests, sample.waiting_tokens) == (2, 900)
+            del pages["/q"]
+            until(lambda: [s.worker for s in scraper.silent()] == ["q"])
+            time.sleep(0.05)
+            assert {s.worker for s in scraper.read()} == {"p"}
+    assert [s.at_s for s in found if s.worker == "p"] == sorted({s.at_s for s in found if s.worker == "p"})
+
+
 def test_a_page_without_end_is_bounded() -> None:
     """A page larger than the bound is a failure, not a full memory."""
     from loadgen.scrape import MOST_BYTES
