@@ -71,6 +71,7 @@ def sweep(
     repeats: int = 1,
     anchor: bool = False,
     group: str = "",
+    factors: Sequence[float] = (),
     control: Control | None = None,
     note: Note = lambda line, done: None,
     say: Callable[[str], None] = lambda line: None,
@@ -81,6 +82,7 @@ def sweep(
     A sweep that was broken off goes on: of a group that is there, complete and trusted runs of the same cell are taken as
     they are, the rest is measured. control: how the fleet is set [``/fleet``]. The fleet that was in force is put back at the
     end, whatever the end is; after a crash by ``steelyard control restore``. say gets a line when that does not succeed.
+    factors: by what the recorded gaps of each schedule were divided, for its runs' ``rate_factor``.
     ``how`` goes to :func:`loadgen.replay.replay`.
     """
     schedules = [schedule] if isinstance(schedule, (Schedule, Feed)) else list(schedule)
@@ -108,6 +110,7 @@ def sweep(
                     "name": f"{group} {what}",
                     "group": group,
                     "seed": seed,
+                    "rate_factor": factors[k] if factors else 1.0,
                     "on_progress": progress,
                 }
                 runs.append(replay(store, swarm, asked, where, fleet=fleet, control=keeper, **named | how))
@@ -185,6 +188,7 @@ def saturate(
     *,
     slo: Slo,
     start_per_s: float,
+    recorded_per_s: float = math.nan,
     attainment: float = 0.9,
     tolerance: float = 0.05,
     most: int = 16,
@@ -196,14 +200,16 @@ def saturate(
 ) -> Saturation:
     """The highest rate that a fleet sustains within an SLO: doubled until it fails (or halved until it holds), then bisected.
 
-    at_rate: the schedule at a rate. Stops when the bracket is within ``tolerance``, after ``most`` runs, or where all requests
-    would be sent within the time that the SLO lets one wait: no queue could fail it. A run that the
+    at_rate: the schedule at a rate; recorded_per_s: the rate before it was scaled, for the runs' ``rate_factor``. Stops when the
+    bracket is within ``tolerance``, after ``most`` runs, or where all requests after the warm-up would be sent within the time
+    that the SLO lets one wait: no queue could fail it. A run that the
     generator spoiled is repeated, at most SPOILED times in a row; then an EndpointError ends the search: what lies above is
     not the server's limit.
     """
     held, failed, best, reason = math.nan, math.nan, math.nan, ""
     waits = [v for m, v in slo.limits if m != "tpot"] + [v for m, _, v in slo.constraints if m != "tpot"]
-    least_s = max(waits, default=LAG_LIMIT_S)
+    least_s, warmup_s = max(waits, default=LAG_LIMIT_S), float(how.get("warmup_s", 0.0))
+    scaled = not math.isnan(recorded_per_s)
     runs: list[int] = []
     rate, done, spoiled = start_per_s, 0, 0
     with keeping(control, where, "sweep", say, needed=False) as keeper:
@@ -212,6 +218,7 @@ def saturate(
             what = f"{fleet or 'as it is'} at {rate:.3g}/s"
             note(f"fleet {what}", done)
             named: dict[str, Any] = {"name": f"{group} {what}", "group": group, "slo": slo}
+            named["rate_factor"] = rate / recorded_per_s if scaled else 1.0
             run = replay(store, swarm, asked, where, fleet=fleet, control=keeper, **named | how)
             done += len(asked)
             runs.append(run.id)
@@ -230,10 +237,12 @@ def saturate(
                 failed = rate
             if math.isnan(failed):
                 rate *= 2
-                if asked.span_s / 2 < least_s:
+                span_s = max(0.0, at_rate(rate).last_due_s - warmup_s)
+                if span_s < least_s:
+                    after = " after the warm-up" if warmup_s else ""
                     reason = (
-                        f"{len(asked)} requests at {rate:.4g}/s are sent within {asked.span_s / 2:.2g} s, before a queue shows: "
-                        f"give at least --requests {math.ceil(10 * least_s * rate)}"
+                        f"{len(asked)} requests at {rate:.4g}/s are sent within {span_s:.2g} s{after}, before a queue shows: "
+                        f"give at least --requests {math.ceil((10 * least_s + warmup_s) * rate)}"
                     )
                     break
             elif math.isnan(held):

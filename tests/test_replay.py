@@ -283,8 +283,9 @@ def test_a_sweep_that_was_broken_off_goes_on(store: Store, swarm: Swarm) -> None
     fleets = [Fleet(1, 3), Fleet(2, 2)]
     rates = [schedule(4, 40.0, 2), schedule(4, 20.0, 2)]
     with embedded("constant", Fleet(2, 2)) as url:
-        group, runs, drift = sweep(store, swarm, rates, target(url), fleets, anchor=True, slo=SLO)
+        group, runs, drift = sweep(store, swarm, rates, target(url), fleets, anchor=True, slo=SLO, factors=(4.0, 2.0))
         assert drift is not None
+        assert all(run.rate_factor == (4.0 if run.rate_per_s == rates[0].rate_per_s else 2.0) for run in runs)
         assert len(drift.runs) == 3
         assert 0 <= drift.largest < 1.0
         store.end_run(replace(store.run(runs[1].id), complete=False))
@@ -326,6 +327,44 @@ def test_a_search_ends_where_no_queue_could_fail_the_slo(store: Store, swarm: Sw
     assert (found.held_per_s, math.isnan(found.failed_per_s)) == (2.5, True)
     assert "10 requests at 5/s are sent within 1.8 s" in found.reason
     assert "at least --requests 100" in found.reason
+
+
+def test_a_search_ends_where_the_warm_up_would_leave_no_request(store: Store, swarm: Swarm, endpoint: str) -> None:
+    """What was found is not lost: at least, and how many requests are needed beside those of the warm-up."""
+    asked = constant(30, 20.0)
+    found = saturate(
+        store, swarm, lambda rate: to_rate(asked, rate), target(endpoint), None,
+        slo=Slo.parse("ttft<0.4s"), start_per_s=20.0, warmup_s=1.0,
+    )  # fmt: skip
+    assert (found.held_per_s, math.isnan(found.failed_per_s), len(found.runs)) == (20.0, True, 1)
+    assert "30 requests at 40/s are sent within 0 s after the warm-up" in found.reason
+    assert "at least --requests 200" in found.reason
+
+
+def test_a_search_ramps_at_every_rate_alike(db: str, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trace is scaled to each rate and then ramped; the rate is that after the ramp, its factor stands with the run."""
+    command = [
+        "sweep",
+        "azure-2023-conv",
+        "--endpoint",
+        endpoint,
+        "--fleets",
+        "4:4",
+        "--workers",
+        "1",
+        "--db",
+        db,
+        "--json",
+    ]
+    few = ["--requests", "12", "--slo", "ttft<0.25s", "--attainment", "0.1"]
+    main([*command, *few, "--saturate", "--rate", "10", "--ramp", "0.5"])
+    tried = said(capsys)["fleets"][0]["runs"]
+    with open_store(db) as store:
+        recorded = store.schedule("azure-2023-conv").take(np.arange(12)).rate_per_s
+        runs = [store.run(n) for n in tried]
+    assert [run.rate_factor for run in runs] == pytest.approx([10 / recorded, 20 / recorded])
+    for run in runs:
+        assert run.changes == ("first 12 of 9754 requests", f"rate x{run.rate_factor:.6g}", "ramp over 0.5 s")
 
 
 def test_a_rate_holds_where_the_constraints_on_quantiles_are_met(store: Store, swarm: Swarm, endpoint: str) -> None:

@@ -131,8 +131,7 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
     from traces.shape import head, ramp, scale_rate, to_rate
     from traces.shipped import NAMES
 
-    if options["rate"] and options["rate_factor"]:
-        raise click.UsageError("give --rate or --rate-factor, not both.")
+    _one_rate(options)
     factor = float(options["rate_factor"] or 1.0)
     try:
         if _long(store.trace(trace), options):
@@ -153,6 +152,11 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
     else:
         schedule = scale_rate(schedule, factor)
     return ramp(schedule, options["ramp"]) if options["ramp"] else schedule, factor
+
+
+def _one_rate(options: dict[str, Any]) -> None:
+    if options["rate"] and options["rate_factor"]:
+        raise click.UsageError("give --rate or --rate-factor, not both.")
 
 
 FEED_FROM = 500_000
@@ -643,22 +647,34 @@ def sweep(
     from loadgen.sweep import sweep as measure
     from traces.measures import Slo
     from traces.records import Fleet
-    from traces.shape import to_rate
+    from traces.shape import ramp, to_rate
     from traces.store import open_store
 
     if bool(fleets) == every:
         raise click.UsageError("give --fleets 2:6,3:5 or --all.")
     if rates and (options["rate"] or options["rate_factor"] or saturate):
         raise click.UsageError("--rates stands for itself: not with --rate, --rate-factor or --saturate.")
+    _one_rate(options)
     per = pair(options["gpus_per_worker"])
     wanted = [Fleet.parse(text) for text in fleets.split(",")] if fleets else Fleet.splits(gpus, per)
     slo = Slo.parse(options["slo"] or "ttft<0.5s tpot<50ms")
     with open_store(db, create=False) as store:
         schedules, factors = [], []
-        for rate in _rates(rates) if rates else [options["rate"]]:
-            schedule, factor = schedule_of(store, trace, options | {"rate": rate, "saturate": saturate})
+        # A search scales what was recorded to each rate, and ramps after that.
+        as_recorded = {"saturate": True, "rate_factor": None, "ramp": 0.0} if saturate else {}
+        for rate in _rates(rates) if rates else [None if saturate else options["rate"]]:
+            schedule, factor = schedule_of(store, trace, options | {"rate": rate} | as_recorded)
             schedules.append(schedule)
             factors.append(factor)
+        recorded = schedules[0]
+
+        def at_rate(rate: float) -> Any:
+            scaled = to_rate(recorded, rate)
+            return ramp(scaled, options["ramp"]) if options["ramp"] else scaled
+
+        start_per_s = options["rate"] or recorded.rate_per_s * (options["rate_factor"] or 1.0)
+        if saturate:
+            schedules = [at_rate(start_per_s)]
         cells = len(wanted) * len(schedules)
         anchored = cells >= 4 if anchor is None else anchor
         n = len(schedules[0])
@@ -704,10 +720,11 @@ def sweep(
                         search(
                             store,
                             swarm,
-                            lambda rate: to_rate(schedules[0], rate),
+                            at_rate,
                             where,
                             fleet,
-                            start_per_s=schedules[0].rate_per_s,
+                            start_per_s=start_per_s,
+                            recorded_per_s=recorded.rate_per_s,
                             attainment=attainment,
                             tolerance=tolerance,
                             group=group,
@@ -728,7 +745,7 @@ def sweep(
                     repeats=repeats,
                     anchor=anchored,
                     group=group,
-                    rate_factor=factors[0] if len(factors) == 1 else 1.0,
+                    factors=factors,
                     note=note,
                     **arguments,
                 )
