@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -454,6 +455,7 @@ def test_a_command_that_fails_is_one_clear_line(program: str, said: str) -> None
     assert control is not None
     with pytest.raises(LostError, match=said):
         put(control, Fleet(1, 1))
+    assert control.get().aimed is None  # nothing is on its way to what was asked for
 
 
 # --- the operator
@@ -480,7 +482,12 @@ def test_the_operator_is_asked_for_the_fleet_of_the_file_too(tmp_path: Path) -> 
     file = tmp_path / "control.toml"
     file.write_text('kind = "manual"\nnow = "2:1"\n')
     asked: list[str] = []
-    control = control_of(str(file), Connect(endpoint, endpoint, lambda question: asked.append(question) or ""))
+
+    def operator(question: str) -> str:
+        asked.append(question)
+        return ""
+
+    control = control_of(str(file), Connect(endpoint, endpoint, operator))
     assert control is not None
     for _ in range(2):
         put(control, Fleet(2, 1))
@@ -932,6 +939,28 @@ def test_planned_changes_come_at_their_time() -> None:
     assert 0.1 <= changes[0].asked_s < 0.3 <= changes[1].asked_s
 
 
+def test_a_change_that_fails_was_never_in_force() -> None:
+    """What went wrong is said once; the tick after it sees a fleet with nothing on its way, and that is the old one."""
+
+    class Fails(Fake):
+        def get(self) -> Standing:
+            if self.asked and not self.told:
+                self.told = True
+                raise LostError("exit code 1")
+            return Standing(self.fleet)
+
+        def ask(self, fleet: Fleet) -> None:
+            self.asked.append(fleet)
+
+        told = False
+
+    control = Fails(Fleet(1, 3))
+    decisions, changes = steer(control, lambda: queues(0, 0), 0.5, steering=Planned([(0.1, Fleet(2, 2))]))
+    assert control.told
+    assert [d.action for d in decisions] == ["hold", "move", "refused", "hold"]
+    assert [(c.after, math.isnan(c.joined_s), math.isnan(c.ready_s)) for c in changes] == [(Fleet(2, 2), True, True)]
+
+
 def test_what_a_change_cost_is_read_off_rows_and_readings() -> None:
     change = FleetChange(10.0, 14.0, Fleet(2, 1), Fleet(1, 2), "x")
     rows = Observations.empty(6)
@@ -1020,6 +1049,25 @@ def test_a_controller_reads_the_workers_of_a_targets_file(
     moved = [d for d in said["decisions"] if d["action"] == "move"]
     assert [(d["before"], d["after"], d["reason"]) for d in moved] == [("3:3", "4:2", "9 prompts and 0 answers wait")]
     assert endpoint(server).fleet() == Fleet(3, 3)
+
+
+def test_a_dry_run_of_a_controller_stores_no_move(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was not made; who reads the rows later could not tell."""
+    with Pages() as pages:
+        pages["/p/metrics"], pages["/d/metrics"] = "vllm:num_requests_waiting 9\n", "vllm:num_requests_waiting 0\n"
+        file = tmp_path / "targets.json"
+        workers = [{"role": role, "metrics": f"{pages.url}/{role[0]}/metrics"} for role in ("prefill", "decode")]
+        file.write_text(json.dumps({"workers": workers}))
+        db = f"sqlite:///{tmp_path / 'a.db'}"
+        rule = ["--policy", "online-report", "--targets", str(file), "--tick", "0.1"]
+        assert main(["control", "run", server, *rule, "--for", "1", "--dry-run", "--json", "--db", db]) == 0
+    told = capsys.readouterr()
+    assert any(d["action"] == "move" for d in json.loads(told.out)["decisions"])
+    assert f"dry run: PUT {server}/fleet: 3:3 -> 4:2" in told.err
+    with open_store(db) as store:
+        assert (store.fleet_changes(None), store.decisions(None)) == ([], [])
 
 
 def test_what_no_database_took_is_counted() -> None:

@@ -391,7 +391,7 @@ def run(
 ) -> int:
     """Let a policy steer the fleet on live readings until Ctrl-C; every decision and its reason is a row.
 
-    With --dry-run it decides and says so, and changes nothing.
+    With --dry-run it decides and says so, changes nothing and stores nothing.
     """
     from loadgen import policy
     from loadgen.control.online import Controller, Ledger
@@ -425,11 +425,13 @@ def run(
 
         def on_decision(decision: Decision) -> None:
             decisions.append(decision)
-            ledger.put(lambda: store.add_decision(None, decision, made.name, unix))
+            if not dry_run:  # who reads the rows could not tell that nothing moved
+                ledger.put(lambda: store.add_decision(None, decision, made.name, unix))
 
         def on_change(change: FleetChange) -> None:
             changes.append(change)
-            ledger.put(lambda: store.add_fleet_change(None, change, made.name, unix))
+            if not dry_run:
+                ledger.put(lambda: store.add_fleet_change(None, change, made.name, unix))
 
         with (
             keeper,

@@ -81,7 +81,12 @@ class Command:
         self._target = fleet
 
         def change() -> None:
-            self._run(self._filled(fleet), self._timeout_s)
+            try:
+                self._run(self._filled(fleet), self._timeout_s)
+            except Exception:
+                if self._target is fleet:  # nothing is on its way there
+                    self._target = None
+                raise
             self._now = fleet
 
         self._steps.start([change])

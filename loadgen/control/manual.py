@@ -50,6 +50,8 @@ class Manual:
                 f"Please change the fleet from {now or 'what it is'} to {fleet}. Enter when it serves, no to give up: "
             )
             if said.strip().lower() in ("n", "no"):
+                if self._target is fleet:  # nothing is on its way there
+                    self._target = None
                 raise LostError(f"the operator did not put the fleet {fleet} in force.")
             self._now, self._sure = fleet, True
 

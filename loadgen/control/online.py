@@ -83,7 +83,8 @@ class Controller:
 
     read() gives one reading of all workers. zero: where seconds count from, on the monotonic clock. speed: model seconds per
     second (of the reference endpoint): the rule is asked every tick_s model seconds and sees model time. on_change gets every
-    change when it is in force, or at the end with ``ready_s`` NaN. on_decision gets every decision, those that repeat
+    change when it is in force, or with ``ready_s`` NaN at the end, when it failed or another
+    overtook it. on_decision gets every decision, those that repeat
     counted together; on_said a line when the decision is another one; on_standing what the control says at every tick.
     Nothing is moved while the last reading is older than stale_s seconds, nor when ``most_per_hour`` moves were made
     within the last hour. missed: ticks without a reading.
@@ -128,8 +129,7 @@ class Controller:
         self._thread.join(30)
         with contextlib.suppress(EndpointError):  # a change that settles in the last tick is still seen
             self._arrived()
-        for change in self._pending:
-            self._on_change(change)
+        self._hand_on(math.nan)
         self._decisions.flush()
 
     def _now(self) -> float:
@@ -153,18 +153,28 @@ class Controller:
 
     def _arrived(self) -> tuple[Fleet | None, int]:
         """(fleet asked for, workers on their way) as the endpoint says; changes that are in force now are handed on."""
-        standing = self._control.get()
+        try:
+            standing = self._control.get()
+        except (
+            LostError
+        ):  # said once: the next answer has nothing on its way, and would look like a change that is done
+            self._hand_on(math.nan)
+            raise
         self._on_standing(standing)
         at = self._now()
         self._pending = [
             replace(c, joined_s=at) if math.isnan(c.joined_s) and has_grown(standing.fleet, c.after) else c
             for c in self._pending
         ]
-        if not standing.changing and self._pending:
-            for change in self._pending:
-                self._on_change(replace(change, ready_s=at))
-            self._pending.clear()
+        if not standing.changing and self._pending and standing.fleet == self._pending[-1].after:
+            self._hand_on(at, standing.fleet)
         return standing.aimed, standing.changing
+
+    def _hand_on(self, ready_s: float, fleet: Fleet | None = None) -> None:
+        """All that is pending, in force since ready_s what asked for this fleet: one that was overtaken never was."""
+        for change in self._pending:
+            self._on_change(replace(change, ready_s=ready_s if change.after == fleet else math.nan))
+        self._pending.clear()
 
     def _tick(self) -> None:
         asked, changing = self._arrived()
