@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import socket
 import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from loadgen.client import Target, tls_words
@@ -47,6 +49,43 @@ class Reply:
             return None
 
 
+class _Heard(io.RawIOBase):
+    """What a socket says until a moment of the monotonic clock; TimeoutError from then on.
+
+    A timeout of the socket begins anew with every byte, and http.client reads headers, 100 Continue and trailers by itself,
+    for as long as they come.
+    """
+
+    def __init__(self, sock: socket.socket, until: float) -> None:
+        self._sock, self._raw, self._until = sock, sock.makefile("rb", buffering=0), until
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """See :class:`io.RawIOBase`."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is whole by then, or a TimeoutError."""
+
+    def __init__(self, sock: socket.socket, *args: Any, until: float, **more: Any) -> None:
+        super().__init__(sock, *args, **more)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Heard(sock, until))
+
+
 class RefusedError(EndpointError):
     """Nobody listens there."""
 
@@ -81,6 +120,7 @@ class Endpoint:
                 if tls is not None
                 else http.client.HTTPConnection(host, port, timeout=timeout_s)
             )
+            connection.response_class = partial(_Answer, until=until)  # type: ignore[assignment]  # called, no more
             auth = {"Proxy-Authorization": where.proxy_auth} if where.proxy_auth else {}
             if where.proxy and tls is not None:
                 connection.set_tunnel(where.host, where.port, auth)
@@ -96,8 +136,6 @@ class Endpoint:
             held = bytearray()
             while piece := answer.read1(65536):
                 held += piece
-                if time.monotonic() > until:
-                    raise late
                 if len(held) > most_bytes:
                     raise EndpointError(f"{self.shown}{path}: the answer is larger than {most_bytes} bytes.")
             told = {name.lower(): value for name, value in answer.getheaders()}
