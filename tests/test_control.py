@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -790,6 +791,15 @@ def soon(true: Any, limit_s: float = 15.0) -> None:
         time.sleep(0.01)
 
 
+def test_a_folder_that_cannot_be_written_ends_keep_as_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    workers = [vllm_router.Worker(f"10.0.0.{n}:8000", "") for n in (1, 2)]
+    control = vllm_router.VllmRouter("127.0.0.1:1", workers, "vllm.toml")
+    with pytest.raises(InputError, match="XDG_STATE_HOME name a folder that can be written"):
+        vllm_router.beat(control, Fleet(1, 1), lambda: True)
+
+
 def test_workers_of_a_vllm_router_are_registered_in_the_roles_asked_for(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -830,6 +840,18 @@ def test_workers_of_a_vllm_router_are_registered_in_the_roles_asked_for(
             registry.begin()
             soon(lambda: registry.roles() == then)
         soon(lambda: registry.roles() == first)
+        write, failed = vllm_router._write, [0]
+
+        def full(path: Path, held: dict[str, Any]) -> None:
+            if path.suffix == ".alive" and failed[0] < 3:
+                failed[0] += 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, held)
+
+        monkeypatch.setattr(vllm_router, "_write", full)
+        soon(lambda: failed[0] == 3)
+        assert registry.roles() == first  # it goes on registering
+        soon(lambda: control.get().settled(Fleet(2, 1)))
     finally:
         end.set()
         beating.join(5)

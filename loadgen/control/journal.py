@@ -86,7 +86,7 @@ class Journal:
 
     def lock(self, verb: str) -> None:
         """Held until unlock or the end of the process. EndpointError when another process changes this fleet."""
-        with self._writing():
+        with self.writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = hold(self.path.with_suffix(".lock"), verb, f"{self.name}: its fleet is being changed by")
 
@@ -154,7 +154,7 @@ class Journal:
     def keep(self, held: Any) -> None:
         """Beside the note, and dropped with it: what the control has to know to go back. Nothing where there is no note."""
         if self.path.exists():
-            with self._writing():
+            with self.writing():
                 self._store(self._beside, held)
 
     def kept(self) -> Any:
@@ -173,7 +173,7 @@ class Journal:
         part.replace(path)
 
     def _write(self, entries: list[Entry]) -> None:
-        with self._writing():
+        with self.writing():
             if not entries:
                 self.path.unlink(missing_ok=True)
                 self._beside.unlink(missing_ok=True)
@@ -188,7 +188,8 @@ class Journal:
                 os.close(handle)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """InputError of one line where the folder cannot be written."""
         try:
             yield
         except OSError as error:

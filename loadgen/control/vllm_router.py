@@ -83,7 +83,8 @@ class VllmRouter:
         """See :class:`loadgen.control.Control`."""
         assign(self.workers, fleet)
         self._held()
-        _write(self.file, {"target": str(fleet)})
+        with Journal(self.spec, self.name).writing():
+            _write(self.file, {"target": str(fleet)})
 
     def _held(self) -> tuple[Fleet, Fleet, float, bool]:
         """(fleet wanted, fleet that is registered, for how many seconds, did a worker change). LostError when nobody beats."""
@@ -124,11 +125,14 @@ def beat(
     import zmq
 
     assign(control.workers, fleet)
-    folder().mkdir(parents=True, exist_ok=True)
     # Two files, each with one writer: the control writes what is wanted, this process what it tells the router.
     alive = control.file.with_suffix(".alive")
-    alone = hold(control.file.with_suffix(".keep"), "control keep", f"{control.name}: its workers are registered by")
-    _write(control.file, {"target": str(fleet)})
+    with Journal(control.spec, control.name).writing():
+        folder().mkdir(parents=True, exist_ok=True)
+        alone = hold(
+            control.file.with_suffix(".keep"), "control keep", f"{control.name}: its workers are registered by"
+        )
+        _write(control.file, {"target": str(fleet)})
     context = zmq.Context()
     sockets = []
     try:
@@ -157,7 +161,8 @@ def beat(
                         message = {"type": role[0].upper(), "http_address": worker.http, "zmq_address": worker.zmq}
                         with contextlib.suppress(zmq.Again):
                             socket.send(msgpack.packb(message), zmq.NOBLOCK)
-                _write(alive, said)
+                with contextlib.suppress(OSError):  # a full disk hides the fleet from controls; the workers still serve
+                    _write(alive, said)
             time.sleep(0.1)
     finally:
         for _, socket in sockets:
