@@ -61,7 +61,7 @@ class Dash:
 
     def __init__(self, store: Store, listed: int = LISTED) -> None:
         self._store, self._listed = store, listed
-        self._kept: OrderedDict[int, Digest] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, float], Digest] = OrderedDict()
 
     def overview(self, runs_page: int = 1, answers_page: int = 1) -> Page:
         """Where one stands: the last answer, runs and answers (newest first, by pages), traces."""
@@ -179,12 +179,13 @@ class Dash:
         return _sections(f"Runs {ids}", body, parts)
 
     def _digest(self, run: Run, slo: Slo) -> Digest:
-        if run.id in self._kept:
-            self._kept.move_to_end(run.id)
-            return self._kept[run.id]
+        key = run.id, run.started_unix_s  # SQLite gives the number of a deleted run to a later one
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
         made = read(self._store, run, slo)
         if run.ended:
-            self._kept[run.id] = made
+            self._kept[key] = made
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return made
@@ -279,7 +280,8 @@ def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
             return web.Response(text=text, content_type="application/json", status=status, headers=more)
         if request.query.get("body") == "1":
             held = f'<script type="application/json" id="figures">{safe_json(page.plots)}</script>'
-            return web.Response(text="\n".join([*page.body, held]), content_type="text/html", headers=more)
+            text = "\n".join([*page.body, held])
+            return web.Response(text=text, content_type="text/html", status=status, headers=more)
         live = f"{request.path}?{urlencode([*request.query.items(), ('body', '1')])}" if page.live else ""
         nav = '<nav class="bar" aria-label="Steelyard"><strong>steelyard</strong><a href="/">Overview</a></nav>'
         text = document(f"Steelyard: {page.title}", page.body, page.plots, live=live, nav=nav)
@@ -287,7 +289,8 @@ def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
 
     def refused(request: web.Request, status: int, said: str) -> web.Response:
         body = [f"<header><p>Steelyard</p><h1>{e(said)}</h1></header>"]
-        return answered(Page(str(status), body, data={"error": said}), request, status)
+        # A database that is away may be back: a page that asks goes on showing what it has, and asks again.
+        return answered(Page(str(status), body, data={"error": said}, live=status == 503), request, status)
 
     @web.middleware
     async def guard(

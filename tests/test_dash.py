@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +27,7 @@ from advisor.recommend import recommend
 from loadgen.cluster import Profile
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
+from tests.test_replay import rename
 from tests.test_report import HOSTILE, add_trace, opened, stored
 from traces.errors import InputError
 from traces.records import Fleet, Run
@@ -182,6 +184,18 @@ def growing(db: str, sqlite_url: str) -> str:
     return sqlite_url
 
 
+def test_a_run_with_the_number_of_one_that_was_deleted_is_another(growing: str) -> None:
+    """SQLite gives the highest number again: what was computed for the run before is not shown for this one."""
+    with open_store(growing) as store:
+        store.delete_run(4)
+        dash = Dash(store)
+        assert ": 200 of 200 requests finished" in dash.run(3).body[1]
+        store.delete_run(3)
+        made = store.begin_run(replace(run_of(Fleet(4, 4), 70), trace=HOSTILE, started_unix_s=2e9))
+        assert made.id == 3
+        assert ": 0 of 70 requests finished" in dash.run(3).body[1]
+
+
 def test_a_browser_shows_the_pages_and_a_run_that_grows(opened: Any, growing: str) -> None:
     """Drill-down by links and keyboard, plots drawn, nothing hostile runs, no outside request; new rows appear by themselves."""
     with served(growing) as url:
@@ -206,6 +220,9 @@ def browse(opened: Any, url: str, db: str) -> None:
     tab.goto(f"{url}/traces/{quote(HOSTILE, safe='')}")
     assert tab.locator(".plot svg.wide").count() == 2
     tab.goto(f"{url}/runs/4")
+    with tab.expect_response(lambda answer: answer.status == 503):  # the database is away for a moment
+        rename(Path(str(make_url(db).database)), "runs", "hidden")
+    rename(Path(str(make_url(db).database)), "hidden", "runs")
     assert "40 of 80 requests" in tab.locator("h1").inner_text()
     with open_store(db) as store:
         rest = store.observations(1).take(slice(40, 80))
@@ -216,7 +233,7 @@ def browse(opened: Any, url: str, db: str) -> None:
     tab.locator("h1", has_text="80 of 80").wait_for(timeout=30_000)
     tab.set_viewport_size({"width": 380, "height": 800})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 380
-    assert errors == []
+    assert [error for error in errors if "status of 503" not in error] == []
     assert all(a.startswith((url, "data:")) for a in asked)
     assert tab.evaluate("window.pwned") is None
     tab.close()

@@ -85,16 +85,17 @@ if (live) {
     try {
       if (document.hidden) throw new Error("nobody looks");
       const answer = await fetch(live.dataset.live, { headers: { Accept: "text/html" } });
-      if (answer.ok) {
+      const ended = answer.headers.get("X-Live") === "ended";
+      if (answer.ok || ended) {
         const text = await answer.text();
         const busy = live.contains(document.activeElement) || !document.getSelection().isCollapsed;
-        if (!busy || answer.headers.get("X-Live") === "ended") {
+        if (!busy || ended) {
           const open = [...live.querySelectorAll("details[open]")].map((d) => d.querySelector("summary").textContent);
           live.innerHTML = text;
           for (const d of live.querySelectorAll("details")) d.open = open.includes(d.querySelector("summary").textContent);
           wire(live);
         }
-        more = answer.headers.get("X-Live") !== "ended";
+        more = !ended;
       }
     } catch {
       // Nobody looks, or the server is away; ask again later.
