@@ -105,8 +105,13 @@ def test_a_trace_is_shown_over_time(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sum(windows["rate_per_s"]) * windows["seconds"] == pytest.approx(1091)
     one = tmp_path / "one.jsonl"
     one.write_text('{"timestamp": 5, "input_length": 3, "output_length": 2}\n')
-    assert main(["ingest", str(one), *db]) == 0
-    assert main(["traces", "show", "one", *db]) == 0
+    for name in ("one", "log[prod]", "[/x]"):
+        assert main(["ingest", str(one), "--name", name, *db]) == 0
+        assert main(["traces", "show", name, *db]) == 0
+    assert main(["traces", *db]) == 0
+    listed = capsys.readouterr().out
+    assert "log[prod] " in listed[listed.index("output tokens") :]
+    assert "[/x] " in listed[listed.index("output tokens") :]
 
 
 def test_the_verbs_fit_and_make_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

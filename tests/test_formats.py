@@ -408,6 +408,7 @@ BAD_LINES = [
     ('{"timestamp": 1, "input_length": NaN, "output_length": 1}', "bad_json"),
     ('{"timestamp": 1, "input_length": true, "output_length": 1}', "input_length_not_a_number"),
     ('{"timestamp": 1, "input_length": -4, "output_length": 1}', "input_length_negative"),
+    ('{"timestamp": 1, "input_length": "--5", "output_length": 1}', "input_length_not_a_number"),
     ('{"timestamp": 1, "input_length": 9223372036854775808, "output_length": 1}', "input_length_too_large"),
     ('{"timestamp": "x", "input_length": 4, "output_length": 1}', "bad_time"),
     ('{"timestamp": 1e400, "input_length": 4, "output_length": 1}', "bad_json"),
@@ -451,6 +452,28 @@ def test_a_bad_line_among_documents_of_spans_costs_only_itself(store: Store, tmp
         2,
         [23, 44],
     )
+
+
+@pytest.mark.parametrize("odd", ["--5", "\u00b2"])
+def test_a_span_with_an_odd_number_is_a_bad_row(odd: str, store: Store, tmp_path: Path) -> None:
+    """Digits to the eye, no number: as a count and as a time; as the end of an answer it is not known."""
+    span = OTLP["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
+    tokens = [a | {"value": {"intValue": odd}} if "prompt" in a["key"] else a for a in span["attributes"]]
+    every = [span, span | {"attributes": tokens}, span | {"startTimeUnixNano": odd}]
+    every[0] = span | {"endTimeUnixNano": odd}
+    report = load(store, tmp_path, lines(*({"spans": [one]} for one in every)), max_bad=1)
+    assert {reason: s.count for reason, s in report.skipped.items()} == {"input_tokens_not_a_number": 1, "bad_time": 1}
+    assert report.rows_kept == 1
+
+
+def test_times_that_no_calendar_has_are_refused(store: Store, tmp_path: Path) -> None:
+    """Milliseconds taken for seconds: one line, and nothing is stored."""
+    meta = {"out": {"meta_info": {"prompt_tokens": 9, "completion_tokens": 2}}}
+    asked = {"event": "request.received", "rid": "a", "timestamp": 1_700_000_000_000}
+    text = lines(asked, asked | {"event": "request.finished"} | meta)
+    with pytest.raises(InputError, match=r"after the year 9999: is its unit right\? Nothing was stored"):
+        load(store, tmp_path, text)
+    assert store.traces() == []
 
 
 @pytest.mark.parametrize("kind", ["otlp", "weka"])

@@ -53,6 +53,9 @@ MOST_RATIO = 200
 MOST_PLAIN_BYTES = 256 << 20
 """A compressed file may become this large, or MOST_RATIO times its size where that is more."""
 
+YEAR_10000_US = 253_402_300_800 * 10**6
+"""Microseconds since 1970 that no calendar here has."""
+
 ZERO_OUTPUT = ("keep-failed", "skip", "min1")
 _OK, _FAILED = 0, 1
 
@@ -445,6 +448,8 @@ class _Loaded:
             if self.others:
                 why.append(f"{self.others} other events: {', '.join(sorted(self.other_kinds))}")
             raise InputError(f"{where}: no row can be kept ({', '.join(why)}). Nothing was stored.")
+        if not self.zones.keys() <= {None} and self.first_us >= YEAR_10000_US:
+            raise InputError(f"{where}: its first time is after the year 9999: is its unit right? Nothing was stored.")
         self._file.flush()
         if not self.in_order:
             rows = self._rows()

@@ -331,6 +331,7 @@ def synth(
 @click.pass_context
 def traces(context: click.Context, as_json: bool, db: str) -> None:
     """List the stored traces; show or delete one."""
+    from rich.markup import escape
     from rich.table import Table
 
     from traces.store import open_store
@@ -353,7 +354,7 @@ def traces(context: click.Context, as_json: bool, db: str) -> None:
     for t in stored:
         s = t.summary
         table.add_row(
-            t.name,
+            escape(t.name),
             t.format,
             str(s["rows_kept"]),
             f"{s['span_s']:.6g}",

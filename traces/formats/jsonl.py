@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import IO, Any
@@ -11,6 +12,7 @@ import orjson
 
 from traces.formats import BadRowError, Event, Meta, bounded, epoch_us
 
+_DIGITS = re.compile("-?[0-9]+")
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -92,7 +94,7 @@ def whole(value: Any, what: str) -> int:
     """A count: 12, 12.0 or "12". BadRowError names what it is not."""
     if type(value) is int and 0 <= value < 2**31:
         return value
-    if isinstance(value, str) and value.strip().isascii() and value.strip().lstrip("-").isdigit() and len(value) < 20:
+    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()) and len(value) < 20:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadRowError(f"{what}_not_a_number", f"{what} must be an integer (got {value!r:.40})")

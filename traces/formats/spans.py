@@ -10,8 +10,9 @@ prefill and a decode span: the same request id counts once. Spans without token 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from traces.formats import BadFileError, BadRowError, Event, Meta, OtherEvent, Row
 from traces.formats.jsonl import lapse_us, number_us, parse, stamp_us, whole
@@ -105,10 +106,10 @@ def _read(span: Any) -> Event:
         return OtherEvent("span without token counts")
     if "startTimeUnixNano" in span:
         nano = span["startTimeUnixNano"]
-        nano = int(nano) if isinstance(nano, str) and nano.isdigit() and len(nano) < 22 else nano
+        nano = int(nano) if _digits(nano) else nano
         when, zoned = number_us(nano, 1e-3, "startTimeUnixNano"), True
         end = span.get("endTimeUnixNano")
-        end = int(end) if isinstance(end, str) and end.isdigit() and len(end) < 22 else end
+        end = int(end) if _digits(end) else end
         ended_us = lapse_us(end, 1e-3)
     else:
         when, zoned = stamp_us(span.get("start_time"), "start_time")
@@ -133,12 +134,17 @@ def _read(span: Any) -> Event:
     )
 
 
+def _digits(value: Any) -> TypeGuard[str]:
+    """Is it a whole number of 64 bits as text?"""
+    return isinstance(value, str) and re.fullmatch("-?[0-9]{1,20}", value) is not None
+
+
 def _value(held: Any) -> Any:
     """An OTLP attribute's value: one of stringValue, intValue (as text), doubleValue, boolValue."""
     if not isinstance(held, dict):
         return held
     for kind, value in held.items():
-        if kind == "intValue" and isinstance(value, str) and value.lstrip("-").isdigit() and len(value) < 20:
+        if kind == "intValue" and _digits(value):
             return int(value)
         if kind in ("stringValue", "intValue", "doubleValue", "boolValue"):
             return value
