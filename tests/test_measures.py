@@ -56,6 +56,8 @@ def test_quick_quantiles_are_those_of_numpy(values: list[float], at: list[float]
         ("TTFT<=500ms", {"ttft": 0.5}, []),
         ("e2e<2m", {"e2e": 120.0}, []),
         ("ttft<1", {"ttft": 1.0}, []),
+        ("e2e<1000000s", {"e2e": 1e6}, []),
+        ("ttft<0.01us tpot_p99<2e6ms", {"ttft": 1e-8}, [("tpot", 99.0, 2000.0)]),
         ("ttft_p99<1s tpot<50ms", {"tpot": 0.05}, [("ttft", 99.0, 1.0)]),
         ("tpot_p99.9<80ms", {}, [("tpot", 99.9, 0.08)]),
     ],
@@ -71,7 +73,21 @@ def test_an_slo_is_read_as_written(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fast", "ttft", "ttft>1s", "ttft<", "ttft<-1s", "ttft<0s", "itl<5ms", "ttft<1h", "ttft_pxx<1s"]
+    "text",
+    [
+        "",
+        "fast",
+        "ttft",
+        "ttft>1s",
+        "ttft<",
+        "ttft<-1s",
+        "ttft<0s",
+        "itl<5ms",
+        "ttft<1h",
+        "ttft_pxx<1s",
+        "ttft<1e999s",
+        "ttft<1e",
+    ],
 )
 def test_an_slo_that_cannot_be_parsed_is_refused_in_one_line(text: str) -> None:
     """An SLO that cannot be parsed gets one line with an example."""

@@ -23,7 +23,8 @@ LAG_LIMIT_S = 0.5
 
 _METRICS = ("ttft", "tpot", "e2e")
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0}
-_TERM = re.compile(r"(ttft|tpot|e2e)(?:_p(\d{1,2}(?:\.\d+)?))?\s*<=?\s*(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|m)?")
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?"
+_TERM = re.compile(rf"(ttft|tpot|e2e)(?:_p(\d{{1,2}}(?:\.\d+)?))?\s*<=?\s*({_NUMBER})\s*(us|ms|s|m)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class Slo:
                     'for example --slo "ttft<0.5s tpot<50ms" or ttft_p99<1s.'
                 )
             limit = float(match[3]) * _UNITS[match[4] or "s"]
-            if limit <= 0:
-                raise InputError(f"SLO term {term!r}: the limit must be above 0.")
+            if not 0 < limit < math.inf:
+                raise InputError(f"SLO term {term!r}: the limit must be above 0 and finite.")
             if match[2] is None:
                 limits[match[1]] = limit
             else:
