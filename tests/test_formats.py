@@ -257,6 +257,24 @@ def test_a_parent_is_found_by_its_name_wherever_its_row_stands(store: Store, tmp
     assert [(turn, parent) for _, turn, parent, _, _ in links(store)] == [(1, None), (2, 0), (3, 1), (6, None)]
 
 
+def test_a_row_that_is_skipped_is_nobodys_parent(store: Store, tmp_path: Path) -> None:
+    """Without an answer and left out: who continued it continues nothing, and a later row of its id is the first."""
+    row = {"input_length": 16, "output_length": 3, "type": "text", "parent_chat_id": -1, "turn": 1}
+    text = lines(
+        row | {"chat_id": 1, "timestamp": 1.0},
+        row | {"chat_id": 7, "timestamp": 2.0, "output_length": 0},
+        row | {"chat_id": 2, "timestamp": 3.0},
+        row | {"chat_id": 3, "parent_chat_id": 7, "timestamp": 4.0},
+    )
+    again = lines(row | {"chat_id": 7, "timestamp": 5.0}, row | {"chat_id": 4, "parent_chat_id": 7, "timestamp": 6.0})
+    assert load(store, tmp_path, text, zero_output="skip").rows_kept == 3
+    assert [parent for _, _, parent, _, _ in links(store)] == [None, None, None]
+    store.delete_trace("t")
+    report = load(store, tmp_path, text + again, zero_output="skip")
+    assert {reason: s.count for reason, s in report.skipped.items()} == {"failed_zero_output": 1}
+    assert [parent for _, _, parent, _, _ in links(store)][-1] == 3
+
+
 def test_sessions_come_back_with_the_schedule(store: Store, tmp_path: Path) -> None:
     """Numbers of sessions, positions of parents, think times; who continued a failed request continues its parent."""
     a, b, c, d = (

@@ -304,11 +304,9 @@ class _Loaded:
         if row.prompt_tokens == 0:
             self.skip("failed_zero_input", line, "a request without prompt tokens")
             return
-        if row.id is not None:
-            if row.id in self.seen:
-                self.skip("duplicate_request_id", line, f"request {row.id[:40]!r} was there before")
-                return
-            self.seen[row.id] = self.kept + len(self._held)
+        if row.id is not None and row.id in self.seen:
+            self.skip("duplicate_request_id", line, f"request {row.id[:40]!r} was there before")
+            return
         output, status = row.output_tokens, row.status
         if output == 0:
             if self.zero_output == "skip":
@@ -321,6 +319,8 @@ class _Loaded:
         self._held.append(
             (arrival, line, row.prompt_tokens, written, status, row.turn, row.think_us, row.ttft_us, row.e2e_us)
         )
+        if row.id is not None:
+            self.seen[row.id] = at
         if row.parent is not None:
             self.parents[at] = row.parent
         self.zones[row.zoned] += 1
