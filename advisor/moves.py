@@ -30,6 +30,9 @@ def flip_law(moved: Sequence[tuple[RunData, Sequence[FleetChange]]], laws: Profi
     bare = replace(laws, flip_s=0.0)
     found: list[tuple[int, float, float]] = []  # run, the move, its drain by the laws
     for one, changes in moved:
+        # As for the other laws: no run that its own verdict spoils, none whose clock ran at another speed.
+        if one.run.verdict not in ("valid", "degraded") or any(c.startswith("clock x") for c in one.run.changes):
+            continue
         schedule = asked(one.observations)
         if not changes or one.windows or len(schedule) > REQUESTS:
             continue

@@ -648,13 +648,20 @@ def moved(profile: Profile, number: int) -> tuple[RunData, list[FleetChange]]:
 
 @pytest.mark.parametrize("flip_s", [0.0, 0.5, 4.0])
 def test_the_flip_is_what_a_move_takes_beyond_its_drain(flip_s: float) -> None:
-    """Found to a poll of the control; a change that never was in force tells nothing, nor does no change."""
+    """Found to a poll of the control; a change that never was in force tells nothing, nor does no change, nor does a run that
+    the other laws may not rest on either.
+    """
     true = replace(Profile.load("demo"), flip_s=flip_s)
     one, changes = moved(true, 31)
     law = flip_law([(one, changes)], Profile.load("demo"))
     assert law is not None
     assert law.coefficients["flip_s"] == pytest.approx(flip_s, abs=0.1)
     assert law.n == 1
+    spoilt = [{"verdict": "invalid"}, {"verdict": ""}, {"changes": ("clock x10",)}]
+    others = [RunData(replace(one.run, id=40 + k, **how), one.observations) for k, how in enumerate(spoilt)]
+    quick = [replace(c, joined_s=c.asked_s) for c in changes]
+    assert flip_law([(one, changes), *((other, quick) for other in others)], Profile.load("demo")) == law
+    assert flip_law([(others[0], quick)], true) is None
     never = [replace(c, ready_s=math.nan, joined_s=math.nan) for c in changes]
     assert flip_law([(one, never)], true) is None
     assert flip_law([(one, [])], true) is None
