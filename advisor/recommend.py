@@ -1,10 +1,11 @@
 """Which fleet: simulate every split on the trace with the fitted laws, decide by what is sure, say what is not.
 
-The decision (lexicographic): the constraints on quantiles, where there are any, are met; the goodput within 1 % of the best, by
-its lower bound and by its value; then the P99 E2E within 5 % of the smallest, and of those the goodput within 1 % of the best
-with either role a twentieth slower; then the fewest GPUs; then nearest to the fleet that runs. Without the third step a tie at
-low load would pick an absurd edge split; without the fourth one, of a plateau of splits, that which a small error of the laws
-has fall off it. A fleet that misses a constraint is compared by :func:`traces.measures.worth_per_s`, in draws as well.
+The decision (lexicographic): the constraints on quantiles, where there are any, are met, else the attainment is reached; the
+goodput within 1 % of the best, by its lower bound and by its value; then the P99 E2E within 5 % of the smallest, and of those
+the goodput within 1 % of the best with either role a twentieth slower; then the fewest GPUs; then nearest to the fleet that
+runs. Without the third step a tie at low load would pick an absurd edge split; without the fourth one, of a plateau of splits,
+that which a small error of the laws has fall off it. A fleet that misses a constraint is compared by
+:func:`traces.measures.worth_per_s`, in draws as well.
 """
 
 from __future__ import annotations
@@ -480,6 +481,7 @@ def rank(candidates: Sequence[Candidate], current: Fleet | None, gpus_per_worker
     ranked = []
     while left:
         near = [c for c in left if c.kept.value >= 1] or left
+        near = [c for c in near if c.feasible] or near
         top = max(c.worth_low_per_s for c in near)
         near = [c for c in near if c.worth_low_per_s >= top * (1 - NEAR)]
         most = max(c.worth_per_s for c in near)

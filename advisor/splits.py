@@ -165,10 +165,15 @@ def _likely(window: Schedule, points: dict[Fleet, Simulated], laws: list[Profile
     # Theory may be wrong where a simulation of the laws themselves is not.
     found = [f for f in fleets if f in found or points[f].worth_per_s >= 0.9 * top]
 
-    # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay.
-    def place(fleet: Fleet) -> tuple[float, float]:
+    # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay, of those that
+    # meet the SLO before the others.
+    def place(fleet: Fleet) -> tuple[bool, float, float]:
         late = points[fleet].summary.e2e_p99_s
-        return -round(points[fleet].worth_per_s / max(top, 1e-12), 2), late if math.isfinite(late) else math.inf
+        return (
+            not points[fleet].meets,
+            -round(points[fleet].worth_per_s / max(top, 1e-12), 2),
+            late if math.isfinite(late) else math.inf,
+        )
 
     first = sorted(found, key=place)[:LIKELY]
     return [f for f in fleets if f in first]

@@ -27,6 +27,7 @@ from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
 from advisor.recommend import Candidate, Interval, _regret, _stands, enough, rank, recommend, refusal, stressed
+from advisor.splits import LIKELY, Simulated, _likely
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -501,7 +502,13 @@ def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
 
 
 def candidate(
-    fleet: str, goodput: tuple[float, float], p99: float, stressed: float = math.nan, kept: tuple[float, float] = (1, 1)
+    fleet: str,
+    goodput: tuple[float, float],
+    p99: float,
+    stressed: float = math.nan,
+    kept: tuple[float, float] = (1, 1),
+    *,
+    meets: bool = True,
 ) -> Candidate:
     """goodput, kept: (value, low)."""
     figures = {
@@ -509,7 +516,7 @@ def candidate(
         "e2e_p99_s": Interval(p99, p99, p99),
     }
     return Candidate(
-        Fleet.parse(fleet), figures, 0.9, {}, 0.5, True, 0.5, 4.0, stressed=stressed, kept=Interval(*kept, 1.0)
+        Fleet.parse(fleet), figures, 0.9, {}, 0.5, meets, 0.5, 4.0, stressed=stressed, kept=Interval(*kept, 1.0)
     )
 
 
@@ -534,11 +541,32 @@ def candidate(
         # of those that meet it the one that surely does; of those that miss it the nearest
         ([candidate("1:7", (10, 10), 1, kept=(1, 0.8)), candidate("3:5", (10, 10), 9)], "3:5 1:7"),
         ([candidate("1:7", (10, 10), 1, kept=(0.5, 0.4)), candidate("3:5", (9, 9), 9, kept=(0.8, 0.7))], "3:5 1:7"),
+        # of those that keep the constraints one that enough requests are within the limits of, if only just; constraints first
+        ([candidate("1:7", (10, 10), 1, meets=False), candidate("3:5", (9.5, 9), 9)], "3:5 1:7"),
+        (
+            [
+                candidate("1:7", (10, 10), 1, kept=(0.9, 0.9)),
+                candidate("3:5", (9, 9), 9, meets=False),
+                candidate("4:4", (9.95, 9.95), 1, meets=False),
+            ],
+            "4:4 3:5 1:7",
+        ),
     ],
 )
 def test_the_decision_is_lexicographic(candidates: list[Candidate], order: str) -> None:
-    """Constraints, lower bound of goodput, P99, fewest GPUs, nearest to what runs."""
+    """Constraints, attainment, lower bound of goodput, P99, fewest GPUs, nearest to what runs."""
     assert " ".join(str(c.fleet) for c in rank(candidates, None, (1, 1))) == order
+
+
+def test_the_one_split_that_meets_the_slo_is_simulated_under_every_draw() -> None:
+    """Of eleven splits as good as each other, eight of which the draws tell apart, it has the longest tail."""
+    demo, asked, loose = Profile.load("demo"), lognormal(150, 2.0, 5), Slo.parse("e2e<60s")
+    points = {f: Simulated.of(simulate(asked, f, demo), loose, 0.9) for f in Fleet.splits(12)}
+    good = [f for f in points if points[f].worth_per_s >= 0.9 * max(p.worth_per_s for p in points.values())]
+    late = max(good, key=lambda f: points[f].summary.e2e_p99_s)
+    found = _likely(asked, {f: replace(p, meets=f == late) for f, p in points.items()}, [demo], loose)
+    assert len(found) == LIKELY < len(good)
+    assert late in found
 
 
 def test_equal_fleets_are_told_apart_by_what_runs_today() -> None:
