@@ -134,6 +134,7 @@ class Recommendation:
     baselines: list[Baseline] = field(default_factory=list)
     break_even: dict[str, float | None] = field(default_factory=dict)
     simulated: list[Fleet] = field(default_factory=list)
+    gpus_per_worker: tuple[int, int] = (1, 1)
 
     @property
     def sentence(self) -> str:
@@ -218,6 +219,7 @@ class Recommendation:
             "warnings": self.warnings,
             "slo": str(self.slo),
             "gpus": self.gpus,
+            "gpus_per_worker": list(self.gpus_per_worker),
             "trace": self.schedule.name,
             "rate_per_s": self.schedule.rate_per_s,
             "requests": len(self.schedule),
@@ -376,6 +378,7 @@ def recommend(
         baselines=rules,
         break_even=break_even(window, best.fleet, runner_up.fleet, fit.profile, slo) if runner_up else {},
         simulated=likely,
+        gpus_per_worker=gpus_per_worker,
     )
     return _stands(answer, attainment) if refuse else answer
 

@@ -27,6 +27,7 @@ from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
 from advisor.recommend import Candidate, Interval, _regret, _stands, enough, rank, recommend, refusal, stressed
+from advisor.report import assemble, text_of
 from advisor.splits import LIKELY, Simulated, _likely
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
@@ -408,6 +409,12 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
     probe = answer.next_probe
     assert Fleet(probe["prefill"], probe["decode"]).gpus(two) <= 11
     assert probe["command"].endswith(" --gpus-per-worker 2,2")
+    # Other worlds are asked of these GPUs and widths, whatever the runs had.
+    said = json.loads(text_of(assemble(json.loads(json.dumps(answer.as_json())), [], schedule=schedule), "json"))
+    worlds = {row["what if"]: row for row in said["sections"]["whatif"]["table"]}
+    assert (worlds["as asked"]["GPUs"], worlds["2 x the rate"]["GPUs"], worlds["20 GPUs"]["GPUs"]) == ("10", "10", "20")
+    assert Fleet.parse(worlds["answers half as long"]["best split"].split()[0]).gpus(two) == 10
+    assert worlds["as asked"][f"lost by staying with {answer.best.fleet}"].endswith(" %")
     # Halving goes over numbers that make no fleet: 5 of 10.
     found = needed(answer, 0.05, attainment=0.1, gpus_per_worker=two)
     assert (found.gpus, found.prefill, found.decode) == (4, 1, 1)

@@ -48,13 +48,16 @@ def assemble(
     """The report of an answer (the JSON of ``advise``) and its runs. schedule: the traffic that was asked about.
 
     strategies: a study's JSON. commands: how this report was made. traces: name -> summary of the stored trace.
+    per_worker: GPUs of a worker of each role, for an older answer that does not say them.
     """
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     profile = laws_of(answer)
     cases: list[Case] = []
     if schedule is not None and profile is not None and answer.get("candidates"):
         chosen = Fleet(answer["prefill"], answer["decode"])
-        cases = what_if(schedule, profile, slo, chosen, int(answer["gpus"]), per_worker)
+        p, d = answer.get("gpus_per_worker") or per_worker
+        # No fleet may use all the GPUs that there are.
+        cases = what_if(schedule, profile, slo, chosen, chosen.gpus((p, d)), (p, d))
     return build(
         answer,
         runs,
