@@ -40,7 +40,9 @@ SCALES = np.linspace(0.5, 1.1, 25)
 PENALTIES = (0.1, 1.0, 10.0)
 
 FAR = 2.0
-"""A concurrency, or a number of workers of a role, that many times beyond what was measured is not answered."""
+"""A concurrency, a mean length or a number of workers of a role that many times beyond what was measured is not answered."""
+
+LENGTHS = {"prompts": "prompt_tokens", "answers": "output_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +293,7 @@ def advise_closed(
         )
     best, *rest = ranked
     unseen = next((c for c in ranked[:2] if not c.measured), None) or best
+    beyond = _beyond(mine, asked)
     answer = ClosedAnswer(
         best,
         rest[0] if rest else None,
@@ -302,8 +305,8 @@ def advise_closed(
         errors,
         len({p.split for p in points}),
         _probe(unseen.fleet, concurrency, "it is the answer" if unseen is best else "it is the closest rival"),
-        not (rest and _close(best, rest[0])),
-        _words(best, rest, known, wanted, errors, near, candidates),
+        not beyond and not (rest and _close(best, rest[0])),
+        _words(best, rest, known, wanted, errors, near, candidates) + beyond,
     )
     digest = hashlib.sha256("".join(sorted(run.schedule_digest for run in known)).encode()).hexdigest()
     said = answer.as_json() | {"version": __version__}
@@ -338,12 +341,39 @@ def _enough(points: Sequence[Point], mine: Sequence[Point], asked: Aggregate, sp
             f"the aggregates were measured with {low:g} to {high:g} requests in flight, {asked.concurrency:g} is too far from "
             f"that. Measure next: {_probe(nearest, asked.concurrency, '')['command']}"
         )
+    for word, name in LENGTHS.items():
+        length, low, high = _length(name, mine, asked)
+        if not low / FAR <= length <= high * FAR:
+            raise NotEnoughDataError(
+                f"the aggregates were measured with {word} of {low:.4g} to {high:.4g} tokens on average, {word} of {length:.4g} "
+                f"tokens are too far from that. Measure next: {_probe(mine[-1].fleet, asked.concurrency, '')['command']} and "
+                "lengths as asked"
+            )
     if not any(_near(f, mine) for f in splits):
         shown = sorted({str(p.fleet) for p in mine})
         raise NotEnoughDataError(
             f"no split of these GPUs is near to one that was measured ({', '.join(shown)}). Measure next: "
             f"{_probe(splits[len(splits) // 2], asked.concurrency, '')['command']}"
         )
+
+
+def _length(name: str, mine: Sequence[Point], asked: Aggregate) -> tuple[float, float, float]:
+    """A mean length as asked, the least and the most that was measured."""
+    measured = [float(getattr(p.held, name)) for p in mine]
+    return float(getattr(asked, name)), min(measured), max(measured)
+
+
+def _beyond(mine: Sequence[Point], asked: Aggregate) -> list[str]:
+    """What no row measured of the mean lengths."""
+    found = []
+    for word, name in LENGTHS.items():
+        length, low, high = _length(name, mine, asked)
+        if not low * (1 - SAME) <= length <= high * (1 + SAME):
+            found.append(
+                f"lengths outside of what was measured: {word} of {length:.4g} tokens on average, not {low:.4g} to {high:.4g}; "
+                "how much longer or shorter ones take is guessed, and in no interval"
+            )
+    return found
 
 
 def _near(fleet: Fleet, mine: Sequence[Point]) -> bool:

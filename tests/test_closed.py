@@ -135,6 +135,31 @@ def test_a_rate_is_no_question_for_means(tmp_path: Path, capsys: pytest.CaptureF
     assert "2 splits (1:7, 2:6), 3 are needed" in err
 
 
+def test_lengths_that_were_not_measured_are_said_and_far_ones_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Means of 732 and 139 tokens tell nothing of what length does: half as long again is noted, over twice is exit 5."""
+    db = ["--db", f"sqlite:///{tmp_path}/c.db"]
+    run([*IMPORT, *db], capsys)
+    lengths = {"same": (735, 140), "long": (1100, 139), "short": (732, 100), "far": (1600, 139), "brief": (732, 50)}
+    for name, (prompt, output) in lengths.items():
+        rows = [{"timestamp": k, "input_length": prompt, "output_length": output} for k in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(["ingest", str(tmp_path / f"{name}.jsonl"), "--name", name, *db]) == 0
+        capsys.readouterr()
+        code, said, err = run(["advise", "--concurrency", "64", "--trace", name, *db], capsys)
+        if name in ("far", "brief"):
+            assert code == 5
+            word = "prompts of 1600 tokens" if name == "far" else "answers of 50 tokens"
+            assert f"{word} are too far" in err
+            assert "Measure next: steelyard runs import FILE --aggregate, with a row of" in err
+        else:
+            assert code == 0
+            noted = [line for line in said["warnings"] if "lengths" in line]
+            assert bool(noted) == (name != "same"), name
+            assert not (noted and said["sure"])
+
+
 ROW = {
     "concurrency": 8,
     "prefill": 1,
