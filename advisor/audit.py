@@ -285,7 +285,7 @@ def _drift(data: Sequence[RunData], residuals: Mapping[int, float] | None) -> li
         cells.setdefault((one.run.fleet, one.run.schedule_digest), []).append(one)
     for (fleet, _), runs in cells.items():
         for metric in ("ttft_sent_s", "tpot_s"):
-            values = [quantile(getattr(r.observations, metric)[r.observations.ok], 0.5) for r in runs]
+            values = [quantile(getattr(r.counted, metric)[r.counted.ok], 0.5) for r in runs]
             values = [v for v in values if v > 0]
             if len(values) > 1 and max(values) / min(values) - 1 > DRIFT:
                 word = "TPOT" if metric == "tpot_s" else "TTFT"

@@ -134,6 +134,12 @@ def test_what_spoils_the_data_is_named(runs: list[RunData]) -> None:
         observations=replace(rows, last_token_s=rows.first_token_s + 1.3 * (rows.last_token_s - rows.first_token_s)),
     )
     assert any("drift: 1:7" in line for line in confounders([runs[1], later]))
+    until = float(np.quantile(rows.due_s, 0.6))  # slower in its warm-up only
+    early = rows.first_token_s + np.where(rows.due_s < until, 1.3, 1.0) * (rows.last_token_s - rows.first_token_s)
+    cold = replace(runs[1], observations=replace(rows, last_token_s=early))
+    assert any("drift: 1:7" in line for line in confounders([runs[1], cold]))
+    warm = [replace(one, run=replace(one.run, warmup_s=until)) for one in (runs[1], cold)]
+    assert not any("drift: 1:7" in line for line in confounders(warm))
 
 
 def test_a_step_in_known_residuals_is_a_drift(runs: list[RunData]) -> None:
