@@ -249,6 +249,25 @@ def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
     assert shown[1]["lag_ms"]["max"] == pytest.approx(shown[0]["lag_ms"]["max"])
 
 
+def test_another_slo_of_a_run_that_outgrows_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked while rows come that are due beyond the last slot that is kept, or before the first: those are not counted yet."""
+    monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
+    rows, slo = answered(1000, 1), Slo.parse("ttft<500s")
+    rows.due_s[:] = np.append(np.linspace(5, 98 + 5, 980), np.repeat([-3.0, 120.0], 10))
+    rows.first_token_s[:] = rows.due_s + 1
+    with open_store(f"sqlite:///{tmp_path}/a.db") as store:
+        run = store.begin_run(replace(a_run(), slo="ttft<1s", scheduled=5000))
+        store.add_observations(run.id, rows.take(slice(0, 980)))
+        before = store.bins(run)
+        assert before is not None
+        assert before.slots > 190
+        store.add_observations(run.id, rows.take(slice(980, 1000)))
+        found = store.bins(run, slo)
+    assert found is not None
+    assert found.rows == before.rows
+    assert int(found.counts["good"].sum()) == found.total("good") == before.total("ok")
+
+
 def test_windows_know_whom_they_miss() -> None:
     """Batches, and who met no other prefill, are told alike from windows and from the whole run, away from the windows' edges."""
     whole = simulate(lognormal(6000, 8, 2), Fleet(4, 4), Profile.load("demo")).observations

@@ -300,11 +300,15 @@ class Bins:
         ]
 
     def within(self, slo: str, good: Mapping[int, int]) -> Self:
-        """The same with ``good`` counted within another SLO. good: number of a slot, from 0 at the warm-up's end -> requests."""
+        """The same with ``good`` counted within another SLO. good: number of a slot, from 0 at the warm-up's end -> requests.
+
+        What lies in none of the slots came after the rest was counted, in a run that goes on.
+        """
         other = copy(self)
         counted = np.zeros(SLOTS, dtype=np.int64)
         for number, n in good.items():
-            counted[number - self.base] += n
+            if 0 <= number - self.base < self.slots:
+                counted[number - self.base] += n
         other.slo, other.counts = slo, self.counts | {"good": counted}
         return other
 
