@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
@@ -479,8 +481,15 @@ def test_runs_go_from_one_database_to_another_without_loss(any_url: str, tmp_pat
         store.add_samples(run.id, [Sample(0.5, "w", "decode", running_requests=0.1)])
         store.add_fleet_change(run.id, FleetChange(1.0, math.nan, Fleet(4, 4), Fleet(3, 5), "why"))
         run = store.end_run(run)
+        (tmp_path / ".out.part").mkdir()  # of a dump that was killed
+        (tmp_path / ".out.part" / "runs.parquet").write_bytes(b"PAR1 half")
         written = export_runs(store, [run.id], tmp_path / "out")
         assert written["observations"] == 300
+        assert not (tmp_path / ".out.part").exists()
+        shutil.copytree(tmp_path / "out", tmp_path / "odd")
+        pyarrow.parquet.write_table(pyarrow.table({"name": ["x"]}), tmp_path / "odd" / "runs.parquet")
+        with pytest.raises(InputError, match="is not what steelyard runs dump writes"):
+            import_runs(other, tmp_path / "odd")
         shutil.copytree(tmp_path / "out", tmp_path / "cut")
         (tmp_path / "cut" / "samples.parquet").write_bytes(b"PAR1 not at all")
         with pytest.raises(InputError, match="cannot be read"):

@@ -39,6 +39,7 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
     beside = out.with_name(f".{out.name}.part")
     written: dict[str, int] = {}
     try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a dump that was killed
         beside.mkdir(parents=True)
         for table in ("runs", *OF_A_RUN):
             columns = store.columns(table)
@@ -87,6 +88,6 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
         raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
-            f"{folder}: is not what steelyard runs export writes ({type(error).__name__}: {error})."
+            f"{folder}: is not what steelyard runs dump writes ({type(error).__name__}: {error})."
         ) from None
     return ids
