@@ -133,6 +133,15 @@ def test_the_verbs_fit_and_make_alike(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["synth", "--name", "x", "--like", "m", "--preset", "origin", *db]) == 1
 
 
+def test_a_trace_like_a_burst_is_one_unless_a_rate_is_given() -> None:
+    """At a rate it is Poisson; an arrival process with gaps needs one."""
+    source = Schedule("b", np.arange(30), np.zeros(30), np.arange(1, 31), np.arange(1, 31))
+    assert alike(source, 50, name="m").span_s == alike(source, 50, name="m", arrivals="burst").span_s == 0
+    assert alike(source, 5000, name="m", rate_per_s=2.0).rate_per_s == pytest.approx(2.0, rel=0.05)
+    with pytest.raises(InputError, match=r"are due at one instant\. Give --rate"):
+        alike(source, 50, name="m", arrivals="poisson")
+
+
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 SCHEDULES = st.builds(

@@ -115,13 +115,13 @@ def alike(
     seed: int = 0,
 ) -> Schedule:
     """n requests like a trace's. empirical: recorded (prompt, output) pairs drawn with replacement; mixture, lognormal: the
-    fitted laws, independent. rate and arrival process are the fitted ones unless given."""
+    fitted laws, independent. rate and arrival process are the fitted ones unless given; a burst at a rate is Poisson."""
     _enough(schedule)
     found = _arrivals(schedule)
     rate = rate_per_s or found.rate_per_s
-    if not math.isfinite(rate):
+    process = arrivals or ("poisson" if found.process == "burst" and rate_per_s else found.process)
+    if process != "burst" and not math.isfinite(rate):
         raise InputError(f"{schedule.name!r} has no rate: its requests are due at one instant. Give --rate.")
-    process = arrivals or found.process
     plain = LogNormal(0.0, 0.0)
     made = synthesize(n, plain, plain, rate_per_s=rate, arrivals=process, cv=max(found.cv, 0.01), seed=seed, name=name)
     rng = np.random.default_rng([seed, 7])
