@@ -366,7 +366,7 @@ def recommend(
         gpus=gpus,
         fit=fit,
         runs=[d.run.id for d in usable],
-        n=sum(d.finished for d in usable),
+        n=sum(d.finished if d.windows else int(d.counted.ok.sum()) for d in usable),
         current=current,
         calibrated=calibrated,
         next_probe=probe,
@@ -536,7 +536,8 @@ def data_hash(data: Sequence[RunData]) -> str:
     """sha256 over the rows an answer rests on: the same rows give the same hash, and the same answer."""
     h = hashlib.sha256()
     for one in data:
-        h.update(f"{one.run.id}:{one.run.fleet}".encode())
+        warm = f":{one.run.warmup_s:g}" if one.run.warmup_s > 0 else ""
+        h.update(f"{one.run.id}:{one.run.fleet}{warm}".encode())
         for name in ("index", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens"):
             h.update(np.ascontiguousarray(getattr(one.observations, name)).tobytes())
     return h.hexdigest()

@@ -26,7 +26,18 @@ from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
-from advisor.recommend import Candidate, Interval, _regret, _stands, enough, rank, recommend, refusal, stressed
+from advisor.recommend import (
+    Candidate,
+    Interval,
+    _regret,
+    _stands,
+    data_hash,
+    enough,
+    rank,
+    recommend,
+    refusal,
+    stressed,
+)
 from advisor.report import assemble, text_of
 from advisor.splits import LIKELY, Simulated, _likely
 from loadgen.cluster import Profile, simulate
@@ -492,6 +503,10 @@ def test_what_a_run_was_before_its_warm_up_ended_is_in_no_law() -> None:
     few = RunData(replace(data[0].run, warmup_s=float(data[0].observations.due_s[-19])), data[0].observations)
     with pytest.raises(NotEnoughDataError, match="19 finished requests"):
         recommend([few], lognormal(50, 5, 1), gpus=8, slo=SLO)
+    answer = recommend(data, lognormal(100, 5, 1), gpus=8, slo=SLO, draws=2, refuse=False)
+    assert answer.n == sum(int((one.observations.ok & (one.observations.due_s >= 30)).sum()) for one in data)
+    whole = [replace(one, run=replace(one.run, warmup_s=0.0)) for one in data]
+    assert data_hash(whole) != data_hash(data) == answer.data_hash
 
 
 def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
