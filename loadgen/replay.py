@@ -158,6 +158,7 @@ def replay(
         fleet = agreed(server, found, fleet)
     for one in (server, *map(Endpoint, others)):
         one.try_one(dialect, model)
+    digest = schedule.digest()  # of what is asked: how its prompts are made is no other schedule
     measure = EXACT
     if dialect.name != "reference":
         measure = server.measure(dialect, model, schedule.longest_prompt, words or ())
@@ -189,7 +190,7 @@ def replay(
     began = Run(
         name=name or schedule.name,
         trace=schedule.name,
-        schedule_digest=schedule.digest(),
+        schedule_digest=digest,
         scheduled=len(schedule),
         endpoint=" ".join(one.shown for one in (where, *others)),
         engine=dialect.name,

@@ -452,6 +452,16 @@ def test_prompts_are_made_to_the_server_s_own_count(store: Store, swarm: Swarm, 
     assert any("calibrated: 1.37 tokens a unit and 11" in change for change in run.changes)
 
 
+def test_a_cell_of_a_long_trace_is_known_again(store: Store, swarm: Swarm) -> None:
+    """Calibration is a change that the run names, not another schedule: a sweep that goes on finds a feed's run."""
+    whole = lengths(4)
+    asked = Feed("t", 4, whole.span_s, whole.longest_prompt, "test", lambda: iter([whole]))
+    with counting(lambda text: 11 + len(text.split())) as url:
+        run = replay(store, swarm, asked, url, text=True)
+    assert any("calibrated" in change for change in run.changes)
+    assert run.schedule_digest == asked.digest()
+
+
 def test_words_of_unlike_counts_even_out(store: Store, swarm: Swarm) -> None:
     """Where some words are one token and others three, a prompt is off by what a part of the word list is, however long it is."""
     long = Schedule(
