@@ -325,10 +325,11 @@ def replay(
             word = "degraded" if policy == "planned" else "valid"
             reasons.append((word, f"{len(refused)} changes of the fleet were refused, the first: {refused[0].reason}"))
         done_run = judged(done_run, reasons)
+        counted: Sequence[Histogram] = ()
         if scrapers:
             done_run = replace(done_run, sources=scrapers[0].sources())
-            _keep_histograms(store, writer.spool, run.id, scrapers[0].histograms())
-        run = writer.settle(done_run, patience_s)
+            counted = scrapers[0].histograms()
+        run = writer.settle(done_run, patience_s, counted)
     if writer.error is not None:
         raise writer.error
     if changes:
@@ -375,14 +376,6 @@ def agreed(server: Endpoint, found: Discovery, fleet: Fleet | None) -> Fleet | N
             "the deployment first: steelyard control."
         )
     return fleet or found.fleet
-
-
-def _keep_histograms(store: Store, spool: Spool, run_id: int, found: Sequence[Histogram]) -> None:
-    """Into the database, or to the rows that wait for it."""
-    try:
-        store.add_histograms(run_id, found)
-    except StoreError:
-        spool.add_histograms(found)
 
 
 def _on_time(run: Run, server: Endpoint, steps: int, slo: Slo | None) -> Run:
@@ -460,12 +453,14 @@ class Writer:
                     self.spool.end_run(end())
             raise
 
-    def settle(self, run: Run, patience_s: float) -> Run:
-        """Store what came of the run, and what waits. StoreError after ``patience_s`` says where the rows are."""
+    def settle(self, run: Run, patience_s: float, counted: Sequence[Histogram] = ()) -> Run:
+        """Store what came of the run, what the servers' histograms counted, and what waits. StoreError after ``patience_s`` says
+        where the rows are."""
         until = time.monotonic() + patience_s
 
         def work() -> Run:
             self.spool.load(self._store)
+            self._store.add_histograms(run.id, counted)
             return self._store.end_run(run)
 
         while True:
@@ -486,6 +481,8 @@ class Writer:
                 left = sum(len(b) for b in self._unkept if isinstance(b, Observations))
                 if left:
                     raise StoreError(f"{left} rows of run {run.id} are lost: {error}") from None
+                if counted:
+                    self.spool.add_histograms(counted)
                 self.spool.end_run(run)
                 raise StoreError(
                     f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "

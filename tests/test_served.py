@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
 import math
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,10 +22,11 @@ from advisor.cli import main
 from loadgen.client import target
 from loadgen.discover import read_targets
 from loadgen.replay import replay
-from loadgen.swarm import Swarm
+from loadgen.spool import folder
+from loadgen.swarm import Outcome, Swarm
 from tests.pages import Ask, Pages, endpoint, stream
 from tests.test_probe import pool
-from traces.errors import EndpointError
+from traces.errors import EndpointError, StoreError
 from traces.measures import ttft_parts
 from traces.records import Fleet, Histogram, Observations, Run, Schedule
 from traces.store import Store, open_store
@@ -120,6 +123,29 @@ def test_facts_readings_histograms_and_sources_are_rows(store: Store, swarm: Swa
         first = next(csv.DictReader(file))
     assert (first["prefill_worker"], first["transfer_s"], first["queue_s"]) == (names[0], "0.003", "")
     assert main(["runs", "show", str(run.id), "--db", store.url]) == 0
+
+
+def test_histograms_wait_on_disk_for_a_database_that_is_locked(store: Store, swarm: Swarm, tmp_path: Path) -> None:
+    """They are given to the thread that may wait, like the end of the run: no longer than its patience."""
+    ended: list[float] = []
+    path = tmp_path / "made.db"
+    with endpoint("vllm") as pages, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        pages["/metrics"] = counting(0.004)
+
+        def lock(_: Outcome) -> None:
+            other.execute("BEGIN IMMEDIATE")
+            ended.append(time.monotonic())
+
+        with pytest.raises(StoreError, match="Nothing is lost"):
+            asked(store, swarm, pages, seconds=1.0, patience_s=0.5, on_outcome=lock)
+        assert time.monotonic() - ended[0] < 10
+        assert '"histograms": [' in "".join(path.read_text() for path in folder().iterdir())
+        other.execute("ROLLBACK")
+    until = time.monotonic() + 20
+    while not store.run(1).ended and time.monotonic() < until:
+        assert main(["runs", "recover", "--db", store.url]) == 0  # or the replay's own thread
+        time.sleep(0.1)
+    assert {h.name for h in store.histograms(1)} == {"queue_s", "prefill_s"}
 
 
 def test_an_endpoint_without_usage_degrades_the_run(store: Store, swarm: Swarm) -> None:
