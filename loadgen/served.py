@@ -80,7 +80,7 @@ class Served:
         found += [("valid", note) for note in began.notes]
         if scraper is not None:
             found += self._readings(scraper, moved=moved)
-        if ended is not None and ended.workers and not moved:
+        if ended is not None and any(w.role != "router" for w in ended.workers) and not moved:
             before, after = ({r: d.count(r) for r in ("prefill", "decode", "mixed")} for d in (began, ended))
             if before != after:
                 found.append(

@@ -184,6 +184,34 @@ def test_a_token_that_expires_spoils_the_run(store: Store, swarm: Swarm) -> None
 
 
 @pytest.mark.usefixtures("soon")
+def test_a_list_that_does_not_answer_at_the_end_says_nothing_of_the_fleet(
+    store: Store, swarm: Swarm, tmp_path: Path
+) -> None:
+    """A router whose page is known is no worker: with it alone nobody lists any, and no fleet is said to have changed."""
+    with Pages() as p, Pages() as d, endpoint("vllm") as pages:
+        p["/metrics"] = d["/metrics"] = pages["/metrics"] = "vllm:num_requests_waiting 1\n"
+        both = ((p, "prefill"), (d, "decode"))
+        listed = [{"url": one.url, "worker_type": kind, "connection_mode": "Http"} for one, kind in both]
+        pages["/workers"] = {"workers": listed}
+        (tmp_path / "t.json").write_text(json.dumps({"router_metrics": f"{pages.url}/metrics"}))
+
+        def answer(ask: Ask) -> Any:
+            pages.pop("/workers", None)
+            return stream(ask)
+
+        targets = read_targets(tmp_path / "t.json")
+        run = asked(
+            store,
+            swarm,
+            pages,
+            seconds=0.5,
+            targets=targets,
+            on_live=lambda _: pages.update({"/v1/completions": answer}),
+        )
+    assert run.fleet == Fleet(1, 1)
+    assert "the fleet changed" not in run.reason
+
+
 def test_a_worker_that_vanishes_is_named(store: Store, swarm: Swarm) -> None:
     """Its last reading is told; where the router drops it, the run has no one P:D."""
     with Pages() as gone, Pages() as stays, endpoint("vllm") as pages:
