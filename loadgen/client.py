@@ -905,7 +905,7 @@ class Client:
                 if not piece or len(said) > MAX_HEADER_BYTES:
                     raise ConnectionResetError("the proxy closed the connection")
                 said += piece
-            if said.split(b" ", 2)[1][:1] != b"2":
+            if said.partition(b" ")[2][:1] != b"2":
                 raise OSError(f"the proxy says {printable(said.split(bytes([13]))[0].decode('latin-1'))}")
         except BaseException:
             made.close()

@@ -167,7 +167,7 @@ def _long(info: Any, options: dict[str, Any]) -> bool:
     """Is the trace long, and does no option need all its requests at once?"""
     from advisor.cli.shaping import SHAPES
 
-    whole = any(options.get(name) for name in (*SHAPES, "requests", "ramp", "order", "prefixes", "rates", "saturate"))
+    whole = any(options.get(name) for name in (*SHAPES, "requests", "ramp", "order", "prefixes", "saturate"))
     held = options.get("sessions") == "causal" or options.get("policy", "static") != "static"
     return int(info.summary.get("rows_kept", 0)) > FEED_FROM and not whole and not held
 
