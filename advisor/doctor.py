@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -235,7 +236,9 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
         server.try_one(dialect, name)
         yield Check("stream", "ok", f"two tokens in {(time.monotonic() - began) * 1e3:.0f} ms, {dialect.name} dialect")
         reply = server.fetch("GET", "/metrics")
-        read = samples(reply.text, Worker(""), 0.0, known.name) if reply.status == 200 else []
+        read = []
+        with contextlib.suppress(ValueError):  # no Prometheus text
+            read = samples(reply.text, Worker(""), 0.0, known.name) if reply.status == 200 else []
         if read:
             yield Check("metrics", "ok", f"{len(read)} workers: " + ", ".join(sorted({s.role for s in read})))
         else:

@@ -165,6 +165,7 @@ def target(
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
+        (parts.hostname or "").encode("idna")  # as a question to the name server is: it would raise there
     except ValueError:
         raise InputError("endpoint URL cannot be read. Give a base URL such as http://127.0.0.1:8000.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -185,6 +186,7 @@ def target(
         try:
             by = urlsplit(proxy)
             through = (by.hostname or "", by.port or 3128)
+            through[0].encode("idna")
         except ValueError:
             by = urlsplit("")
         if by.scheme != "http" or not by.hostname:

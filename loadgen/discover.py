@@ -174,26 +174,31 @@ def _worker(held: Any, where: str) -> Worker:
 
 def _pods(items: Sequence[Any], path: Path) -> tuple[Worker, ...]:
     """Workers from a list of Kubernetes pods: role by label, page by annotation or port. A group's leader stands for it."""
+
+    def listed(held: Any, name: str) -> list[Any]:
+        found = member(held, name)
+        return found if isinstance(found, list) else []
+
     found = []
     for pod in items:
         meta, spec, status = (member(pod, key) for key in ("metadata", "spec", "status"))
-        labels, notes = (member(meta, key) or {} for key in ("labels", "annotations"))
-        role = next((POD_WORDS[labels[k]] for k in POD_ROLES if labels.get(k) in POD_WORDS), "")
+        labels, notes = (member(meta, key) for key in ("labels", "annotations"))
+        role = next((POD_WORDS[word] for k in POD_ROLES if (word := str(member(labels, k))) in POD_WORDS), "")
         address = member(status, "podIP")
-        leader = labels.get("leaderworkerset.sigs.k8s.io/worker-index", "0") == "0"
+        leader = member(labels, "leaderworkerset.sigs.k8s.io/worker-index") in (None, "0")
         if not role or not address or not leader or member(status, "phase") != "Running":
             continue
         ports = [
             (str(p.get("name", "")), p["containerPort"])
-            for container in member(spec, "containers") or ()
-            for p in member(container, "ports") or ()
+            for container in listed(spec, "containers")
+            for p in listed(container, "ports")
             if isinstance(member(p, "containerPort"), int)
         ]
         by_name = dict(ports)
-        port = notes.get("prometheus.io/port") or next((by_name[n] for n in PORT_NAMES if n in by_name), None)
+        port = member(notes, "prometheus.io/port") or next((by_name[n] for n in PORT_NAMES if n in by_name), None)
         port = port or (ports[0][1] if ports else None)
         host = f"[{address}]" if ":" in str(address) else address
-        page = f"http://{host}:{port}{notes.get('prometheus.io/path', '/metrics')}" if port else ""
+        page = f"http://{host}:{port}{member(notes, 'prometheus.io/path') or '/metrics'}" if port else ""
         found.append(Worker(str(member(meta, "name")), role, metrics=page))
     if not found:
         raise InputError(

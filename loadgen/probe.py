@@ -160,7 +160,7 @@ def clock(server: Endpoint, asks: int = 5) -> tuple[float, float] | None:
         try:
             told = server.fetch("GET", "/v1/models").headers.get("date")
             at = parsedate_to_datetime(told).timestamp() if told else math.nan
-        except (EndpointError, ValueError, TypeError):
+        except (EndpointError, ValueError, TypeError, OverflowError):
             return None
         after = time.time()
         if at != at:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from advisor import doctor
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
@@ -100,6 +101,11 @@ def test_a_targets_file_names_workers_roles_and_pages(tmp_path: Path) -> None:
                     pod("b-0", "10.1.0.4", {"llm-d.ai/role": "both"}, http),
                     pod("d-2", "10.1.0.5", {"llm-d.ai/role": "decode"}, http, phase="Pending"),
                     pod("gateway", "10.1.0.6", {"app": "x"}, http),
+                    {
+                        "metadata": {"name": "odd", "labels": {"llm-d.ai/role": "decode"}, "annotations": [1]},
+                        "spec": {"containers": 3},
+                        "status": {"phase": "Running", "podIP": "10.1.0.8"},
+                    },
                     pod(
                         "p-1-1",
                         "10.1.0.7",
@@ -115,6 +121,7 @@ def test_a_targets_file_names_workers_roles_and_pages(tmp_path: Path) -> None:
         ("d-0", "decode", "http://10.1.0.2:8200/metrics"),
         ("d-1", "decode", "http://10.1.0.3:9000/metrics"),
         ("b-0", "mixed", "http://10.1.0.4:8200/metrics"),
+        ("odd", "decode", ""),
     ]
 
 
@@ -133,6 +140,12 @@ def test_a_targets_file_names_workers_roles_and_pages(tmp_path: Path) -> None:
         ("t.json", "{", "is no JSON"),
         ("t.json", "[1]", "must hold a table"),
         ("t.json", '{"items": [{"metadata": {"labels": {}}}]}', "no running pod has a role"),
+        ("t.json", '{"items": [{"metadata": {"labels": ["llm-d.ai/role"]}}]}', "no running pod has a role"),
+        (
+            "t.json",
+            '{"items": [{"metadata": {"labels": {"llm-d.ai/role": ["prefill"]}}}]}',
+            "no running pod has a role",
+        ),
         (
             "t.json",
             '{"workers": [{"name": "a", "role": "prefill"}, {"name": "a", "role": "decode"}]}',
@@ -312,6 +325,9 @@ def test_a_clock_that_is_wrong_is_measured() -> None:
     assert found is not None
     assert found[0] == pytest.approx(7.3, abs=found[1] + 0.05)
     assert found[1] < 0.3
+    with Pages() as pages:
+        pages["/v1/models"] = (200, {}, {"Date": "Thu, 01 Jan 99999999999 00:00:00 GMT"})
+        assert clock(server(pages)) is None
 
 
 @pytest.mark.parametrize(
@@ -338,16 +354,55 @@ def test_an_endpoint_that_cannot_be_used_is_one_clear_line(pages: Any, options: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ('{"prefill": 2, "decode": 1, "draining": 1e400}', (Fleet(2, 1), False, Fleet(2, 1), 0)),
+        ('{"prefill": 2, "decode": 1, "draining": -1}', (Fleet(2, 1), False, Fleet(2, 1), 0)),
+        ('{"prefill": 2, "decode": 1000000000000}', None),
+        ('{"prefill": 2, "decode": 1, "draining": 1}', (Fleet(2, 1), False, Fleet(2, 1), 1)),
+    ],
+)
+def test_a_fleet_that_can_be_none_is_none(said: str, state: Any) -> None:
+    """Numbers that no fleet has, such as infinity, are not worked with."""
+    with Pages() as pages:
+        pages["/fleet"] = said
+        assert server(pages).fleet_state() == state
+
+
+@pytest.mark.parametrize("url", ["http://a..b", f"http://{'a' * 64}.b"])
+def test_a_host_that_no_name_server_takes_is_one_clear_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["probe", url], ["probe", "http://127.0.0.1:1", "--proxy", url]):
+        assert main(arguments) == 1
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert "URL" in said
+
+
+def test_doctor_takes_metrics_that_are_no_prometheus_text_for_none() -> None:
+    with endpoint("vllm", metrics={"requests": 3}) as pages:
+        checks = {check.name: check for check in doctor.endpoint(pages.url, api_key=None)}
+    assert (checks["metrics"].word, checks["metrics"].found) == ("warning", "/metrics: HTTP 200, nothing we can read")
+    assert checks["fleet"].word == "note"
+
+
 def test_the_verb_prints_people_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Known, missing and costs for people; one object for programs; exit code 1 and one line where nothing answers."""
     with endpoint("vllm") as pages:
         pages["/workers"] = pool(pages, "pd")
-        assert main(["probe", pages.url]) == 0
+        file = tmp_path / "targets.json"
+        roles = {"w0": "prefill", "w1": "decode"}
+        own = [{"role": role, "url": f"{pages.url.replace('//', '//me:pl4nted@')}/{w}"} for w, role in roles.items()]
+        file.write_text(json.dumps({"workers": own}))
+        assert main(["probe", pages.url, "--targets", str(file)]) == 0
         out = capsys.readouterr().out
         assert "known    vllm" in out
         assert "costs:" in out
-        assert main(["probe", pages.url, "--json"]) == 0
-        held = json.loads(capsys.readouterr().out)
+        assert f"metrics {pages.url}/w0/metrics" in out
+        assert main(["probe", pages.url, "--targets", str(file), "--json"]) == 0
+        said = capsys.readouterr().out
+        assert "pl4nted" not in out + said
+        held = json.loads(said)
     assert held["engine"] == "vllm"
     assert held["request"]["output_tokens"] == [16, 16, 16]
     assert {"what", "costs", "do"} == set(held["missing"][0])

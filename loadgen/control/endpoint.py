@@ -26,6 +26,9 @@ PREFLIGHT_S = 15.0
 
 MAX_BODY = 16 * 1024 * 1024
 
+MOST_WORKERS = 10**6
+"""An endpoint that speaks of as many is not believed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -310,7 +313,8 @@ class Endpoint:
             return None
         changing = held.get("draining")
         settled = not changing and aimed in (None, fleet)
-        return fleet, settled, wanted, int(changing) if isinstance(changing, (int, float)) else 0
+        count = changing if isinstance(changing, (int, float)) and 0 <= changing < MOST_WORKERS else 0
+        return fleet, settled, wanted, int(count)
 
     def ask_fleet(self, fleet: Fleet, timeout_s: float | None = None) -> None:
         """Ask for a fleet and do not wait for it. EndpointError when the server refuses."""
@@ -332,6 +336,6 @@ def fleet_body(fleet: Fleet) -> bytes:
 
 def _fleet(held: dict[str, Any]) -> Fleet | None:
     counts = [held.get(role, 0) for role in ("prefill", "decode", "mixed")]
-    if all(type(n) is int and n >= 0 for n in counts) and (min(counts[:2]) >= 1 or counts[2]):
+    if all(type(n) is int and 0 <= n < MOST_WORKERS for n in counts) and (min(counts[:2]) >= 1 or counts[2]):
         return Fleet(*counts)
     return None
