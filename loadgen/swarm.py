@@ -390,7 +390,7 @@ class Swarm:
         self._local = workers
         self._expect = max(workers, expect or 0)
         host, _, port = bind.rpartition(":") if ":" in bind else (bind, "", "0")
-        if not port.isdigit() or not host:
+        if not port.isdecimal() or not host:
             raise InputError(f"--bind takes HOST or HOST:PORT (got {bind!r}).")
         self._bind = host, int(port)
         known = secret.given()
@@ -1046,7 +1046,7 @@ def work(master: str, parent: int = 0) -> int:
     import resource
 
     host, _, port = master.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
         raise InputError(f"--master takes HOST:PORT (got {master!r}).")
     with contextlib.suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN if parent else signal.SIG_DFL)

@@ -170,6 +170,8 @@ WRONG = [
     (["replay", "small", "--endpoint", "{endpoint}", "--fleet", "three"], 1, "prefill:decode"),
     (["replay", "small", "--endpoint", "{endpoint}", "--slo", "fast"], 1, "SLO term"),
     (["replay", "small", "--endpoint", "{endpoint}", "--model", "gpt-9"], 1, "gpt-9"),
+    (["replay", "small", "--endpoint", "{endpoint}", "--gpus-per-worker", "\u00b2,1"], 2, "--gpus-per-worker"),
+    (["replay", "small", "--endpoint", "{endpoint}", "--web", "\u00b2"], 2, "--web"),
     (["replay", "small"], 2, "--endpoint"),
     (["ingest", "{tmp}/none.csv"], 1, "no such file"),
     (["ingest", "{tmp}"], 1, "folder"),

@@ -981,8 +981,9 @@ def test_a_run_that_no_database_could_hold_is_one_line(
 
 def test_a_worker_without_a_master_is_refused_its_address(capsys: pytest.CaptureFixture[str]) -> None:
     """An address that is none is said to be none."""
-    assert main(["worker", "--master", "nowhere"]) == 1
-    assert "HOST:PORT" in capsys.readouterr().err
+    for master in ("nowhere", "host:\u00b2"):
+        assert main(["worker", "--master", master]) == 1
+        assert "HOST:PORT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [False, True])

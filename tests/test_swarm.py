@@ -717,5 +717,6 @@ def test_a_swarm_needs_a_worker_and_an_address() -> None:
     """Nonsense is refused before a process is started."""
     with pytest.raises(InputError, match="at least one worker"):
         Swarm(workers=0)
-    with pytest.raises(InputError, match="HOST:PORT"):
-        Swarm(workers=1, bind="host:port")
+    for bind in ("host:port", "host:\u00b2"):
+        with pytest.raises(InputError, match="HOST:PORT"):
+            Swarm(workers=1, bind=bind)

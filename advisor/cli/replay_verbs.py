@@ -118,7 +118,7 @@ def asked(f: Any) -> Any:
 def pair(text: str) -> tuple[int, int]:
     """``1,2`` as GPUs per (prefill, decode) worker."""
     prefill, _, decode = text.partition(",")
-    if not (prefill.strip().isdigit() and decode.strip().isdigit()) or min(int(prefill), int(decode)) < 1:
+    if not (prefill.strip().isdecimal() and decode.strip().isdecimal()) or min(int(prefill), int(decode)) < 1:
         raise click.UsageError(
             f"--gpus-per-worker takes PREFILL,DECODE, both at least 1, for example 1,2 (got {text!r})."
         )
@@ -497,7 +497,7 @@ def door_of(options: dict[str, Any], name: str) -> Any:
     from loadgen.ports import Door
 
     host, _, port = options[name].rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    if not port.isdecimal() or int(port) > 65535:
         raise click.UsageError(f"--{name.replace('_', '-')} takes PORT or HOST:PORT (got {options[name]!r}).")
     token = token_of(options["web_token_file"], "--web-token-file", "STEELYARD_WEB_TOKEN")
     return Door(host.strip("[]") or "127.0.0.1", int(port), token, options["tls_cert"], options["tls_key"])
