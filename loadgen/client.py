@@ -19,6 +19,7 @@ import gc
 import heapq
 import math
 import os
+import re
 import socket
 import ssl
 import struct
@@ -146,6 +147,13 @@ def _basic(user: str, password: str | None) -> str:
     return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password or '')}".encode()).decode()
 
 
+def unsaid(url: str) -> str:
+    """What should be a URL, for messages: without what may be a user and password, also where the scheme is missing."""
+    from traces.store import redact
+
+    return printable(re.sub(r"^\S*:\S*@", "", redact(url)))
+
+
 def target(
     url: str,
     *,
@@ -170,7 +178,7 @@ def target(
         raise InputError("endpoint URL cannot be read. Give a base URL such as http://127.0.0.1:8000.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(
-            f"endpoint must be an http or https URL (got {printable(url)!r}). Give a base URL such as http://127.0.0.1:8000."
+            f"endpoint must be an http or https URL (got {unsaid(url)!r}). Give a base URL such as http://127.0.0.1:8000."
         )
     wanted = dict(headers or {})
     if parts.username is not None:

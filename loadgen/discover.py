@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loadgen import engines
-from loadgen.client import target
+from loadgen.client import target, unsaid
 from loadgen.control import Endpoint
 from loadgen.engines import Engine, Glance, Worker
 from loadgen.engines.base import address, member
@@ -163,7 +163,7 @@ def _worker(held: Any, where: str) -> Worker:
             try:
                 target(texts[key])
             except InputError:
-                raise InputError(f"{where}: {key} must be an http or https URL (got {texts[key]!r}).") from None
+                raise InputError(f"{where}: {key} must be an http or https URL (got {unsaid(texts[key])!r}).") from None
     if texts["url"] and not texts["metrics"]:
         texts["metrics"] = texts["url"].rstrip("/") + "/metrics"
     name = texts["name"] or address(texts["url"]) or texts["id"] or address(texts["metrics"])

@@ -35,6 +35,11 @@ def shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def _bytes(said: str) -> bytes:
+    """What was said, also what is no UTF-8: aiohttp hands that over as surrogates."""
+    return said.encode("utf-8", "surrogatepass")
+
+
 @dataclass(frozen=True, slots=True)
 class Door:
     """How a server of ours is reached. token: asked of everybody; cert, key: PEM files of the certificate that it shows (key:
@@ -103,7 +108,7 @@ class Door:
 
     def knows(self, said: str) -> bool:
         """Is that the token? The time that the answer takes does not tell how much of it is right."""
-        return self.token is None or hmac.compare_digest(said.encode(), self.token.encode())
+        return self.token is None or hmac.compare_digest(_bytes(said), _bytes(self.token))
 
     def bearer(self, authorization: str) -> bool:
         """Does that header hold the token?"""
@@ -115,7 +120,7 @@ class Door:
 
     def stands(self, cookie: str, purpose: str) -> bool:
         """Is that the cookie?"""
-        return hmac.compare_digest(cookie.encode(), self.cookie(purpose).encode())
+        return hmac.compare_digest(_bytes(cookie), self.cookie(purpose).encode())
 
 
 HERE = Door()

@@ -606,6 +606,22 @@ def test_a_url_that_cannot_be_used_is_an_input_error(url: str) -> None:
         target(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("me:s3/cr@t@host:80", "'host:80'"),
+        ("http//me:s3cr@t@host", "'host'"),
+        ("ftp://me:s3cr@t@host", "'ftp://host'"),
+        ("host?api_key=s3cr", "'host?api_key=***'"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_shown_without_its_password(url: str, said: str) -> None:
+    with pytest.raises(InputError, match=r"\(got (.*)\)") as caught:
+        target(url)
+    assert f"(got {said})" in str(caught.value)
+    assert "s3" not in str(caught.value)
+
+
 def test_a_header_cannot_smuggle_a_line() -> None:
     """A line break in a token would be a second header."""
     with pytest.raises(InputError, match="does not allow"):

@@ -219,6 +219,28 @@ def test_a_set_on_purpose_survives_a_sweep_and_is_undone_by_restore(server: str,
     assert (first.in_flight, first.failed) == (2, 0)
 
 
+def test_a_set_after_a_crash_leaves_the_crashs_note(server: str, tmp_path: Path) -> None:
+    """restore undoes one after the other; --forget drops them all."""
+    db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
+    control = Reference(endpoint(server))
+    before = control.get().fleet or Fleet(9, 9)
+    journal = Journal(control.spec, control.name)
+    journal.lock("sweep")
+    journal.begin("sweep", before, Fleet(1, 5))
+    journal.unlock()
+    put(control, Fleet(1, 5))
+    assert main(["control", "set", "2:4", server, *db]) == 0
+    assert main(["control", "restore", *db]) == 0
+    assert control.get().settled(Fleet(1, 5))
+    assert main(["control", "restore", *db]) == 0
+    assert control.get().settled(before)
+    assert Journal.all() == []
+    journal.begin("sweep", before, Fleet(1, 5))
+    journal.begin("set", Fleet(1, 5), Fleet(2, 4))
+    assert main(["control", "restore", "--forget", *db]) == 0
+    assert Journal.all() == []
+
+
 def test_a_note_that_cannot_be_read_is_not_thrown_away(capsys: pytest.CaptureFixture[str]) -> None:
     journal = Journal("reference:x", "x")
     journal.path.parent.mkdir(parents=True)
@@ -229,7 +251,12 @@ def test_a_note_that_cannot_be_read_is_not_thrown_away(capsys: pytest.CaptureFix
     said = capsys.readouterr()
     assert f"{journal.path}: not restored: the note cannot be read" in said.out
     assert "The note stays" in said.err
-    assert journal.path.exists()
+    own = Journal("command:" + json.dumps(["x", "{prefill}", "{decode}"]), "x")
+    assert main(["control", "restore", "--control", own.spec]) == 0  # another's note
+    journal.path.rename(own.path)
+    assert main(["control", "restore", "--control", own.spec]) == 1
+    assert "cannot be read" in capsys.readouterr().out
+    assert own.path.exists()
 
 
 def test_a_fleet_that_is_set_is_said_to_be_though_the_database_is_away(
@@ -407,6 +434,19 @@ def test_what_nobody_has_looked_at_is_never_settled(tmp_path: Path) -> None:
     assert not fleet.exists()
 
 
+def test_what_may_not_be_ended_is_not_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's process, such as one of sudo, goes on; no other user is needed to see what is said then."""
+
+    def refused(group: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "killpg", refused)
+    with pytest.raises(LostError, match=r"within 0\.3 s and may not be ended .*: it may go on changing the fleet"):
+        put(
+            Command(["sh", "-c", "sleep 1", "{prefill}", "{decode}"], now=Fleet(1, 1), timeout_s=0.3), Fleet(2, 1), 30.0
+        )
+
+
 def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
     control = control_of('command:["true", "{prefill}", "{decode}"]', CONNECT)
     assert control is not None
@@ -418,6 +458,8 @@ def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
     ("spec", "said"),
     [
         ("nonsense", "neither a kind nor a file"),
+        ("me:pw@host:8000", "--control 'host:8000' is neither"),
+        ("http://me:pw@host:8000", "--control 'http://host:8000' is neither"),
         ("reference:", "needs the endpoint's URL"),
         ("sglang:", "needs the router's URL"),
         ("command:scale", "must be a list of arguments"),
@@ -1071,6 +1113,25 @@ def test_a_controller_reads_the_workers_of_a_targets_file(
     moved = [d for d in said["decisions"] if d["action"] == "move"]
     assert [(d["before"], d["after"], d["reason"]) for d in moved] == [("3:3", "4:2", "9 prompts and 0 answers wait")]
     assert endpoint(server).fleet() == Fleet(3, 3)
+
+
+def test_a_controller_whose_fleet_does_not_come_back_has_not_done_its_work(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, and the note stays."""
+    _, control = fleet_script(tmp_path)
+    (tmp_path / "fleet").write_text("9:1")  # its program has no way back to nine
+    with Pages() as pages:
+        pages["/p/metrics"], pages["/d/metrics"] = "vllm:num_requests_waiting 0\n", "vllm:num_requests_waiting 9\n"
+        file = tmp_path / "targets.json"
+        workers = [{"role": role, "metrics": f"{pages.url}/{role[0]}/metrics"} for role in ("prefill", "decode")]
+        file.write_text(json.dumps({"workers": workers}))
+        rule = ["--policy", "online-report", "--targets", str(file), "--tick", "0.1", "--max-switches-per-hour", "1"]
+        db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
+        assert main(["control", "run", server, "--control", str(control), *rule, "--for", "1.5", *db]) == 1
+    assert "could not be put back" in capsys.readouterr().err
+    assert (tmp_path / "fleet").read_text() == "8:2"
+    assert len(Journal.all()) == 1
 
 
 def test_a_dry_run_of_a_controller_stores_no_move(

@@ -57,6 +57,17 @@ def api(serve: Callable[..., ApiServer]) -> ApiServer:
     return made
 
 
+@pytest.mark.parametrize("text", ["a: [", "a: &b *c", "- 1"])
+def test_a_configuration_that_cannot_be_read_is_one_clear_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kubeconfig").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with pytest.raises(InputError, match="no usable configuration") as caught:
+        made().get()
+    assert "\n" not in str(caught.value)
+
+
 def made(spec: str = SPEC) -> Any:
     control = control_of(spec, CONNECT)
     assert control is not None

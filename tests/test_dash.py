@@ -173,6 +173,9 @@ def test_elsewhere_it_needs_a_token(db: str, capsys: Any) -> None:
         assert "s3cret" not in cookie
         assert ask(url, "/", Cookie=cookie.split(";")[0])[0] == 200
         assert ask(url, "/", Cookie="steelyard=other")[0] == 401
+        assert ask(url, "/", Cookie="steelyard=\xff")[0] == 401
+        assert ask(url, "/", Authorization="Bearer \xff")[0] == 401
+        assert ask(url, "/?token=%ff")[0] == 401
 
 
 @pytest.fixture

@@ -132,6 +132,7 @@ def test_a_targets_file_names_workers_roles_and_pages(tmp_path: Path) -> None:
         ("t.toml", '[[worker]]\nrole = "prefil"\n', "role must be one of prefill, decode, mixed, router"),
         ("t.toml", '[[worker]]\nrol = "prefill"\n', "worker 1: 'rol' is not known. Known: id, metrics, name"),
         ("t.toml", '[[worker]]\nmetrics = "10.0.0.1:80"\n', "metrics must be an http or https URL"),
+        ("t.toml", '[[worker]]\nmetrics = "me:pw@a:80"\n', "metrics must be an http or https URL (got 'a:80')"),
         ("t.toml", '[[worker]]\nrole = "decode"\n', "needs metrics"),
         ("t.toml", '[[worker]]\nname = "a"\nweight = 0\n', "weight must be a whole number"),
         ("t.toml", "[[worker]\n", "is no TOML"),

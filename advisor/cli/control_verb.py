@@ -262,7 +262,7 @@ def restore(
 ) -> int:
     """Put the fleets back that a crash, an interrupted command or ``control set`` left changed."""
     from loadgen.control import control_of, put
-    from loadgen.control.journal import SET, Journal
+    from loadgen.control.journal import Journal
     from traces.errors import EndpointError, SteelyardError
     from traces.records import FleetChange
     from traces.store import open_store
@@ -289,7 +289,7 @@ def restore(
                 if forget:
                     row["done"] = True
                     if not dry_run:
-                        journal.done(SET)
+                        journal.forget()
                     continue
                 made = control_of(journal.spec, connect)
                 if made is None:
@@ -312,7 +312,9 @@ def restore(
                 journal.unlock()
         except SteelyardError as error:
             row["said"] = str(error)
-    for path in [] if wanted is not None else Journal.unreadable():
+    for path in Journal.unreadable():
+        if wanted is not None and path != Journal(wanted, "").path:
+            continue
         said = "the note cannot be read; put the fleet back by hand and remove the file"
         found.append({"control": str(path), "fleet": None, "changed_by": "", "done": False, "said": said})
     failed = [row for row in found if not row["done"] and not dry_run]
@@ -484,7 +486,7 @@ def run(
             f"{controller.missed} ticks without a reading",
             markup=False,
         )
-    return 1 if unstored else 0
+    return 1 if unstored or keeper.stranded else 0
 
 
 @contextlib.contextmanager
@@ -506,6 +508,7 @@ class _Dry:
     def __init__(self, keeper: Any) -> None:
         self._keeper = keeper
         self.kind, self.name, self.spec = keeper.kind, keeper.name, keeper.spec
+        self.stranded = False
 
     def __enter__(self) -> _Dry:
         return self

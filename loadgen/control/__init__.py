@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from loadgen.client import unsaid
 from loadgen.control.endpoint import Endpoint as Endpoint
 from loadgen.control.endpoint import fleet_body as fleet_body
 from loadgen.control.journal import Journal
@@ -271,6 +272,7 @@ class Keeper:
     that fleet). keep_note: the note stays, so that ``steelyard control restore`` goes back (``control set``).
     say: gets a line when something needs to be known. A crash leaves the note; the next Keeper of the same endpoint goes
     back to what stood before the crash, or, where it leaves its own fleet, keeps the note for ``restore``.
+    stranded: the old fleet could not be put back.
     """
 
     def __init__(
@@ -291,6 +293,7 @@ class Keeper:
         self.timeout_s, self._say = timeout_s, say
         self.journal = Journal(control.spec, control.name)
         self.before: Fleet | None = None
+        self.stranded = False
         self._entered = self._owed = False
         self._said: set[str] = set()
 
@@ -331,6 +334,7 @@ class Keeper:
             self.journal.done(self._verb)
             self.before = None
         except (EndpointError, InputError) as error:
+            self.stranded = True
             self._say(
                 f"the fleet {self.before} could not be put back ({error}). Once the endpoint answers, run: "
                 "steelyard control restore"
@@ -418,7 +422,9 @@ def control_of(spec: str, connect: Connect) -> Control | None:
     path = Path(spec)
     if not path.is_file():
         forms = "; ".join(form for _, form in KINDS.values())
-        raise InputError(f"--control {spec!r} is neither a kind nor a file. Give a TOML file or one of: {forms}.")
+        raise InputError(
+            f"--control {unsaid(spec)!r} is neither a kind nor a file. Give a TOML file or one of: {forms}."
+        )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not all that tomllib raises is a TOMLDecodeError

@@ -115,6 +115,7 @@ class Command:
 
     @staticmethod
     def _ended(arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes]) -> int:
+        fate = "was killed"
         try:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
@@ -123,8 +124,12 @@ class Command:
             try:
                 return process.wait(timeout_s)
             except BaseException:
-                with contextlib.suppress(OSError):  # gone, or another user's (sudo)
+                try:
                     os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would go on changing the fleet
+                except PermissionError:
+                    fate = "may not be ended (another user's, as with sudo): it may go on changing the fleet"
+                except OSError:
+                    pass  # gone
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1.0)
                 raise
@@ -134,7 +139,7 @@ class Command:
             raise LostError(f"control command {arguments[0]!r}: it may not be run (is it executable?).") from None
         except subprocess.TimeoutExpired:
             raise LostError(
-                f"control command {arguments[0]!r}: did not end within {timeout_s:g} s and was killed."
+                f"control command {arguments[0]!r}: did not end within {timeout_s:g} s and {fate}."
             ) from None
         except OSError as error:
             raise LostError(f"control command {arguments[0]!r}: cannot be run ({error.strerror}).") from None

@@ -131,9 +131,13 @@ class Journal:
         held = self.entries()
         while held and held[-1].verb != SET:
             held.pop()
-        if verb == SET:
-            held.clear()
+        if verb == SET and held:
+            held.pop()  # what a crash before it noted stays
         self._write(held)
+
+    def forget(self) -> None:
+        """Drop all: the fleet is as it should be."""
+        self._write([])
 
     def undo(self) -> tuple[Fleet, str] | None:
         """(fleet to go back to, by what it was changed): what a crash left, otherwise the last ``control set``."""

@@ -588,10 +588,9 @@ def _api(context: str) -> tuple[Any, Any]:
             config.load_kube_config(config_file=file, context=context or None, client_configuration=settings)
         else:
             config.load_incluster_config(client_configuration=settings)
-    except (config.ConfigException, OSError, TypeError, ValueError) as error:
-        raise InputError(
-            f"--control kubernetes: no usable configuration ({str(error)[:160]}). Set KUBECONFIG."
-        ) from None
+    except Exception as error:  # its own, of the files, and of the parser of YAML that it uses
+        words = " ".join(str(error).split())[:160]
+        raise InputError(f"--control kubernetes: no usable configuration ({words}). Set KUBECONFIG.") from None
     made = client.ApiClient(settings)
     return client.CustomObjectsApi(made), client.CoreV1Api(made)
 
