@@ -370,7 +370,7 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert found["fleet_changes"]
     assert found["fleet_changes"][0]["before"] == "3:1"
     assert "answers wait" in found["fleet_changes"][0]["reason"]
-    assert found["fleet_changes"][0]["first_served_s"] > found["fleet_changes"][0]["ready_s"]
+    assert found["fleet_changes"][0]["first_served_s"] > found["fleet_changes"][0]["asked_s"]
     code, _, err = run(capsys, "replay", "t", "--endpoint", url, "--policy", "online", "--db", db)
     assert (code, "needs thresholds: give --recommendation ID" in err) == (1, True), err
 
