@@ -230,6 +230,59 @@ def test_the_command_line_beats_the_environment_beats_the_file(
     )
 
 
+def test_what_stands_before_the_verb_was_typed_too(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--db`` before a verb, or before the verb of a verb, beats environment and file: what is pruned is what was named."""
+    for name in "abcd":
+        with open_store(f"sqlite:///{name}.db") as store:
+            store.end_run(store.begin_run(a_run(name=name)))
+    monkeypatch.setenv("STEELYARD_DB", "sqlite:///a.db")
+    (here / "steelyard.toml").write_text('db = "sqlite:///b.db"\n[demo]\nworkers = 1\n')
+
+    def name(*arguments: str) -> str:
+        return str(json.loads(said(capsys, *arguments, "--json"))["name"])
+
+    typed = ("--db", "sqlite:///c.db")
+    assert [run["name"] for run in json.loads(said(capsys, *typed, "runs", "--json"))["runs"]] == ["c"]
+    assert name(*typed, "runs", "show", "1") == "c"
+    assert name("runs", *typed, "show", "1") == "c"
+    assert name("runs", "show", "1", *typed) == "c"
+    assert name(*typed, "runs", "show", "1", "--db", "sqlite:///d.db") == "d"
+    assert name(*typed, "runs", "--db", "sqlite:///d.db", "show", "latest") == "d"
+    assert name("runs", "show", "1") == "a"
+    monkeypatch.delenv("STEELYARD_DB")
+    assert name("runs", "show", "1") == "b"
+    assert name(*typed, "runs", "show", "latest") == "c"
+    with steelyard.make_context("steelyard", ["--db", "sqlite:///c.db", "demo"]) as above:
+        demo = steelyard.get_command(above, "demo")
+        assert demo is not None
+        assert demo.make_context("demo", [], parent=above).params["db"] == "sqlite:///c.db"
+
+
+def test_without_a_verb_and_at_a_tab_the_file_of_options_is_read(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database that it names is the one looked at; what is wrong with it is said, but not at every TAB."""
+    said(capsys, "ingest", "azure-2023-conv", "--db", "sqlite:///other.db")
+    (here / "steelyard.toml").write_text('db = "sqlite:///other.db"\n')
+    assert status(capsys)["next"]["command"].startswith("steelyard replay azure-2023-conv ")
+    assert completed("replay", "az") == ["azure-2023-conv"]
+    assert completed("traces", "show", "az") == ["azure-2023-conv"]
+    assert status(capsys, "--db", "sqlite:///none.db")["next"]["command"] == "steelyard demo"
+    monkeypatch.setenv("STEELYARD_DB", "sqlite:///none.db")
+    assert status(capsys)["next"]["command"] == "steelyard demo"
+    monkeypatch.delenv("STEELYARD_DB")
+    (here / "mine.toml").write_text('[traces]\ndb = "sqlite:///other.db"\n')
+    (here / "steelyard.toml").unlink()
+    assert completed("--config", "mine.toml", "traces", "show", "az") == ["azure-2023-conv"]
+    assert "nowhere.toml: cannot be read" in said(capsys, "--config", "nowhere.toml", code=1)
+    (here / "steelyard.toml").write_text("db = \n")
+    assert "is not TOML" in said(capsys, code=1)
+    assert completed("replay", "--fl") == ["--fleet"]
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

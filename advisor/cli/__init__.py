@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -57,19 +58,16 @@ class Verbs(click.Group):
             close = difflib.get_close_matches(cmd_name, VERBS, n=1)
             ctx.fail(f"no verb {cmd_name!r}." + (f" Did you mean {close[0]!r}?" if close else " See steelyard --help."))
         command = load(cmd_name)
-        self._settle(ctx, cmd_name, command)
+        self._settle(cmd_name, command)
         return command
 
-    def _settle(self, ctx: click.Context, name: str, command: click.Command) -> None:
-        """Let the verb's options come from the environment and from the configuration file."""
+    def _settle(self, name: str, command: click.Command) -> None:
+        """Let the verb's options come from the environment."""
         from advisor.cli import config
 
         for path, held, parent in config.tree(name, command):
             for option in config.settable(held, parent):
                 option.envvar = option.envvar or config.variables(path, option)
-        file, said = config.read(ctx.params.get("config"))
-        if file is not None and not ctx.resilient_parsing:
-            ctx.default_map = config.checked(file, said, {verb: load(verb) for verb in VERBS})
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs without importing any."""
@@ -84,11 +82,29 @@ def load(verb: str) -> click.Command:
     return command
 
 
+def _configure(context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+    """Let the options of the verbs, and the database without one, come from the file; a TAB has nowhere to complain of it."""
+    from advisor.cli import config
+
+    try:
+        file, said = config.read(path)
+        if file is not None:
+            context.default_map = config.checked(file, said, {verb: load(verb) for verb in VERBS})
+            if "db" in said and not os.environ.get("STEELYARD_DB"):
+                context.default_map["db"] = said["db"]
+    except SteelyardError:
+        if not context.resilient_parsing:
+            raise
+    return path
+
+
 @click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="steelyard")
 @click.option(
     "--config",
     metavar="FILE",
+    is_eager=True,  # before --db
+    callback=_configure,
     help="TOML file of options [env STEELYARD_CONFIG; default steelyard.toml, if the working folder has one].",
 )
 @json_option
@@ -103,7 +119,7 @@ def steelyard(context: click.Context, config: str | None, as_json: bool, db: str
         return
     from advisor.cli.status import show, status
 
-    found = status(db, named=context.get_parameter_source("db") is not click.core.ParameterSource.DEFAULT)
+    found = status(db, named=context.get_parameter_source("db") is click.core.ParameterSource.COMMANDLINE)
     if as_json:
         emit_json(found)
     else:

@@ -48,6 +48,16 @@ def quiet() -> bool:
     return context is not None and bool(context.meta.get("steelyard.quiet"))
 
 
+def typed_above(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """What was typed before the verb, where the verb itself has no such word: it too beats environment and file."""
+    above, name = context.parent, str(option.name)
+    typed = click.core.ParameterSource.COMMANDLINE
+    if above is None or above.get_parameter_source(name) is not typed or context.get_parameter_source(name) is typed:
+        return value
+    context.set_parameter_source(name, typed)  # for the verb below this one
+    return above.params[name]
+
+
 def db_option(f: F) -> F:
     """``--db URL``, from STEELYARD_DB, or a SQLite file in the working folder. Eager: names of traces and runs are in it."""
     return click.option(
@@ -189,10 +199,12 @@ RECOVERED = "steelyard.recovered"
 """In a command's meta: database -> file -> rows that were stored before the verb began."""
 
 
-def _recover(context: click.Context, _option: click.Parameter, db: str) -> str:
-    """Store what waited on disk for this database, and say so; ``runs recover`` is asked to do it and says it itself."""
+def _recover(context: click.Context, option: click.Parameter, db: str) -> str:
+    """The database, that of the group above if it was typed there. Store what waited on disk for it, and say so; ``runs recover``
+    is asked to do it and says it itself."""
     from traces.errors import InputError, SteelyardError
 
+    db = str(typed_above(context, option, db))
     if context.info_name in ("recover", "migrate"):
         return db
     try:

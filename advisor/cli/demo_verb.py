@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from advisor.cli.common import emit_json, example, json_option, messages, progress, quiet
+from advisor.cli.common import emit_json, example, json_option, messages, progress, quiet, typed_above
 
 
 @click.command(**example("steelyard demo --out steelyard-demo"))
@@ -17,7 +17,7 @@ from advisor.cli.common import emit_json, example, json_option, messages, progre
     show_default=True,
     help="Folder for the database and the report.",
 )
-@click.option("--db", metavar="URL", help="Database URL [default: steelyard.db in --out].")
+@click.option("--db", metavar="URL", callback=typed_above, help="Database URL [default: steelyard.db in --out].")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Load workers.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap and of the prompts.")
 @json_option
