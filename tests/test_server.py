@@ -234,17 +234,18 @@ def test_the_server_keeps_the_simulators_schedule() -> None:
     assert late.min() > -0.001
 
 
+class Ticking(Endpoint):
+    """Every reading of the clock is 3 ms later than the one before."""
+
+    read_s = 0.0
+
+    def now_s(self) -> float:
+        self.read_s += 0.003
+        return self.read_s
+
+
 def test_no_token_is_lost_between_two_readings_of_the_clock() -> None:
     """A request may come at the very moment at which a batch ends: the step's tokens are written before it is over."""
-
-    class Ticking(Endpoint):
-        """Every reading of the clock is 3 ms later than the one before."""
-
-        read_s = 0.0
-
-        def now_s(self) -> float:
-            self.read_s += 0.003
-            return self.read_s
 
     async def serve() -> list[int]:
         endpoint = Ticking(Profile.load("demo"), Fleet(1, 1))
@@ -256,6 +257,26 @@ def test_no_token_is_lost_between_two_readings_of_the_clock() -> None:
         return [stream.sent for stream in streams]
 
     assert asyncio.run(serve()) == [20] * 80
+
+
+def test_a_client_that_leaves_takes_nothing_from_the_others() -> None:
+    """Of two answers in a batch one is given up in the middle: the other has its tokens once, and no counter falls."""
+
+    async def serve() -> tuple[int, list[float]]:
+        endpoint = Ticking(Profile.load("demo"), Fleet(1, 1))
+        first, second = (Stream(str(k), None, b"", b"") for k in range(2))
+        jobs = [endpoint.submit(stream, 100, 200) for stream in (first, second)]
+        made: list[float] = []
+        while not second.done.done():
+            endpoint.run_due()
+            if second.sent >= 100 and not jobs[0].gone:
+                endpoint.cancel(jobs[0])
+            made.append(sum(s.output_tokens_total or 0 for s in endpoint.cluster.samples(endpoint.read_s)))
+        return second.sent, made
+
+    sent, made = asyncio.run(serve())
+    assert sent == 200
+    assert made == sorted(made)
 
 
 def test_a_client_that_leaves_frees_the_cluster(demo_url: str) -> None:

@@ -208,7 +208,9 @@ class Endpoint:
 
     def cancel(self, job: Job) -> None:
         """The client went away."""
-        self.run_due()
+        now = self.now_s()
+        self.run_due(now)
+        self.cluster.advance(now)  # or the step it leaves after would be counted from the last event
         self.cluster.cancel(job)
         self._arm()
 
