@@ -504,7 +504,7 @@ def over_http(
 
     speed: model seconds per second; figures are in model seconds. Returns {arm: {measure: interval}}, for each arm also
     ``against_simulation``: the paired difference in P99 and mean latency as a share, which is the speed's and the
-    machine's own error; rejected: runs that were not valid (each is tried twice); runs: their ids.
+    machine's own error; rejected: runs that were not valid or in which a request failed (each is tried twice); runs: their ids.
     """
     arms = arms or [arm.name for arm in ARMS]
     p = question.profile
@@ -524,20 +524,24 @@ def over_http(
                 if name not in arms:
                     continue
                 note(f"seed {seed}: {name}")
+                result = run(scored, plan, question)
+                timeout_s = 60.0 + 2 * float(result.observations.e2e_s.max()) / speed
                 for _ in range(2):
                     run_, rows, health = _served(
-                        store, swarm, question, plan, asked, laws, speed, f"{group} {name} {seed}", on_live
+                        store, swarm, question, plan, asked, laws, speed, f"{group} {name} {seed}", timeout_s, on_live
                     )
                     ids.append(run_.id)
-                    if run_.verdict != "invalid" and run_.complete:
+                    failed = int((~rows.ok).sum())
+                    if run_.verdict != "invalid" and run_.complete and not failed:
                         break
-                    rejected.append(f"{name}, seed {seed}: {run_.reason}")
+                    why = f"{failed} of {len(rows)} requests failed; {run_.reason}" if failed else run_.reason
+                    rejected.append(f"{name}, seed {seed}: {why}")
                 else:
                     continue
                 span = span_s(rows)
                 busy = {"all": sum(health["busy_s"].values()) / (span * question.gpus)}
                 here[name] = measure(rows, question.slo, int(health["switches"]), busy)
-                there[name] = _measured(run(scored, plan, question), question)
+                there[name] = _measured(result, question)
             measured.append(here)
             simulated.append(there)
     answer: dict[str, Any] = {"speed": speed, "seeds": seeds, "rejected": rejected, "runs": ids, "arms": {}}
@@ -559,6 +563,7 @@ def _served(
     laws: Path,
     speed: float,
     name: str,
+    timeout_s: float,
     on_live: Callable[[Live], None] | None,
 ) -> tuple[Run, Observations, dict[str, Any]]:
     """One run of a plan against an endpoint of its own: (run, observations in model seconds, what the endpoint says)."""
@@ -571,11 +576,12 @@ def _served(
             url,
             name=name,
             policy=name.split()[1],
-            slo=question.slo,
+            slo=question.slo.faster(speed),
+            prefixes=bool(question.profile.cache_tokens) and asked.blocks is not None,
             steering=policy.Steering(plan.rule) if plan.rule is not None else None,
             tick_s=TICK_S,
             dispatch=policy.Dispatch(plan.batches, plan.start_s / speed) if plan.batches else None,
-            timeout_s=120.0,
+            timeout_s=timeout_s,
             on_live=on_live,
         )
         health = Endpoint(target(url)).fetch("GET", "/health").json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from loadgen.cluster import Profile
 from traces.errors import InputError
 from traces.ingest import ingest
 from traces.measures import Slo
-from traces.records import Fleet
+from traces.records import Fleet, Schedule
 from traces.shipped import shipped
 from traces.store import open_store
 
@@ -145,6 +146,27 @@ def test_over_http_the_strategies_are_what_the_simulator_says(sqlite_url: str) -
         assert all("wait" in change.reason for change in changes)
         assert all(change.after.workers == 4 for change in changes)
         assert any(math.isfinite(change.ready_s) for change in changes)
+
+
+def test_over_http_limits_are_of_the_endpoints_clock_and_a_failed_request_rejects_the_run(sqlite_url: str) -> None:
+    """Limits are stored in the endpoint's seconds, prompts share what the trace shares, an answer refused costs the run."""
+    n = 16
+    blocks = np.empty(n, dtype=object)
+    blocks[:] = [(1, 2, 3, 4) for _ in range(n)]
+    outputs = np.full(n, 5)
+    outputs[-1] = 1_000_001  # more than the endpoint grants
+    trace = Schedule("t", np.arange(n), np.arange(n) * 2.0, np.full(n, 64), outputs, blocks=blocks, block_tokens=16)
+    work = study.Workload(8, trace, sample=8)
+    question = study.Question(work, 4, replace(ORIGIN, cache_tokens=10_000), Slo.parse("ttft<5s tpot_p99<50ms"))
+    with open_store(sqlite_url) as store:
+        found = study.over_http(store, question, 1, speed=20.0, group="t", arms=("static",))
+        run = store.run(found["runs"][0])
+        rows = store.observations(run.id)
+    assert Slo.parse(run.slo) == Slo.parse("ttft<250ms tpot_p99<2.5ms")
+    assert rows.cached_tokens[rows.ok].max() == 63  # all but the last token, which is always computed
+    assert found["arms"] == {}
+    assert len(found["rejected"]) == 2
+    assert "1 of 8 requests failed" in found["rejected"][0]
 
 
 def test_the_verb_prints_and_stores_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,12 @@ class Slo:
             known.setdefault(metric, value)
         return Slo(tuple(known.items()))
 
+    def faster(self, factor: float) -> Slo:
+        """The same SLO on a clock on which everything takes ``factor`` times less."""
+        return Slo(
+            tuple((m, v / factor) for m, v in self.limits), tuple((m, q, v / factor) for m, q, v in self.constraints)
+        )
+
     def __str__(self) -> str:
         def time(v: float) -> str:
             return f"{v * 1e3:g}ms" if v < 0.1 else f"{v:g}s"
