@@ -26,7 +26,7 @@ from advisor.report.parts import Table
 from traces.aggregate import BINS, EDGES, MIDDLES, WIDTH, Bins
 from traces.aggregate import bins as latency_bins
 from traces.measures import Figures, Slo, met
-from traces.records import Floats, Ints, Observations, Run
+from traces.records import CAUSAL, SHARED, Floats, Ints, Observations, Run
 from traces.store import Store
 
 Counts = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -165,6 +165,9 @@ def time_bins(rows: Observations) -> Ints:
     return np.minimum(((rows.due_s - start) / width).astype(np.int64), TIME_BINS - 1)
 
 
+MANNERS = {SHARED: "shared the trace's prefixes", CAUSAL: "let turns wait for answers"}
+
+
 def objection(run: Run, base: Run, *, slo_given: bool = False) -> str:
     """Why two runs cannot be compared, in words that follow "run N"; "" if they can."""
     if not run.ended:
@@ -179,6 +182,13 @@ def objection(run: Run, base: Run, *, slo_given: bool = False) -> str:
         return f"was made with another seed than run {base.id} ({run.seed}, not {base.seed})"
     if run.schedule_digest != base.schedule_digest:
         return f"asked another schedule than run {base.id} ({run.scheduled} requests at {run.rate_per_s:.3g}/s)"
+    for word, did in MANNERS.items():
+        if (word in run.manner) != (word in base.manner):
+            return (
+                f"{did}, which run {base.id} did not"
+                if word in run.manner
+                else f"did not as run {base.id}, which {did}"
+            )
     if run.warmup_s != base.warmup_s:
         return f"has another warm-up than run {base.id} ({run.warmup_s:g} s, not {base.warmup_s:g} s)"
     if run.slo != base.slo and not slo_given:
@@ -190,6 +200,7 @@ def compare(base: Binned, other: Binned, *, seed: int = 0, draws: int = DRAWS) -
     """Every metric of ``other`` against ``base``. Runs of one schedule are resampled jointly."""
     paired = bool(base.run.schedule_digest) and base.run.schedule_digest == other.run.schedule_digest
     paired = paired and base.series.shape == other.series.shape and base.run.warmup_s == other.run.warmup_s
+    paired = paired and base.run.manner == other.run.manner
     series = [other.series - base.series] if paired else [base.series, other.series]
     longest = max(block_length(column) / len(part) for part in series for column in part.T)
     block = min(LONGEST, max(SHORTEST, STRETCH * longest))

@@ -27,7 +27,7 @@ from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, worth_per_s
-from traces.records import Fleet, Floats, Schedule
+from traces.records import SHARED, Fleet, Floats, Schedule
 from traces.shape import scale_rate, scale_tokens
 
 DRAWS = 30
@@ -561,6 +561,10 @@ def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str])
             warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
         elif any(change.startswith("clock x") for change in run.changes):
             warnings.append(f"run {run.id} left out: it ran at another speed than life")
+        elif SHARED in run.changes:
+            warnings.append(
+                f"run {run.id} left out: its prompts shared prefixes, so the servers may not have computed them whole"
+            )
         elif one.counted.ok.sum() < 20:
             warm = " after its warm-up" if run.warmup_s > 0 else ""
             warnings.append(

@@ -31,7 +31,19 @@ from traces import __version__
 from traces.credentials import read_secret
 from traces.errors import EndpointError, InputError, StoreError
 from traces.measures import Slo, Tally, late_word
-from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Observations, Run, Sample, Schedule
+from traces.records import (
+    CAUSAL,
+    SHARED,
+    Decision,
+    Feed,
+    Fleet,
+    FleetChange,
+    Histogram,
+    Observations,
+    Run,
+    Sample,
+    Schedule,
+)
 from traces.store import Store
 
 API_KEY = "STEELYARD_API_KEY"
@@ -137,7 +149,9 @@ def replay(
             raise InputError(f"no request of {schedule.name!r} continues another: replay it with --sessions recorded.")
         if dispatch is not None:
             raise InputError("--sessions causal sends turns when their answers have come: it excludes --order.")
-        schedule = replace(schedule, changes=(*schedule.changes, "sessions causal"))
+        schedule = replace(schedule, changes=(*schedule.changes, CAUSAL))
+    if prefixes:
+        schedule = replace(schedule, changes=(*schedule.changes, SHARED))
     if len(schedule) and warmup_s > schedule.last_due_s:
         raise InputError(f"--warmup {warmup_s:g} s leaves no request: the last is due at {schedule.last_due_s:.6g} s.")
     if not len(schedule):

@@ -17,7 +17,7 @@ from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
 from traces.measures import LAG_LIMIT_S, Slo, meets, summarise
-from traces.records import Feed, Fleet, Run, Schedule
+from traces.records import CAUSAL, SHARED, Feed, Fleet, Run, Schedule
 from traces.store import Store
 
 SPOILED = 2
@@ -90,9 +90,10 @@ def sweep(
         raise InputError("a sweep needs at least one fleet and one rate.")
     group = group or time.strftime("sweep-%Y%m%d-%H%M%S", time.gmtime())
     order = plan(fleets, len(schedules), seed=seed, repeats=repeats, anchor=anchor)
+    manner = {word for word, on in ((SHARED, how.get("prefixes")), (CAUSAL, how.get("sessions") == "causal")) if on}
     held: dict[tuple[Fleet | None, str], list[Run]] = {}
     for run in store.runs(group=group):
-        if run.complete and run.verdict != "invalid":
+        if run.complete and run.verdict != "invalid" and run.manner == manner:
             held.setdefault((run.fleet, run.schedule_digest), []).append(run)
     runs: list[Run] = []
     done = 0

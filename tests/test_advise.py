@@ -255,6 +255,7 @@ ODD: dict[str, dict[str, Any]] = {
     "policy planned moved roles": {"policy": "planned"},
     "held requests back": {"policy": "offline-groups"},
     "another speed than life": {"changes": ("rate x2", "clock x10")},
+    "prompts shared prefixes": {"changes": ("rate x2", "prefixes shared")},
 }
 
 

@@ -127,6 +127,9 @@ def test_blocks_grow_with_the_correlation(phi: float, seed: int) -> None:
         ({"seed": 5}, "another seed"),
         ({"schedule_digest": "e"}, "another schedule"),
         ({"slo": "ttft<1s"}, "another SLO"),
+        ({"changes": ("prefixes shared",)}, "shared the trace's prefixes, which run 1 did not"),
+        ({"changes": ("rate x2", "sessions causal")}, "let turns wait for answers, which run 1 did not"),
+        ({"changes": ("prompts calibrated: 1.2 tokens a unit and 3 more",)}, ""),
         ({"warmup_s": 30.0}, "another warm-up than run 1 (30 s, not 0 s)"),
         ({}, ""),
     ],
@@ -137,15 +140,17 @@ def test_what_is_not_comparable_is_refused_with_the_reason(change: dict[str, Any
     assert words in found
     assert bool(words) == bool(found)
     assert objection(run(2, slo="ttft<1s"), run(1), slo_given=True) == ""
+    if "changes" in change:
+        assert bool(objection(run(1), run(2, **change))) == bool(found)
 
 
 def test_runs_that_asked_different_things_are_resampled_apart() -> None:
     """Forced on other traffic, the comparison says so and its intervals are wider than those of a pair."""
     a, b = queue(1), queue(2)
     together = compare(*pair(a, b))
-    apart = compare(*pair(a, b, schedule_digest="other"))
     assert together.paired
-    assert not apart.paired
+    for other in ({"schedule_digest": "other"}, {"changes": ("prefixes shared",)}):
+        assert not compare(*pair(a, b, **other)).paired
 
 
 def test_failed_requests_count_against_a_run() -> None:

@@ -1007,6 +1007,8 @@ def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_p
             run = replay(store, swarm, asked, url, text=text, prefixes=shared)
             metrics = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
         assert run.counts == {"ok": n}
+        assert run.changes == store.run(run.id).changes == (("prefixes shared",) if shared else ())
+        assert run.schedule_digest == asked.digest()
         rows = store.observations(run.id)
         assert rows.prompt_tokens.tolist() == prompts[rows.index].tolist()
         (computed,) = re.findall(
@@ -1016,5 +1018,13 @@ def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_p
 
     assert spared(True) == simulate(asked, Fleet(1, 1), laws).cached_tokens > 0
     assert spared(False) == 0
+    with embedded(str(path), Fleet(1, 1)) as url:  # a sweep that goes on takes no run of the other kind for its own
+        ids = [
+            sweep(store, swarm, asked.take(np.arange(3)), target(url), [Fleet(1, 1)], group="g", prefixes=shared)[1][
+                0
+            ].id
+            for shared in (False, True, True)
+        ]
+    assert ids[0] < ids[1] == ids[2]
     with pytest.raises(InputError, match="holds no prefix blocks"):
         replay(store, swarm, replace(asked, blocks=None, block_tokens=0), "http://127.0.0.1:9", prefixes=True)

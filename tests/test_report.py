@@ -279,14 +279,14 @@ def test_the_command_of_a_run_asks_the_same_again() -> None:
     run = replace(
         run_of(Fleet(3, 5)),
         trace="my trace",
-        changes=("first 40 of 100 requests", "rate x0.333333", "ramp over 5 s"),
+        changes=("first 40 of 100 requests", "rate x0.333333", "ramp over 5 s", "sessions causal", "prefixes shared"),
         rate_factor=1 / 3,
         slo="ttft<0.5s",
         seed=7,
     )
     assert replay_command(run) == (
         "steelyard replay 'my trace' --endpoint URL --fleet 3:5 --requests 40 --rate-factor 0.3333333333333333 "
-        "--slo 'ttft<0.5s' --workers 1 --seed 7  # ramp over 5 s"
+        "--sessions causal --prefixes --slo 'ttft<0.5s' --workers 1 --seed 7  # ramp over 5 s"
     )
 
 

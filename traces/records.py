@@ -592,6 +592,10 @@ class Aggregate:
         return self.concurrency / self.e2e_s
 
 
+SHARED, CAUSAL = "prefixes shared", "sessions causal"
+"""Words in :attr:`Run.changes` of a run that asked the same schedule in another manner: no part of its digest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One replay of one schedule against one fleet; what is known before, and, when it has ended, what came of it.
@@ -644,6 +648,11 @@ class Run:
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Server worker -> its role, weight, URLs, id, and fields: what was read -> the engine's own name for it."""
+
+    @property
+    def manner(self) -> frozenset[str]:
+        """In what manner the schedule was asked, of SHARED and CAUSAL: runs of another are not comparable."""
+        return frozenset(self.changes) & {SHARED, CAUSAL}
 
     def counted(self, rows: Observations) -> Observations:
         """The rows that figures are made of: those after the warm-up."""

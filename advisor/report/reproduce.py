@@ -11,7 +11,7 @@ from typing import Any
 
 from advisor.report.parts import Section, Table
 from traces import __version__
-from traces.records import Run
+from traces.records import CAUSAL, SHARED, Run
 
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "sqlalchemy", "locust", "aiohttp")
 
@@ -100,6 +100,10 @@ def replay_command(run: Run) -> str:
             words += ["--window", f"{match[1]}-{match[2]}"]
         elif match := re.fullmatch(r"rate x(\S+)", change):
             words += ["--rate-factor", repr(run.rate_factor) if f"{run.rate_factor:.6g}" == match[1] else match[1]]
+        elif change == CAUSAL:
+            words += ["--sessions", "causal"]
+        elif change == SHARED:
+            words += ["--prefixes"]
         else:
             rest.append(change)
     if run.slo:
