@@ -449,20 +449,41 @@ class EasyRule:
 
 class Steering:
     """A rule with its state: what :func:`loadgen.cluster.simulate` and a live run ask each tick. moves: what it did, why;
-    why: of its last answer, also where it moved nothing."""
+    why: of its last answer, also where it moved nothing. The rule is shown the prompt tokens processed since the first tick."""
 
     def __init__(self, rule: OnlineRule) -> None:
         self.rule = rule
         self.state = State()
         self.moves: list[tuple[float, Fleet, Fleet, str]] = []
         self.why = ""
+        self._processed = 0.0
+        self._counted: dict[str, tuple[float, float]] = {}
 
     def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
         """The fleet to ask for, or None."""
-        self.state, target, self.why = self.rule.decide(self.state, Queues.of(samples), fleet, changing, now_s)
+        queues = replace(Queues.of(samples), prompt_tokens_total=self._processed_by(samples))
+        self.state, target, self.why = self.rule.decide(self.state, queues, fleet, changing, now_s)
         if target is not None:
             self.moves.append((now_s, fleet, target, self.why))
         return target
+
+    def _processed_by(self, samples: Sequence[Sample]) -> int:
+        """Growth of each worker's own counter, less what it received: a decode engine counts every prompt again.
+
+        A sum of counters would jump by a lifetime where a worker misses a page, or is found with what it did before.
+        """
+        now: dict[str, tuple[float, float]] = {}
+        for s in samples:
+            if s.prompt_tokens_total is not None:
+                prompt, received = now.get(s.worker, (0.0, 0.0))
+                now[s.worker] = prompt + s.prompt_tokens_total, received + (s.received_tokens_total or 0.0)
+        for worker, (prompt, received) in now.items():
+            before, got = self._counted.get(worker, (prompt, received))
+            if prompt < before:  # the server began anew
+                before, got = 0.0, 0.0
+            self._processed += max(0.0, prompt - before - (received - got))
+        self._counted |= now
+        return int(self._processed)
 
 
 # --- offline --------------------------------------------------------------------------------------------------------

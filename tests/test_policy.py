@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -514,6 +514,52 @@ def test_steering_keeps_what_it_did() -> None:
     assert steering(2.0, [], Fleet(1, 2), 0) is None
     assert steering.moves == [(1.0, Fleet(2, 1), Fleet(1, 2), "0 prompts and 3 answers wait")]
     assert steering.why == "the queues are within the ratio"
+
+
+@dataclass
+class Kept:
+    """A rule that moves nothing and keeps what it is shown."""
+
+    seen: list[int] = field(default_factory=list)
+
+    def decide(
+        self, state: State, queues: Queues, fleet: Fleet, changing: int, now_s: float
+    ) -> tuple[State, Fleet | None, str]:
+        """See OnlineRule."""
+        self.seen.append(queues.prompt_tokens_total)
+        return state, None, ""
+
+
+def test_steering_counts_the_prompt_tokens_that_are_processed_while_it_looks() -> None:
+    """A missed page, a worker with history, a restart and KV that another worker sent are no prompts that arrive."""
+    kept = Kept()
+    steering = Steering(kept)
+
+    def page(name: str, prompt: float, received: float | None = None, role: str = "prefill") -> Sample:
+        return Sample(0.0, name, role, prompt_tokens_total=prompt, received_tokens_total=received)
+
+    for samples in (
+        [page("a", 70e6), page("b", 5e6)],
+        [page("a", 70e6 + 100), page("b", 5e6 + 10)],
+        [page("b", 5e6 + 20)],  # a's page is missed
+        [page("a", 70e6 + 300), page("b", 5e6 + 30)],
+        [page("a", 70e6 + 300), page("b", 5e6 + 30), page("c", 1e9)],  # c is found, with what it did before
+        [page("a", 40), page("b", 5e6 + 30), page("c", 1e9 + 2)],  # a began anew
+        [page("a", 50, 0.0), page("b", 5e6 + 30), page("c", 1e9 + 2, role="decode")],
+    ):
+        steering(0.0, samples, Fleet(2, 1), 0)
+    assert kept.seen == [0, 110, 120, 330, 330, 372, 382]
+
+    kept.seen.clear()
+    steering = Steering(kept)
+    for done in (
+        0.0,
+        1000.0,
+        2000.0,
+    ):  # the decode engine counts each prompt again, and as received but for a last token
+        samples = [page("p", done, 0.0), page("d", 9e6 + done, 8e6 + done - done / 1000, "decode")]
+        steering(0.0, samples, Fleet(1, 1), 0)
+    assert kept.seen == [0, 1001, 2002]
 
 
 def test_readings_are_summed_with_what_was_processed() -> None:
