@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ OF_AGGREGATES = ("prefill", "decode", "prefill_gpus", "decode_gpus", "engine", "
 COLUMNS = ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status")
 """Names of a CSV or JSONL of rows; ``--map due_s=COLUMN,...`` renames. ``status`` and one of due_s and sent_s may be missing."""
 
+REQUESTED = ("requested_prompt_tokens", "requested_tokens")
+"""What was asked for, as ``runs export`` writes it: the lengths of a row whose server counted none."""
+
 MEASURED = ("first_token_s", "last_token_s", "output_tokens")
 """Columns that tell the rows of two runs of one schedule apart."""
 
@@ -61,6 +66,15 @@ class One:
     detail: str = ""
     chunks: int = 0
     max_gap_s: float = math.nan
+    requested: tuple[int, int] = (-1, -1)
+    """Prompt and output tokens that were asked for, -1 where the client does not say."""
+
+    def checked(self, what: str) -> One:
+        """Itself. BadRowError for an ok row of unknown length: it would count as one token, and within any TPOT."""
+        for name, *held in zip(COLUMNS[4:6], (self.prompt_tokens, self.output_tokens), self.requested, strict=True):
+            if self.status == "ok" and max(held) < 1:
+                raise BadRowError("bad_row", f"{what}: an ok request needs {name} of 1 or more")
+        return self
 
 
 @dataclass(slots=True)
@@ -166,7 +180,7 @@ def _aiperf(text: str) -> Measured:
                 printable(str(record.get("error") or ""))[:200],
                 len(gaps) + 1 if math.isfinite(first) else 0,
                 max(gaps, default=math.nan) / 1e3,
-            )
+            ).checked(f"line {number}")
         )
     return found
 
@@ -201,7 +215,7 @@ def _guidellm(benchmark: Any, backend: Any) -> Measured:
                     status,
                     printable(str(at(record, "info.error") or ""))[:200],
                     chunks if isinstance(chunks, int) else 0,
-                )
+                ).checked(f"{kind} request {number}")
             )
     return found
 
@@ -219,7 +233,7 @@ def _vllm(result: dict[str, Any]) -> Measured:
     if len(lengths) != 1 or not all(isinstance(c, list) for c in columns.values()):
         raise BadRowError("bad_row", f"its columns {', '.join(columns)} must be equally long lists")
     found = Measured("vllm bench", model=str(result.get("model_id") or ""), due_known=False)
-    for row in zip(*columns.values(), strict=True):
+    for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
         start, ttft, itl, n, m, error = row
         if not all(isinstance(v, (int, float)) for v in (start, ttft, n, m)) or not isinstance(itl, list):
             raise BadRowError("bad_row", f"a request's times and counts must be numbers (got {str(row)[:80]})")
@@ -237,7 +251,7 @@ def _vllm(result: dict[str, Any]) -> Measured:
                 printable(str(error or ""))[:200],
                 len(itl) + 1 if ok else 0,
                 max(itl, default=math.nan) if ok else math.nan,
-            )
+            ).checked(f"request {number}")
         )
     return found
 
@@ -257,20 +271,34 @@ def parse_names(text: str, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
 
 
 def _table(text: str, names: Mapping[str, str], unit: str) -> Measured:
-    reader = csv.DictReader(text.splitlines())
-    header = [c.strip() for c in reader.fieldnames or ()]
-    reader.fieldnames = header
-    return _rows(lambda: ((reader.line_num, record) for record in reader), header, names, unit)
+    with _csv(text) as reader:
+        header = reader.fieldnames or ()
+        return _rows(lambda: ((reader.line_num, record) for record in reader), header, names, unit)
+
+
+@contextmanager
+def _csv(text: str) -> Iterator[csv.DictReader[str]]:
+    """Its rows. Fields may be as long as the file: prompts and answers stand in some, and are passed over."""
+    limit = csv.field_size_limit(MOST_BYTES)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader.fieldnames = [c.strip() for c in reader.fieldnames or ()]
+        yield reader
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _lines(text: str, names: Mapping[str, str], unit: str) -> Measured:
-    first = parse(text.lstrip().split("\n", 1)[0])
-    header = [c for c in (names.get(c, c) for c in COLUMNS) if at(first, c) is not None]
+    wanted, header = {names.get(c, c) for c in COLUMNS}, set[str]()
+    for _, record in _records(text):  # a failed request leaves out what it has not
+        header |= {c for c in wanted - header if at(record, c) is not None}
+        if header == wanted:
+            break
     return _rows(lambda: _records(text), header, names, unit)
 
 
 def _rows(
-    records: Callable[[], Iterator[tuple[int, Any]]], header: Sequence[str], names: Mapping[str, str], unit: str
+    records: Callable[[], Iterator[tuple[int, Any]]], header: Collection[str], names: Mapping[str, str], unit: str
 ) -> Measured:
     known = {ours: names.get(ours, ours) for ours in COLUMNS}
     present = {ours for ours, theirs in known.items() if theirs in header}
@@ -294,12 +322,14 @@ def _rows(
         word = "ok" if word in _OK else word if word in STATUSES else "failed"
         if word == "ok" and not (math.isfinite(first) and math.isfinite(last)):
             raise BadRowError("bad_row", f"line {number}: an ok request without first and last token")
-        prompt, output = (_count(_plain(at(record, known[c]))) for c in ("prompt_tokens", "output_tokens"))
+        prompt, output = (_count(_plain(at(record, known[c]))) for c in COLUMNS[4:6])
+        requested = tuple(_count(_plain(at(record, c))) for c in REQUESTED)
         due = due if math.isfinite(due) else sent
         if not math.isfinite(due):
             raise BadRowError("bad_row", f"line {number}: neither {known['due_s']} nor {known['sent_s']}")
         sent = sent if math.isfinite(sent) or word == "unsent" else due
-        found.rows.append(One(due, sent, first, last, prompt, output, word))
+        one = One(due, sent, first, last, prompt, output, word, requested=(requested[0], requested[1]))
+        found.rows.append(one.checked(f"line {number}"))
     return found
 
 
@@ -365,13 +395,10 @@ def read_aggregates(path: Path, names: Mapping[str, str] | None = None, unit: st
     try:
         if not text.strip():
             raise BadRowError("empty", "the file is empty")
-        if text.lstrip().startswith("{"):
-            records: Iterator[tuple[int, Any]] = _records(text)
-        else:
-            reader = csv.DictReader(text.splitlines())
-            reader.fieldnames = [c.strip() for c in reader.fieldnames or ()]
-            records = ((reader.line_num, record) for record in reader)
-        found = [_mean(record, number, names or {}, 1e6 / UNITS[unit]) for number, record in records]
+        with _csv(text) as reader:
+            rows = ((reader.line_num, record) for record in reader)
+            records: Iterator[tuple[int, Any]] = _records(text) if text.lstrip().startswith("{") else rows
+            found = [_mean(record, number, names or {}, 1e6 / UNITS[unit]) for number, record in records]
         if not found:
             raise BadRowError("empty", "the file holds no row")
     except BadRowError as bad:
@@ -482,7 +509,8 @@ def store_aggregates(
 
 
 def observations(measured: Measured) -> tuple[Observations, float]:
-    """(rows in order of due, the client's clock at schedule zero). What was asked is what was counted, at least 1 token."""
+    """(rows in order of due, the client's clock at schedule zero). Where nobody says what was asked, it is what was counted, at
+    least 1 token."""
     held = sorted(measured.rows, key=lambda r: r.due)
     zero = held[0].due
     rows = Observations.empty(len(held))
@@ -494,8 +522,9 @@ def observations(measured: Measured) -> tuple[Observations, float]:
     rows.first_byte_s[:] = rows.first_token_s
     for name in ("prompt_tokens", "output_tokens", "chunks", "max_gap_s"):
         getattr(rows, name)[:] = [getattr(r, name) for r in held]
-    rows.requested_prompt_tokens[:] = np.maximum(rows.prompt_tokens, 1)
-    rows.requested_tokens[:] = np.maximum(rows.output_tokens, 1)
+    requested = np.array([r.requested for r in held])
+    for name, told, counted in zip(REQUESTED, requested.T, (rows.prompt_tokens, rows.output_tokens), strict=True):
+        getattr(rows, name)[:] = np.where(told >= 1, told, np.maximum(counted, 1))
     rows.status[:] = [r.status for r in held]
     rows.error[:] = ["other" if r.status == "failed" else "" for r in held]
     rows.detail[:] = [r.detail for r in held]

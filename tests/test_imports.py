@@ -32,6 +32,12 @@ VLLM: dict[str, Any] = {
 }
 """Keys and units of vLLM 0.33's ``benchmarks/serve.py``; no real result was at hand."""
 
+GUIDE = {"request_start": 1.0, "first_token_iteration": 1.5, "last_token_iteration": 2.0}
+AIPERF = {
+    "metadata": {"request_start_ns": 1_000_000_000},
+    "metrics": {"time_to_first_token": {"value": 5.0}, "request_latency": {"value": 9.0}},
+}
+
 
 def test_aiperf_rows_are_what_its_own_figures_say() -> None:
     """TTFT, latency and lengths of every request equal the metrics that aiperf derived itself."""
@@ -95,13 +101,23 @@ def exported(tmp_path: Path) -> tuple[str, Path, Observations]:
 
 
 def test_what_is_exported_can_be_imported(exported: tuple[str, Path, Observations]) -> None:
-    """``runs export`` writes what ``runs import`` reads, times and ends the same."""
+    """``runs export`` writes what ``runs import`` reads, times and ends the same; a row without usage keeps what it asked for."""
     _, out, rows = exported
     with out.open(newline="") as file:
         assert {row["cached_tokens"] for row in csv.DictReader(file)} == {""}  # what did not come is empty, not -1
     back, _ = observations(read(out)[0])
     for name in ("due_s", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "status"):
         assert getattr(back, name).tolist() == getattr(rows, name).tolist(), name
+    with out.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(r | {"prompt_tokens": "", "output_tokens": ""} for r in records)
+    bare, _ = observations(read(out)[0])
+    assert set(bare.output_tokens.tolist()) == {-1}
+    assert bare.tokens.tolist() == rows.requested_tokens.tolist()
+    assert bare.prompt_lengths.tolist() == rows.requested_prompt_tokens.tolist()
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -109,7 +125,7 @@ def test_any_rows_by_a_map(kind: str, exported: tuple[str, Path, Observations], 
     """Other names and milliseconds, as CSV and as nested JSONL, are the same run."""
     _, out, rows = exported
     with out.open(newline="") as file:
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "at": {"start": float(r["sent_s"]) * 1e3, "first": float(r["first_token_s"]) * 1e3},
                 "end": float(r["last_token_s"]) * 1e3,
@@ -120,18 +136,26 @@ def test_any_rows_by_a_map(kind: str, exported: tuple[str, Path, Observations], 
             for r in csv.DictReader(file)
         ]
     path = tmp_path / f"rows.{kind}"
+    records[0]["said"] = "x" * 200_000  # more than the csv module takes for a field unless it is told
+    limit = csv.field_size_limit()
     if kind == "jsonl":
+        failed = {"at": {"start": records[0]["at"]["start"] - 1, "first": None}, "end": None, "n_in": None}
+        records.insert(0, failed)  # the columns are not told by the first record
         path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
         names = {"sent_s": "at.start", "first_token_s": "at.first"}
     else:
-        path.write_text("s,f,end,n_in,n_out\n" + "".join(
-            f"{r['at']['start']},{r['at']['first']},{r['end']},{r['n_in']},{r['n_out']}\n" for r in records
+        path.write_text("s,f,end,n_in,n_out,said\n" + "".join(
+            f"{r['at']['start']},{r['at']['first']},{r['end']},{r['n_in']},{r['n_out']},{r['said']}\n" for r in records
         ))  # fmt: skip
         names = {"sent_s": "s", "first_token_s": "f"}
     names |= {"last_token_s": "end", "prompt_tokens": "n_in", "output_tokens": "n_out"}
     (one,) = read(path, names, "ms")
     back, _ = observations(one)
     assert not one.due_known
+    assert csv.field_size_limit() == limit
+    if kind == "jsonl":
+        assert back.status.tolist() == ["failed"] + ["ok"] * len(rows)
+        back = back.take(back.ok)
     np.testing.assert_allclose(back.ttft_sent_s, rows.ttft_sent_s, atol=1e-9)
     assert back.output_tokens.tolist() == rows.output_tokens.tolist()
 
@@ -219,6 +243,32 @@ def test_two_fleets_that_were_asked_the_same_are_two_runs(tmp_path: Path, capsys
             [],
             "line 3: due_s must be a number (got 'x')",
         ),
+        *(
+            (
+                f"due_s,first_token_s,last_token_s,prompt_tokens,output_tokens\n1,2,3,4,5\n1,2,3,{counts}\n",
+                [],
+                f"line 3: an ok request needs {name} of 1 or more",
+            )
+            for counts, name in (
+                ("4,", "output_tokens"),
+                ("4,-5", "output_tokens"),
+                ("4,0", "output_tokens"),
+                ("word,5", "prompt_tokens"),
+            )
+        ),
+        (
+            json.dumps(VLLM | {"input_lens": [0, 10, 20]}),
+            [],
+            "request 1: an ok request needs prompt_tokens of 1 or more",
+        ),
+        (
+            json.dumps(
+                {"benchmarks": [{"requests": {"successful": [{"info": {"timings": GUIDE}, "prompt_tokens": 5}]}}]}
+            ),
+            [],
+            "request 1: an ok request needs output_tokens",
+        ),
+        (json.dumps(AIPERF), [], "line 1: an ok request needs prompt_tokens"),
         ("due_s,first_token_s,last_token_s,prompt_tokens,output_tokens\n", [], "holds a run without a request"),
         ('{"a": 1}\n', [], "no column"),
         ('{"a": \n', [], "not one JSON object"),
