@@ -7,6 +7,7 @@ under its batch. None of them runs the fleet that is recommended in the end.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,8 +68,14 @@ class Demo:
 
 
 def asked_schedule(store: Store) -> Schedule:
-    """The traffic that the demo's question is about; ``sweep`` with the printed options replays the same."""
+    """The traffic that the demo's question is about; what :func:`sweep_command` prints replays the same."""
     return scale_rate(head(store.schedule(TRACE), ASKED_REQUESTS), ASKED_FACTOR)
+
+
+def sweep_command(db: str) -> str:
+    """What measures every split on the requests that the demo asks about."""
+    words = ["sweep", TRACE, "--profile", PROFILE, "--all", "--gpus", str(GPUS), "--requests", str(ASKED_REQUESTS)]
+    return shlex.join(["steelyard", *words, "--rate-factor", f"{ASKED_FACTOR:g}", "--slo", SLO, "--db", db])
 
 
 def demo(
@@ -131,15 +138,10 @@ def demo(
         note=note,
     )
     note("report", 0, 1)
-    rate = answer.recommendation.schedule.rate_per_s
-    sweep = (
-        f"steelyard sweep {TRACE} --profile {PROFILE} --all --gpus {GPUS} --requests {ASKED_REQUESTS} --rate {rate:.6g} "
-        f'--slo "{SLO}"'
-    )
     path = out / "report.html"
     told = answer.as_json() | {"version": __version__, "seed": seed}
     schedule = answer.recommendation.schedule
-    page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep])
+    page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep_command(store.url)])
     write_report(path, render(page))
     note("report", 1, 1)
     return Demo(runs, answer, path)

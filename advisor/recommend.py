@@ -135,6 +135,7 @@ class Recommendation:
     break_even: dict[str, float | None] = field(default_factory=dict)
     simulated: list[Fleet] = field(default_factory=list)
     gpus_per_worker: tuple[int, int] = (1, 1)
+    attainment: float = 0.9
 
     @property
     def sentence(self) -> str:
@@ -220,6 +221,8 @@ class Recommendation:
             "slo": str(self.slo),
             "gpus": self.gpus,
             "gpus_per_worker": list(self.gpus_per_worker),
+            "attainment": self.attainment,
+            "current": asdict(self.current) if self.current else None,
             "trace": self.schedule.name,
             "rate_per_s": self.schedule.rate_per_s,
             "requests": len(self.schedule),
@@ -379,6 +382,7 @@ def recommend(
         break_even=break_even(window, best.fleet, runner_up.fleet, fit.profile, slo) if runner_up else {},
         simulated=likely,
         gpus_per_worker=gpus_per_worker,
+        attainment=attainment,
     )
     return _stands(answer, attainment) if refuse else answer
 

@@ -6,16 +6,20 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
+from advisor import demo
 from advisor.advise import load
-from advisor.cli import main
+from advisor.cli import main, steelyard
+from advisor.cli.replay_verbs import schedule_of
 from advisor.features import RunData
 from advisor.recommend import recommend
 from advisor.report import assemble, text_of, write_report
@@ -32,8 +36,11 @@ from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
 from traces.errors import InputError
+from traces.ingest import ingest
 from traces.measures import Slo
 from traces.records import Fleet, FleetChange, Observations, Sample, Schedule
+from traces.shape import head, to_rate
+from traces.shipped import shipped
 from traces.store import Store, open_store
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>"
@@ -279,15 +286,94 @@ def test_the_command_of_a_run_asks_the_same_again() -> None:
     run = replace(
         run_of(Fleet(3, 5)),
         trace="my trace",
-        changes=("first 40 of 100 requests", "rate x0.333333", "ramp over 5 s", "sessions causal", "prefixes shared"),
+        changes=("first 40 of 100 requests", "rate x0.333333", "ramp over 5 s", "prefixes shared", "clock x2"),
+        warmup_s=7.5,
         rate_factor=1 / 3,
         slo="ttft<0.5s",
         seed=7,
     )
     assert replay_command(run) == (
-        "steelyard replay 'my trace' --endpoint URL --fleet 3:5 --requests 40 --rate-factor 0.3333333333333333 "
-        "--sessions causal --prefixes --slo 'ttft<0.5s' --workers 1 --seed 7  # ramp over 5 s"
+        "steelyard replay 'my trace' --endpoint URL --fleet 3:5 --requests 40 --ramp 5 "
+        "--prefixes --rate-factor 0.3333333333333333 --warmup 2.5 --slo 'ttft<0.5s' --workers 1 --seed 7  # clock x2"
     )
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """The options of a printed command, as the tool itself reads them from a shell's words."""
+    words = shlex.split(line, comments=True)[1:]
+    with click.Context(steelyard, info_name="steelyard") as above:
+        command = steelyard.get_command(above, words.pop(0))
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        assert command is not None
+        return command.make_context(command.name, words, parent=above).params
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--time-scale 0.5 --rate 7",
+        "--requests 80 --rate-factor 3 --warmup 2",
+        "--rate 3 --ramp 5 --warmup 1.5",
+        "--sessions causal --time-scale 0.3",
+        "--slice 10-140 --time-scale 0.3 --copies 2 --prompt-scale 0.5 --max-output 60 --requests 70 --seed 3",
+    ],
+)
+def test_the_command_of_a_run_makes_its_schedule_again(given: str, tmp_path: Path) -> None:
+    """Not the words alone: what is read from them is the same requests at the same times with the same warm-up."""
+    with open_store(f"sqlite:///{tmp_path / 'runs.db'}") as store:
+        add_trace(store, lognormal(150, 4, 1), "my trace")
+        options = parsed(f"steelyard replay 'my trace' --endpoint URL {given}")
+        schedule, factor = schedule_of(store, "my trace", options)
+        changes = (*schedule.changes, *(["sessions causal"] if options["sessions"] == "causal" else []))
+        warmup_s = options["ramp"] + options["warmup"]
+        run = replace(run_of(Fleet(3, 5)), trace="my trace", changes=changes, rate_factor=factor)
+        line = replay_command(replace(run, seed=options["seed"], warmup_s=warmup_s), store.url)
+        again = parsed(line)
+        made, factor_again = schedule_of(store, again["trace"], again)
+    assert "#" not in line
+    assert made.digest() == schedule.digest()
+    assert made.changes == schedule.changes
+    assert (factor_again, again["ramp"] + again["warmup"]) == (factor, pytest.approx(warmup_s))
+    assert (again["sessions"], again["seed"], again["db"]) == (options["sessions"], options["seed"], store.url)
+
+
+def test_the_command_of_an_imported_run_imports_it() -> None:
+    """No trace of its name is stored, so there is nothing to replay."""
+    run = replace(run_of(Fleet(3, 5)), name="my file", trace="my file", changes=("imported from aiperf",), workers=0)
+    held = parsed(replay_command(run))
+    assert (held["fleet"], held["name"]) == ("3:5", "my file")
+    answer = {"gpus": 8, "trace": "my file", "runs": [1]}
+    assert parsed(advise_command(answer, {}))["trace"] is None
+    assert parsed(advise_command(answer, {"my file": {}}))["trace"] == "my file"
+
+
+def test_the_commands_of_the_demo_ask_its_question(tmp_path: Path) -> None:
+    """The sweep, and the advice about a part of the trace at a rate, are about the requests that the demo asked about."""
+    with open_store(f"sqlite:///{tmp_path / 'a b.db'}") as store:
+        ingest(store, [shipped(demo.TRACE)], name=demo.TRACE)
+        wanted = demo.asked_schedule(store)
+        held = parsed(demo.sweep_command(store.url))
+        assert held["db"] == store.url
+        assert schedule_of(store, held["trace"], held)[0].digest() == wanted.digest()
+        recorded = head(store.schedule(demo.TRACE), demo.ASKED_REQUESTS)
+        for schedule in (wanted, to_rate(recorded, 12)):
+            answer = {"trace": demo.TRACE, "schedule_changes": schedule.changes, "rate_per_s": schedule.rate_per_s}
+            held = parsed(advise_command(answer))
+            again = to_rate(head(store.schedule(held["trace"]), held["requests"]), held["rate"])
+            assert again.digest() == schedule.digest()
+
+
+def test_the_command_of_an_answer_says_what_was_asked() -> None:
+    """The GPUs of a worker, the share that must keep the SLO and the fleet in production decide, so they stand in it too."""
+    rate = busy_rate(profile := Profile.load("demo"))
+    data, asked = three_runs(profile, rate), lognormal(200, rate, 9)
+    made = recommend(data, asked, gpus=8, slo=SLO, attainment=0.5, current=Fleet(4, 4), draws=10)
+    held = parsed(advise_command(json.loads(json.dumps(made.as_json())), db="sqlite:///other.db"))
+    assert held["gpus_per_worker"] == "1,1"
+    assert held["attainment"] == 0.5
+    assert held["current"] == "4:4"
+    assert held["db"] == "sqlite:///other.db"
 
 
 def test_the_command_of_an_answer_is_one_that_the_tool_takes() -> None:

@@ -485,7 +485,8 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
 
     context = click.get_current_context()
     out = out or Path(f"report.{form}")
-    commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:])])]
+    above = ["--db", redact(db)] if not any(word.startswith("--db") for word in sys.argv) else []
+    commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:]), *above])]
     refusal: SteelyardError | None = None
     with open_store(db, create=False) as store:
         if number is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
     from advisor.cli.progress import Steps
     from advisor.demo import demo as run_demo
     from traces.errors import InputError
-    from traces.store import open_store
+    from traces.store import open_store, redact
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -35,6 +36,7 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
         raise InputError(f"{out}: cannot be made ({error.strerror}). Give another --out.") from error
     console = messages(as_json)
     url = db or f"sqlite:///{out / 'steelyard.db'}"
+    words = ["steelyard", "demo", "--out", str(out), "--workers", str(workers)]
     with open_store(url) as store, progress(as_json) as bars:
         steps = Steps(bars)
         done = run_demo(
@@ -45,7 +47,7 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
             note=steps,
             watch=steps.watch,
             say=lambda line: None if quiet() else bars.say(line) if bars.watched else console.print(line, markup=False),
-            command=f"steelyard demo --seed {seed}",
+            command=shlex.join([*words, "--seed", str(seed), *(["--db", redact(db)] if db else [])]),
         )
     worst = max(done.runs, key=lambda run: run.lag_p99_ms)
     if as_json:

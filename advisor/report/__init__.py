@@ -44,11 +44,12 @@ def assemble(
     commands: Sequence[str] = (),
     traces: Mapping[str, Mapping[str, Any]] | None = None,
     per_worker: tuple[int, int] = (1, 1),
+    db: str = "",
 ) -> Report:
     """The report of an answer (the JSON of ``advise``) and its runs. schedule: the traffic that was asked about.
 
     strategies: a study's JSON. commands: how this report was made. traces: name -> summary of the stored trace.
-    per_worker: GPUs of a worker of each role, for an older answer that does not say them.
+    per_worker: GPUs of a worker of each role, for an older answer that does not say them. db: the database's URL.
     """
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     profile = laws_of(answer)
@@ -64,7 +65,7 @@ def assemble(
         traffic=traffic(schedule, profile, slo) if schedule is not None and len(schedule) > 1 else None,
         cases=cases,
         strategies=strategies,
-        reproduce=reproduce(answer, [d.run for d in runs], commands, traces or {}),
+        reproduce=reproduce(answer, [d.run for d in runs], commands, traces, db),
     )
 
 
@@ -93,6 +94,7 @@ def gather(
         commands=commands,
         traces=stored,
         per_worker=held[-1].run.gpus_per_worker if held else (1, 1),
+        db=store.url,
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from advisor.report.parts import Section, Table
 from traces import __version__
-from traces.records import CAUSAL, SHARED, Run
+from traces.records import CAUSAL, CLOSED_LOOP, SHARED, Fleet, Run
 
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "sqlalchemy", "locust", "aiohttp")
 
@@ -20,9 +21,11 @@ def reproduce(
     answer: Mapping[str, Any],
     runs: Sequence[Run],
     commands: Sequence[str],
-    traces: Mapping[str, Mapping[str, Any]],
+    traces: Mapping[str, Mapping[str, Any]] | None,
+    db: str = "",
 ) -> Section:
-    """The section. commands: how the report was made. traces: name -> what is known of the stored trace."""
+    """The section. commands: how the report was made. traces: name -> what is known of the stored trace; None:
+    not known. db: the database's URL."""
     rows = [["steelyard", f"{answer.get('version') or __version__} (this page: {__version__})"]]
     rows += [["Python", platform.python_version()]]
     for name in LIBRARIES:
@@ -34,7 +37,7 @@ def reproduce(
         rows.append(["seed of the bootstrap", str(answer.get("seed", "as in the command"))])
         rows.append(["rows it rests on, sha256", str(answer.get("data_hash", ""))])
         rows.append(["traffic asked about, sha256", str(answer.get("schedule_digest", ""))])
-    for name, held in traces.items():
+    for name, held in (traces or {}).items():
         kept = held.get("rows_kept")
         rows.append(
             [
@@ -55,9 +58,9 @@ def reproduce(
         )
     code = [("This report", "\n".join(commands))] if commands else []
     if answer.get("candidates"):
-        code.append(("The answer", advise_command(answer)))
+        code.append(("The answer", advise_command(answer, traces, db)))
     if runs:
-        code.append(("The runs", "\n".join(replay_command(run) for run in runs[:40])))
+        code.append(("The runs", "\n".join(replay_command(run, db) for run in runs[:40])))
     return Section(
         "reproduce",
         "How to get this again",
@@ -67,50 +70,98 @@ def reproduce(
     )
 
 
-def advise_command(answer: Mapping[str, Any]) -> str:
-    """A command line that asks the same of the same runs, as far as the answer says it."""
+def advise_command(answer: Mapping[str, Any], traces: Container[str] | None = None, db: str = "") -> str:
+    """A command line that asks the same of the same runs, as far as the answer says it. traces: those that are stored, where
+    that is known; without its trace the rows of the latest run are asked about, as they were."""
     words = ["steelyard", "advise"]
     for name in ("gpus", "slo", "trace"):
-        if answer.get(name):
+        if answer.get(name) and (name != "trace" or traces is None or answer[name] in traces):
             words += [f"--{name}", str(answer[name])]
     for change in answer.get("schedule_changes") or ():
         if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
             words += ["--requests", match[1]]
-        elif change.startswith("rate x"):
-            words += ["--rate", f"{answer['rate_per_s']:.12g}"]
+    if any(change.startswith("rate x") for change in answer.get("schedule_changes") or ()):
+        typed = f"{answer['rate_per_s']:.12g}"  # what came of a rate that was typed is off in the last digit
+        words += ["--rate", typed if len(typed) < 10 else repr(answer["rate_per_s"])]
+    if answer.get("gpus_per_worker"):
+        words += ["--gpus-per-worker", "{},{}".format(*answer["gpus_per_worker"])]
+    if answer.get("attainment") is not None:
+        words += ["--attainment", str(answer["attainment"])]
+    if answer.get("current"):
+        words += ["--current", str(Fleet(**answer["current"]))]
     for run in answer.get("runs") or ():
         words += ["--run", str(run)]
     if "seed" in answer:
         words += ["--seed", str(answer["seed"])]
-    return shlex.join(words)
+    return shlex.join(words + (["--db", db] if db else []))
 
 
-def replay_command(run: Run) -> str:
+OPTIONS = {
+    r"first (\d+) of \d+ requests": "--requests {}",
+    r"requests (\d+) to (\d+) of \d+": "--slice {}-{}",
+    r"window ([\d.]+) to ([\d.]+) s": "--window {}-{}",
+    r"(\d+) copies laid over each other \(seed .+\)": "--copies {}",
+    r"\d+ requests spread within a tick of (\S+) s \(seed .+\)": "--spread {}",
+    r"(prompt|output)s x(\S+)": "--{}-scale {}",
+    r"\d+ (prompt|output)s capped at (\d+) tokens": "--max-{} {}",
+    r"ramp over (\S+) s": "--ramp {}",
+    CAUSAL: "--sessions causal",
+    SHARED: "--prefixes",
+}
+"""What a schedule says of how it was changed (traces.shape) -> the option that changes it so."""
+
+
+def replay_command(run: Run, db: str = "") -> str:
     """A command line that asks the same as a run, as far as its row says; what no option of it says stands behind a #."""
+    if any(change.startswith("imported from") for change in run.changes):
+        return _import_command(run, db)
     words = ["steelyard", "replay", run.trace, "--endpoint", "URL"]
     if run.fleet:
         words += ["--fleet", str(run.fleet)]
     rest = []
-    for change in run.changes:
-        if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
-            words += ["--requests", match[1]]
-        elif match := re.fullmatch(r"requests (\d+) to (\d+) of \d+", change):
-            words += ["--slice", f"{match[1]}-{match[2]}"]
-        elif match := re.fullmatch(r"window ([\d.]+) to ([\d.]+) s", change):
-            words += ["--window", f"{match[1]}-{match[2]}"]
-        elif match := re.fullmatch(r"rate x(\S+)", change):
-            words += ["--rate-factor", repr(run.rate_factor) if f"{run.rate_factor:.6g}" == match[1] else match[1]]
-        elif change == CAUSAL:
-            words += ["--sessions", "causal"]
-        elif change == SHARED:
-            words += ["--prefixes"]
+    rates = [change.removeprefix("rate x") for change in run.changes if change.startswith("rate x")]
+    if rates and rates[-1] == f"{run.rate_factor:.6g}":
+        rates[-1:] = []
+        factor = ["--rate-factor", repr(run.rate_factor)]
+    else:
+        factor = []
+    if rates:  # before the rate times were scaled
+        words += ["--time-scale", f"{math.prod(1 / float(rate) for rate in rates):.6g}"]
+    ramp_s = 0.0
+    for change in (part for one in run.changes for part in one.split(", ")):
+        if change.startswith("rate x"):
+            continue
+        for pattern, option in OPTIONS.items():
+            if match := re.fullmatch(pattern, change):
+                words += option.format(*match.groups()).split()
+                ramp_s = float(match[1]) if option.startswith("--ramp") else ramp_s
+                break
         else:
             rest.append(change)
-    if run.slo:
-        words += ["--slo", run.slo]
-    if run.gpus_per_worker != (1, 1):
-        words += ["--gpus-per-worker", f"{run.gpus_per_worker[0]},{run.gpus_per_worker[1]}"]
-    words += ["--workers", str(max(run.workers, 1)), "--seed", str(run.seed)]
+    words += factor
+    if run.warmup_s - ramp_s > 1e-9:
+        words += ["--warmup", f"{run.warmup_s - ramp_s:.12g}"]
+    words += _judged(run)
+    words += ["--workers", str(max(run.workers, 1)), "--seed", str(run.seed), *(["--db", db] if db else [])]
     if run.policy != "static":
         rest.append(f"policy {run.policy}")
     return shlex.join(words) + (f"  # {'; '.join(rest)}".replace("\n", " ") if rest else "")
+
+
+def _import_command(run: Run, db: str) -> str:
+    """Of a run that another client measured: its file is read again."""
+    words = ["steelyard", "runs", "import", "FILE", "--name", run.name]
+    if run.fleet:
+        words += ["--fleet", str(run.fleet)]
+    if run.policy == CLOSED_LOOP:
+        words += ["--aggregate"]
+    words += _judged(run)
+    rest = f"  # {'; '.join(run.changes)}".replace("\n", " ")
+    return shlex.join(words + (["--db", db] if db else [])) + rest
+
+
+def _judged(run: Run) -> list[str]:
+    words = ["--slo", run.slo] if run.slo else []
+    if run.gpus_per_worker != (1, 1):
+        words += ["--gpus-per-worker", f"{run.gpus_per_worker[0]},{run.gpus_per_worker[1]}"]
+    return words
