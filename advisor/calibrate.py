@@ -51,7 +51,7 @@ HIDDEN = 60
 """Laws that are tried where a role was never loaded, apart from CANDIDATES."""
 
 REQUESTS = 3000
-"""Requests of all runs together that one evaluation simulates."""
+"""Requests of all runs together that one evaluation simulates, apart from their warm-ups."""
 
 STRUCTURES: tuple[dict[str, object], ...] = (
     {"prefill_route": "least_requests"},
@@ -93,20 +93,24 @@ class Replay:
 
     @classmethod
     def of(cls, one: RunData, most: int) -> Replay:
-        """The first ``most`` requests of a run that were sent, a quarter of them at most of its warm-up.
+        """The first ``most`` requests of a run that were sent, and all of its warm-up: queues begin empty where the run did.
 
         Those of the warm-up are in the queues that the others meet, and count no more. Of a longer run the last quarter only
-        keeps the others company, too: what came after them is not simulated.
+        keeps the others company, too: what came after them is not simulated. Of windows the first one in which anybody counts,
+        from where everybody who was there is known.
         """
-        rows = one.observations.take(np.flatnonzero(np.isfinite(one.observations.sent_s)))
+
+        def counts(rows: Observations) -> Mask:
+            return rows.ok & (rows.due_s >= one.run.warmup_s) & one.known(rows.sent_s, rows.last_token_s)
+
+        pieces = [rows.take(np.flatnonzero(np.isfinite(rows.sent_s))) for rows in one.pieces]
+        rows = max(pieces, key=lambda rows: (bool(counts(rows).any()), len(rows) > 0))
         rows = rows.take(np.argsort(rows.sent_s, kind="stable"))
-        warm = int((rows.due_s < one.run.warmup_s).sum())
-        rows = rows.take(np.arange(max(0, warm - most // 4), len(rows)))
-        whole = len(rows)
-        rows = rows.take(np.arange(min(whole, most)))
-        ok = rows.ok & (rows.due_s >= one.run.warmup_s)
-        if whole > most:
-            ok = ok & (np.arange(most) < 0.75 * most)
+        ok = counts(rows)
+        early = int(ok.argmax())
+        if len(rows) > early + most:
+            rows = rows.take(np.arange(early + most))
+            ok = ok[: len(rows)] & (np.arange(len(rows)) < early + 0.75 * most)
         n = rows.prompt_lengths
         low, high = np.quantile(n[ok], [1 / 3, 2 / 3]) if ok.any() else (0.0, 0.0)
         thirds = (n <= low, (n > low) & (n <= high), n > high)

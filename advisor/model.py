@@ -530,9 +530,10 @@ def _scores(fit: Fit, seed: int) -> dict[str, list[tuple[float, float]]]:
         replay: Replay = fit.calibration.replays[i]
         slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
         result = replay.simulated(fit.profile)
-        told = one.run.counted
-        ours, theirs = (summarise(told(rows), slo) for rows in (result.observations, _from_sent(replay.seen)))
-        drawn = [summarise(told(replay.simulated(p).observations), slo) for p in draws]
+        seen = _from_sent(replay.seen)
+        told = (seen.due_s >= one.run.warmup_s) & one.known(seen.sent_s, seen.last_token_s)
+        ours, theirs = (summarise(rows.take(told), slo) for rows in (result.observations, seen))
+        drawn = [summarise(replay.simulated(p).observations.take(told), slo) for p in draws]
         busiest = max(result.utilisation["prefill"], result.utilisation["decode"])
         for name, ratio in log_ratios(ours, theirs).items():
             down, up = reach(getattr(ours, name), [getattr(d, name) for d in drawn])

@@ -19,6 +19,7 @@ import pytest
 import advisor.cost
 from advisor.advise import advise, choose_runs
 from advisor.auto import _sure
+from advisor.calibrate import STATISTIC_SD, Replay
 from advisor.cli import main
 from advisor.cli.advise_verbs import show
 from advisor.cost import needed
@@ -508,6 +509,25 @@ def test_what_a_run_was_before_its_warm_up_ended_is_in_no_law() -> None:
     assert answer.n == sum(int((one.observations.ok & (one.observations.due_s >= 30)).sum()) for one in data)
     whole = [replace(one, run=replace(one.run, warmup_s=0.0)) for one in data]
     assert data_hash(whole) != data_hash(data) == answer.data_hash
+
+
+def test_a_run_is_replayed_with_the_queues_that_its_warm_up_left() -> None:
+    """True laws explain what a run shows after its warm-up: an overloaded one, and windows of which the first is all warm-up."""
+    demo = Profile.load("demo")
+
+    def off(one: RunData) -> float:
+        """Mean square of the misfit, in standard deviations."""
+        replay = Replay.of(one, 300)
+        assert replay.rows.sum() > 50
+        assert (replay.seen.due_s[replay.rows] >= one.run.warmup_s).all()
+        return float(np.nanmean(((replay.expected(demo) - replay.observed) / STATISTIC_SD) ** 2))
+
+    late = measured(demo, lognormal(400, 4.0, 3), Fleet(7, 1), 3)
+    assert late.observations.ttft_s[300:].min() > 10
+    assert off(replace(late, run=replace(late.run, warmup_s=60.0))) < 1
+    long = measured(demo, lognormal(1600, 4.0, 4, output=400), Fleet(3, 5), 4)
+    windows = [long.observations.take(np.arange(at, at + 400)) for at in (0, 450, 1200)]
+    assert off(RunData.of(replace(long.run, warmup_s=float(windows[1].due_s[0])), windows)) < 1
 
 
 def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
