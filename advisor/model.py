@@ -212,10 +212,11 @@ def _bent(laws: Profile, batch: float, context: float, times: float) -> Profile:
     return replace(laws, knee_batch=max(1, round(batch)), knee_s=times * float(slope))
 
 
-def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) -> Fit:
+def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True, slo: Slo | None = None) -> Fit:
     """Fit all stages. NotEnoughDataError when a stage has no rows at all.
 
-    residuals False: only the laws and what was seen, for who leaves runs out one after the other.
+    residuals False: only the laws and what was seen, for who leaves runs out one after the other. slo: what goodput the laws are
+    held to; None: each run's own.
     """
     decode, knee, bend, decode_law = _decode_step(data)
     quiet = Rows.concat([quiet_rows(one, i) for i, one in enumerate(data)])
@@ -231,7 +232,7 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
     warnings: list[str] = []
     found_residuals: list[dict[str, float]] = []
     held: list[dict[str, float]] = []  # of a long run one for each window
-    misses = shared(lambda one: _misses(one, profile), data) if residuals else []
+    misses = shared(lambda one: _misses(one, profile, slo), data) if residuals else []
     for one, ratios in zip(data, misses, strict=False):
         held += ratios
         told = [name for name in METRICS if any(name in r for r in ratios)]
@@ -285,16 +286,16 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True) 
     if profile.bend_tokens:
         laws[0].coefficients.update(bend_tokens=float(profile.bend_tokens))
     fit = Fit(profile, laws, seen, found_residuals, spread, warnings, data, found)
-    return replace(fit, scores=_scores(fit, seed)) if residuals and len(data) >= CALIBRATED_RUNS else fit
+    return replace(fit, scores=_scores(fit, seed, slo)) if residuals and len(data) >= CALIBRATED_RUNS else fit
 
 
 CHECKED = 4
 """Windows of a long run that its laws are held against."""
 
 
-def _misses(one: RunData, profile: Profile) -> list[dict[str, float]]:
+def _misses(one: RunData, profile: Profile, slo: Slo | None = None) -> list[dict[str, float]]:
     """log(predicted / measured) of each metric; of a long run in some of its windows, away from their edges."""
-    slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
+    slo = slo or _slo(one)
     fleet = Fleet(one.prefill, one.decode)
     if not one.windows:
         predicted = simulate(asked(one.observations), fleet, profile).observations
@@ -318,6 +319,10 @@ def _misses(one: RunData, profile: Profile) -> list[dict[str, float]]:
 
 
 LEAST_CHECKED = 200
+
+
+def _slo(one: RunData) -> Slo:
+    return Slo.parse(one.run.slo) if one.run.slo else Slo()
 
 
 def log_ratios(ours: object, theirs: object) -> dict[str, float]:
@@ -518,7 +523,7 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
     return coefficients, float(np.median(np.abs(1 - scaled @ coefficients)))
 
 
-def _scores(fit: Fit, seed: int) -> dict[str, list[tuple[float, float]]]:
+def _scores(fit: Fit, seed: int, asked_slo: Slo | None) -> dict[str, list[tuple[float, float]]]:
     """Every run as the laws have it: how far off, in the half-widths that draws of the laws have there.
 
     Runs that were left out instead (by refits, or by a Gauss-Newton step back) were tried: what they miss is what the one
@@ -528,7 +533,7 @@ def _scores(fit: Fit, seed: int) -> dict[str, list[tuple[float, float]]]:
     draws = fit.draws(np.random.default_rng(seed), SCORE_DRAWS)
     for i, one in enumerate(fit.data):
         replay: Replay = fit.calibration.replays[i]
-        slo = Slo.parse(one.run.slo) if one.run.slo else Slo()
+        slo = asked_slo or _slo(one)
         result = replay.simulated(fit.profile)
         seen = _from_sent(replay.seen)
         told = (seen.due_s >= one.run.warmup_s) & one.known(seen.sent_s, seen.last_token_s)

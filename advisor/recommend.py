@@ -278,7 +278,7 @@ def recommend(
     usable = _usable(data, first, warnings)
     note("fit", 0, 1)
     try:
-        fit = fit_laws(usable)
+        fit = fit_laws(usable, slo=slo)
     except NotEnoughDataError as error:
         raise NotEnoughDataError(f"{error} Measure next: {first['command']}", first) from None
     warnings += fit.warnings

@@ -530,6 +530,20 @@ def test_a_run_is_replayed_with_the_queues_that_its_warm_up_left() -> None:
     assert off(RunData.of(replace(long.run, warmup_s=float(windows[1].due_s[0])), windows)) < 1
 
 
+def test_goodput_of_the_runs_is_missed_by_the_slo_that_is_asked() -> None:
+    """Runs that were made without an SLO: what the laws miss is their goodput within the question's, not their throughput."""
+    data = three_runs(Profile.load("demo"), busy_rate(Profile.load("demo")))
+    fit = recommend(data, lognormal(100, 5, 1), gpus=8, slo=SLO, draws=2, refuse=False).fit
+    for one, missed in zip(data, fit.residuals, strict=True):
+        assert not one.run.slo
+        fleet = one.run.fleet
+        assert fleet is not None
+        ours = simulate(one.observations.asked("x"), fleet, fit.profile).observations
+        ratio = goodput_per_s(ours, SLO) / goodput_per_s(one.observations, SLO)
+        assert missed["goodput_per_s"] == pytest.approx(math.log(ratio), abs=1e-9)
+    assert fit.spread["goodput_per_s"] > 1.5 * fit.spread["throughput_per_s"]
+
+
 def test_relative_nnls_finds_known_coefficients_through_foreign_rows() -> None:
     """Known coefficients are found to 2 % although one row in twenty is three times too slow."""
     rng = np.random.default_rng(3)
