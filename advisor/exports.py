@@ -19,6 +19,7 @@ from typing import Any
 import fastjsonschema
 
 from loadgen.cluster import Profile
+from loadgen.policy import BacklogRule, DemandRule, rule_of
 from traces import __version__
 from traces.errors import InputError
 
@@ -110,8 +111,11 @@ def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
     limits = _thresholds(answer, "kubernetes")
     bounds = _bounds(answer, limits)
     metrics = {
-        "prefill": ("steelyard_waiting_prompt_tokens", limits["prefill"]["up_waiting_tokens"]),
-        "decode": ("vllm:num_requests_running", limits["decode"]["up_running_requests"]),
+        "prefill": (
+            ("steelyard_waiting_prompt_tokens", limits["prefill"]["up_waiting_tokens"]),
+            ("steelyard_prompt_tokens_per_second", _prompt_tokens_per_s(limits)),
+        ),
+        "decode": (("steelyard_requests_running_or_waiting", limits["decode"]["up_running_requests"]),),
     }
     found = [
         {
@@ -130,18 +134,36 @@ def kubernetes(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
                             "target": {"type": "AverageValue", "averageValue": str(max(1, round(value)))},
                         },
                     }
+                    for name, value in measures
                 ],
                 "behavior": _behavior(limits),
             },
         }
-        for role, (name, value) in metrics.items()
+        for role, measures in metrics.items()
     ]
     return found, [
         "Two autoscalers scale two pools on their own: they do not keep the sum of GPUs, as steelyard's rule does. Give the "
         "namespace a quota.",
-        "Pod metrics need an adapter (prometheus-adapter); waiting prompt tokens are requests waiting x mean prompt where an "
-        "engine counts requests only.",
+        STEERS,
+        "Pod metrics need an adapter (prometheus-adapter), with these queries a pod: steelyard_waiting_prompt_tokens "
+        f"vllm:num_requests_waiting * {limits['mean_prompt']:.6g} (the mean prompt, where an engine counts requests only), "
+        "steelyard_prompt_tokens_per_second rate(vllm:prompt_tokens_total[1m]), steelyard_requests_running_or_waiting "
+        "vllm:num_requests_running + vllm:num_requests_waiting.",
     ]
+
+
+STEERS = (
+    "An autoscaler steers to the upper thresholds, each an average a worker: the lower ones, and the check of what a move "
+    "leaves, are not in it. Prefill has a second one, of prompt tokens a second, which holds its workers while nothing waits."
+)
+
+
+def _prompt_tokens_per_s(limits: Mapping[str, Any]) -> float:
+    """Prompt tokens a second a prefill worker at which a rule of demand asks for one more: never more than one can process."""
+    rule = rule_of(limits, "thresholds")
+    if isinstance(rule, BacklogRule):  # it looks at queues alone: how full a worker may be is the other rule's
+        rule = DemandRule(rule.laws, rule.mean_prompt, rule.mean_output, rule.slo)
+    return min(1.0, rule.up * rule.target) / rule.token_s
 
 
 LONGEST_S = 3600
@@ -240,6 +262,8 @@ def keda(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
     """A ScaledObject a role, on Prometheus queries."""
     limits = _thresholds(answer, "keda")
     bounds = _bounds(answer, limits)
+    queries = _queries(limits)
+    rate = ("prefill", 'sum(rate(vllm:prompt_tokens_total{role="prefill"}[1m]))', _prompt_tokens_per_s(limits))
     return [
         {
             "apiVersion": "keda.sh/v1alpha1",
@@ -261,11 +285,16 @@ def keda(answer: Mapping[str, Any]) -> tuple[Documents, list[str]]:
                             "threshold": f"{threshold:.6g}",
                         },
                     }
+                    for of, query, threshold in (*queries, rate)
+                    if of == role
                 ],
             },
         }
-        for role, query, threshold in _queries(limits)
-    ], ["Two objects scale two pools on their own: they do not keep the sum of GPUs, as steelyard's rule does."]
+        for role in ("prefill", "decode")
+    ], [
+        "Two objects scale two pools on their own: they do not keep the sum of GPUs, as steelyard's rule does.",
+        STEERS,
+    ]
 
 
 def _queries(limits: Mapping[str, Any]) -> list[tuple[str, str, float]]:

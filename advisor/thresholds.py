@@ -122,8 +122,9 @@ def backlog_thresholds(rule: policy.DemandRule | policy.BacklogRule, fleet: Flee
     """What a rule's numbers mean in seconds of backlog and in a server's own units, at the fleet it starts from.
 
     prefill: ``up_backlog_s``, seconds of work before each prefill worker at which one more is asked for when nothing arrives
-    (arrivals lower it in proportion); ``down_backlog_s``, below which it may give one away. decode: sequences a worker at
-    which the step reaches its limit, and those below which it may give one. ``waiting_tokens`` a worker: the same for prefill.
+    (arrivals lower it in proportion); ``down_backlog_s``, below which it may give one away; ``waiting_tokens`` a worker: the
+    same. decode: sequences a worker, running and waiting, at which the step or the batch reaches its limit, and those below
+    which it may give one.
     """
     if isinstance(rule, policy.BacklogRule):
         demand = policy.DemandRule(rule.laws, rule.mean_prompt, rule.mean_output, rule.slo, tpot_share=rule.tpot_share)
@@ -159,7 +160,8 @@ def _batch_at(rule: policy.DemandRule, level: float) -> float:
         queues = policy.Queues(decode_running=1_000_000, decode_context_tokens=1_000_000 * context)
         return rule.loads(0.0, batch, queues, one)[1]
 
-    low, high = 1.0, float(min(rule.laws.max_batch, 100_000))
+    # Beyond a full batch others wait, and load counts them: a level above 1 is reached there.
+    low, high = 1.0, max(1.0, level) * min(rule.laws.max_batch, 100_000)
     if load(high) <= level:
         return high
     for _ in range(60):

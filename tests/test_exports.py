@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -111,6 +112,48 @@ def test_an_online_answer_bounds_and_thresholds_two_autoscalers() -> None:
         spec = one["spec"]
         assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 7)
         assert spec["metrics"][0]["pods"]["target"]["averageValue"] == str(round(value))
+
+
+def test_an_autoscaler_keeps_the_workers_that_work_without_a_queue() -> None:
+    """It asks for total / threshold replicas, the most of its metrics: in healthy traffic nothing waits, and the load counts.
+
+    Decode counts those that wait, too: what runs never exceeds the place that there is.
+    """
+    seconds = 2.9 * RULE.up * RULE.target  # of prefill work that arrive a second: full workers
+    for kind in ("kubernetes", "keda"):
+        prefill, decode = read(export(answer("online"), kind))
+        asked = []
+        for name, threshold in measures(prefill):
+            total = 0.0 if "waiting" in name else seconds / RULE.token_s
+            asked.append(math.ceil(total / threshold))
+        assert sorted(asked) == [0, 3], kind
+        ((name, _),) = measures(decode)
+        assert "waiting" in name, kind
+    head = export(answer("online"), "kubernetes")
+    assert "steers to the upper thresholds" in head
+    backlog = answer("online")
+    rule = policy.BacklogRule(RULE.laws, RULE.mean_prompt, RULE.mean_output, RULE.slo)
+    backlog["thresholds"] |= policy.table_of(rule) | backlog_thresholds(rule, Fleet(3, 5))
+    prefill, _ = read(export(backlog, "keda"))
+    assert measures(prefill)[1][1] == pytest.approx(0.85 / RULE.token_s, rel=1e-5)
+
+
+def measures(document: dict[str, Any]) -> list[tuple[str, float]]:
+    """(metric or query, threshold a worker) of an autoscaler."""
+    spec = document["spec"]
+    if "triggers" in spec:
+        return [(t["metadata"]["query"], float(t["metadata"]["threshold"])) for t in spec["triggers"]]
+    pods = [m["pods"] for m in spec["metrics"]]
+    return [(p["metric"]["name"], float(p["target"]["averageValue"])) for p in pods]
+
+
+def test_the_most_sequences_are_those_at_which_the_rule_acts() -> None:
+    """Where the batch limits decode, a rule that acts at a load of 1.2 acts at 1.2 batches, the last fifth of it waiting."""
+    small = replace(RULE, laws=replace(RULE.laws, max_batch=4, kv_tokens=0), up=1.2)
+    at = backlog_thresholds(small, Fleet(3, 5))["decode"]["up_running_requests"]
+    assert at == pytest.approx(4.8)
+    queues = policy.Queues(decode_running=4)
+    assert small.loads(0.0, at, queues, Fleet(1, 1))[1] == pytest.approx(small.up)
 
 
 def test_dynamos_planner_gets_its_own_names_and_keeps_the_gpus() -> None:
