@@ -194,6 +194,7 @@ WRONG = [
     (["serve", "--speed", "0"], 1, "--speed"),
     (["serv"], 2, "Did you mean 'serve'?"),
     (["advise", "--gpus", "many"], 2, "--gpus"),
+    (["sweep", "small", "--all", "--gpus", "3", "--gpus-per-worker", "2,2"], 1, "no fleet with both roles"),
 ]
 
 
@@ -229,6 +230,17 @@ def test_an_error_with_json_is_json(db: str, trace: str, capsys: pytest.CaptureF
     code, out, err = run(capsys, "traces", "show", "nope", "--db", db, "--json")
     assert code == 1
     assert json.loads(out)["error"] in err
+
+
+def test_a_quiet_sweep_says_nothing_on_the_way(db: str, trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--quiet``: not how it would go on either."""
+    main(["ingest", trace, "--db", db])
+    capsys.readouterr()
+    sweep = ("sweep", "small", "--fleets", "1:1", "--endpoint", "http://127.0.0.1:1", "--workers", "0", "--db", db)
+    assert "if this is broken off" in run(capsys, *sweep)[1]
+    code, out, err = run(capsys, *sweep, "-q")
+    assert (code, out) == (1, "")
+    assert "at least one worker" in err
 
 
 @contextlib.contextmanager

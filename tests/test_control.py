@@ -251,6 +251,10 @@ def test_a_note_that_cannot_be_read_is_not_thrown_away(capsys: pytest.CaptureFix
     said = capsys.readouterr()
     assert f"{journal.path}: not restored: the note cannot be read" in said.out
     assert "The note stays" in said.err
+    assert main(["control", "restore", "--json"]) == 1
+    held = json.loads(capsys.readouterr().out)  # one object
+    assert (len(held["restored"]), held["exit_code"]) == (1, 1)
+    assert "The note stays" in held["error"]
     own = Journal("command:" + json.dumps(["x", "{prefill}", "{decode}"]), "x")
     assert main(["control", "restore", "--control", own.spec]) == 0  # another's note
     journal.path.rename(own.path)

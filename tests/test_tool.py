@@ -260,6 +260,30 @@ def test_what_stands_before_the_verb_was_typed_too(
         assert demo.make_context("demo", [], parent=above).params["db"] == "sqlite:///c.db"
 
 
+def test_json_may_be_asked_for_anywhere(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the verb, in the environment or in the file: results are JSON then, and so are errors."""
+    with open_store("sqlite:///steelyard.db") as store:
+        store.end_run(store.begin_run(a_run()))
+
+    def error(*arguments: str) -> str:
+        assert main(list(arguments)) == 1
+        return str(json.loads(capsys.readouterr().out)["error"])
+
+    assert json.loads(said(capsys, "--json", "runs"))["runs"][0]["run"] == 1
+    assert json.loads(said(capsys, "--json", "runs", "show", "1"))["run"] == 1
+    assert json.loads(said(capsys, "runs", "--json", "show", "1"))["run"] == 1
+    assert "no run has id 7" in error("--json", "runs", "show", "7")
+    monkeypatch.setenv("STEELYARD_JSON", "1")
+    assert "no run has id 7" in error("runs", "show", "7")
+    monkeypatch.delenv("STEELYARD_JSON")
+    (here / "steelyard.toml").write_text("[runs]\njson = true\n[traces.show]\njson = true\n")
+    assert "no trace is named" in error("traces", "show", "nope")
+    assert main(["runs", "show", "7"]) == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_without_a_verb_and_at_a_tab_the_file_of_options_is_read(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

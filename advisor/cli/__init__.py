@@ -147,10 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     5 not enough data to recommend, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    said: dict[str, bool] = {}
     try:
-        code = steelyard.main(args=arguments, prog_name="steelyard", standalone_mode=False)
+        code = steelyard.main(args=arguments, prog_name="steelyard", standalone_mode=False, obj=said)
     except SteelyardError as error:
-        if "--json" in arguments:
+        if "--json" in arguments or said.get("json"):
             probe = getattr(error, "next_probe", None)
             emit_json({"error": str(error), "exit_code": error.exit_code} | ({"next_probe": probe} if probe else {}))
         click.echo(f"steelyard: {error}", err=True)

@@ -34,7 +34,17 @@ def json_option(f: F) -> F:
         callback=_hush,
         help="The result alone: no progress, no notes on the way.",
     )(f)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")(f)
+    return click.option(
+        "--json", "as_json", is_flag=True, callback=_as_json, help="Print one JSON object on stdout, nothing else."
+    )(f)
+
+
+def _as_json(context: click.Context, option: click.Parameter, value: bool) -> bool:
+    """Was it asked for, here or above? The program's end, which prints what went wrong, is told."""
+    value = bool(typed_above(context, option, value))
+    if isinstance(context.obj, dict):
+        context.obj["json"] = value
+    return value
 
 
 def _hush(context: click.Context, _option: click.Parameter, quiet: bool) -> None:

@@ -318,8 +318,14 @@ def restore(
         said = "the note cannot be read; put the fleet back by hand and remove the file"
         found.append({"control": str(path), "fleet": None, "changed_by": "", "done": False, "said": said})
     failed = [row for row in found if not row["done"] and not dry_run]
+    refused = (
+        EndpointError(f"{failed[0]['control']}: not restored ({failed[0]['said']}). The note stays.")
+        if failed
+        else None
+    )
     if as_json:
-        emit_json({"restored": found, "dry_run": dry_run})
+        why = {"error": str(refused), "exit_code": refused.exit_code} if refused else {}
+        emit_json({"restored": found, "dry_run": dry_run} | why)
     elif not found:
         messages().print("nothing to restore: no fleet was left changed.", markup=False)
     else:
@@ -331,9 +337,9 @@ def restore(
                 else "not restored"
             )
             messages().print(f"{row['control']}: {done}: {row['said'] or 'forgotten'}", markup=False)
-    if failed:
-        raise EndpointError(f"{failed[0]['control']}: not restored ({failed[0]['said']}). The note stays.")
-    return 0
+    if refused:
+        warn(str(refused))
+    return refused.exit_code if refused else 0
 
 
 @control.command(**example("steelyard control run http://127.0.0.1:8080 --policy online-report --for 10"))

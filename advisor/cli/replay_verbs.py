@@ -20,6 +20,7 @@ from advisor.cli.common import (
     json_option,
     messages,
     progress,
+    quiet,
     tls_options,
     token_of,
     warn,
@@ -645,6 +646,7 @@ def sweep(
     from loadgen.sweep import plan
     from loadgen.sweep import saturate as search
     from loadgen.sweep import sweep as measure
+    from traces.errors import InputError
     from traces.measures import Slo
     from traces.records import Fleet
     from traces.shape import ramp, to_rate
@@ -657,6 +659,10 @@ def sweep(
     _one_rate(options)
     per = pair(options["gpus_per_worker"])
     wanted = [Fleet.parse(text) for text in fleets.split(",")] if fleets else Fleet.splits(gpus, per)
+    if not wanted:
+        raise InputError(
+            f"{gpus} GPUs at {per[0]} and {per[1]} GPUs a worker make no fleet with both roles. Give other --gpus."
+        )
     slo = Slo.parse(options["slo"] or "ttft<0.5s tpot<50ms")
     with open_store(db, create=False) as store:
         schedules, factors = [], []
@@ -682,7 +688,7 @@ def sweep(
         group = group or time.strftime("saturate" if saturate else "sweep") + time.strftime(
             "-%Y%m%d-%H%M%S", time.gmtime()
         )
-        if not saturate:
+        if not saturate and not quiet():
             messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
         with progress(as_json) as bars:
             task = bars.add_task("sweep", total=None if saturate else runs_planned * n)
