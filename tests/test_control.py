@@ -1000,6 +1000,19 @@ def test_a_policy_that_wants_what_is_out_of_bounds_is_refused_and_goes_on() -> N
     assert control.asked == []
 
 
+def test_a_move_that_the_endpoint_refuses_is_told_with_the_fleet_that_was_wanted() -> None:
+    class Refuses(Fake):
+        def ask(self, fleet: Fleet) -> None:
+            super().ask(self.fleet)
+            raise EndpointError("x: may not be scaled.")
+
+    control = Refuses(Fleet(2, 2))
+    decisions, changes = steer(control, lambda: queues(9, 0), 0.3)
+    assert {(d.action, d.after) for d in decisions} == {("refused", Fleet(3, 1))}
+    assert decisions[0].reason == "x: may not be scaled. Wanted because: 9 prompts and 0 answers wait"
+    assert changes == []
+
+
 def test_planned_changes_come_at_their_time() -> None:
     control = Fake(Fleet(1, 3))
     _, changes = steer(control, lambda: queues(0, 0), 0.6, steering=Planned([(0.3, Fleet(3, 1)), (0.1, Fleet(2, 2))]))

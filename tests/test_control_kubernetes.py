@@ -245,6 +245,38 @@ def test_who_may_read_but_not_scale_is_told_which_verb_lacks(api: ApiServer) -> 
     assert counts(api) == {"pre": 2, "dec": 1}
 
 
+def test_half_a_change_is_taken_back(serve: Callable[..., ApiServer]) -> None:
+    """Where the other role may not be scaled, the one that grew is given back: else a policy grows it again each tick."""
+    api = serve(statefulsets="apps/v1")
+    api.workload("pre", 2)
+    api.workload("dec", 2, "statefulsets")
+    api.deny = {("patch", "statefulsets")}
+    control = made("kubernetes:llm/deployment/pre,statefulset/dec")
+    with pytest.raises(LostError, match=r"needs the verb patch on statefulsets and statefulsets/scale of 'apps'\.$"):
+        put(control, Fleet(3, 1), 10)
+    assert counts(api) == {"pre": 2}
+    assert len([1 for verb, _ in api.log if verb == "PATCH"]) == 3
+    soon(lambda: control.get().settled(Fleet(2, 2)))
+
+
+def test_what_cannot_be_taken_back_is_named(serve: Callable[..., ApiServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    api = serve(statefulsets="apps/v1")
+    api.workload("pre", 2)
+    api.workload("dec", 2, "statefulsets")
+    control = made("kubernetes:llm/deployment/pre,statefulset/dec")
+    real = api.store
+
+    def store(plural: str, held: dict[str, Any], kind: str = "MODIFIED") -> None:
+        real(plural, held, kind)
+        if plural == "deployments" and held["spec"]["replicas"] == 3:
+            api.deny = {("patch", "statefulsets"), ("patch", "deployments")}
+
+    monkeypatch.setattr(api, "store", store)
+    with pytest.raises(LostError, match=r"statefulsets/scale of 'apps'\. prefill could not be set back to 2\.$"):
+        control.ask(Fleet(3, 1))
+    assert counts(api) == {"pre": 3}
+
+
 def test_pods_that_do_not_get_ready_are_told(api: ApiServer) -> None:
     api.stuck = True
     with pytest.raises(EndpointError, match=r"2:3 was not in force within 0\.5 s .it is 2:1, 2 workers on the way"):

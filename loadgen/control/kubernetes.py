@@ -475,7 +475,10 @@ class Kubernetes:
         return found
 
     def ask(self, fleet: Fleet) -> None:
-        """See :class:`loadgen.control.Control`. The role that grows first: no moment with fewer workers than needed."""
+        """See :class:`loadgen.control.Control`. The role that grows first: no moment with fewer workers than needed.
+
+        Half a change is taken back: who asks again and again would get one worker more each time.
+        """
         counts = dict(zip(ROLES, (fleet.prefill, fleet.decode), strict=True))
         now = {}
         for role in ROLES:
@@ -484,9 +487,25 @@ class Kubernetes:
             now[role] = _count(held, path)
             self._pods_of(role, path, held)  # finds the selector, and whether pods may be listed
         self._watch()
+        moved: list[str] = []
         for role in sorted(ROLES, key=lambda r: now[r] - counts[r]):
-            if now[role] != counts[role]:
+            if now[role] == counts[role]:
+                continue
+            try:
                 self._set(role, counts[role])
+            except EndpointError as error:
+                left = [one for one in moved if not self._taken_back(one, now[one])]
+                if left:
+                    raise LostError(f"{error} {left[0]} could not be set back to {now[left[0]]}.") from None
+                raise
+            moved.append(role)
+
+    def _taken_back(self, role: str, count: int) -> bool:
+        try:
+            self._set(role, count)
+        except EndpointError:
+            return False
+        return True
 
     def _read(self, role: str) -> dict[str, Any]:
         """What holds the count to set: the scale, or the object itself."""

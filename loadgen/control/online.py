@@ -205,7 +205,7 @@ class Controller:
             return
         try:
             self._control.ask(target)
-        except InputError as error:
+        except (EndpointError, InputError) as error:
             self._decide("refused", target, f"{error} Wanted because: {why}")
             return
         self._moved.append(now)
