@@ -11,11 +11,12 @@ import numpy as np
 
 from advisor.recommend import Interval, Recommendation
 from advisor.screen import Traffic, strain
+from advisor.splits import POINT_REQUESTS, piece
 from advisor.study import splits_of
 from loadgen import policy
 from loadgen.cluster import simulate
 from traces.errors import NoFleetError
-from traces.measures import meets, summarise
+from traces.measures import meets, met, summarise
 from traces.records import Fleet, Schedule
 from traces.shape import to_rate
 
@@ -54,9 +55,11 @@ class Needed:
 
 
 def cost(answer: Recommendation, gpu_hour_usd: float, gpus_per_worker: tuple[int, int] = (1, 1)) -> Cost:
-    """Of the recommended split."""
+    """Of the recommended split. Which answers are within the SLO, and so how long these are, is simulated."""
     gpus = answer.best.fleet.gpus(gpus_per_worker)
     prompt, output = float(answer.schedule.prompt_tokens.mean()), float(answer.schedule.output_tokens.mean())
+    rows = simulate(piece(answer.schedule, POINT_REQUESTS), answer.best.fleet, answer.fit.profile).observations
+    within = rows.tokens[met(rows, answer.slo)]
 
     def usd(served: Interval, tokens: float) -> Interval:
         def at(rate: float) -> float:
@@ -65,7 +68,13 @@ def cost(answer: Recommendation, gpu_hour_usd: float, gpus_per_worker: tuple[int
         return Interval(at(served.value), at(served.high), at(served.low))
 
     all_, good = answer.best.figures["throughput_per_s"], answer.best.figures["goodput_per_s"]
-    return Cost(gpus, gpu_hour_usd, usd(all_, output), usd(all_, prompt + output), usd(good, output))
+    return Cost(
+        gpus,
+        gpu_hour_usd,
+        usd(all_, output),
+        usd(all_, prompt + output),
+        usd(good, float(within.mean()) if len(within) else output),
+    )
 
 
 def needed(

@@ -22,7 +22,7 @@ from advisor.auto import _sure
 from advisor.calibrate import STATISTIC_SD, Replay
 from advisor.cli import main
 from advisor.cli.advise_verbs import show
-from advisor.cost import needed
+from advisor.cost import cost, needed
 from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData
 from advisor.model import fit_laws, load_of, relative_nnls
@@ -445,6 +445,19 @@ def test_ten_times_the_rate_takes_ten_times_the_gpus() -> None:
     answer = recommend(three_runs(profile, rate), lognormal(150, rate, 9), gpus=8, slo=SLO, draws=2, attainment=0.5)
     few, many = (needed(answer, factor * rate, attainment=0.8).gpus for factor in (2, 200))
     assert 60 * few < many < 110 * few
+
+
+def test_what_is_good_is_paid_by_the_tokens_of_good_answers() -> None:
+    """Half of the answers are too long for a limit of E2E: what is within it has the others' tokens no more."""
+    profile = Profile.load("demo")
+    rate = busy_rate(profile)
+    answer = recommend(three_runs(profile, rate), lognormal(100, rate, 9), gpus=8, slo=SLO, draws=2, refuse=False)
+    mixed = replace(lognormal(100, 1.0, 9), output_tokens=np.tile([50, 1000], 50))
+    good = answer.best.figures["goodput_per_s"].value
+    found = cost(replace(answer, schedule=mixed, slo=Slo.parse("e2e<4s")), 2.0)
+    assert found.usd_per_m_good_output_tokens.value == pytest.approx(8 * 2.0 / 3600 / (good * 50) * 1e6)
+    served = answer.best.figures["throughput_per_s"].value
+    assert found.usd_per_m_output_tokens.value == pytest.approx(8 * 2.0 / 3600 / (served * 525) * 1e6)
 
 
 def test_one_gpu_makes_no_fleet() -> None:
