@@ -7,8 +7,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from advisor.recommend import Interval, Recommendation
 from advisor.screen import Traffic, strain
 from advisor.splits import POINT_REQUESTS, piece
@@ -21,9 +19,6 @@ from traces.records import Fleet, Schedule
 from traces.shape import to_rate
 
 MOST_GPUS = 4096
-
-SIMULATED = 5000
-"""Requests of the trace on which a size is tried at most."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +81,11 @@ def needed(
     gpu_hour_usd: float | None = None,
 ) -> Needed:
     """The fewest GPUs whose best split keeps the SLO at a rate, by doubling and halving; NoFleetError where none does."""
-    schedule = to_rate(answer.schedule.take(np.arange(min(len(answer.schedule), SIMULATED))), rate_per_s)
-    traffic, limits = Traffic(schedule), answer.slo.as_limits
+    whole = to_rate(answer.schedule, rate_per_s)
+    schedule, traffic, limits = piece(whole, POINT_REQUESTS), Traffic(whole), answer.slo.as_limits
 
     def split(gpus: int) -> Fleet | None:  # not every number of GPUs makes a fleet
-        near = _near(schedule, gpus, answer, gpus_per_worker)
+        near = _near(whole, gpus, answer, gpus_per_worker)
         # At a high rate the requests come within a moment, and what they show is how a burst fares, not what lasts.
         lasting = (f for f in near if strain(traffic, f, answer.fit.profile, limits) <= 1)
         return next((f for f in lasting if _keeps(schedule, f, answer, attainment)), None)

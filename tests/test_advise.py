@@ -447,6 +447,17 @@ def test_ten_times_the_rate_takes_ten_times_the_gpus() -> None:
     assert 60 * few < many < 110 * few
 
 
+def test_the_size_is_that_of_the_whole_trace_and_not_of_its_beginning() -> None:
+    """Prompts that are four times as long in the second half: the fleet that is named keeps the SLO through both."""
+    profile = Profile.load("demo")
+    answer = recommend(three_runs(profile, 6.0), lognormal(100, 6.0, 9), gpus=8, slo=SLO, draws=2, refuse=False)
+    longer = replace(lognormal(10_000, 6.0, 9), prompt_tokens=np.repeat([200, 800], 5000))
+    found = needed(replace(answer, schedule=longer), 60.0, attainment=0.9)
+    fleet = Fleet(found.prefill, found.decode)
+    rows = simulate(to_rate(longer, 60.0), fleet, answer.fit.profile).observations
+    assert summarise(rows, SLO).attainment >= 0.9
+
+
 def test_what_is_good_is_paid_by_the_tokens_of_good_answers() -> None:
     """Half of the answers are too long for a limit of E2E: what is within it has the others' tokens no more."""
     profile = Profile.load("demo")
