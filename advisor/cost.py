@@ -92,12 +92,12 @@ def needed(
 
     high = max(2, answer.best.fleet.gpus(gpus_per_worker))
     while split(high) is None:
-        high *= 2
-        if high > MOST_GPUS:
+        if high >= MOST_GPUS:
             raise NoFleetError(
                 f"no fleet of up to {MOST_GPUS} GPUs keeps {answer.slo} at {rate_per_s:g} req/s: they are too few, or a lone "
                 "request is too slow for it. Ask for a lower rate, or loosen --slo or --attainment."
             )
+        high = min(2 * high, MOST_GPUS)
     low = 1  # does not do
     while high - low > 1:
         middle = (low + high) // 2

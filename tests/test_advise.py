@@ -438,13 +438,21 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
     assert needed(firm, 0.05, attainment=0.1, gpus_per_worker=two).high == 6  # five would do, and make no fleet
 
 
-def test_ten_times_the_rate_takes_ten_times_the_gpus() -> None:
-    """Few requests at a high rate are a burst, which the queues of few workers hold: what lasts counts as well."""
+def test_ten_times_the_rate_takes_ten_times_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few requests at a high rate are a burst, which the queues of few workers hold: what lasts counts as well.
+
+    The most GPUs that are tried are that many, though they are no power of two.
+    """
     profile = Profile.load("demo")
     rate = busy_rate(profile)
     answer = recommend(three_runs(profile, rate), lognormal(150, rate, 9), gpus=8, slo=SLO, draws=2, attainment=0.5)
     few, many = (needed(answer, factor * rate, attainment=0.8).gpus for factor in (2, 200))
     assert 60 * few < many < 110 * few
+    monkeypatch.setattr(advisor.cost, "MOST_GPUS", many)
+    assert needed(answer, 200 * rate, attainment=0.8).gpus == many
+    monkeypatch.setattr(advisor.cost, "MOST_GPUS", many - 1)
+    with pytest.raises(NoFleetError, match=f"no fleet of up to {many - 1} GPUs"):
+        needed(answer, 200 * rate, attainment=0.8)
 
 
 def test_the_size_is_that_of_the_whole_trace_and_not_of_its_beginning() -> None:
