@@ -24,7 +24,7 @@ from advisor.features import RunData
 from advisor.recommend import recommend
 from advisor.report import assemble, text_of, write_report
 from advisor.report import pdf as print_pdf
-from advisor.report.digest import BINS, POINTS, QUANTILES, digest, traffic
+from advisor.report.digest import BINS, POINTS, QUANTILES, _readings, digest, traffic
 from advisor.report.draw import NARROW, WIDE, Axis, svg
 from advisor.report.markdown import escape
 from advisor.report.page import asset, policy
@@ -386,6 +386,23 @@ def test_the_command_of_an_answer_is_one_that_the_tool_takes() -> None:
 
 
 # --- digests and drawings -------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_went_away_is_drawn_no_longer() -> None:
+    """Neither its place in the role nor its last queue; one that was not read for a while is still there."""
+    held = [
+        s
+        for s in readings(1, 2, 60)
+        if not (s.worker == "w2" and s.at_s > 20) and not (s.worker == "w1" and 30 < s.at_s < 39)
+    ]
+    held = [replace(s, role="prefill" if s.worker == "w0" else "decode", waiting_requests=3.0) for s in held]
+    held += [Sample(59.0 + k, "w1", "decode", 3.0, running_requests=2.0) for k in (1, 2)]
+    over = _readings(held)
+    assert over is not None
+    workers, queue = over.values["decode workers"], over.values["decode waiting_requests"]
+    assert workers[5:18].tolist() == [2.0] * 13
+    assert workers[24:].tolist() == [1.0] * (len(workers) - 24)
+    assert queue[24:].tolist() == [3.0] * (len(workers) - 24)
 
 
 def test_a_digest_does_not_grow_with_the_run() -> None:

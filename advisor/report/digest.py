@@ -302,13 +302,17 @@ def _readings(samples: Sequence[Sample]) -> Over | None:
 
     for held in workers.values():
         held = sorted(held, key=lambda s: s.at_s)
-        place = np.minimum(((np.array([s.at_s for s in held]) - start) / width).astype(np.int64), bins - 1)
+        times = np.array([s.at_s for s in held])
+        place = np.minimum(((times - start) / width).astype(np.int64), bins - 1)
         roles = np.array([s.role for s in held], dtype=object)
         # The role that a worker had last in a bin is its role there; where it was not read, the one before.
         role_of = np.full(bins, "", dtype=object)
         role_of[place] = roles
         for k in range(1, bins):
             role_of[k] = role_of[k] or role_of[k - 1]
+        # One that has been silent for twice as long as ever before has gone.
+        gone_s = float(times[-1] + 2 * np.diff(times).max(initial=0.0))
+        role_of[start + np.arange(bins) * width > gone_s] = ""
         for role in set(roles.tolist()):
             here = role_of == role
             add(counts, f"{role} workers", here.astype(float))
