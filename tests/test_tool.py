@@ -260,6 +260,37 @@ def test_what_stands_before_the_verb_was_typed_too(
         assert demo.make_context("demo", [], parent=above).params["db"] == "sqlite:///c.db"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "arguments", "code", "words"),
+    [
+        ("ENDPOINT", "http://127.0.0.1:9", "advise", 5, "no ended run"),
+        ("RATE", "3", "advise --concurrency 8", 5, "no ended run"),
+        ("SLO", "ttft<1s", "report --recommendation latest", 1, "no recommendation 'latest'"),
+        ("GROUP", "none", "compare 1 2", 1, "no run has id 1"),
+        ("RATE", "3", "sweep t --fleets 1:1 --rates 4,8", 1, "no trace is named"),
+        ("RATES", "4,8", "sweep t --fleets 1:1 --rate 3", 1, "no trace is named"),
+        ("RATE", "3", "replay t --endpoint http://127.0.0.1:9 --rate-factor 2", 1, "no trace is named"),
+        ("FLEETS", "1:1", "sweep t --all", 1, "no trace is named"),
+        ("GROUP", "none", "advise --auto --trace t --endpoint http://127.0.0.1:9", 1, "refused"),
+    ],
+)
+def test_what_nobody_typed_refuses_nothing(
+    variable: str,
+    value: str,
+    arguments: str,
+    code: int,
+    words: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An option from the environment gives way to one that was typed and that excludes it."""
+    with open_store("sqlite:///steelyard.db"):
+        pass
+    monkeypatch.setenv(f"STEELYARD_{variable}", value)
+    assert words in said(capsys, *arguments.split(), code=code)
+
+
 def test_json_may_be_asked_for_anywhere(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,19 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import GROUP, RUN, TRACE, db_option, emit_json, example, json_option, messages, progress, warn
+from advisor.cli.common import (
+    GROUP,
+    RUN,
+    TRACE,
+    db_option,
+    emit_json,
+    example,
+    json_option,
+    messages,
+    progress,
+    typed,
+    warn,
+)
 from advisor.cli.replay_verbs import pair
 from traces.errors import InputError
 
@@ -141,7 +153,7 @@ def advise(
         return
     if auto and not url:
         raise click.UsageError("--auto measures: give the --endpoint URL.")
-    if url and not auto:
+    if typed("url") and not auto:
         raise click.UsageError("--endpoint belongs to --auto; to learn from the runs of one give --endpoint-name.")
     probing = measured(db, as_json, str(url), seconds(budget), options) if auto else None
     answer = ask(db, as_json, **options)
@@ -182,9 +194,8 @@ def ask_closed(db: str, as_json: bool, concurrency: float, options: dict[str, An
 
     context = click.get_current_context()
     takes = ("gpus", "slo", "trace", "run_ids", "group", "endpoint", "gpus_per_worker", "seed")
-    other = [name for name in context.params if _given(context, name)]
-    for name in other:
-        if name not in (*takes, "concurrency", "as_json", "db"):
+    for name in context.params:
+        if typed(name) and name not in (*takes, "concurrency", "as_json", "db"):
             word = next(p.opts[0] for p in context.command.params if p.name == name)
             raise click.UsageError(f"{word} asks about traffic that comes at a rate: not with --concurrency.")
     lengths = None
@@ -269,7 +280,7 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
 
     if not options["trace"]:
         raise click.UsageError("--auto asks the endpoint for a --trace.")
-    if options["run_ids"] or options["group"] or options["endpoint"]:
+    if typed("run_ids", "group", "endpoint"):
         raise click.UsageError("--auto learns from its own runs: not with --run, --group or --endpoint-name.")
     where = target(url, api_key=read_api_key(None))
     fleet = Endpoint(where).fleet()
@@ -302,7 +313,7 @@ def measured(db: str, as_json: bool, url: str, budget_s: float, options: dict[st
                 watch=steps.watch,
                 progress=steps,
             )
-    options["group"] = found.group
+    options |= {"group": found.group, "run_ids": (), "endpoint": None}
     return found
 
 
@@ -483,14 +494,13 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
     from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError
     from traces.store import open_store, redact
 
-    context = click.get_current_context()
     out = out or Path(f"report.{form}")
     above = ["--db", redact(db)] if not any(word.startswith("--db") for word in sys.argv) else []
     commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:]), *above])]
     refusal: SteelyardError | None = None
     with open_store(db, create=False) as store:
         if number is not None:
-            given = [p for p in options if p != "run_ids" and _given(context, p)]
+            given = [p for p in options if p != "run_ids" and typed(p)]
             if given:
                 raise click.UsageError(f"--{given[0].replace('_', '-')} asks anew: leave out --recommendation.")
             answer = _stored(store, number)
@@ -516,12 +526,6 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
         emit_json({"report": str(out), "recommendation": answer})
     else:
         messages().print(f"{answer['sentence']}\nWritten: {out}", markup=False)
-
-
-def _given(context: click.Context, name: str) -> bool:
-    from click.core import ParameterSource
-
-    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
 
 
 def _stored(store: Any, number: str) -> dict[str, Any]:

@@ -68,6 +68,13 @@ def typed_above(context: click.Context, option: click.Parameter, value: Any) -> 
     return above.params[name]
 
 
+def typed(*names: str) -> bool:
+    """Was one of these options typed? What is from elsewhere gives way to one that excludes it."""
+    context = click.get_current_context(silent=True)
+    source = click.core.ParameterSource.COMMANDLINE
+    return context is not None and any(context.get_parameter_source(name) is source for name in names)
+
+
 def db_option(f: F) -> F:
     """``--db URL``, from STEELYARD_DB, or a SQLite file in the working folder. Eager: names of traces and runs are in it."""
     return click.option(

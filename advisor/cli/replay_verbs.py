@@ -23,6 +23,7 @@ from advisor.cli.common import (
     quiet,
     tls_options,
     token_of,
+    typed,
     warn,
 )
 from advisor.cli.control_verb import chosen, control_options, keeper_of, printed
@@ -156,6 +157,9 @@ def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, f
 
 
 def _one_rate(options: dict[str, Any]) -> None:
+    for name in ("rate", "rate_factor"):
+        if typed("rate", "rate_factor") and not typed(name):
+            options[name] = None
     if options["rate"] and options["rate_factor"]:
         raise click.UsageError("give --rate or --rate-factor, not both.")
 
@@ -652,6 +656,13 @@ def sweep(
     from traces.shape import ramp, to_rate
     from traces.store import open_store
 
+    if typed("every", "fleets"):
+        every, fleets = every and typed("every"), fleets if typed("fleets") else None
+    if typed("rates"):
+        options |= {name: options[name] if typed(name) else None for name in ("rate", "rate_factor")}
+        saturate = saturate and typed("saturate")
+    elif typed("rate", "rate_factor", "saturate"):
+        rates = None
     if bool(fleets) == every:
         raise click.UsageError("give --fleets 2:6,3:5 or --all.")
     if rates and (options["rate"] or options["rate_factor"] or saturate):

@@ -20,6 +20,7 @@ from advisor.cli.common import (
     json_option,
     messages,
     plain,
+    typed,
     warn,
 )
 
@@ -657,6 +658,8 @@ def compare(
     from traces.measures import Slo
     from traces.store import open_store
 
+    if ids and not typed("group"):
+        group = None
     if bool(ids) == bool(group):
         raise click.UsageError("name the runs, or give --group NAME.")
     limits = Slo.parse(slo) if slo else None
