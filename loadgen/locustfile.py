@@ -11,6 +11,7 @@ its web UI. Locust's monkey patching must be off: the client needs a thread of i
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -30,6 +31,7 @@ from loadgen.control import Endpoint
 from loadgen.engines import Prompts
 from loadgen.replay import read_api_key
 from loadgen.swarm import pack, unpack
+from traces.errors import InputError, SteelyardError
 from traces.measures import Slo, Tally
 from traces.records import Fleet, Observations, Run, Schedule
 from traces.shape import head, to_rate
@@ -75,14 +77,26 @@ class Replay(User):
     wait_time = staticmethod(lambda: 0)
 
     def on_start(self) -> None:
-        """Wait until the one that started the test has said which run this is."""
-        while "run" not in SHARED:
+        """Wait until the one that started the test has said which run this is, or that there is none."""
+        while not SHARED.keys() & {"run", "error"}:
             gevent.sleep(0.02)
 
     @task
     def replay(self) -> None:
-        """Send every request of the share at its time; returns when each has ended."""
-        held, shared = self.environment.parsed_options, dict(SHARED)
+        """Send every request of the share at its time; ends when each has ended, or when something fails: never twice."""
+        if "run" not in SHARED:
+            raise StopUser
+        why = ""
+        try:
+            self.send(dict(SHARED))
+        except Exception as error:  # Locust would run the task again at once: the whole share in one burst
+            why = said(error)
+        finished(self.environment, why)
+        raise StopUser
+
+    def send(self, shared: dict[str, Any]) -> None:
+        """The share of the run that is told, and its rows into the database."""
+        held = self.environment.parsed_options
         shares = max(1, int(shared["shares"]))
         mine = getattr(self.environment.runner, "worker_index", 0) if shares > 1 else 0
         with open_store(held.db, create=False) as store:
@@ -104,18 +118,26 @@ class Replay(User):
                 for column in (schedule.due_s, schedule.prompt_tokens, schedule.output_tokens)
             )
             running = engine.submit(engine.run(positions.tolist(), due, prompt, output, zero))
-            while True:
-                over = running.done()
-                rows = [engine.rows.popleft() for _ in range(len(engine.rows))]
-                if rows:
-                    self.ended(rows)
-                    store.add_observations(int(shared["run"]), unpack(pack(rows), schedule, mine, zero))
-                if over:
-                    break
-                gevent.sleep(0.25)
-            running.result()
-        finished(self.environment, shares)
-        raise StopUser
+
+            def rows() -> list[Row]:
+                found = [engine.rows.popleft() for _ in range(len(engine.rows))]
+                if found:
+                    store.add_observations(int(shared["run"]), unpack(pack(found), schedule, mine, zero))
+                return found
+
+            try:
+                while True:
+                    over = running.done()
+                    if ended := rows():
+                        self.ended(ended)
+                    if over:
+                        break
+                    gevent.sleep(0.25)
+                running.result()
+            except BaseException:
+                _wait(engine.submit(engine.stop(0.0)))
+                rows()
+                raise
 
     def ended(self, rows: list[Row]) -> None:
         """Requests that have ended, to Locust's statistics."""
@@ -141,26 +163,54 @@ def _wait(future: Any) -> Any:
 SHARED: dict[str, Any] = {}
 """What every process knows of the run: its number, zero on the wall clock, model, salt, how many share it."""
 
-_DONE: list[int] = []
+_DONE: list[str] = []
+"""Of each share that is over "", or why it failed."""
 
 
 @events.init.add_listener
 def listen(environment: Any, **_: Any) -> None:
     """Workers hear of the run from the master, the master hears who has finished."""
     if isinstance(environment.runner, WorkerRunner):
-        environment.runner.register_message("steelyard.run", lambda environment, msg: SHARED.update(msg.data))
+        environment.runner.register_message("steelyard.run", lambda environment, msg: hear(msg.data))
     elif isinstance(environment.runner, MasterRunner):
-        environment.runner.register_message("steelyard.done", lambda environment, msg: finished(environment, 0))
+        environment.runner.register_message(
+            "steelyard.done", lambda environment, msg: finished(environment, msg.data["error"])
+        )
+
+
+def hear(run: dict[str, Any]) -> None:
+    """Which run this is, or the error for which there is none."""
+    SHARED.clear()
+    SHARED.update(run)
+
+
+def said(error: Exception) -> str:
+    """Its line, logged; of a mistake in code with where it was made."""
+    logging.error("steelyard: %s", error, exc_info=None if isinstance(error, SteelyardError) else error)
+    return str(error) or type(error).__name__
 
 
 @events.test_start.add_listener
 def begin(environment: Any, **_: Any) -> None:
-    """Store a run that starts and tell everybody."""
+    """Store a run that starts and tell everybody, also that it cannot: Locust goes on when a listener raises."""
     if isinstance(environment.runner, WorkerRunner):
         return
+    _DONE.clear()
+    try:
+        hear(begun(environment))
+    except Exception as error:
+        hear({"error": said(error)})
+        leave(environment, failed=True)
+    if isinstance(environment.runner, MasterRunner):
+        environment.runner.send_message("steelyard.run", dict(SHARED))
+
+
+def begun(environment: Any) -> dict[str, Any]:
+    """What every process has to know of a run that is stored now."""
     held = environment.parsed_options
     if not held.trace or not environment.host:
-        raise SystemExit("give --trace NAME and --host URL")
+        raise InputError("give --trace NAME and --host URL")
+    engines.dialect(held.engine), engines.engine(held.engine)
     where = target(environment.host, api_key=read_api_key(None))
     model, _owner = Endpoint(where).choose_model(held.model or None)
     shares = environment.runner.worker_count if isinstance(environment.runner, MasterRunner) else 1
@@ -183,23 +233,33 @@ def begin(environment: Any, **_: Any) -> None:
                 slo=str(Slo.parse(held.slo)) if held.slo else "",
             )
         )
-    _DONE.clear()
     salt = random.SystemRandom().getrandbits(60)
-    SHARED.update(run=run.id, zero_unix=run.started_unix_s, model=model, salt=salt, shares=shares)
-    if isinstance(environment.runner, MasterRunner):
-        environment.runner.send_message("steelyard.run", dict(SHARED))
+    return {"run": run.id, "zero_unix": run.started_unix_s, "model": model, "salt": salt, "shares": shares}
 
 
-def finished(environment: Any, shares: int) -> None:
-    """One share is done; when all are, the run is judged and Locust ends."""
+def finished(environment: Any, error: str) -> None:
+    """One share is done, or failed; when all are, the run is judged and Locust ends."""
     if isinstance(environment.runner, WorkerRunner):
-        environment.runner.send_message("steelyard.done", {})
+        if error:
+            environment.process_exit_code = 1
+        environment.runner.send_message("steelyard.done", {"error": error})
         return
-    _DONE.append(1)
+    _DONE.append(error)
     if len(_DONE) >= int(SHARED["shares"]):
-        end(environment)
-        if environment.web_ui is None:
-            gevent.spawn_later(0.5, environment.runner.quit)
+        try:
+            end(environment)
+        except Exception as unkept:
+            _DONE.append(said(unkept))
+        leave(environment, failed=any(_DONE))
+
+
+def leave(environment: Any, *, failed: bool) -> None:
+    """Locust ends, not with 0 if something failed; its web UI stays for another run."""
+    if environment.web_ui is None:
+        environment.process_exit_code = 1 if failed else environment.process_exit_code
+        gevent.spawn_later(0.5, environment.runner.quit)
+    elif failed:
+        gevent.spawn_later(0.5, environment.runner.stop)
 
 
 @events.quitting.add_listener
@@ -222,9 +282,9 @@ def end(environment: Any, **_: Any) -> None:
         run = store.end_run(
             replace(
                 run,
-                complete=not len(silent),
+                complete=not len(silent) and not any(_DONE),
                 verdict=judged.word,
-                reason=judged.reason,
+                reason="; ".join(filter(None, (*_DONE, judged.reason))),
                 lag_p50_ms=judged.lag_p50_ms,
                 lag_p99_ms=judged.lag_p99_ms,
                 lag_max_ms=judged.lag_max_ms,

@@ -53,9 +53,9 @@ def free_port() -> int:
         return int(held.getsockname()[1])
 
 
-def locust(*arguments: str) -> subprocess.Popen[str]:
+def locust(*arguments: str, file: Path = LOCUSTFILE) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), *arguments],
+        [sys.executable, "-m", "locust", "-f", str(file), *arguments],
         env=os.environ | {"LOCUST_SKIP_MONKEY_PATCH": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,6 +99,46 @@ def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) ->
         assert rows.index.tolist() == list(range(60))
         assert float(rows.ttft_sent_s.min()) == pytest.approx(0.05, abs=0.01)
         assert len(set(rows.worker.tolist())) == max(1, workers)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [(["--trace", "nope"], "'nope'"), (["--trace", "t", "--engine", "vlm"], "'vlm'")],
+)
+def test_a_wrong_option_ends_locust_with_one_line(wrong: list[str], words: str, db: str, endpoint: str) -> None:
+    """Not zero, no traceback, no run, and nobody who waits for one."""
+    main = locust("--headless", "--host", endpoint, "--db", db, *wrong)
+    try:
+        said, _ = main.communicate(timeout=20)
+    finally:
+        main.kill()
+    assert main.returncode not in (0, -9)
+    assert sum(words in line for line in said.splitlines()) == 1, said
+    assert "Traceback" not in said
+    with open_store(db) as store:
+        assert store.runs() == []
+
+
+def test_a_share_that_fails_is_not_sent_again(db: str, endpoint: str, tmp_path: Path) -> None:
+    """A mistake in a subclass is said once; nothing is sent after it, the run ends incomplete, and Locust not with 0."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import loadgen.locustfile\n\n\nclass Mine(loadgen.locustfile.Replay):\n"
+        "    def ended(self, rows):\n        raise ValueError('my mistake')\n"
+    )
+    main = locust("--headless", "--host", endpoint, "--trace", "t", "--db", db, file=mine)
+    try:
+        said, _ = main.communicate(timeout=20)
+    finally:
+        main.kill()
+    assert main.returncode not in (0, -9), said
+    assert said.count("ValueError: my mistake") == 1, said
+    with open_store(db) as store:
+        (run,) = store.runs()
+        assert (run.ended, run.complete) == (True, False)
+        assert run.reason.startswith("my mistake; ")
+        assert run.counts["unsent"] > 0
+        assert store.observations(run.id).index.tolist() == list(range(60))
 
 
 def test_locust_with_its_patches_on_is_told(db: str) -> None:
