@@ -123,17 +123,24 @@ class Target:
             context.load_cert_chain(self.cert_file, self.key_file or None, password=_no_password)
         return context
 
+    def headers_with(self, own: Mapping[str, str]) -> dict[str, str]:
+        """The given headers, and of our own those that were not given: none may come twice."""
+        given = {name.lower() for name in self.headers}
+        return {name: value for name, value in own.items() if name.lower() not in given} | dict(self.headers)
+
     def head(self, path: str, key: str) -> bytes:
         """Request line and headers, up to the request's number: ``X-Request-Id: key-`` joins rows to a server's log."""
         proxied = self.proxy is not None and self.scheme == "http"
+        own = {
+            "Host": self.netloc,
+            **({"Proxy-Authorization": self.proxy_auth} if proxied and self.proxy_auth else {}),
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream",
+            "Accept-Encoding": "identity",
+        }
         lines = [
             f"POST {f'http://{self.netloc}' if proxied else ''}{self.prefix}{path} HTTP/1.1",
-            f"Host: {self.netloc}",
-            *([f"Proxy-Authorization: {self.proxy_auth}"] if proxied and self.proxy_auth else []),
-            "Content-Type: application/json",
-            "Accept: text/event-stream",
-            "Accept-Encoding: identity",
-            *(f"{name}: {value}" for name, value in self.headers.items()),
+            *(f"{name}: {value}" for name, value in self.headers_with(own).items()),
             f"X-Request-Id: {key}-",
         ]
         return "\r\n".join(lines).encode("latin-1")
@@ -642,10 +649,12 @@ class Client:
 
     async def warm(self, connections: int) -> None:
         """Open a few connections, so that the first requests do not pay for it. A refusal is left to the requests."""
-        wanted = [self._connect(self._routes[k % len(self._routes)]) for k in range(connections)]
-        for connection in await asyncio.gather(*wanted, return_exceptions=True):
-            if isinstance(connection, _Connection):
-                connection.route.idle.append(connection)
+
+        async def one(route: _Route) -> None:  # kept as soon as it stands: the others may take too long
+            route.idle.append(await self._connect(route))
+
+        wanted = [one(self._routes[k % len(self._routes)]) for k in range(connections)]
+        await asyncio.gather(*wanted, return_exceptions=True)
 
     async def run(
         self,
@@ -819,9 +828,10 @@ class Client:
     async def _ask(self, body: bytes) -> None:
         """Put a fleet in force before a batch. A server that does not answer leaves the roles as they are."""
         where = self._routes[0].where
-        lines = [f"PUT {where.prefix}/fleet HTTP/1.1", f"Host: {where.netloc}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in where.headers.items()]
-        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", ""]
+        own = {"Host": where.netloc, "Connection": "close", "Content-Type": "application/json"}
+        lines = [f"PUT {where.prefix}/fleet HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in where.headers_with(own).items()]
+        lines += [f"Content-Length: {len(body)}", "", ""]
         with contextlib.suppress(OSError, TimeoutError):
             reader, writer = await asyncio.open_connection(
                 where.host, where.port, ssl=where.tls(), server_hostname=where.host if where.scheme == "https" else None

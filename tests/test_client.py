@@ -290,6 +290,25 @@ def test_nobody_listening_is_refused() -> None:
     assert [(r.status, r.error) for r in rows] == [("failed", "refused")] * 2
 
 
+def test_what_was_warmed_is_kept_when_time_is_up() -> None:
+    """Two of three connections are made, the third waits in a queue that is full: the two are there for the requests."""
+
+    async def run() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)  # Linux holds one more than it is told, then lets callers wait
+            kind = dialect("openai")
+            where = Target("http", "127.0.0.1", listener.getsockname()[1])
+            client = Client(where, kind.path, Prompts(kind, "m", 9, 1), lambda row: None)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.warm(3), 0.5)
+            kept = len(client._routes[0].idle)
+            await client.close()
+            return kept
+
+    assert asyncio.run(run()) == 2
+
+
 def without_handles() -> list[tuple[str, str, str, float]]:
     """(status, error, detail, sent) of two requests of a client whose process has no file handle left."""
     import resource
@@ -564,6 +583,17 @@ def test_the_request_is_what_it_should_be() -> None:
         }  # fmt: skip
         ids.add(head.lower().split(b"x-request-id: ")[1].split(b"\r\n")[0])
     assert len(prompts) == len(ids) == 3
+
+
+def test_a_given_header_replaces_our_own() -> None:
+    """Whatever its case: one Host, one Accept; a gateway that routes by Host would refuse two (RFC 9112)."""
+    given = {"host": "model.example", "ACCEPT": "*/*", "X-Tenant": "t"}
+    head = target("http://127.0.0.1:8000", headers=given).head("/v1/completions", "k").decode()
+    lines = [line.split(": ") for line in head.split("\r\n")[1:]]
+    names = [name.lower() for name, _ in lines]
+    assert len(set(names)) == len(names)
+    assert given.items() <= dict(lines).items()
+    assert "content-type" in names
 
 
 @pytest.mark.parametrize("chat", [False, True])

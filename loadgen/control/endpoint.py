@@ -130,7 +130,7 @@ class Endpoint:
         except OSError as error:
             raise EndpointError(f"{self.shown}: the TLS settings cannot be used ({error}).") from None
         try:
-            headers = dict(where.headers) | ({"Content-Type": "application/json"} if body is not None else {})
+            headers = where.headers_with({"Content-Type": "application/json"} if body is not None else {})
             whole = where.prefix + path
             if where.proxy and tls is None:
                 headers, whole = headers | auth, f"http://{where.netloc}{whole}"
