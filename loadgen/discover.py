@@ -250,12 +250,17 @@ def again(server: Endpoint, found: Discovery) -> Discovery:
 
 
 def with_told(found: Discovery, roles: Mapping[str, Sequence[str]]) -> Discovery:
-    """The same with the workers that whoever sets the fleet names by URL, where nobody lists any (vllm-router's discovery)."""
+    """The same with the workers that whoever sets the fleet names by URL, where nobody lists any (vllm-router's discovery).
+
+    Workers without an id come from counters, which forget nobody who left: those that are named stand in their place.
+    """
     named = {url: role for role, names in roles.items() for url in names if "://" in url}
-    if not named or any(w.role != "router" for w in found.workers):
+    router = tuple(w for w in found.workers if w.role == "router")
+    listed = any(w.id or not found.listed for w in found.workers if w.role != "router")
+    if not named or listed:
         return found
     workers = [Worker(address(url), role, url, url.rstrip("/") + "/metrics") for url, role in named.items()]
-    return replace(found, workers=(*found.workers, *workers), by="--control names them", listed=False)
+    return replace(found, workers=(*router, *workers), by="--control names them", listed=False)
 
 
 def _listed(server: Endpoint, known: Engine, seen: Glance) -> list[Worker]:

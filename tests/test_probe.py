@@ -227,6 +227,31 @@ def test_the_workers_that_a_control_names_are_read_where_nobody_lists_any() -> N
     assert (found.fleet, found.listed) == (Fleet(1, 2), False)
 
 
+def test_a_control_knows_better_than_counters_who_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-router's counters forget nobody: one that left its role, or left altogether, would be a change of the fleet.
+
+    Workers that a router lists, with an id, stay as it lists them.
+    """
+    with Pages() as router, endpoint("vllm", workers={"workers": []}) as pages:
+        monkeypatch.setattr("loadgen.engines.vllm.ROUTER_PORT", int(router.url.rpartition(":")[2]))
+        listed = pool(pages, "ppd", "vllm:num_requests_waiting 1\n")
+        urls = [w["url"] for w in listed["workers"]]
+        router["/metrics"] = "".join(
+            f'vllm_router_pd_{role}_requests_total{{worker="{url}"}} 7\n'
+            for role, url in zip(("prefill", "prefill", "decode"), urls, strict=True)
+        )
+        found = discover(server(pages))
+        assert (found.fleet, found.listed) == (Fleet(2, 1), True)
+        told = {"prefill": (urls[0],), "decode": (urls[2],)}
+        after = with_told(found, told)
+        pages["/workers"] = listed
+        known = discover(server(pages))
+        assert with_told(known, told) == known
+    assert [(w.role, w.url) for w in after.workers if w.role != "router"] == [("prefill", urls[0]), ("decode", urls[2])]
+    assert [w.metrics for w in after.workers if w.role == "router"] == [f"{router.url}/metrics"]
+    assert (after.fleet, after.by, after.listed) == (Fleet(1, 1), "--control names them", False)
+
+
 def test_a_role_that_nobody_says_is_read_from_the_metrics(tmp_path: Path) -> None:
     """Two vLLM workers in a targets file without roles are told apart by where their KV came from."""
     with Pages() as a, Pages() as b, endpoint("vllm") as pages:
