@@ -312,9 +312,11 @@ def _with_roles(server: Endpoint, known: Engine, workers: Sequence[Worker], *, a
     if not open_ones:
         return list(workers)
     with ThreadPoolExecutor(PARALLEL) as pool:
-        told = dict(
-            zip([w.name for w in open_ones], pool.map(lambda w: _role(server, known, w), open_ones), strict=True)
-        )
+        answers = list(pool.map(lambda w: _role(server, known, w), open_ones))
+    told: dict[str, str | None] = {}
+    for worker, answer in zip(open_ones, answers, strict=True):  # of two pages of a worker the first that tells
+        before = told.get(worker.name)
+        told[worker.name] = before or (answer if answer is not None else before)
     found = []
     for worker in workers:
         role = told.get(worker.name, "")

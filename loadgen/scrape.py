@@ -492,13 +492,15 @@ class Scraper:
             if reading.id and source.worker.name:
                 self.names[reading.id] = source.worker.name
         found: dict[str, Sample] = {}
+        roles: dict[str, str] = {}
         rest: list[Sample] = []
         for source, reading, at_s in came:
             for (worker, said), values in reading.samples.items():
                 name = self.names.get(worker, worker)
-                sample = Sample(at_s, name, "mixed", **values)
-                role = said or self._role(name, sample)
-                found[name] = Sample(at_s, name, role, **(values | _said(found.get(name))))
+                roles[name] = said or roles.get(name, "")
+                sample = Sample(at_s, name, "mixed", **(values | _said(found.get(name))))
+                # Of two pages (its engine's and its GPUs') one may say nothing: they tell the role together.
+                found[name] = replace(sample, role=roles[name] or self._role(name, sample))
                 self._fields[name] = reading.fields
             self._count(source, reading, found)
         for _, reading, at_s in came:

@@ -264,6 +264,22 @@ def test_a_role_that_nobody_says_is_read_from_the_metrics(tmp_path: Path) -> Non
     assert found.fleet == Fleet(1, 1)
 
 
+@pytest.mark.parametrize("gpu", ["DCGM_FI_DEV_GPU_UTIL 50\n", None])
+@pytest.mark.parametrize("first", ["engine", "gpu"])
+def test_a_page_of_gpus_neither_hides_a_role_nor_makes_ill(tmp_path: Path, gpu: str | None, first: str) -> None:
+    """A worker with two pages has the role that one of them tells, and is ill where none of them comes."""
+    with Pages() as a, endpoint("vllm") as pages:
+        a["/metrics"] = (SAMPLES / "vllm" / "metrics_prefill.txt").read_text()
+        if gpu is not None:
+            a["/gpu"] = gpu
+        listed = [{"name": "a", "metrics": f"{a.url}/{page}"} for page in ("metrics", "gpu")]
+        gone = [{"name": "b", "metrics": f"{a.url}/b{page}"} for page in ("metrics", "gpu")]
+        path = tmp_path / "t.json"
+        path.write_text(json.dumps({"workers": (listed if first == "engine" else listed[::-1]) + gone}))
+        found = discover(server(pages), targets=read_targets(path))
+    assert {(w.name, w.role, w.healthy) for w in found.workers} == {("a", "prefill", None), ("b", "", False)}
+
+
 # --- the probe ------------------------------------------------------------------------------------------------------
 
 

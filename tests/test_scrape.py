@@ -431,6 +431,21 @@ def test_who_sets_the_fleet_says_the_roles_after_a_change(tmp_path: Path) -> Non
         assert (sample.worker, sample.role, sample.waiting_requests, sample.gpu_busy_ratio) == ("a", "decode", 3, 0.5)
 
 
+@pytest.mark.parametrize("page", ["betrays", "says"])
+def test_a_second_page_does_not_hide_the_role_that_the_first_tells(page: str) -> None:
+    """A GPU's page betrays nothing: the worker's role is what its pages tell together, from the first reading on."""
+    recorded = (SAMPLES / "vllm" / "metrics_decode.txt").read_text()
+    with Pages() as pages:
+        pages["/metrics"] = recorded if page == "betrays" else 'sglang:num_running_reqs{engine_type="decode"} 3\n'
+        pages["/gpu"] = "DCGM_FI_DEV_GPU_UTIL 50\n"
+        workers = [Worker("a", "", pages.url, f"{pages.url}/metrics"), Worker("a", "", metrics=f"{pages.url}/gpu")]
+        scraper = scraper_of(pages, workers, [])
+        for _ in range(2):
+            (sample,) = [s for s in scraper.read() if s.worker == "a"]
+            assert (sample.role, sample.gpu_busy_ratio) == ("decode", 0.5)
+            assert sample.running_requests is not None
+
+
 def test_a_role_that_a_worker_has_given_up_is_not_told_of_it() -> None:
     """vllm-router names a worker that was flipped in both roles for ever; seen on a live one."""
     with Pages() as pages:
