@@ -7,6 +7,7 @@ import csv
 import http.client
 import io
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -176,6 +177,16 @@ def test_other_addresses_need_a_token() -> None:
     with embedded("demo", Fleet(1, 1), token="t0p") as url:
         assert call(f"{url}/v1/models")[0] == 401
         assert call(f"{url}/health")[0] == 200
+
+
+@pytest.mark.parametrize("fleet", [Fleet(0, 0, 2), Fleet(1, 1, 1)])
+def test_roles_on_demand_take_no_mixed_workers(fleet: Fleet) -> None:
+    """A mixed worker would take no phase: it would stand idle, and a fleet of such would answer nothing. It is refused."""
+    with (
+        pytest.raises(EndpointError, match=rf"on-demand takes no mixed workers \(got {re.escape(str(fleet))}\)"),
+        embedded("demo", fleet, on_demand=True),
+    ):
+        pass
 
 
 def test_a_port_in_use_is_one_line(demo_url: str) -> None:

@@ -672,6 +672,8 @@ async def serve(
     tls = door.context()
     if dialect not in SPOKEN:
         raise InputError(f"--dialect must be one of {', '.join(SPOKEN)} (got {dialect!r}).")
+    if on_demand and fleet.mixed:
+        raise InputError(f"--roles on-demand takes no mixed workers (got {fleet}). Give a fleet P:D, such as 1:1.")
     endpoint = Endpoint(profile, fleet, speed=speed, on_demand=on_demand, dialect=dialect)
     app = make_app(endpoint, door=door, faults=Faults(fail_every, fail_kind, slow_start_s))
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
