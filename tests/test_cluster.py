@@ -410,6 +410,24 @@ def test_a_client_that_goes_away_frees_its_place(
     assert all(math.isfinite(j.finish_s) for j in jobs if j.id not in gone)
 
 
+@pytest.mark.parametrize(("fleet", "on_demand"), [(Fleet(1, 1), False), (Fleet(0, 0, 1), False), (Fleet(1, 1), True)])
+def test_a_lone_request_is_counted_once(fleet: Fleet, on_demand: bool) -> None:
+    """A prompt that is cut runs and does not wait as well, its answer is one sequence; what is left of it waits as tokens."""
+    p = replace(Profile.load("demo"), chunked=True, max_batch_tokens=100)
+    cluster = Cluster(p, fleet, on_demand=next_phase if on_demand else None)
+    cluster.submit(Job(0, 350, 3, 0.0))
+    seen: list[tuple[float, float]] = []
+    tokens: list[float] = []
+    while cluster.next_s < math.inf:
+        samples = list(cluster.samples(cluster.now_s))
+        seen.append((sum(s.waiting_requests or 0 for s in samples), sum(s.running_requests or 0 for s in samples)))
+        tokens.append(sum(s.waiting_tokens or 0 for s in samples if s.role != "decode"))
+        cluster.advance(cluster.next_s)
+    assert tokens == [250, 150, 50] + [0] * (len(tokens) - 3)
+    assert set(seen[:4]) == {(0, 1)}
+    assert max(w + r for w, r in seen) == 1
+
+
 def test_the_same_schedule_gives_the_same_run() -> None:
     """The model draws nothing: two runs are equal to the last bit."""
     rng = np.random.default_rng(8)

@@ -1041,9 +1041,15 @@ class Cluster:
             )
             prompts, answers = role != "decode", role != "prefill"
             mine = not shared or w is self.workers[0]
-            queued = [j for j in w.queue if not j.gone] if mine and (prompts or shared) else []
+            # A prompt of which this step does a part runs, though it stands at the head of the queue; what is left of it waits.
+            cut = w.preparing[-1] if w.preparing and w.preparing[-1].done < w.preparing[-1].prompt_tokens else None
+            queued = [j for j in w.queue if not j.gone and j is not cut] if mine and (prompts or shared) else []
             waiting = [j for j in w.waiting if not j.gone] if mine and (answers or shared) else []
-            running = (len(w.preparing or ()) if prompts else 0) + (w.size if answers else 0)
+            # On a mixed worker a prompt in its last step is in the batch already.
+            running = w.size + (cut is not None) if answers else len(w.preparing or ())
+            tokens = sum(j.prompt_tokens - j.done for j in queued) + sum(j.prompt_tokens for j in waiting)
+            if cut is not None and not cut.gone:
+                tokens += cut.prompt_tokens - cut.done
             used = (w.base + w.size * (w.step + done) if self._preempts else w.kv_used) if answers else 0
             yield Sample(
                 at,
@@ -1051,7 +1057,7 @@ class Cluster:
                 role,
                 waiting_requests=len(queued) + len(waiting),
                 running_requests=running,
-                waiting_tokens=sum(j.prompt_tokens - j.done for j in queued) + sum(j.prompt_tokens for j in waiting),
+                waiting_tokens=tokens,
                 kv_used_tokens=used,
                 kv_used_ratio=used / w.kv_tokens if w.kv_tokens and answers else None,
                 busy_s_total=w.busy_until(at, role),
