@@ -654,6 +654,34 @@ def test_a_full_cache_puts_the_latest_back_and_computes_it_again() -> None:
     assert reserved.observations.first_token_s[1] == pytest.approx(start + 40 * 0.01 + 0.01, abs=1e-6)
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_prompts_of_one_step_share_the_room_of_a_mixed_worker(chunked: bool) -> None:
+    """Two prompts of 600 wait for the end of a step, 1,000 tokens have room: the second waits, and nobody is put back."""
+    p = Profile(name="t", a_s=0.01, c0_s=0.01, kv_tokens=1000, kv_policy="preempt", chunked=chunked)
+    cluster = Cluster(p, Fleet(0, 0, 1))
+    for k, n in enumerate((10, 600, 600)):
+        cluster.advance(k * 1e-3)
+        cluster.submit(Job(k, n, 20, k * 1e-3))
+    used = []
+    while cluster.next_s < math.inf:
+        cluster.advance(cluster.next_s)
+        (sample,) = cluster.samples(cluster.now_s)
+        used.append(sample.kv_used_tokens or 0)
+    (worker,) = cluster.workers
+    assert worker.preempted == 0
+    assert 600 < max(used) <= 1000
+
+
+def test_no_prompt_overtakes_who_was_put_back() -> None:
+    """The second of two answers is put back for want of room: prompts that would fit beside the first wait until it is back."""
+    p = Profile(name="t", a_s=0.01, c0_s=0.01, kv_tokens=1000, kv_policy="preempt")
+    due = np.concatenate([np.zeros(2), 1.1 + np.arange(4) * 0.05])
+    result = simulate(schedule_of(due, [400, 400] + [60] * 4, [200, 200] + [30] * 4), Fleet(0, 0, 1), p)
+    rows = result.observations
+    assert result.preempted == 1
+    assert rows.first_token_s[2:].min() > rows.last_token_s[0]
+
+
 def test_a_mixed_worker_shares_its_steps() -> None:
     """A prompt that arrives during an answer delays it by its own step; its first token comes with that step."""
     p = Profile(name="t", a_s=0.03, b_s_per_token=1e-3, c0_s=0.02, c1_s=0.001, transfer_t0_s=9.0)

@@ -485,7 +485,7 @@ class Cluster:
                 break
             if job.done == 0:
                 if worker.role == "mixed":
-                    if not self._fits(worker, job, len(batch)):
+                    if not self._fits(worker, job, len(batch), sum(j.prompt_tokens for j in batch)):
                         break
                     job.reserved = job.prompt_tokens + job.output_tokens
                     worker.kv_used += job.reserved
@@ -678,8 +678,8 @@ class Cluster:
         if n < worker.next_n:
             self._schedule(worker, n)
 
-    def _fits(self, worker: Worker, job: Job, more: int = 0) -> bool:
-        """Is there room for a sequence, beside the batch and ``more`` that join with it?"""
+    def _fits(self, worker: Worker, job: Job, more: int = 0, tokens: int = 0) -> bool:
+        """Is there room for a sequence, beside the batch and ``more`` that join with it, with prompts of ``tokens``?"""
         size = worker.size + more
         if size >= worker.max_batch:
             return False
@@ -688,7 +688,7 @@ class Cluster:
             return True
         if self._preempts:
             used = worker.base + worker.size * worker.step
-            return used + job.prompt_tokens + job.made + size + 1 <= kv
+            return used + tokens + job.prompt_tokens + job.made + size + 1 <= kv
         return worker.kv_used + job.prompt_tokens + job.output_tokens <= kv
 
     def _schedule(self, worker: Worker, n: int) -> None:
@@ -779,7 +779,8 @@ class Cluster:
             if again:
                 lead = worker.a + again
         chunk = False
-        if worker.role == "mixed" and worker.queue:
+        put_back = bool(waiting) and waiting[0].made > 0  # whoever was put back comes before every prompt
+        if worker.role == "mixed" and worker.queue and not put_back:
             decoding, base = worker.size, worker.base
             takes = self._take(worker, at)
             if worker.preparing is not None:
