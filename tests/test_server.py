@@ -346,6 +346,10 @@ def test_a_stream_can_be_made_to_break_in_the_middle() -> None:
         half, error = stream_of(url, [1, 2, 3], 8)
         assert error is not None
         assert len(half) == 4
+        stream_of(url, [1, 2, 3], 1)
+        one, error = stream_of(url, [1, 2, 3], 1, timeout=5.0)  # its one token is all, and its end does not come
+        assert isinstance(error, ConnectionError | http.client.HTTPException)
+        assert len(one) == 1
     with embedded("constant", Fleet(1, 1), fail_every=1, fail_kind="stall-mid") as url:
         half, error = stream_of(url, [1, 2, 3], 8, timeout=1.0)
         assert isinstance(error, TimeoutError)

@@ -302,9 +302,7 @@ class Endpoint:
         if not isinstance(stream, Stream) or job.gone:
             return
         if stream.fault is not None and stream.sent >= stream.fault[0]:
-            if stream.fault[1] == "reset-mid" and stream.transport is not None and not stream.done.done():
-                stream.transport.abort()
-                stream.done.set_result(False)
+            self._reset(stream)
             return
         stream.sent += 1
         now = time.monotonic()
@@ -320,6 +318,12 @@ class Endpoint:
                 stream.done.set_result(False)
             return
         transport.write(stream.opening if stream.sent == 1 else stream.frame)
+
+    def _reset(self, stream: Stream) -> None:
+        """Cut the connection of an answer that is to break in the middle; one that is to stall stays as it is."""
+        if stream.fault and stream.fault[1] == "reset-mid" and stream.transport is not None and not stream.done.done():
+            stream.transport.abort()
+            stream.done.set_result(False)
 
     def _finish(self, job: Job) -> None:
         stream = job.tag
@@ -341,7 +345,9 @@ class Endpoint:
                 job.decode_worker,
             )
         )
-        if not stream.done.done() and stream.fault is None:
+        if stream.fault is not None:
+            self._reset(stream)  # an answer of one token has no other in whose place it could break
+        elif not stream.done.done():
             stream.done.set_result(True)
 
     def busy_s(self) -> dict[str, float]:
