@@ -96,6 +96,26 @@ def test_usage_buckets_keep_their_counts_and_means(tmp_path: Path) -> None:
         from_usage(path, name="u")
 
 
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([("1e999", 5)], "bucket 1 needs"),
+        ([(5, "1e999")], "bucket 1 has impossible"),
+        ([(5, "NaN")], "bucket 1 has impossible"),
+        ([(5, 1e300)], "bucket 1 has impossible"),
+        ([(-1, 5)], "bucket 1 has impossible"),
+        ([(1, 5), (50_000_000, 5)], "more than 50,000,000 requests"),
+    ],
+)
+def test_usage_of_no_sense_is_refused(counts: list[tuple[Any, Any]], words: str, tmp_path: Path) -> None:
+    """A count that is no number, tokens beyond any prompt, more requests in all than a trace takes: one line each."""
+    path = tmp_path / "usage.json"
+    rows = [f'{{"num_model_requests": {n}, "input_tokens": {t}, "output_tokens": 5}}' for n, t in counts]
+    path.write_text(f'{{"data": [{{"start_time": 0, "end_time": 60, "results": [{", ".join(rows)}]}}]}}')
+    with pytest.raises(InputError, match=words):
+        from_usage(path, name="u")
+
+
 def test_the_verb_makes_traces_from_profiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """synth --servegen takes a window of the profile's day; what it was made from stands in the notes."""
     db = ["--db", f"sqlite:///{tmp_path}/p.db"]

@@ -21,6 +21,8 @@ from traces.records import Floats, Ints, Schedule
 
 MOST_BYTES = 256 << 20
 MOST_REQUESTS = 50_000_000
+MOST_MEAN = 1_000_000
+"""Mean tokens a request of a bucket; a draw above it still fits the store's 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def from_usage(path: Path, *, name: str, seed: int = 0, sigma: float = 1.0) -> S
     due: list[Floats] = []
     prompt: list[Ints] = []
     output: list[Ints] = []
+    total = 0
     for number, bucket in enumerate(buckets, start=1):
         try:
             start, end = float(bucket["start_time"]), float(bucket["end_time"])
@@ -183,13 +186,19 @@ def from_usage(path: Path, *, name: str, seed: int = 0, sigma: float = 1.0) -> S
                 (int(r["num_model_requests"]), float(r["input_tokens"]), float(r["output_tokens"]))
                 for r in bucket["results"]
             ]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise InputError(f"{path}: bucket {number} needs start_time, end_time and results with counts.") from None
         for n, tokens_in, tokens_out in rows:
-            if n < 0 or n > MOST_REQUESTS or not end > start:
+            most = max(n, 1) * MOST_MEAN
+            if n < 0 or not (0 < end - start < math.inf and tokens_in <= most and tokens_out <= most):  # NaN neither
                 raise InputError(f"{path}: bucket {number} has impossible counts or times.")
             if n == 0:
                 continue
+            total += n
+            if total > MOST_REQUESTS:
+                raise InputError(
+                    f"{path}: more than {MOST_REQUESTS:,} requests up to bucket {number}. Give fewer buckets."
+                )
             due.append(rng.uniform(start, end, n))
             for column, mean in ((prompt, tokens_in / n), (output, tokens_out / n)):
                 mu = math.log(max(mean, 1.0)) - sigma * sigma / 2
