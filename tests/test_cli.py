@@ -153,6 +153,14 @@ def test_simulate_gives_every_split(db: str, trace: str, capsys: pytest.CaptureF
     result(capsys, "ingest", trace, "--db", db)
     held = result(capsys, "simulate", "small", "--profile", "demo", "--gpus", "8", "--db", db)
     assert [(f["prefill"], f["decode"]) for f in held["fleets"]] == [(p, 8 - p) for p in range(1, 8)]
+    assert all("mixed" not in f for f in held["fleets"])
+    fleet = ("simulate", "small", "--profile", "demo", "--fleet", "0:0+8", "--db", db)
+    (mixed,) = result(capsys, *fleet)["fleets"]
+    assert (mixed["prefill"], mixed["decode"], mixed["mixed"]) == (0, 0, 8)
+    assert main(list(fleet)) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0:0+8"))
+    assert "nan" not in row
+    assert row.endswith(f"{mixed['utilisation']['mixed']:.0%}")
 
 
 # --- wrong input ----------------------------------------------------------------------------------------------------

@@ -176,14 +176,19 @@ def simulate(
                 "requests": len(schedule),
                 "rate_per_s": schedule.rate_per_s,
                 "fleets": [
-                    {"prefill": one.prefill, "decode": one.decode, "summary": summary, "utilisation": busy}
+                    {"prefill": one.prefill, "decode": one.decode}
+                    | ({"mixed": one.mixed} if one.mixed else {})
+                    | {"summary": summary, "utilisation": busy}
                     for one, summary, busy in rows
                 ],
             }
         )
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("P:D", "goodput/s", "within SLO", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "E2E p99 s", "busy P/D"):
+    letters = {"prefill": "P", "decode": "D", "mixed": "mixed"}
+    roles = [role for role in letters if getattr(fleets[0], role)]  # the same of all: a split has no mixed workers
+    shares = f"busy {'/'.join(letters[role] for role in roles)}"
+    for name in ("P:D", "goodput/s", "within SLO", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "E2E p99 s", shares):
         table.add_column(name, justify="left" if name == "P:D" else "right")
     for one, s, busy in rows:
         table.add_row(
@@ -193,7 +198,7 @@ def simulate(
             f"{s.ttft_p50_s * 1e3:.0f}/{s.ttft_p99_s * 1e3:.0f}",
             f"{s.tpot_p50_s * 1e3:.1f}/{s.tpot_p99_s * 1e3:.1f}",
             f"{s.e2e_p99_s:.2f}",
-            f"{busy['prefill']:.0%}/{busy['decode']:.0%}",
+            "/".join(f"{busy[role]:.0%}" for role in roles),
         )
     console = messages()
     console.print(
