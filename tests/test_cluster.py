@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
@@ -385,6 +385,9 @@ def test_littles_law_and_conservation(profile: Profile, fleet: Fleet, seed: int,
     st.sampled_from([Fleet(2, 2), Fleet(0, 0, 2), Fleet(1, 1, 1)]),
     st.booleans(),
     st.lists(st.tuples(st.integers(0, 14), st.floats(0, 5)), max_size=10),
+)
+@example(Profile(name="t", a_s=0.05, c0_s=0.01, chunked=True, max_batch_tokens=30), Fleet(1, 1), True, [(0, 0.01)]).via(
+    "a prompt that is cut, whose client leaves in its first step"
 )
 def test_a_client_that_goes_away_frees_its_place(
     profile: Profile, fleet: Fleet, on_demand: bool, departures: list[tuple[int, float]]

@@ -470,7 +470,7 @@ class Cluster:
             job = queue[0]
             if job.gone:
                 queue.popleft()
-                if not self._on_demand:
+                if not self._on_demand or job.done:  # on demand a prompt is its worker's once it is begun
                     worker.requests -= 1
                     worker.tokens -= job.prompt_tokens
                 worker.kv_used -= job.reserved  # what a mixed worker held for a prompt it had begun
