@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -692,7 +693,7 @@ def next_probe(
         else "it is the closest rival",
     }[chosen.aim]
     command = (
-        f"steelyard replay {schedule.name} --endpoint URL --fleet {chosen.fleet} --rate {chosen.rate_per_s:.3g} "
+        f"steelyard replay {shlex.quote(schedule.name)} --endpoint URL --fleet {chosen.fleet} --rate {chosen.rate_per_s:.3g} "
         f"--requests {chosen.requests}{sized(per_worker)}"
     )
     return {

@@ -8,6 +8,7 @@ what is left. What that choice loses, on average over the draws, against what to
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,10 +89,12 @@ def quiet(schedule: Schedule, gpus: int, share: float = 0.2, per_worker: tuple[i
     if bunched(schedule):
         arrivals, name = "poisson", f"{schedule.name}-spread"
         command = (
-            f"steelyard synth --like {schedule.name} --name {name} --lengths empirical --arrivals poisson "
-            f"--requests {QUIET} --rate {rate:.3g} && "
+            f"steelyard synth --like {shlex.quote(schedule.name)} --name {shlex.quote(name)} --lengths empirical "
+            f"--arrivals poisson --requests {QUIET} --rate {rate:.3g} && "
         )
-    command += f"steelyard replay {name} --endpoint URL --fleet {fleet} --rate {rate:.3g} --requests {QUIET}"
+    command += (
+        f"steelyard replay {shlex.quote(name)} --endpoint URL --fleet {fleet} --rate {rate:.3g} --requests {QUIET}"
+    )
     command += sized(per_worker)
     return {
         "prefill": fleet.prefill,

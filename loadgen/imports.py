@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import math
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -565,7 +566,7 @@ def store_run(
         if known.fleet != fleet:
             raise InputError(
                 f"{name!r}: the same rows are run {known.id} already, as measured on {known.fleet} (got --fleet {fleet}). Where "
-                f"that was wrong: steelyard runs prune --group '{group}', then import again."
+                f"that was wrong: steelyard runs prune --group {shlex.quote(group)}, then import again."
             )
         return known, True
     judged = verdict(rows, slo)

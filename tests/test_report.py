@@ -31,7 +31,8 @@ from advisor.report.page import asset, policy
 from advisor.report.parts import Mark, Plot, Report, Rule
 from advisor.report.pdf import BROWSERS, browser
 from advisor.report.reproduce import advise_command, replay_command
-from advisor.report.sections import _alike
+from advisor.report.sections import _alike, _studied
+from advisor.study import quiet
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
@@ -374,6 +375,31 @@ def test_the_command_of_an_answer_says_what_was_asked() -> None:
     assert held["attainment"] == 0.5
     assert held["current"] == "4:4"
     assert held["db"] == "sqlite:///other.db"
+
+
+def test_a_name_with_spaces_is_one_word_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an answer, a refusal, a report and an import print can be given to a shell as it stands."""
+    name = "a b;c"
+    rate = busy_rate(profile := Profile.load("demo"))
+    asked = replace(lognormal(200, rate, 9), name=name)
+    made = recommend(three_runs(profile, rate), asked, gpus=8, slo=SLO, draws=10)
+    assert parsed(made.next_probe["command"])["trace"] == name
+    assert parsed(quiet(asked, 8)["command"])["trace"] == name
+    burst = replace(asked, due_s=np.floor(asked.due_s / 10) * 10)
+    synth, replayed = quiet(burst, 8)["command"].split(" && ")
+    assert parsed(synth)["like"] == name
+    assert parsed(synth)["name"] == parsed(replayed)["trace"] == f"{name}-spread"
+    (compare,) = _studied(None, {"trace": name}).code
+    assert parsed(compare[1])["trace"] == name
+    means = tmp_path / "means.csv"
+    row = "1,7,8,100,20,2,0.5,0.02,1.5"
+    means.write_text(
+        f"prefill,decode,concurrency,prompt_tokens,output_tokens,throughput_per_s,ttft_s,tpot_s,e2e_s\n{row}\n"
+    )
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    assert main(["runs", "import", str(means), "--aggregate", "--group", "it's; x", "--db", url]) == 0
+    line = capsys.readouterr().out.split("Ask: ")[1]
+    assert parsed(line)["group"] == "it's; x"
 
 
 def test_the_command_of_an_answer_is_one_that_the_tool_takes() -> None:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import math
+import shlex
 import sys
 import tempfile
 import zlib
@@ -162,7 +163,7 @@ def ingest(
             return IngestReport.of(info, already=True)
         raise InputError(
             f"a trace named {wanted!r} is already stored with other content or options. Give another --name, "
-            f"or remove it: steelyard traces delete {wanted}"
+            f"or remove it: steelyard traces delete {shlex.quote(wanted)}"
         )
     with _Loaded(reader, zero_output, zone) as loaded:
         return _load(store, loaded, paths, wanted, sha256, files, options, max_bad, progress)
@@ -823,7 +824,7 @@ def store_schedule(store: Store, schedule: Schedule, *, options: dict[str, Any])
                 return IngestReport.of(info, already=True)
             raise InputError(
                 f"a trace named {schedule.name!r} is already stored with other content. Give another --name, "
-                f"or remove it: steelyard traces delete {schedule.name}"
+                f"or remove it: steelyard traces delete {shlex.quote(schedule.name)}"
             )
     n = len(schedule)
     arrival = np.rint(schedule.due_s * 1e6).astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -700,7 +701,9 @@ def sweep(
             "-%Y%m%d-%H%M%S", time.gmtime()
         )
         if not saturate and not quiet():
-            messages(as_json).print(f"group {group}: if this is broken off, go on with --group {group}", markup=False)
+            messages(as_json).print(
+                f"group {group}: if this is broken off, go on with --group {shlex.quote(group)}", markup=False
+            )
         with progress(as_json) as bars:
             task = bars.add_task("sweep", total=None if saturate else runs_planned * n)
             cell = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -489,7 +490,7 @@ def _store_aggregates(
         state = f"stored as runs {min(new)} to {max(new)}" if new else "were there already"
         messages().print(
             f"{mine[0]['name']}: {len(mine)} means of {splits} splits, {min(flights):g} to {max(flights):g} requests in flight, "
-            f"{state}; group {group}. Ask: steelyard advise --group '{group}' --concurrency {max(flights):g}",
+            f"{state}; group {group}. Ask: steelyard advise --group {shlex.quote(group)} --concurrency {max(flights):g}",
             markup=False,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -952,7 +953,10 @@ def _studied(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> Sect
             "Baseline, online, offline and static were not compared on this traffic, so whether a split that moves would do better is "
             "not known. The command below compares them.",
             code=[
-                ("Compare them", f"steelyard strategies --trace {trace} --requests 200 --gpus {answer.get('gpus', 8)}")
+                (
+                    "Compare them",
+                    f"steelyard strategies --trace {shlex.quote(trace)} --requests 200 --gpus {answer.get('gpus', 8)}",
+                )
             ],
             missing=True,
         )
