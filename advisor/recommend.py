@@ -345,7 +345,7 @@ def recommend(
         warnings.append(
             f"{best.fleet} may miss {slo}: in one draw of twenty a quantile is {1 / max(best.kept.low, 1e-3):.3g} times its limit"
         )
-    if draws and best.wins < 0.8 and runner_up and runner_up.wins > 0:
+    if draws and not sure and best.wins < 0.8 and runner_up and runner_up.wins > 0:
         warnings.append(
             f"{best.fleet} has the most goodput in {best.wins:.0%} of the draws, {runner_up.fleet} in "
             f"{runner_up.wins:.0%}: measure next what next_probe names."

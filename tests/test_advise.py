@@ -191,6 +191,16 @@ def busy_rate(profile: Profile) -> float:
     return 0.7 * best
 
 
+def test_where_enough_is_known_nothing_is_said_to_be_measured_next() -> None:
+    """Splits as good as each other share the draws between them: that is chance, and no reason for another run."""
+    demo = Profile.load("demo")
+    rate, loose = busy_rate(demo), Slo.parse("ttft<2s tpot<80ms")
+    answer = recommend(three_runs(demo, rate), lognormal(150, 0.5 * rate, 9), gpus=8, slo=loose, draws=6)
+    assert answer.sure
+    assert answer.best.wins < 0.8
+    assert not any("measure next" in line for line in answer.warnings)
+
+
 def test_every_figure_lies_in_its_interval_and_every_split_is_there() -> None:
     """All seven splits are evaluated and each figure lies within its own interval."""
     profile = Profile.load("demo")
