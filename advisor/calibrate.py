@@ -181,7 +181,7 @@ def _by_batch(one: RunData) -> tuple[Floats, Floats, list[Floats]]:
     A simulation whose queue is wrong can be made to show the right TPOT by a wrong decode step, since its batches are wrong
     too. These are the batches that were there.
     """
-    rows, came = decode_rows(one, 0), answers(one)
+    rows, came = decode_rows(one), answers(one)
     spans = np.column_stack([came.first_token_s, came.last_token_s])
     parts = len(LOAD_QUANTILES) - 1
     steps, tpot = np.full((parts, 2), np.nan), np.full(parts, np.nan)

@@ -19,7 +19,7 @@ from traces.records import Floats, Ints, Observations, Run, Sample
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 BLOCKS = 8
-"""Time blocks a run is cut into for the bootstrap: enough to resample, long enough to hold whole queues."""
+"""Time blocks a run is cut into where what it did changes over it: enough to tell, long enough to hold whole queues."""
 
 
 STAYED = 0.995
@@ -101,15 +101,10 @@ class RunData:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A regression's rows. x: [n, k] features. y: [n] seconds, > 0. block: [n] time block within the run, 0..BLOCKS-1.
-
-    run: [n] position of the run in the list given to the fit.
-    """
+    """A regression's rows. x: [n, k] features. y: [n] seconds, > 0."""
 
     x: Floats
     y: Floats
-    block: Ints
-    run: Ints
 
     @classmethod
     def concat(cls, parts: Sequence[Rows]) -> Rows:
@@ -117,8 +112,6 @@ class Rows:
         return cls(
             np.concatenate([p.x for p in parts]),
             np.concatenate([p.y for p in parts]),
-            np.concatenate([p.block for p in parts]),
-            np.concatenate([p.run for p in parts]),
         )
 
     def __len__(self) -> int:
@@ -204,19 +197,18 @@ def answers(data: RunData) -> Observations:
     return rows.take(np.flatnonzero((rows.tpot_s > 0) & data.known(rows.first_token_s, rows.last_token_s)))
 
 
-def decode_rows(data: RunData, number: int) -> Rows:
+def decode_rows(data: RunData) -> Rows:
     """Rows for the decode step: y = TPOT (s) of :func:`answers`, x = [1, mean batch, mean context tokens] of the worker."""
     rows = answers(data)
     if not len(rows):
-        return Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+        return Rows(np.empty((0, 3)), np.empty(0))
     load = decode_load(data.observations, data.decode)
     batch, context = load.mean_between(rows.first_token_s, rows.last_token_s)
     x = np.column_stack([np.ones(len(rows)), np.maximum(batch, 1.0), context])
-    block = time_block(data.observations, (rows.first_token_s + rows.last_token_s) / 2)
-    return Rows(x, rows.tpot_s, block, np.full(len(rows), number))
+    return Rows(x, rows.tpot_s)
 
 
-def quiet_rows(data: RunData, number: int) -> Rows:
+def quiet_rows(data: RunData) -> Rows:
     """Rows for TTFT without a queue: y = TTFT from sent (s), x = [1, n, n^2], of requests that met no other prefill.
 
     A request is quiet when fewer requests than there are prefill workers were waiting for their first token while it
@@ -224,7 +216,7 @@ def quiet_rows(data: RunData, number: int) -> Rows:
     """
     rows = data.observations.take(np.flatnonzero(data.observations.ok))
     if not len(rows):
-        return Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+        return Rows(np.empty((0, 3)), np.empty(0))
     sent, first = np.sort(rows.sent_s), np.sort(rows.first_token_s)
     # Others that overlap [sent, first token): sent before it ended, not answered before it started.
     overlap = np.searchsorted(sent, rows.first_token_s) - np.searchsorted(first, rows.sent_s, side="right") - 1
@@ -232,10 +224,10 @@ def quiet_rows(data: RunData, number: int) -> Rows:
     keep &= rows.due_s >= data.run.warmup_s
     n = rows.prompt_lengths[keep].astype(float)
     x = np.column_stack([np.ones(len(n)), n, n * n])
-    return Rows(x, rows.ttft_sent_s[keep], time_block(data.observations, rows.sent_s[keep]), np.full(len(n), number))
+    return Rows(x, rows.ttft_sent_s[keep])
 
 
-def prefill_reading_rows(data: RunData, number: int) -> Rows:
+def prefill_reading_rows(data: RunData) -> Rows:
     """Rows for the prefill step from server readings: y = busy seconds of the prefill role in a time block of the run,
     its warm-up left out.
 
@@ -251,7 +243,7 @@ def prefill_reading_rows(data: RunData, number: int) -> Rows:
             sample.prompt_tokens_total,
         ):
             workers.setdefault(sample.worker, []).append(sample)
-    none = Rows(np.empty((0, 3)), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+    none = Rows(np.empty((0, 3)), np.empty(0))
     if not workers:
         return none
     n = data.observations.prompt_lengths.astype(float)
@@ -267,7 +259,7 @@ def prefill_reading_rows(data: RunData, number: int) -> Rows:
     y, steps, tokens = total
     keep = (y > 1e-3) & (steps >= 1)
     x = np.column_stack([steps, tokens, tokens * per_token])[keep]
-    return Rows(x, y[keep], np.arange(BLOCKS)[keep], np.full(int(keep.sum()), number))
+    return Rows(x, y[keep])
 
 
 def _increments(readings: Sequence[Sample], edges: Floats) -> Floats:

@@ -219,7 +219,7 @@ def fit_laws(data: Sequence[RunData], *, seed: int = 0, residuals: bool = True, 
     held to; None: each run's own.
     """
     decode, knee, bend, decode_law = _decode_step(data)
-    quiet = Rows.concat([quiet_rows(one, i) for i, one in enumerate(data)])
+    quiet = Rows.concat([quiet_rows(one) for one in data])
     if len(quiet) < 8:
         raise NotEnoughDataError(
             f"only {len(quiet)} requests were answered without meeting another prefill: a run at low load is missing."
@@ -392,7 +392,7 @@ def _space(data: Sequence[RunData], decode: Floats, knee: int, bend: int, line: 
         "c2": Known(math.log(max(float(decode[2]), 1e-3 * first / max(per_token, 1.0))), 0.5),
     }
     source = "client rows at low load, occupying share by simulation"
-    readings = Rows.concat([prefill_reading_rows(one, i) for i, one in enumerate(data)])
+    readings = Rows.concat([prefill_reading_rows(one) for one in data])
     if len(readings) >= 6:
         busy, _ = relative_nnls(readings.x, readings.y, np.ones(len(readings)))
         # Squared lengths are the tokens times a constant there, so how the two share is arbitrary: only their sum speaks.
@@ -446,7 +446,7 @@ def _decode_step(data: Sequence[RunData]) -> tuple[Floats, int, int, Law]:
     error and more rows than a handful lie beyond it. A bend is the context's feature bent, at the place that fits best; it
     stays if it explains a tenth of the error that is left without a knee.
     """
-    rows = Rows.concat([_thinned(decode_rows(one, i)) for i, one in enumerate(data)])
+    rows = Rows.concat([_thinned(decode_rows(one)) for one in data])
     if len(rows) < 8:
         raise NotEnoughDataError(
             f"only {len(rows)} answers of four tokens or more: the decode step cannot be fitted without longer answers."
@@ -494,7 +494,7 @@ def _thinned(rows: Rows) -> Rows:
     if len(rows) <= ROWS:
         return rows
     keep = np.linspace(0, len(rows) - 1, ROWS).astype(np.int64)
-    return Rows(rows.x[keep], rows.y[keep], rows.block[keep], rows.run[keep])
+    return Rows(rows.x[keep], rows.y[keep])
 
 
 def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
@@ -567,8 +567,8 @@ def reach(point: float, drawn: Sequence[float]) -> tuple[float, float]:
 def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
     """How far the runs went, measured on the rows. What the fit makes of them does not count: a limit may explain anything."""
     quiet, prefill, batch, tokens = 0, 0.0, 0.0, 0.0
-    for i, one in enumerate(data):
-        quiet += len(quiet_rows(one, i))
+    for one in data:
+        quiet += len(quiet_rows(one))
         for rows in (kept for piece in one.pieces if len(kept := one.run.counted(piece))):
             load = load_of(profile, asked(rows), Fleet(one.prefill, one.decode))
             prefill = max(prefill, load.prefill)

@@ -277,12 +277,12 @@ def test_windows_know_whom_they_miss() -> None:
     windows = [whole.take(slice(s, s + 1000)) for s in (0, 2500, 5000)]
     some, every = RunData.of(run, windows), RunData(run, whole)
     assert some.finished == len(whole)
-    found, wanted = decode_rows(some, 0), decode_rows(every, 0)
+    found, wanted = decode_rows(some), decode_rows(every)
     assert len(found) > 1500
     x = dict(zip(wanted.y.tolist(), wanted.x, strict=True))  # no two TPOTs are the same
     alike = [np.allclose(row, x[y], rtol=1e-4) for row, y in zip(found.x, found.y.tolist(), strict=True)]
     assert np.mean(alike) > 0.98
-    quiet = [len(quiet_rows(one, 0)) for one in (some, every)]
+    quiet = [len(quiet_rows(one)) for one in (some, every)]
     assert quiet[0] / quiet[1] == pytest.approx(len(found) / len(wanted), rel=0.1)
     near(load_quantiles(some, 0.9)[0], load_quantiles(every, 0.9)[0], 0.15)  # of half of the time
 

@@ -81,7 +81,7 @@ def test_decode_load_is_what_counting_by_hand_gives(
 def test_a_lone_sequence_is_a_batch_of_one() -> None:
     """One sequence on eight workers is a batch of one, not of an eighth."""
     data = RunData(run_of(Fleet(1, 8)), answer(0.0, 0.05, 20, 100))
-    rows = decode_rows(data, 0)
+    rows = decode_rows(data)
     assert rows.x[0, 1] == pytest.approx(1.0)
     assert rows.y[0] == pytest.approx(0.05)
 
@@ -89,14 +89,14 @@ def test_a_lone_sequence_is_a_batch_of_one() -> None:
 def test_short_answers_teach_nothing_about_a_step() -> None:
     """Answers of fewer than four tokens are left out."""
     data = RunData(run_of(Fleet(1, 1)), answer(0.0, 0.05, 3, 100))
-    assert len(decode_rows(data, 0)) == 0
+    assert len(decode_rows(data)) == 0
 
 
 def test_quiet_requests_are_those_that_met_nobody_else_in_prefill() -> None:
     """Of three requests the two that overlap on one prefill worker are not quiet; on two workers all are."""
     rows = Observations.concat([answer(0.0, 0.5, 9, 10), answer(0.2, 0.5, 9, 10), answer(3.0, 0.5, 9, 10)])
-    assert len(quiet_rows(RunData(run_of(Fleet(1, 1)), rows), 0)) == 1
-    assert len(quiet_rows(RunData(run_of(Fleet(2, 1)), rows), 0)) == 3
+    assert len(quiet_rows(RunData(run_of(Fleet(1, 1)), rows))) == 1
+    assert len(quiet_rows(RunData(run_of(Fleet(2, 1)), rows))) == 3
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
@@ -147,6 +147,6 @@ def test_readings_of_idle_workers_give_the_prefill_law_exactly() -> None:
 
     fleet = Fleet(2, 2)
     rows = simulate(schedule, fleet, profile, controller=look, tick_s=0.5).observations
-    found = prefill_reading_rows(RunData(run_of(fleet, 60), rows, samples), 1)
+    found = prefill_reading_rows(RunData(run_of(fleet, 60), rows, samples))
     assert len(found) >= 6
     assert found.x[:, :2] @ [profile.a_s, profile.b_s_per_token] == pytest.approx(found.y, rel=1e-3)

@@ -365,9 +365,9 @@ def _laws(data: RunData, profile: Profile | None) -> tuple[Fitting | None, Fitti
     fleet = data.run.fleet
     if profile is None or fleet is None or fleet.mixed or not data.observations.ok.any():
         return None, None
-    rows = decode_rows(data, 0)
+    rows = decode_rows(data)
     tpot = _fitting(profile.step_s(rows.x[:, 1], rows.x[:, 2]), rows.y)
-    rows = quiet_rows(data, 0)
+    rows = quiet_rows(data)
     n = rows.x[:, 1]
     between = profile.overhead_s + profile.transfer_t0_s + profile.transfer_s_per_token * n
     return tpot, _fitting(profile.prompt_s(n) + between + profile.step_s(1.0, 0.0), rows.y)
