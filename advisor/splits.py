@@ -204,18 +204,20 @@ def piece(schedule: Schedule, most: int) -> Schedule:
 def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
     """Half-widths of 90 % intervals, as log ratios, since ``parts`` windows stand for all of the traffic.
 
-    Student's t of how much the windows differ. Of rates it is the shares that count: the rate is that of all of the traffic.
+    Student's t of how much the windows differ. Of rates it is the shares that count: the rate is that of all of the traffic. A
+    share may be 0 and has no logarithm then, so its deviation is told by the mean.
     """
     if parts < 2:
         return {}
     each = [summarise(rows.take(which), slo) for which in np.array_split(np.arange(len(rows)), parts)]
     wider = float(special.stdtrit(parts - 1, 0.95)) / math.sqrt(parts)
     found = {}
+    shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
     for name in METRICS:
-        shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
         values = np.array(shares.get(name) or [getattr(s, name) for s in each])
-        values = values[np.isfinite(values) & (values > 0)]
-        found[name] = wider * float(np.log(values).std(ddof=1)) if len(values) > 1 else 0.0
+        values = values[np.isfinite(values)]
+        differ = values / max(values.mean(), 1e-12) if name in shares else np.log(values[values > 0])
+        found[name] = wider * float(differ.std(ddof=1)) if len(differ) > 1 else 0.0
     return found
 
 

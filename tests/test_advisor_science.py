@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from advisor.baselines import baselines
 from advisor.calibrate import LOAD_QUANTILES, Replay
@@ -16,14 +17,15 @@ from advisor.features import RunData
 from advisor.model import METRICS, fit_laws, load_of, reach
 from advisor.recommend import break_even, conformal, recommend
 from advisor.screen import Traffic, goodput, survivors
+from advisor.splits import _between
 from advisor.study import proposals, quiet, values
 from benchmarks.advisor import probe, solve, would_say
 from benchmarks.worlds import draw, sweep
 from loadgen.cluster import Profile, simulate
-from tests.test_advise import SLO, busy_rate, lognormal, measured, three_runs
+from tests.test_advise import SLO, STAMPS, busy_rate, lognormal, measured, three_runs
 from tests.test_features import run_of
 from traces.measures import Slo, goodput_per_s, summarise
-from traces.records import Fleet, Schedule
+from traces.records import Fleet, Observations, Schedule
 
 DEMO = Profile.load("demo")
 SIMULATED = Path(__file__).parent / "data" / "samples" / "dynamo" / "long_contexts.csv"
@@ -269,6 +271,23 @@ def test_the_runner_up_wins_beyond_the_break_even() -> None:
 def test_conformal_factors(scores: list[tuple[float, float]], busiest: float, factor: float | None) -> None:
     """The ceil((n + 1) 0.9)-th smallest score, of the regime where enough runs are of it."""
     assert conformal(scores, busiest) == factor
+
+
+def test_windows_in_which_nobody_is_served_widen_the_band() -> None:
+    """Two of eight serve none within the SLO: how much the shares differ is told with them; they were left out."""
+    parts = []
+    for k in range(8):
+        asked = lognormal(50, 2.0, k)
+        far = replace(asked, prompt_tokens=np.full(50, 50_000)) if k in (2, 5) else asked
+        rows = simulate(far, Fleet(4, 4), DEMO).observations
+        parts.append(replace(rows, **{name: getattr(rows, name) + 1000 * k for name in STAMPS}))
+    shares = [summarise(rows, SLO).attainment for rows in parts]
+    assert [share > 0.5 for share in shares] == [k not in (2, 5) for k in range(8)]
+    found = _between(Observations.concat(parts), SLO, 8)
+    by_hand = stats.t.ppf(0.95, 7) * stats.sem(shares) / np.mean(shares)
+    assert found["goodput_per_s"] == pytest.approx(by_hand)
+    assert found["goodput_per_s"] > 0.3
+    assert found["throughput_per_s"] == 0.0
 
 
 def test_intervals_cover_what_they_say_when_scores_are_exchangeable() -> None:
