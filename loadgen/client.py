@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httptools
 
@@ -180,7 +180,9 @@ def target(
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        (parts.hostname or "").encode("idna")  # as a question to the name server is: it would raise there
+        host = (
+            (parts.hostname or "").encode("idna").decode()
+        )  # as a question to the name server is: it would raise there
     except ValueError:
         raise InputError("endpoint URL cannot be read. Give a base URL such as http://127.0.0.1:8000.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -195,7 +197,7 @@ def target(
     for name, value in wanted.items():
         if not (name + value).isascii() or any(c in name + value for c in "\r\n"):
             raise InputError(f"header {printable(name)!r} holds a character that HTTP does not allow.")
-    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    prefix = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%!$&'()*+,;=:@~")
     through, proxy_auth = None, ""
     if proxy:
         try:
@@ -213,7 +215,7 @@ def target(
         raise InputError("--key belongs to --cert FILE.")
     made = Target(
         parts.scheme,
-        parts.hostname,
+        host,
         port,
         prefix,
         wanted,

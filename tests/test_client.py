@@ -619,12 +619,15 @@ def test_a_prompt_has_as_many_tokens_as_asked(n: int, text: bool, chat: bool) ->
         ("https://host/prefix/v1/", "https://host:443/prefix"),
         ("http://user:secret@host:1", "http://host:1"),
         ("http://[::1]:9", "http://[::1]:9"),
+        ("http://host/é b/a%20b/v1", "http://host:80/%C3%A9%20b/a%20b"),
+        ("http://日本.example", "http://xn--wgv71a.example:80"),
     ],
 )
 def test_an_endpoint_is_shown_without_secrets(url: str, shown: str) -> None:
     """What is stored of an endpoint is scheme, host, port and path."""
     where = target(url, api_key="sk-planted")
     assert where.shown == shown
+    assert where.shown.removeprefix(f"{where.scheme}://{where.netloc}").encode() in where.head("", "k")
     assert "secret" not in repr(where)
     assert "sk-planted" not in repr(where)
 

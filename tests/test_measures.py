@@ -60,6 +60,7 @@ def test_quick_quantiles_are_those_of_numpy(values: list[float], at: list[float]
         ("ttft<0.01us tpot_p99<2e6ms", {"ttft": 1e-8}, [("tpot", 99.0, 2000.0)]),
         ("ttft_p99<1s tpot<50ms", {"tpot": 0.05}, [("ttft", 99.0, 1.0)]),
         ("tpot_p99.9<80ms", {}, [("tpot", 99.9, 0.08)]),
+        ("ttft_p99.99999<1s e2e_p0.00001<1s", {}, [("ttft", 99.99999, 1.0), ("e2e", 1e-5, 1.0)]),
     ],
 )
 def test_an_slo_is_read_as_written(
@@ -87,6 +88,7 @@ def test_an_slo_is_read_as_written(
         "ttft_pxx<1s",
         "ttft<1e999s",
         "ttft<1e",
+        "ttft_p99.99999999999999999<1s",
     ],
 )
 def test_an_slo_that_cannot_be_parsed_is_refused_in_one_line(text: str) -> None:

@@ -55,7 +55,10 @@ class Slo:
             if match[2] is None:
                 limits[match[1]] = limit
             else:
-                constraints[match[1], float(match[2])] = limit
+                q = float(match[2])
+                if q >= 100:  # so many nines are 100 to a float
+                    raise InputError(f"SLO term {term!r}: the quantile must be below 100.")
+                constraints[match[1], q] = limit
         return cls(tuple(limits.items()), tuple((m, q, v) for (m, q), v in constraints.items()))
 
     def limit(self, metric: str) -> float | None:
@@ -81,7 +84,8 @@ class Slo:
             return f"{v * 1e3:g}ms" if v < 0.1 else f"{v:g}s"
 
         terms = [f"{m}<{time(v)}" for m, v in self.limits]
-        terms += [f"{m}_p{q:g}<{time(v)}" for m, q, v in self.constraints]
+        # In full and without an exponent: p99.99999 is not p100, and what is written must be read again.
+        terms += [f"{m}_p{np.format_float_positional(q, trim='-')}<{time(v)}" for m, q, v in self.constraints]
         return " ".join(terms)
 
 
