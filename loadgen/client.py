@@ -46,6 +46,10 @@ IDLE_S = 4.0
 """A kept connection that lay idle this long is not used again: many servers close theirs after five seconds, and a
 request written into a closing connection would look like a failure of the server."""
 
+FROZEN_S = 4.0
+"""A loop that stood still for longer sends no more: its master heard no heartbeat and took its requests for lost. Less than the
+master waits, so that nobody sends who is no longer listened to."""
+
 BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
 
@@ -624,6 +628,7 @@ class Client:
             frozenset(h.encode("latin-1") for h in engine.headers) if engine is not None else frozenset()
         )
         self.max_stall_s = 0.0
+        self._beat = clock()
         targets = [where] if isinstance(where, Target) else list(where)
         self._routes = [_Route(one, path, prompts.key) for one in targets]
         self._prompts = prompts
@@ -684,6 +689,7 @@ class Client:
         self._gate, self._batch, self._batch_end, self._released = gate, -1, 0, zero
         self._positions, self._due, self._sizes = positions, due, (prompt_tokens, output_tokens)
         self._zero, self._next = zero, 0
+        self._beat = self.clock()
         self._ended = self._loop.create_future()
         self._alarm = Alarm(self._loop, self._tick)
         watch = self._loop.create_task(self._watch())
@@ -713,7 +719,7 @@ class Client:
         self._tick()
         self._check()
 
-    def stop(self) -> None:
+    def stop(self, why: str = "stopped") -> None:
         """Send no more; what was not sent becomes ``unsent``. What is in flight goes on."""
         first, self._next = self._next, len(self._due)
         self._more = False
@@ -723,7 +729,7 @@ class Client:
         self._children, self._released_turns = {}, []
         for i in never:
             nan = math.nan
-            self._done(Row(self._positions[i], nan, nan, nan, nan, nan, -1, -1, 0, 0.0, 0, "unsent", "", "stopped", 0))
+            self._done(Row(self._positions[i], nan, nan, nan, nan, nan, -1, -1, 0, 0.0, 0, "unsent", "", why, 0))
         self._check()
 
     def cancel(self) -> None:
@@ -748,7 +754,16 @@ class Client:
 
     # --- sending
 
+    def _alive(self) -> float:
+        """The clock; whoever comes first after the loop stood still too long sees to it that no more is sent."""
+        now = self.clock()
+        before, self._beat = self._beat, now
+        if now - before > FROZEN_S:
+            self.stop(f"the load worker stood still for {now - before:.1f} s")
+        return now
+
     def _tick(self) -> None:
+        self._alive()
         if self._gate is not None:
             self._gated(self._gate)
             return
@@ -1054,7 +1069,7 @@ class Client:
         while True:
             before = self.clock()
             await asyncio.sleep(step)
-            now = self.clock()
+            now = self._alive()
             self.max_stall_s = max(self.max_stall_s, now - before - step)
             while self._flights:
                 oldest = next(iter(self._flights.values()))

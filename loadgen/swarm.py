@@ -824,6 +824,8 @@ class Swarm:
                 for worker in crew:
                     if worker.gone and worker.client_id in waiting:
                         waiting.discard(worker.client_id)
+                        # Should it wake: its requests are lost, and must not go into whatever runs then.
+                        self._send("steelyard.stop", {"run": token, "drain_s": 0.0}, worker.client_id)
                         # What it had sent before it died may still be in the inbox: rows come before the verdict. The living
                         # go on sending, so it is its own silence that counts.
                         quiet = time.monotonic() + LAST_WORDS_S

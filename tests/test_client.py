@@ -25,6 +25,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import loadgen.client
 from loadgen.client import Client, Row, Target, _Connection, target
 from loadgen.engines import Prompts, dialect
 from traces.errors import InputError
@@ -307,6 +308,22 @@ def test_what_was_warmed_is_kept_when_time_is_up() -> None:
             return kept
 
     assert asyncio.run(run()) == 2
+
+
+def test_a_loop_that_stood_still_too_long_sends_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then its master took it for dead: what is overdue is unsent. After a shorter pause it is sent, late."""
+    monkeypatch.setattr(loadgen.client, "FROZEN_S", 0.4)
+
+    async def pause(seconds: float) -> None:
+        await asyncio.sleep(0.15)
+        time.sleep(seconds)
+
+    due = [0.0, 0.3, 0.35, 0.9]
+    for seconds, ended in ((0.3, ["ok"] * 4), (0.7, ["ok", "unsent", "unsent", "unsent"])):
+        rows, seen, _ = asyncio.run(ask(GOOD[0], due=due, act=lambda _, seconds=seconds: pause(seconds)))
+        assert [row.status for row in sorted(rows)] == ended
+        assert len(seen) == ended.count("ok")
+    assert all("stood still" in row.detail for row in rows if row.status == "unsent")
 
 
 def without_handles() -> list[tuple[str, str, str, float]]:

@@ -555,6 +555,31 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
         assert set(rows.worker) == {0}
 
 
+def test_a_worker_that_was_taken_for_dead_sends_nothing_when_it_wakes() -> None:
+    """What it had still to send is lost, not sent at once into whatever runs then (a paused machine does that)."""
+    with embedded("demo", Fleet(1, 1)) as url, Swarm(workers=2) as swarm:
+
+        def arrived() -> float:
+            page = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
+            return sum(float(v) for v in re.findall(r"^steelyard_finished_requests_total\S* (\S+)$", page, re.M))
+
+        frozen = swarm.processes[1]
+
+        def freeze() -> None:
+            time.sleep(0.3)
+            os.kill(frozen, signal.SIGSTOP)
+
+        try:
+            outcome, rows = run(swarm, schedule(60, 100.0), replace(job(url), model="demo"), freeze)
+            before = arrived()
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        time.sleep(1.5)
+        assert arrived() == before > 0
+    assert "worker 1 sent no heartbeat" in outcome.reason
+    assert Counter(rows.status[rows.worker == 1])["lost"] > 10
+
+
 def test_ctrl_c_is_heard_though_a_worker_has_died(endpoint: str) -> None:
     """The rows of the living are no last words of the dead: whoever waits for those hears a stop all the same."""
     with Swarm(workers=2) as swarm:
