@@ -38,7 +38,10 @@ def next_phase(prefill_since_s: float | None, decode_since_s: float | None) -> s
 
 @dataclass(frozen=True, slots=True)
 class Queues:
-    """What a policy sees of the servers at one instant: sums over the workers of a role; prompt tokens processed, of all."""
+    """What a policy sees of the servers at one instant: sums over the workers of a role; prompt tokens processed, of all.
+
+    decode_counted: somebody says how many requests decode has, not its KV cache alone.
+    """
 
     prefill_waiting: int = 0
     prefill_waiting_tokens: int = 0
@@ -46,6 +49,7 @@ class Queues:
     decode_running: int = 0
     decode_context_tokens: int = 0
     prompt_tokens_total: int = 0
+    decode_counted: bool = field(default=True, kw_only=True)
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Queues:
@@ -66,7 +70,15 @@ class Queues:
                 total["dw"] += waiting
                 total["dr"] += s.running_requests or 0
                 total["dc"] += s.kv_used_tokens or 0
-        return cls(*(int(v) for v in total.values()))
+        decode = [s for s in samples if s.role == "decode"]
+        counts = any(s.running_requests is not None or s.inflight_requests is not None for s in decode)
+        return cls(*(int(v) for v in total.values()), decode_counted=counts or not decode)
+
+    def counted(self, mean_context: float) -> Queues:
+        """The same, with as many sequences as the KV cache holds mean contexts where nobody counts them (Dynamo's frontend)."""
+        if self.decode_counted:
+            return self
+        return replace(self, decode_running=round(self.decode_context_tokens / max(mean_context, 1.0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +205,7 @@ class BacklogRule:
         self, state: State, queues: Queues, fleet: Fleet, changing: int, now_s: float
     ) -> tuple[State, Fleet | None, str]:
         """See :class:`OnlineRule`."""
+        queues = queues.counted(self.mean_prompt + self.mean_output / 2)
         p, d = self.prefill_s(queues, fleet.prefill), self.decode_s(queues, fleet.decode)
         slow = self._slow(queues, fleet.decode)
         wish = ""
@@ -366,6 +379,7 @@ class DemandRule:
         self, state: State, queues: Queues, fleet: Fleet, changing: int, now_s: float
     ) -> tuple[State, Fleet | None, str]:
         """See :class:`OnlineRule`."""
+        queues = queues.counted(self.mean_prompt + self.mean_output / 2)
         active = float(queues.decode_running + queues.decode_waiting)
         arrived = queues.prompt_tokens_total + waiting_tokens(queues, self.mean_prompt)
         seen = state.seen.next(now_s, arrived, active, self.memory_s) if state.seen else Demand(now_s, arrived, active)

@@ -577,6 +577,31 @@ def test_readings_are_summed_with_what_was_processed() -> None:
     assert seen == Queues(0, 0, 0, 5, 15, 111)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        policy.DemandRule(LAWS, 200, 100, Slo.parse("tpot<50ms"), memory_s=1.0),
+        BacklogRule(LAWS, 200, 100, Slo.parse("tpot<20ms")),
+    ],
+)
+def test_sequences_that_nobody_counts_are_told_by_their_kv(rule: policy.OnlineRule) -> None:
+    """Dynamo's frontend alone tells a decode worker's KV and no requests: 60 mean contexts are 60 sequences, not an idle role."""
+
+    def moved(**told: float) -> list[tuple[float, Fleet]]:
+        steering = Steering(rule)
+        for at in range(4):
+            samples = [
+                Sample(at, "p", "prefill", waiting_tokens=0),
+                Sample(at, "d", "decode", kv_used_tokens=60 * 250, **told),
+            ]
+            steering(at, samples, Fleet(3, 1), 0)
+        return [(at, fleet) for at, _, fleet, _ in steering.moves]
+
+    assert moved() == moved(running_requests=60, waiting_requests=0) != []
+    assert moved(running_requests=0, waiting_requests=0) == []  # KV that is parked is no sequence
+    assert moved(inflight_requests=0) == []
+
+
 def test_orders_are_by_length() -> None:
     """Shortest and longest first, equals as they came; Johnson's two groups by the stages' times."""
     prompt, output = np.array([300, 100, 300, 200]), np.array([5, 9, 9, 7])
