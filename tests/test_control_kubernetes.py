@@ -197,6 +197,34 @@ def test_what_may_not_be_watched_is_asked_for(api: ApiServer) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["LLMInferenceService", "DynamoGraphDeploymentScalingAdapter"])
+def test_what_only_pods_tell_is_refused_where_they_may_not_be_listed(
+    serve: Callable[..., ApiServer], kind: str
+) -> None:
+    """Its status counts no ready replicas: it would never be in force, or be so before a pod is ready."""
+    plural = f"{kind.lower()}s"
+    api = serve(**{plural: "serving.kserve.io/v1alpha1" if kind.startswith("LLM") else "nvidia.com/v1beta1"})
+    if kind.startswith("LLM"):
+        held, roles = kserve()
+        api.holds(plural, held, *roles)
+        control = made(f"kubernetes:llm/{kind}/g")
+    else:
+        for name, n in (("pre", 2), ("dec", 1)):
+
+            def tell(held: dict[str, Any], found: dict[str, int]) -> None:
+                held["status"] = {"replicas": held["spec"]["replicas"]}  # as the spec says, at once
+
+            held = {"kind": "X", "metadata": {"name": name}, "spec": {"replicas": n}}
+            api.holds(plural, held, (lambda o: int(o["spec"]["replicas"]), tell, {"app": name}))
+        control = made(f"kubernetes:llm/{kind}/pre,{kind}/dec")
+    api.deny = {("list", "pods")}
+    said = "its status counts no ready replicas and its pods may not be listed.* needs the verbs list and watch on pods"
+    for act in (control.get, lambda: put(control, Fleet(1, 2), 10), lambda: Keeper(control, "set").put(Fleet(1, 2))):
+        with pytest.raises(LostError, match=said):
+            act()
+    assert not [1 for verb, _ in api.log if verb == "PATCH"]
+
+
 def test_a_change_that_another_overtook_is_tried_again(api: ApiServer) -> None:
     api.conflicts = 2
     put(made(), Fleet(2, 2), 10)

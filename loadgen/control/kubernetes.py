@@ -349,6 +349,11 @@ class Kubernetes:
             live = None if pods is None else [p for p in pods if not at(p, ("metadata", "deletionTimestamp"))]
             up = None if live is None else sorted(str(p["metadata"]["name"]) for p in live if _is_ready(p))
             told = status.get("availableReplicas", status.get("readyReplicas", 0 if workload.of.counts else None))
+            if told is None and self._blind:
+                raise LostError(
+                    f"{self.namespace}/{workload}: its status counts no ready replicas and its pods may not be listed, so which "
+                    "fleet is in force cannot be seen. Its role needs the verbs list and watch on pods."
+                )
             if told is None:  # its status does not count ready ones: what is there, as far as its pods are ready
                 there = status.get("replicas")
                 has = min(len(pods or ()) if there is None else int(there), len(up) if up is not None else 1_000_000)
