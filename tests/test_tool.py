@@ -21,7 +21,9 @@ from advisor.cli import VERBS, load, main, steelyard
 from advisor.cli.config import settable, tree, variables
 from advisor.cli.progress import Bars, Lines, Steps
 from loadgen.cluster.embedded import embedded
+from traces.ingest import ingest
 from traces.records import Fleet, Run
+from traces.shipped import shipped
 from traces.store import open_store
 
 
@@ -271,6 +273,9 @@ def test_what_stands_before_the_verb_was_typed_too(
         ("RATES", "4,8", "sweep t --fleets 1:1 --rate 3", 1, "no trace is named"),
         ("RATE", "3", "replay t --endpoint http://127.0.0.1:9 --rate-factor 2", 1, "no trace is named"),
         ("FLEETS", "1:1", "sweep t --all", 1, "no trace is named"),
+        ("RECOMMENDATION", "3", "replay azure-2023-conv --endpoint http://127.0.0.1:9 --workers 1", 1, "refused"),
+        ("IN_FLIGHT", "8", "replay azure-2023-conv --endpoint http://127.0.0.1:9 --workers 1", 1, "refused"),
+        ("RECOMMENDATION", "latest", "report --gpus 8", 5, "no ended run"),
         ("GROUP", "none", "advise --auto --trace t --endpoint http://127.0.0.1:9", 1, "refused"),
     ],
 )
@@ -285,8 +290,9 @@ def test_what_nobody_typed_refuses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An option from the environment gives way to one that was typed and that excludes it."""
-    with open_store("sqlite:///steelyard.db"):
-        pass
+    with open_store("sqlite:///steelyard.db") as store:
+        if "azure" in arguments:
+            ingest(store, [shipped("azure-2023-conv")], name="azure-2023-conv")
     monkeypatch.setenv(f"STEELYARD_{variable}", value)
     assert words in said(capsys, *arguments.split(), code=code)
 

@@ -498,9 +498,11 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
     above = ["--db", redact(db)] if not any(word.startswith("--db") for word in sys.argv) else []
     commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:]), *above])]
     refusal: SteelyardError | None = None
+    given = [p for p in options if p != "run_ids" and typed(p)]
+    if given and not typed("number"):
+        number = None
     with open_store(db, create=False) as store:
         if number is not None:
-            given = [p for p in options if p != "run_ids" and typed(p)]
             if given:
                 raise click.UsageError(f"--{given[0].replace('_', '-')} asks anew: leave out --recommendation.")
             answer = _stored(store, number)

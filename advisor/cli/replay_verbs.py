@@ -407,7 +407,7 @@ def _strategy(
         return schedule, {"steering": Planned(_changes(options["changes"])), "policy": "planned"} | limits
     laws = Profile.load(options["laws"]) if options["laws"] else None
     if order is None:
-        if options["in_flight"]:
+        if options["in_flight"] and typed("in_flight"):
             raise click.UsageError("--in-flight belongs to --order: an open loop waits for nobody.")
         if kind == "static":
             return schedule, {}

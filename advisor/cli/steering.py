@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from advisor.cli.common import typed
+
 LAWS = click.option(
     "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
 )
@@ -43,6 +45,10 @@ def thresholds(store: Any, options: dict[str, Any]) -> dict[str, Any] | None:
     from traces.errors import InputError
 
     path, number = options["thresholds"], options["recommendation"]
+    if typed("thresholds", "recommendation"):
+        path, number = path if typed("thresholds") else None, number if typed("recommendation") else None
+    elif options["policy"] != "online":
+        return None
     if path is None and number is None:
         return None
     if path is not None and number is not None:
