@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgpack
 import pytest
@@ -1040,6 +1040,29 @@ def test_a_change_that_fails_was_never_in_force() -> None:
     assert control.told
     assert [d.action for d in decisions] == ["hold", "move", "refused", "hold"]
     assert [(c.after, math.isnan(c.joined_s), math.isnan(c.ready_s)) for c in changes] == [(Fleet(2, 2), True, True)]
+
+
+def test_a_change_that_was_overtaken_was_never_in_force_though_a_later_one_asks_for_the_same() -> None:
+    """To, back, and to again before anything has moved: the last alone joined and is in force."""
+
+    class Slow(Fake):
+        def get(self) -> Standing:
+            done = len(self.asked) == 3
+            return Standing(self.asked[-1] if done else Fleet(2, 2), changing=0 if done or not self.asked else 1)
+
+        def ask(self, fleet: Fleet) -> None:
+            self.asked.append(fleet)
+
+    class Restless:
+        why = "x"
+        left: ClassVar[list[Fleet]] = [Fleet(3, 1), Fleet(2, 2), Fleet(3, 1)]
+
+        def __call__(self, now_s: float, samples: Any, fleet: Fleet, changing: int) -> Fleet | None:
+            return self.left.pop(0) if self.left else None
+
+    _, changes = steer(Slow(Fleet(2, 2)), lambda: queues(0, 0), 0.4, steering=Restless())
+    assert [c.after for c in changes] == [Fleet(3, 1), Fleet(2, 2), Fleet(3, 1)]
+    assert [math.isnan(c.ready_s) for c in changes] == [math.isnan(c.joined_s) for c in changes] == [True, True, False]
 
 
 def test_what_a_change_cost_is_read_off_rows_and_readings() -> None:

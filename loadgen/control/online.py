@@ -167,13 +167,15 @@ class Controller:
             for c in self._pending
         ]
         if not standing.changing and self._pending and standing.fleet == self._pending[-1].after:
-            self._hand_on(at, standing.fleet)
+            self._hand_on(at)
         return standing.aimed, standing.changing
 
-    def _hand_on(self, ready_s: float, fleet: Fleet | None = None) -> None:
-        """All that is pending, in force since ready_s what asked for this fleet: one that was overtaken never was."""
-        for change in self._pending:
-            self._on_change(replace(change, ready_s=ready_s if change.after == fleet else math.nan))
+    def _hand_on(self, ready_s: float) -> None:
+        """All that is pending, the last in force since ready_s: one that was overtaken never was, whatever it asked for."""
+        for change in self._pending[:-1]:
+            self._on_change(replace(change, joined_s=math.nan))
+        for change in self._pending[-1:]:
+            self._on_change(replace(change, ready_s=ready_s))
         self._pending.clear()
 
     def _tick(self) -> None:
