@@ -16,7 +16,7 @@ import numpy as np
 from advisor.features import RunData
 from advisor.model import Law, asked
 from loadgen.cluster import Profile, simulate
-from traces.records import FleetChange
+from traces.records import SHARED, FleetChange
 
 REQUESTS = 20_000
 """Requests of a run that are simulated before its changes at most."""
@@ -30,8 +30,10 @@ def flip_law(moved: Sequence[tuple[RunData, Sequence[FleetChange]]], laws: Profi
     bare = replace(laws, flip_s=0.0)
     found: list[tuple[int, float, float]] = []  # run, the move, its drain by the laws
     for one, changes in moved:
-        # As for the other laws: no run that its own verdict spoils, none whose clock ran at another speed.
-        if one.run.verdict not in ("valid", "degraded") or any(c.startswith("clock x") for c in one.run.changes):
+        # As for the other laws: no run that its own verdict spoils, none whose clock ran at another speed or whose prompts
+        # need not have been computed whole.
+        odd = any(c.startswith("clock x") or c == SHARED for c in one.run.changes)
+        if one.run.verdict not in ("valid", "degraded") or odd:
             continue
         schedule = asked(one.observations)
         if not changes or one.windows or len(schedule) > REQUESTS:

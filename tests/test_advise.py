@@ -784,7 +784,7 @@ def test_the_flip_is_what_a_move_takes_beyond_its_drain(flip_s: float) -> None:
     assert law is not None
     assert law.coefficients["flip_s"] == pytest.approx(flip_s, abs=0.1)
     assert law.n == 1
-    spoilt = [{"verdict": "invalid"}, {"verdict": ""}, {"changes": ("clock x10",)}]
+    spoilt = [{"verdict": "invalid"}, {"verdict": ""}, {"changes": ("clock x10",)}, {"changes": ("prefixes shared",)}]
     others = [RunData(replace(one.run, id=40 + k, **how), one.observations) for k, how in enumerate(spoilt)]
     quick = [replace(c, joined_s=c.asked_s) for c in changes]
     assert flip_law([(one, changes), *((other, quick) for other in others)], Profile.load("demo")) == law
