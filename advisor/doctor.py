@@ -235,7 +235,7 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
         began = time.monotonic()
         server.try_one(dialect, name)
         yield Check("stream", "ok", f"two tokens in {(time.monotonic() - began) * 1e3:.0f} ms, {dialect.name} dialect")
-        reply = server.fetch("GET", "/metrics")
+        reply = server.fetch("GET", known.page)
         read = []
         with contextlib.suppress(ValueError):  # no Prometheus text
             read = samples(reply.text, Worker(""), 0.0, known.name) if reply.status == 200 else []
@@ -243,7 +243,7 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
             yield Check("metrics", "ok", f"{len(read)} workers: " + ", ".join(sorted({s.role for s in read})))
         else:
             advice = "Replay works; advice from server readings (queues, utilisation) does not. See docs: engines."
-            yield Check("metrics", "warning", f"/metrics: HTTP {reply.status}, nothing we can read", advice)
+            yield Check("metrics", "warning", f"{known.page}: HTTP {reply.status}, nothing we can read", advice)
         fleet = server.fleet()
         found = f"{fleet}, can be set" if fleet else "no /fleet: say what it is with --fleet P:D"
         yield Check("fleet", "ok" if fleet else "note", found)

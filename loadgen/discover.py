@@ -226,6 +226,8 @@ def discover(server: Endpoint, *, engine: str = "auto", targets: Targets | None 
     if engine == "auto" and targets is not None and targets.engine:
         engine = targets.engine
     known, why = engines.recognise(seen) if engine == "auto" else (engines.engine(engine), "as it was named")
+    if targets is not None:
+        targets = replace(targets, workers=tuple(_at_page(w, known.page) for w in targets.workers))
     notes: list[str] = []
     listed = targets is None or not targets.lists
     if targets is None or listed:
@@ -240,6 +242,12 @@ def discover(server: Endpoint, *, engine: str = "auto", targets: Targets | None 
         if worker.healthy is False:
             notes.append(f"worker {worker.name} ({worker.role or 'unknown role'}) is not healthy, says the router")
     return Discovery(known, why, known.version(seen), tuple(workers), by, tuple(notes), listed and bool(workers))
+
+
+def _at_page(worker: Worker, page: str) -> Worker:
+    """A worker of a file that gives its url alone, with the page of its engine."""
+    base = worker.url.rstrip("/")
+    return replace(worker, metrics=base + page) if base and worker.metrics == f"{base}{Engine.page}" else worker
 
 
 def again(server: Endpoint, found: Discovery) -> Discovery:

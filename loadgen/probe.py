@@ -126,14 +126,14 @@ def _pages(server: Endpoint, found: Discovery) -> list[Page]:
     wanted = [w for w in found.workers if w.metrics]
     if not any(w.role == "router" for w in wanted):
         named = Worker("router", "router") if found.workers else Worker("")
-        wanted.insert(0, Worker(named.name, named.role, metrics=f"{server.shown}/metrics"))
+        wanted.insert(0, Worker(named.name, named.role, metrics=f"{server.shown}{found.engine.page}"))
     return [_page(server, found, worker) for worker in wanted]
 
 
 def _page(server: Endpoint, found: Discovery, worker: Worker) -> Page:
-    own = worker.metrics == f"{server.shown}/metrics"
+    own = worker.metrics == f"{server.shown}{found.engine.page}"
     try:
-        endpoint, path = (server, "/metrics") if own else page_of(server, worker)
+        endpoint, path = (server, found.engine.page) if own else page_of(server, worker)
         answer = endpoint.fetch("GET", path, timeout_s=PAGE_S, most_bytes=MOST_BYTES)
         if answer.status != 200:
             return Page(worker, problem=f"HTTP {answer.status}")

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from loadgen.client import target
 from loadgen.control import Endpoint
-from loadgen.engines import Metric, Worker, engines
+from loadgen.engines import Engine, Metric, Worker, engines
 from loadgen.engines.base import address
 from traces.errors import EndpointError, SteelyardError
 from traces.records import ROLES, Histogram, Sample
@@ -275,10 +275,10 @@ def page_of(server: Endpoint, worker: Worker) -> tuple[Endpoint, str]:
 class Scraper:
     """Reads every worker's page each ``period_s`` in threads of its own, off the request path; a context manager.
 
-    workers: whose pages are read; the endpoint's own /metrics is read beside them, under the names in its labels if there are
-    no others. find: asked every FIND_S which workers there are now. on_samples gets each round's readings, one a worker: what a
-    router says of a worker fills in what its own page does not say. ``at_s`` counts from ``zero`` (monotonic clock). failures:
-    pages that did not come; a server without metrics costs nothing but this count.
+    workers: whose pages are read; the endpoint's own (where its engine has it) is read beside them, under the names in its labels
+    if there are no others. find: asked every FIND_S which workers there are now. on_samples gets each round's readings, one a
+    worker: what a router says of a worker fills in what its own page does not say. ``at_s`` counts from ``zero`` (monotonic
+    clock). failures: pages that did not come; a server without metrics costs nothing but this count.
     """
 
     def __init__(
@@ -352,10 +352,11 @@ class Scraper:
                 except SteelyardError:
                     self.failures += 1
         routed = any(w.role == "router" and w.metrics for w in self._workers.values())
-        page = f"{self._server.shown}/metrics"
+        path = engines()[self._engine].page if self._engine in engines() else Engine.page
+        page = f"{self._server.shown}{path}"
         if page not in self._sources and not routed:
             own = Worker("router", "router") if self._workers else Worker("")
-            self._sources[page] = _Source(own, self._server, "/metrics")
+            self._sources[page] = _Source(own, self._server, path)
 
     def read(self) -> list[Sample]:
         """One reading of every worker, now, whoever fetched it meanwhile. EndpointError when there is none."""

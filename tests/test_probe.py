@@ -16,6 +16,7 @@ from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.discover import again, discover, read_targets, with_told
 from loadgen.probe import Probe, clock, probe
+from loadgen.scrape import Scraper
 from tests.pages import Pages, endpoint, stream
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
@@ -295,6 +296,22 @@ def test_the_reference_endpoint_is_known_in_full() -> None:
     assert found.clock is not None
     assert abs(found.clock[0]) - found.clock[1] < 0.05
     assert [one.what for one in found.lacks] == ["no times of the stages of a request"]
+
+
+def test_each_engine_is_read_at_its_own_page(tmp_path: Path) -> None:
+    """TensorRT-LLM's figures stand at a page of their own; its /metrics is emptied by reading, so no run reads it."""
+    with endpoint("tensorrt_llm") as pages:
+        pages["/metrics"], pages["/prometheus/metrics"] = "[]", "trtllm_num_requests_waiting 3\n"
+        scraper = Scraper(server(pages), 0.0, lambda found: None, engine="trtllm")
+        assert [s.waiting_requests for s in scraper.read()] == [3]
+        probed = probe(server(pages), engine="trtllm")
+        assert [(page.fields, page.problem) for page in probed.pages] == [(("waiting_requests",), "")]
+        file = tmp_path / "t.toml"
+        file.write_text(f'engine = "trtllm"\n[[worker]]\nrole = "prefill"\nurl = "{pages.url}/w"')
+        (worker,) = discover(server(pages), targets=read_targets(file)).workers
+        assert worker.metrics == f"{pages.url}/w/prometheus/metrics"
+        assert "/metrics" not in [ask.path for ask in pages.asked]
+        assert [c.word for c in doctor.endpoint(pages.url, api_key=None) if c.name == "metrics"] == ["ok"]
 
 
 def test_a_pair_behind_vllm_router_is_known_with_its_facts() -> None:

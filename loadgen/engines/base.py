@@ -199,15 +199,16 @@ class Engine:
     """Any OpenAI-shaped server; subclasses say what they know beyond that.
 
     name: unique, as ``--engine`` takes it. token_ids: a prompt may be a list of ids. members: of every request body. metrics:
-    the engine's names, old and new spellings, and how each is read. keep: members of stream events that facts are made of (of
-    the first event, and of those without content: the finish and usage chunks). headers: response headers that are kept, in
-    lower case.
+    the engine's names, old and new spellings, and how each is read. page: where a server shows them. keep: members of stream
+    events that facts are made of (of the first event, and of those without content: the finish and usage chunks). headers:
+    response headers that are kept, in lower case.
     """
 
     name: ClassVar[str] = "openai"
     token_ids: ClassVar[bool] = True
     members: ClassVar[Mapping[str, Any]] = {}
     metrics: ClassVar[tuple[Metric, ...]] = ()
+    page: ClassVar[str] = "/metrics"
     keep: ClassVar[tuple[str, ...]] = ("id", "usage")
     headers: ClassVar[tuple[str, ...]] = ()
 

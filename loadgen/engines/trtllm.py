@@ -1,7 +1,8 @@
 """TensorRT-LLM: ``trtllm-serve disaggregated`` before context and generation servers.
 
 Names from its source and documentation; nobody here has seen it run. A worker's metrics need ``return_perf_metrics`` and
-``enable_iter_perf_stats``, and stand at /prometheus/metrics; its /metrics is JSON and emptied by reading, so it is left alone.
+``enable_iter_perf_stats``, and stand at /prometheus/metrics, as the orchestrator's do; its /metrics is JSON and emptied by
+reading, so it is left alone.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class TrtLlm(Engine):
 
     name: ClassVar[str] = "trtllm"
     metrics: ClassVar[tuple[Metric, ...]] = TABLE
+    page: ClassVar[str] = "/prometheus/metrics"
 
     def recognise(self, seen: Glance) -> str:
         """By the owner of its models, or the list of its cluster."""
@@ -67,9 +69,7 @@ class TrtLlm(Engine):
                 if isinstance(host, str) and isinstance(port, int):
                     url = f"http://{host}:{port}"
                     found.append(
-                        Worker(
-                            address(url), role, url, f"{url}/prometheus/metrics", id=str(member(one, "worker_id") or "")
-                        )
+                        Worker(address(url), role, url, f"{url}{self.page}", id=str(member(one, "worker_id") or ""))
                     )
         return found
 
