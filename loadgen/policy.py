@@ -162,7 +162,7 @@ class BacklogRule:
         p = self.laws
         tokens = waiting_tokens(queues, self.mean_prompt)
         steps = max(tokens / p.max_batch_tokens, queues.prefill_waiting / p.max_batch_requests)
-        steps = min(steps, queues.prefill_waiting)
+        steps = min(steps, max(1, queues.prefill_waiting))  # what is left of a prompt that is cut takes a step too
         square = tokens / max(steps, 1.0) if p.prefill_square == "step" else self.mean_prompt
         return (tokens * (p.b_s_per_token + p.c_s_per_token2 * square) + steps * p.a_s) / workers
 

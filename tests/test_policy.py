@@ -264,6 +264,7 @@ def test_backlogs_are_seconds_of_work() -> None:
     assert rule.prefill_s(queues(pw=6), 2) == rule.prefill_s(queues(pw=6, pt=1200), 2)  # counts alone: mean prompts
     assert rule.prefill_s(queues(pw=5, pt=4000), 1) == pytest.approx(4000 * 1.2e-3 + 4 * 0.01)  # by tokens
     assert rule.prefill_s(queues(pw=2, pt=5000), 1) == pytest.approx(5000 * 1.2e-3 + 2 * 0.01)  # a prompt is one step
+    assert rule.prefill_s(queues(pt=400), 1) == pytest.approx(400 * 1.2e-3 + 0.4 * 0.01)  # of one that runs
     assert rule.step_s(4) == pytest.approx(0.015)
     assert rule.decode_s(queues(dw=3, dr=20), 2) == pytest.approx(7 * 100 * 0.02 / (8 * 2))
     assert rule.decode_s(queues(dw=1), 4) == pytest.approx(100 * 0.01125 / 4)
