@@ -592,7 +592,8 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
 
     With enough runs the width is how far the draws reach below and above the laws on the same window, times the conformal
     quantile of how far off the runs are in such reaches. With fewer the draws' width is taken around their median, so
-    that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature.
+    that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature. A draw that
+    serves nothing has no logarithm: where it is one in twenty, what is served may be nothing.
     """
     point, anchor, draws = splits.points[fleet], splits.anchors[fleet].summary, splits.drawn[fleet]
     offered, sampled = splits.offered_per_s, splits.sampled[fleet]
@@ -601,7 +602,9 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
     for name in METRICS:
         value, beside = float(getattr(point.summary, name)), float(getattr(anchor, name))
         drawn = np.array([getattr(one.summary, name) for one in draws], dtype=float)
-        drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+        drawn = drawn[np.isfinite(drawn)]
+        idle = (drawn <= 0).sum() >= 0.05 * len(drawn)
+        drawn = drawn[drawn > 0]
         rate = name.endswith("per_s")
         if not math.isfinite(value) or value <= 0 or len(drawn) < 3:
             high = value if value == 0 else float("nan")
@@ -619,6 +622,7 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
             down, up = (math.hypot(max(max(factor, 1.0) * w, LEAST[name]), sampled.get(name, 0.0)) for w in reaches)
         low, high = value * math.exp(-down), value * math.exp(min(up, 50.0))
         if rate:
+            low = 0.0 if idle else low
             high = max(value, min(high, offered))
         figures[name] = Interval(value, low, high)
     for role, value in point.utilisation.items():

@@ -14,10 +14,10 @@ from scipy import stats
 from advisor.baselines import baselines
 from advisor.calibrate import LOAD_QUANTILES, Replay
 from advisor.features import RunData
-from advisor.model import METRICS, fit_laws, load_of, reach
-from advisor.recommend import break_even, conformal, recommend
+from advisor.model import CALIBRATED_RUNS, METRICS, fit_laws, load_of, reach
+from advisor.recommend import _figures, break_even, conformal, recommend
 from advisor.screen import Traffic, goodput, survivors
-from advisor.splits import _between
+from advisor.splits import Simulated, Splits, _between
 from advisor.study import proposals, quiet, values
 from benchmarks.advisor import probe, solve, would_say
 from benchmarks.worlds import draw, sweep
@@ -288,6 +288,23 @@ def test_windows_in_which_nobody_is_served_widen_the_band() -> None:
     assert found["goodput_per_s"] == pytest.approx(by_hand)
     assert found["goodput_per_s"] > 0.3
     assert found["throughput_per_s"] == 0.0
+
+
+def test_draws_in_which_nobody_is_served_begin_the_band_at_nothing() -> None:
+    """Twelve draws of thirty, or two, serve none within the SLO: so may the split. One of thirty is below the band anyway."""
+    fit, asked, fleet = fit_laws(three_runs(DEMO, 6.0)), lognormal(100, 2.0, 9), Fleet(4, 4)
+    point = Simulated.of(simulate(asked, fleet, DEMO), SLO, 0.9)
+    none = replace(point, summary=replace(point.summary, goodput_per_s=0.0))
+    for zeros, least in ((0, 0.5), (1, 0.5), (2, 0.0), (12, 0.0), (29, 0.0), (30, 0.0)):
+        drawn = [none] * zeros + [point] * (30 - zeros)
+        splits = Splits(
+            {fleet: point}, {fleet: {}}, [], asked, [fleet], {fleet: point}, {fleet: drawn}, asked.rate_per_s, 0.0
+        )
+        for known in (fit, replace(fit, scores={"goodput_per_s": [(0.1, 1.0)] * CALIBRATED_RUNS})):
+            figures = _figures(splits, fleet, known)
+            assert (figures["goodput_per_s"].low > least * point.summary.goodput_per_s) is (least > 0), zeros
+            assert figures["goodput_per_s"].value == point.summary.goodput_per_s <= figures["goodput_per_s"].high
+            assert figures["throughput_per_s"].low > 0.5 * point.summary.throughput_per_s
 
 
 def test_intervals_cover_what_they_say_when_scores_are_exchangeable() -> None:
