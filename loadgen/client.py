@@ -144,7 +144,7 @@ class Target:
         }
         lines = [
             f"POST {f'http://{self.netloc}' if proxied else ''}{self.prefix}{path} HTTP/1.1",
-            *(f"{name}: {value}" for name, value in self.headers_with(own).items()),
+            *(f"{name}: {value}" for name, value in self.headers_with(own).items() if name.lower() != "x-request-id"),
             f"X-Request-Id: {key}-",
         ]
         return "\r\n".join(lines).encode("latin-1")
@@ -178,7 +178,8 @@ def target(
 ) -> Target:
     """Read a base URL such as http://127.0.0.1:8000 or https://host/prefix. InputError says what is wrong.
 
-    A user and password in the URL (also in that of the proxy) become a Basic header; a trailing /v1 is understood. The TLS
+    A user and password in the URL (also in that of the proxy) become a Basic header, unless there is a key, or a header that
+    says who asks: the most explicit one counts, and is sent alone. A trailing /v1 is understood. The TLS
     files are read once, so that a wrong one is an InputError here.
     """
     try:
@@ -194,10 +195,11 @@ def target(
             f"endpoint must be an http or https URL (got {unsaid(url)!r}). Give a base URL such as http://127.0.0.1:8000."
         )
     wanted = dict(headers or {})
-    if parts.username is not None:
-        wanted["Authorization"] = _basic(parts.username, parts.password)
-    if api_key:
-        wanted["Authorization"] = f"Bearer {api_key}"
+    if "authorization" not in {name.lower() for name in wanted}:
+        if api_key:
+            wanted["Authorization"] = f"Bearer {api_key}"
+        elif parts.username is not None:
+            wanted["Authorization"] = _basic(parts.username, parts.password)
     for name, value in wanted.items():
         if not (name + value).isascii() or any(c in name + value for c in "\r\n"):
             raise InputError(f"header {printable(name)!r} holds a character that HTTP does not allow.")

@@ -604,8 +604,9 @@ def test_the_request_is_what_it_should_be() -> None:
 
 def test_a_given_header_replaces_our_own() -> None:
     """Whatever its case: one Host, one Accept; a gateway that routes by Host would refuse two (RFC 9112)."""
-    given = {"host": "model.example", "ACCEPT": "*/*", "X-Tenant": "t"}
-    head = target("http://127.0.0.1:8000", headers=given).head("/v1/completions", "k").decode()
+    given = {"host": "model.example", "ACCEPT": "*/*", "X-Tenant": "t", "authorization": "Mine x"}
+    also = given | {"x-request-id": "mine"}  # ours joins rows to the server's log
+    head = target("http://me:pw@127.0.0.1:8000", api_key="other", headers=also).head("/v1/completions", "k").decode()
     lines = [line.split(": ") for line in head.split("\r\n")[1:]]
     names = [name.lower() for name, _ in lines]
     assert len(set(names)) == len(names)

@@ -126,7 +126,7 @@ def test_a_bomb_in_a_gzip_answer_is_one_failed_request(plain: bytes, status: str
     began = time.monotonic()
     row = one(answer, timeout_s=1.0)
     assert (row.status, "\n" in row.detail, len(row.detail) <= 200) == ("failed", False, True)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 150 * 1024
 
 
