@@ -75,7 +75,9 @@ def asked_schedule(store: Store) -> Schedule:
 def sweep_command(db: str) -> str:
     """What measures every split on the requests that the demo asks about."""
     words = ["sweep", TRACE, "--profile", PROFILE, "--all", "--gpus", str(GPUS), "--requests", str(ASKED_REQUESTS)]
-    return shlex.join(["steelyard", *words, "--rate-factor", f"{ASKED_FACTOR:g}", "--slo", SLO, "--db", db])
+    return shlex.join(
+        ["steelyard", *words, "--rate-factor", f"{ASKED_FACTOR:g}", "--slo", SLO, *(["--db", db] if db else [])]
+    )
 
 
 def demo(
@@ -141,7 +143,7 @@ def demo(
     path = out / "report.html"
     told = answer.as_json() | {"version": __version__, "seed": seed}
     schedule = answer.recommendation.schedule
-    page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep_command(store.url)])
+    page = gather(store, told, data=answer.data, schedule=schedule, commands=[command, sweep_command(store.told)])
     write_report(path, render(page))
     note("report", 1, 1)
     return Demo(runs, answer, path)

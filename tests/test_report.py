@@ -365,6 +365,27 @@ def test_the_commands_of_the_demo_ask_its_question(tmp_path: Path) -> None:
             assert again.digest() == schedule.digest()
 
 
+def test_no_printed_command_names_a_database_without_its_user(
+    postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A URL from which a user was taken out opens nothing: STEELYARD_DB, which holds it whole, is left to be heeded."""
+    out = tmp_path / "report.json"
+    for url, named in ((postgres_url, False), (f"sqlite:///{tmp_path / 'runs.db'}", True)):
+        monkeypatch.setenv("STEELYARD_DB", url)
+        with open_store(url) as store:
+            stored(store, three_runs(Profile.load("demo"), 4.0)[:1], "t")
+        for typed in ([], ["--db", url], [f"--db={url}"]):
+            words = ["report", "--run", "1", "--gpus", "8", "--format", "json", "--out", str(out), *typed]
+            monkeypatch.setattr("sys.argv", ["steelyard", *words])
+            assert main(words) in (0, 5)
+            code = json.loads(out.read_text())["sections"]["reproduce"]["code"]
+            lines = [line for one in code for line in one["text"].split("\n")]
+            assert len(lines) > 1
+            assert [parsed(line)["db"] for line in lines] == [url] * len(lines)
+            assert all((f"--db {url}" in line) == ("--db" in line) == named for line in lines)
+    assert "--db" not in demo.sweep_command("")
+
+
 def test_the_command_of_an_answer_says_what_was_asked() -> None:
     """The GPUs of a worker, the share that must keep the SLO and the fleet in production decide, so they stand in it too."""
     rate = busy_rate(profile := Profile.load("demo"))

@@ -408,7 +408,7 @@ def open_store(url: str, *, create: bool = True) -> Store:
     except BaseException:
         engine.dispose()
         raise
-    return Store(engine, shown)
+    return Store(engine, shown, told(url))
 
 
 _BACKUP = {
@@ -452,6 +452,12 @@ def redact(url: str) -> str:
     url = re.sub(r"(?<=:)//(?!/)\S*@", "//", url)
     # The name of a file is none: without it the command that a message tells would not run.
     return re.sub(r"(?i)([?&\w]*(?:pass|pwd|secret|token|key)(?!\w*file=)\w*)=[^&\s]*", r"\1=***", url)
+
+
+def told(url: str) -> str:
+    """The URL for a command that is printed; "" where something must be taken out: without it the command opens nothing, while
+    STEELYARD_DB holds it."""
+    return url if redact(url) == url else ""
 
 
 def _credited(url: sa.URL, ours: bool) -> sa.URL:
@@ -710,9 +716,10 @@ def spend_logs(url: str, into: TextIO) -> int:
 class Store:
     """An open database. Safe to use from several threads; each call takes its own connection."""
 
-    def __init__(self, engine: sa.Engine, shown: str) -> None:
+    def __init__(self, engine: sa.Engine, shown: str, told: str = "") -> None:
         self._engine = engine
         self.url = shown
+        self.told = told
         self._counting: dict[int, Bins] = {}  # of long runs that were begun here
         self._kept: dict[int, int] = {}
         self._lock = threading.Lock()

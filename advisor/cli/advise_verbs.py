@@ -487,16 +487,17 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
     Without --recommendation the runs are asked now, as steelyard advise does. Where they cannot answer, the report says why and
     shows what they measured, and the exit code is that of steelyard advise.
     """
+    import itertools
     import shlex
     import sys
 
     from advisor import report as made
     from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError
-    from traces.store import open_store, redact
+    from traces.store import open_store, redact, told
 
     out = out or Path(f"report.{form}")
-    above = ["--db", redact(db)] if not any(word.startswith("--db") for word in sys.argv) else []
-    commands = [shlex.join(["steelyard", *map(redact, sys.argv[1:]), *above])]
+    words = [w for last, w in itertools.pairwise(sys.argv) if "--db" not in (last, w) and not w.startswith("--db=")]
+    commands = [shlex.join(["steelyard", *map(redact, words), *(["--db", db] if told(db) else [])])]
     refusal: SteelyardError | None = None
     given = [p for p in options if p != "run_ids" and typed(p)]
     if given and not typed("number"):

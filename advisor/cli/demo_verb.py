@@ -28,7 +28,7 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
     from advisor.cli.progress import Steps
     from advisor.demo import demo as run_demo
     from traces.errors import InputError
-    from traces.store import open_store, redact
+    from traces.store import open_store, told
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> N
             note=steps,
             watch=steps.watch,
             say=lambda line: None if quiet() else bars.say(line) if bars.watched else console.print(line, markup=False),
-            command=shlex.join([*words, "--seed", str(seed), *(["--db", redact(db)] if db else [])]),
+            command=shlex.join([*words, "--seed", str(seed), *(["--db", db] if db and told(db) else [])]),
         )
     worst = max(done.runs, key=lambda run: run.lag_p99_ms)
     if as_json:

@@ -94,7 +94,7 @@ def gather(
         commands=commands,
         traces=stored,
         per_worker=held[-1].run.gpus_per_worker if held else (1, 1),
-        db=store.url,
+        db=store.told,
     )
 
 

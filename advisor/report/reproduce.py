@@ -25,7 +25,7 @@ def reproduce(
     db: str = "",
 ) -> Section:
     """The section. commands: how the report was made. traces: name -> what is known of the stored trace; None:
-    not known. db: the database's URL."""
+    not known. db: the database's URL, "" where it cannot be told."""
     rows = [["steelyard", f"{answer.get('version') or __version__} (this page: {__version__})"]]
     rows += [["Python", platform.python_version()]]
     for name in LIBRARIES:
