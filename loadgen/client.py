@@ -713,7 +713,9 @@ class Client:
     ) -> None:
         """Requests due after those that are there; last: none come after them. What was sent is forgotten."""
         if not self._more:
-            return  # stopped meanwhile
+            for p in positions:
+                self._never(p, "stopped")
+            return
         at = self._next
         self._positions, self._due = [*self._positions[at:], *positions], [*self._due[at:], *due]
         self._sizes = [*self._sizes[0][at:], *prompt_tokens], [*self._sizes[1][at:], *output_tokens]
@@ -730,9 +732,12 @@ class Client:
         never += [i for _, i in self._released_turns]
         self._children, self._released_turns = {}, []
         for i in never:
-            nan = math.nan
-            self._done(Row(self._positions[i], nan, nan, nan, nan, nan, -1, -1, 0, 0.0, 0, "unsent", "", why, 0))
+            self._never(self._positions[i], why)
         self._check()
+
+    def _never(self, position: int, why: str) -> None:
+        nan = math.nan
+        self._done(Row(position, nan, nan, nan, nan, nan, -1, -1, 0, 0.0, 0, "unsent", "", why, 0))
 
     def cancel(self) -> None:
         """Give up what is in flight: ``cancelled``, with what was measured so far."""

@@ -119,10 +119,14 @@ class Replay(User):
             )
             running = engine.submit(engine.run(positions.tolist(), due, prompt, output, zero))
 
+            kept: list[Row] = []  # what the database did not take goes with the next
+
             def rows() -> list[Row]:
                 found = [engine.rows.popleft() for _ in range(len(engine.rows))]
-                if found:
-                    store.add_observations(int(shared["run"]), unpack(pack(found), schedule, mine, zero))
+                kept.extend(found)
+                if kept:
+                    store.add_observations(int(shared["run"]), unpack(pack(kept), schedule, mine, zero))
+                    kept.clear()
                 return found
 
             try:

@@ -760,7 +760,7 @@ class Swarm:
             self._send_job(worker, schedule, job, token)
 
         def send(start: int, piece: Schedule) -> None:
-            living = [w for w in crew if not w.gone]
+            living = [w for w in crew if not w.gone and w.client_id in waiting]  # who stopped sends no more
             for k, (worker, share) in enumerate(zip(living, shares(piece, len(living)), strict=True)):
                 if job.dispatch is not None:
                     share = np.array(rows if k == 0 else [], dtype=np.int64)
@@ -818,7 +818,7 @@ class Swarm:
                     pieces.more
                     and not (interrupted or overdue)
                     and pieces.next_due_s < near
-                    and any(not w.gone for w in crew)
+                    and any(not w.gone and w.client_id in waiting for w in crew)
                 ):
                     send(*pieces.take())
                 for worker in crew:

@@ -327,12 +327,20 @@ def test_figures_are_not_kept_of_rows_that_are_no_longer_all(
             found.append(store.figures(run).n)
         else:
             reader = threading.Thread(target=lambda: found.append(store.figures(run).n))
+            has_read = threading.Event()
+
+            def note(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+                if "FROM observations" in statement and "count(" not in statement:
+                    has_read.set()
+
+            sa.event.listen(store._engine, "after_cursor_execute", note)
 
             def ask(connection: Any) -> None:
                 if not late:
                     return
                 late.clear()
                 reader.start()
+                assert has_read.wait(30)
                 reader.join(0.5)  # it waits for this batch, which will be there or not
 
             sa.event.listen(other._engine, "commit", ask)

@@ -312,14 +312,14 @@ def test_what_was_warmed_is_kept_when_time_is_up() -> None:
 
 def test_a_loop_that_stood_still_too_long_sends_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """By then its master took it for dead: what is overdue is unsent. After a shorter pause it is sent, late."""
-    monkeypatch.setattr(loadgen.client, "FROZEN_S", 0.4)
+    monkeypatch.setattr(loadgen.client, "FROZEN_S", 1.5)
 
     async def pause(seconds: float) -> None:
         await asyncio.sleep(0.15)
         time.sleep(seconds)
 
-    due = [0.0, 0.3, 0.35, 0.9]
-    for seconds, ended in ((0.3, ["ok"] * 4), (0.7, ["ok", "unsent", "unsent", "unsent"])):
+    due = [0.0, 0.3, 0.35, 2.5]
+    for seconds, ended in ((0.3, ["ok"] * 4), (2.0, ["ok", "unsent", "unsent", "unsent"])):
         rows, seen, _ = asyncio.run(ask(GOOD[0], due=due, act=lambda _, seconds=seconds: pause(seconds)))
         assert [row.status for row in sorted(rows)] == ended
         assert len(seen) == ended.count("ok")

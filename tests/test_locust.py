@@ -141,6 +141,28 @@ def test_a_share_that_fails_is_not_sent_again(db: str, endpoint: str, tmp_path: 
         assert store.observations(run.id).index.tolist() == list(range(60))
 
 
+def test_rows_that_the_database_did_not_take_go_with_the_next(db: str, endpoint: str, tmp_path: Path) -> None:
+    """What was answered is not unsent, though the database was away when it ended."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import loadgen.locustfile\nfrom traces.errors import StoreError\nfrom traces.store import Store\n\n"
+        "add, failed = Store.add_observations, []\n\n\n"
+        "def once(self, run_id, rows):\n    if not failed:\n        failed.append(len(rows))\n"
+        "        raise StoreError('locked')\n    add(self, run_id, rows)\n\n\n"
+        "Store.add_observations = once\n\n\nclass Mine(loadgen.locustfile.Replay):\n    pass\n"
+    )
+    main = locust("--headless", "--host", endpoint, "--trace", "t", "--db", db, file=mine)
+    try:
+        said, _ = main.communicate(timeout=60)
+    finally:
+        main.kill()
+    assert main.returncode not in (0, -9), said
+    with open_store(db) as store:
+        (run,) = store.runs()
+        assert run.reason.startswith("locked; ")
+        assert run.counts["ok"] > 0
+
+
 def test_locust_with_its_patches_on_is_told(db: str) -> None:
     """One line instead of a replay that cannot be on time."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1"]

@@ -200,6 +200,10 @@ class LostError(EndpointError):
     """Waiting does not help: refused, not authorised, or a step of the change failed."""
 
 
+class FailedError(LostError):
+    """A step of the change failed: what was asked for will not be in force."""
+
+
 class Steps:
     """For kinds whose change is a list of steps: runs them in a thread, one after another; the first that fails ends it.
 
@@ -208,7 +212,7 @@ class Steps:
 
     def __init__(self) -> None:
         self._left = 0
-        self._error: Exception | None = None
+        self._error: FailedError | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -235,7 +239,7 @@ class Steps:
         self._left = 0
 
     def check(self) -> int:
-        """Steps that are not done. Raises what a step raised.
+        """Steps that are not done. FailedError, once, says what went wrong with one.
 
         To be asked before the fleet is looked at: a step that fails in between would look like one that is done.
         """
@@ -254,9 +258,8 @@ class Steps:
             except Exception as error:
                 if stop.is_set():
                     return  # of a change that was given up: what it says is not the next one's
-                self._error = (
-                    error if isinstance(error, EndpointError) else LostError(f"{type(error).__name__}: {error}")
-                )
+                said = str(error) if isinstance(error, EndpointError) else f"{type(error).__name__}: {error}"
+                self._error = FailedError(said)
                 self._left = 0
                 return
             if stop.is_set():

@@ -162,7 +162,9 @@ class Journal:
                 self._store(self._beside, held)
 
     def kept(self) -> Any:
-        """What :meth:`keep` was given last; None where it cannot be read."""
+        """What :meth:`keep` was given last; None where it cannot be read, or its note is gone."""
+        if not self.path.exists():
+            return None
         try:
             return json.loads(self._beside.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -543,7 +543,10 @@ class Kubernetes:
                     ) from error
         watched = self._objects.get((workload.kind, workload.name))
         if watched is not None:  # the watch may lag: what was asked for is known at once
-            watched.told(self._call("get", "read", role, self._api.get_namespaced_custom_object))
+            try:
+                watched.told(self._call("get", "read", role, self._api.get_namespaced_custom_object))
+            except EndpointError:  # the change is made all the same
+                self._unwatch()
 
     def _call(
         self, verb: str, what: str, role: str, call: Callable[..., Any], *body: Any, **more: Any

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loadgen.control import Control, LostError, Standing, has_grown
+from loadgen.control import Control, FailedError, LostError, Standing, has_grown
 from traces.errors import EndpointError, InputError, StoreError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 
@@ -155,9 +155,7 @@ class Controller:
         """(fleet asked for, workers on their way) as the endpoint says; changes that are in force now are handed on."""
         try:
             standing = self._control.get()
-        except (
-            LostError
-        ):  # said once: the next answer has nothing on its way, and would look like a change that is done
+        except FailedError:  # said once: the next answer has nothing on its way, as if the change were done
             self._hand_on(math.nan)
             raise
         self._on_standing(standing)
@@ -208,6 +206,10 @@ class Controller:
         try:
             self._control.ask(target)
         except (EndpointError, InputError) as error:
+            if isinstance(
+                error, EndpointError
+            ):  # it may have been made in part, and taken back: that is no less of a move
+                self._moved.append(now)
             self._decide("refused", target, f"{error} Wanted because: {why}")
             return
         self._moved.append(now)
