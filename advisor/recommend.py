@@ -289,13 +289,14 @@ def recommend(
         fit, schedule, fleets, slo, attainment=attainment, seed=seed, draws=draws, parts=parts, note=note
     )
     points, likely, laws, window = splits.points, splits.likely, splits.laws, splits.window
-    goodputs = splits.goodputs()
+    rivals = _rivals(splits, slo)
+    goodputs = splits.goodputs()[:, [likely.index(fleet) for fleet in rivals]]
     best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
     candidates = []
     for fleet in fleets:
         held = points[fleet]
         load = predicted_load(fit, schedule, fleet)
-        wins = float((best_of_draw == likely.index(fleet)).mean()) if draws and fleet in likely else 0.0
+        wins = float((best_of_draw == rivals.index(fleet)).mean()) if draws and fleet in rivals else 0.0
         candidates.append(
             Candidate(
                 fleet=fleet,
@@ -315,7 +316,7 @@ def recommend(
     ranked = rank([c for c in candidates if c.fleet in likely], current, gpus_per_worker)
     best = ranked[0]
     runner_up = ranked[1] if len(ranked) > 1 else None
-    regret = _regret(goodputs, likely.index(best.fleet))
+    regret = _regret(goodputs, rivals.index(best.fleet))
     unseen = _unseen(fit, candidates, best, laws, window)
     excess = fit.calibration.excess
     sure = enough(regret, unseen, excess, len(usable))
@@ -439,6 +440,15 @@ def refusal(fleet: Fleet, regret: Interval, unseen: str, excess: float, runs: in
     if excess > MISFIT and regret.high > STOP:
         return f"{missed}, and {fleet} would lose {regret.high:.0%} of the goodput at worst in 20"
     return ""
+
+
+def _rivals(splits: Splits, slo: Slo) -> list[Fleet]:
+    """Those of the likely splits that the draws choose among: not one that serves more than all that reach the attainment."""
+    likely, points = splits.likely, splits.points
+    if slo.constraints:
+        return likely  # a miss of theirs lowers its worth
+    most = max((points[f].worth_per_s for f in likely if points[f].meets), default=math.inf)
+    return [f for f in likely if not points[f].worth_per_s > most]
 
 
 def _regret(goodputs: Floats, chosen: int) -> Interval:

@@ -164,6 +164,8 @@ def _likely(window: Schedule, points: dict[Fleet, Simulated], laws: list[Profile
     found = survivors(window, fleets, laws, slo)
     # Theory may be wrong where a simulation of the laws themselves is not.
     found = [f for f in fleets if f in found or points[f].worth_per_s >= 0.9 * top]
+    if not any(points[f].meets for f in found):
+        found = [f for f in fleets if f in found or points[f].meets]
 
     # Of fleets that are as good as each other the draws need not tell all apart: those of the least P99 stay, of those that
     # meet the SLO before the others.

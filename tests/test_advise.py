@@ -668,6 +668,24 @@ def test_the_one_split_that_meets_the_slo_is_simulated_under_every_draw() -> Non
     assert late in found
 
 
+def test_a_split_that_the_attainment_rules_out_is_no_rival() -> None:
+    """Long answers: 2:6 serves more, later: of the fewest within the TTFT. The one that reaches the bar is no loss beside it."""
+    demo, slo = Profile.load("demo"), Slo.parse("ttft<0.3s")
+    asked, data = lognormal(300, 2 * busy_rate(demo), 5, output=800), three_runs(demo, busy_rate(demo))
+    free, barred = (
+        recommend(data, asked, gpus=8, slo=slo, draws=6, attainment=bar, refuse=False) for bar in (0.0, 0.29)
+    )
+    assert (str(free.best.fleet), str(barred.best.fleet)) == ("2:6", "3:5")
+    assert free.best.worth_per_s > 1.05 * barred.best.worth_per_s
+    assert barred.regret.value < 0.02
+    assert barred.best.wins > 0.5
+    assert sum(c.wins for c in barred.candidates) == pytest.approx(1)
+    assert not barred.refused.startswith("the best split changes")
+    points = {f: Simulated.of(simulate(asked, f, demo), slo, 0.29) for f in Fleet.splits(8)}
+    slow = {f: replace(p, meets=str(f) == "6:2") for f, p in points.items()}
+    assert Fleet(6, 2) in _likely(asked, slow, [demo], slo)
+
+
 def test_equal_fleets_are_told_apart_by_what_runs_today() -> None:
     """Of two equal candidates the one nearer to the running fleet wins; one that slower roles hurt is not equal."""
     equal = [candidate("2:6", (10, 10), 1, 9), candidate("5:3", (10, 10), 1, 8.92)]
