@@ -109,17 +109,21 @@ def _stretches(one: RunData) -> list[tuple[Observations, float]]:
     """(rows, due time from which they are compared): the run after its warm-up, or of a long one each window that an empty
     cluster can begin.
 
-    The first window began when the run did. A later one is compared from when those who were there before it have gone, and
-    left out where that takes more than half of it: its queue is older than the window.
+    The first window began when the run did. A later one is compared from when those who were there before it have gone: its
+    queue is older than the window. One of which that, or the warm-up, takes more than half is left out.
     """
-    found = [(one.pieces[0], one.run.warmup_s or -math.inf)]
-    for rows in one.windows[1:]:
-        stay = np.fmax(rows.last_token_s, rows.sent_s) - rows.sent_s
-        stay = stay[np.isfinite(stay)]
+    begin = one.run.warmup_s or -math.inf
+    if not one.windows:
+        return [(one.observations, begin)]
+    found = []
+    for k, rows in enumerate(one.windows):
         first, last = float(rows.due_s.min()), float(rows.due_s.max())
-        begin = first + (float(np.quantile(stay, STAYED)) if len(stay) else 0.0)
-        if max(begin, one.run.warmup_s) <= (first + last) / 2:
-            found.append((rows, max(begin, one.run.warmup_s)))
+        if k:
+            stay = np.fmax(rows.last_token_s, rows.sent_s) - rows.sent_s
+            stay = stay[np.isfinite(stay)]
+            begin = max(first + (float(np.quantile(stay, STAYED)) if len(stay) else 0.0), one.run.warmup_s)
+        if begin <= (first + last) / 2:
+            found.append((rows, begin))
     return found
 
 
@@ -170,7 +174,8 @@ def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
     """For each schedule that at least two fleets served: what would have been chosen without its runs."""
     by: dict[str, list[RunData]] = {}
     for one in data:
-        by.setdefault(one.run.schedule_digest, []).append(one)
+        if any(len(rows) for rows in _measured(one)):
+            by.setdefault(one.run.schedule_digest, []).append(one)
     found = []
     for digest, runs in by.items():
         if len({one.run.fleet for one in runs}) < 2:

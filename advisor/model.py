@@ -569,7 +569,9 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
     quiet, prefill, batch, tokens = 0, 0.0, 0.0, 0.0
     for one in data:
         quiet += len(quiet_rows(one))
-        for rows in (kept for piece in one.pieces if len(kept := one.run.counted(piece))):
+        # The few rows that a warm-up leaves of a window tell no rate.
+        least = LEAST_CHECKED if one.windows else 2
+        for rows in (k for piece in one.pieces if len(k := one.run.counted(piece)) >= max(1, min(len(piece), least))):
             load = load_of(profile, asked(rows), Fleet(one.prefill, one.decode))
             prefill = max(prefill, load.prefill)
             given = summarise(_from_sent(rows), Slo()).output_tokens_per_s / one.decode

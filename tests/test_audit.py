@@ -28,6 +28,7 @@ from advisor.auto import _next, _piece
 from advisor.cli import main
 from advisor.cli.advise_verbs import seconds
 from advisor.features import RunData
+from advisor.model import _seen
 from advisor.parallel import each
 from loadgen.cluster import Profile, simulate
 from loadgen.cluster.embedded import embedded
@@ -104,6 +105,24 @@ def test_a_long_run_is_judged_by_its_later_windows_too() -> None:
     full = measured(DEMO, lognormal(3000, 40.0, 8), Fleet(1, 1), 2)  # its queue only grows
     held = RunData.of(full.run, [full.observations.take(np.arange(at, at + 600)) for at in (0, 1200, 2400)])
     assert len(_stretches(held)) == 1
+
+
+def test_a_warm_up_that_outlasts_the_first_window_leaves_the_others(runs: list[RunData]) -> None:
+    """What is left of that window is no stretch and tells no rate; a run without a stretch decides nothing."""
+    two = []
+    for k, fleet in ((4, Fleet(7, 1)), (5, Fleet(3, 5))):  # of the first the other windows begin with long queues
+        whole = measured(DEMO, lognormal(2400, busy_rate(DEMO) * 0.6, 8), fleet, k)
+        windows = [whole.observations.take(np.arange(at, at + 600)) for at in (0, 900, 1800)]
+        run = replace(whole.run, schedule_digest="3", warmup_s=float(windows[0].due_s[-1]))
+        two.append(RunData.of(run, windows))
+    assert [len(rows) > 200 for rows in _measured(two[1])] == [True, True]
+    assert _seen([two[1]], DEMO).prefill < 1
+    assert _stretches(two[0]) == []
+    for after_s in (0.0, 0.001):
+        gone = [replace(one, run=replace(one.run, warmup_s=one.run.warmup_s + after_s)) for one in two]
+        assert _decisions([*runs[:3], *gone], SLO) == []
+        other = replace(gone[1], run=replace(gone[1].run, fleet=Fleet(4, 4)))
+        assert len(_decisions([*runs[:3], *gone, other], SLO)[0]["runs"]) == 2
 
 
 def test_the_audit_is_the_same_on_another_backend(runs: list[RunData]) -> None:
