@@ -183,7 +183,6 @@ def test_a_token_that_expires_spoils_the_run(store: Store, swarm: Swarm) -> None
     assert run.counts["failed.status"] >= 1
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_list_that_does_not_answer_at_the_end_says_nothing_of_the_fleet(
     store: Store, swarm: Swarm, tmp_path: Path
 ) -> None:
@@ -212,6 +211,7 @@ def test_a_list_that_does_not_answer_at_the_end_says_nothing_of_the_fleet(
     assert "the fleet changed" not in run.reason
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_worker_that_vanishes_is_named(store: Store, swarm: Swarm) -> None:
     """Its last reading is told; where the router drops it, the run has no one P:D."""
     with Pages() as gone, Pages() as stays, endpoint("vllm") as pages:
