@@ -262,6 +262,9 @@ def test_what_stands_before_the_verb_was_typed_too(
         assert demo.make_context("demo", [], parent=above).params["db"] == "sqlite:///c.db"
 
 
+SENT = "azure-2023-conv --endpoint http://127.0.0.1:9 --workers 1"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "arguments", "code", "words"),
     [
@@ -277,6 +280,15 @@ def test_what_stands_before_the_verb_was_typed_too(
         ("IN_FLIGHT", "8", "replay azure-2023-conv --endpoint http://127.0.0.1:9 --workers 1", 1, "refused"),
         ("RECOMMENDATION", "latest", "report --gpus 8", 5, "no ended run"),
         ("GROUP", "none", "advise --auto --trace t --endpoint http://127.0.0.1:9", 1, "refused"),
+        ("POLICY", "online", f"replay {SENT} --order arrival", 1, "refused"),
+        ("POLICY", "online", f"replay {SENT} --change 1=1:1", 1, "refused"),
+        ("ORDER", "arrival", f"replay {SENT} --policy online-report", 1, "refused"),
+        ("ORDER", "arrival", f"replay {SENT} --change 1=1:1", 1, "refused"),
+        ("CHANGE", "1=1:1", f"replay {SENT} --order arrival", 1, "refused"),
+        ("HISTORY", "azure-2023-conv", f"replay {SENT} --order arrival", 1, "refused"),
+        ("CONCURRENCY", "8", "advise --rate 3", 5, "no ended run"),
+        ("CONCURRENCY", "8", "advise --auto --trace t --endpoint http://127.0.0.1:9", 1, "refused"),
+        ("AUTO", "1", "advise --run 1", 1, "no ended run has id 1"),
     ],
 )
 def test_what_nobody_typed_refuses_nothing(

@@ -148,9 +148,13 @@ def advise(
     And whether it should ever move: the thresholds of the answer run as they are with replay --policy online
     --recommendation ID.
     """
-    if concurrency is not None:
+    open_loop = open_only()
+    if concurrency is not None and open_loop and typed("concurrency"):
+        raise click.UsageError(f"{open_loop} asks about traffic that comes at a rate: not with --concurrency.")
+    if concurrency is not None and not open_loop:
         ask_closed(db, as_json, concurrency, options)
         return
+    auto = auto and (typed("auto") or not typed("run_ids", "group", "endpoint"))
     if auto and not url:
         raise click.UsageError("--auto measures: give the --endpoint URL.")
     if typed("url") and not auto:
@@ -185,6 +189,14 @@ def advise(
         raise click.exceptions.Exit(refused.exit_code)
 
 
+def open_only() -> str:
+    """An option that was typed and that a closed loop has no use for; "" if none was."""
+    context = click.get_current_context()
+    takes = ("gpus", "slo", "trace", "run_ids", "group", "endpoint", "gpus_per_worker", "seed")
+    others = [name for name in context.params if typed(name) and name not in (*takes, "concurrency", "as_json", "db")]
+    return next((p.opts[0] for p in context.command.params if p.name in others), "")
+
+
 def ask_closed(db: str, as_json: bool, concurrency: float, options: dict[str, Any]) -> None:
     """The question of a closed loop: answer it from means, and print that."""
     from advisor.advise import choose_runs
@@ -192,12 +204,6 @@ def ask_closed(db: str, as_json: bool, concurrency: float, options: dict[str, An
     from traces.measures import Slo
     from traces.store import open_store
 
-    context = click.get_current_context()
-    takes = ("gpus", "slo", "trace", "run_ids", "group", "endpoint", "gpus_per_worker", "seed")
-    for name in context.params:
-        if typed(name) and name not in (*takes, "concurrency", "as_json", "db"):
-            word = next(p.opts[0] for p in context.command.params if p.name == name)
-            raise click.UsageError(f"{word} asks about traffic that comes at a rate: not with --concurrency.")
     lengths = None
     with open_store(db, create=False) as store:
         runs = choose_runs(store, ids=options["run_ids"], group=options["group"], endpoint=options["endpoint"])

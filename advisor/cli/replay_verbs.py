@@ -287,6 +287,7 @@ def replay(
     Exit code 4 when the run is incomplete or the generator was too late to be trusted.
     """
     crew = begun(0 if dry_run else options["workers"])
+    _give_way(options)
 
     from loadgen.replay import Interrupted
     from loadgen.replay import replay as run_replay
@@ -372,6 +373,15 @@ def replay(
     if interrupted:
         return 130
     return 0 if run.complete and run.verdict != "invalid" else 4
+
+
+def _give_way(options: dict[str, Any]) -> None:
+    """Take out what nobody typed and what was typed excludes: of --policy, --order and --change there can be one."""
+    if typed("order", "changes") or (typed("policy") and options["policy"] != "static"):
+        none = {"policy": "static", "order": None, "changes": ()}
+        options |= {name: value for name, value in none.items() if not typed(name)}
+    if options["order"] != "predicted-decode" and not typed("history"):
+        options["history"] = None
 
 
 def _start(known: dict[str, Any] | None) -> Any:
