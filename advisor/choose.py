@@ -236,7 +236,7 @@ def choose(
         strategy, why = "static", why_not
     if offline is not None and deadline_s is not None and not offline.holds:
         warnings.append(_late(offline, deadline_s))
-    if asked == "auto" and deadline_s is None:
+    if asked == "auto" and deadline_s is None and parts == 1:
         warnings.append("offline was not considered: no --deadline says how long an answer may take")
     return Choice(strategy, why, arms, found if parts == 1 else None, online, offline, warnings)
 

@@ -58,8 +58,8 @@ def check_rate(schedule: Schedule) -> None:
         name = schedule.name
         raise InputError(
             f"trace {name!r} has no rate, its requests ({len(schedule)} in a row) are due at one instant: a split is chosen "
-            f"for traffic that arrives. Spread them: steelyard synth --like {name} --name {name}-spread --lengths empirical "
-            "--arrivals poisson --rate R"
+            f"for traffic that arrives. Spread them: steelyard synth --like {shlex.quote(name)} --name "
+            f"{shlex.quote(f'{name}-spread')} --lengths empirical --arrivals poisson --rate R"
         )
 
 

@@ -295,6 +295,7 @@ def test_windows_of_a_longer_trace_do_not_say_how_long_a_mix_lasts() -> None:
     assert "--requests" in choice.why
     assert choice.arms[0].regret > 0.02
     assert choice.as_json()["windows"] is None
+    assert not any("--deadline" in line for line in choice.warnings)  # which is refused of windows
 
 
 def test_who_loses_half_is_served_twice_as_much_by_the_best() -> None:

@@ -32,7 +32,7 @@ from advisor.report.parts import Mark, Plot, Report, Rule
 from advisor.report.pdf import BROWSERS, browser
 from advisor.report.reproduce import advise_command, replay_command
 from advisor.report.sections import _alike, _studied
-from advisor.study import quiet
+from advisor.study import check_rate, quiet
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
@@ -410,6 +410,10 @@ def test_a_name_with_spaces_is_one_word_of_every_command(tmp_path: Path, capsys:
     synth, replayed = quiet(burst, 8)["command"].split(" && ")
     assert parsed(synth)["like"] == name
     assert parsed(synth)["name"] == parsed(replayed)["trace"] == f"{name}-spread"
+    with pytest.raises(InputError) as at_once:
+        check_rate(replace(asked, due_s=np.zeros(len(asked))))
+    spread = parsed(str(at_once.value).split("Spread them: ")[1].replace("--rate R", "--rate 3"))
+    assert (spread["like"], spread["name"]) == (name, f"{name}-spread")
     (compare,) = _studied(None, {"trace": name}).code
     assert parsed(compare[1])["trace"] == name
     means = tmp_path / "means.csv"
