@@ -283,7 +283,7 @@ def test_half_a_change_is_taken_back(serve: Callable[..., ApiServer]) -> None:
     with pytest.raises(LostError, match=r"needs the verb patch on statefulsets and statefulsets/scale of 'apps'\.$"):
         put(control, Fleet(3, 1), 10)
     assert counts(api) == {"pre": 2}
-    assert len([1 for verb, _ in api.log if verb == "PATCH"]) == 3
+    assert len([1 for verb, _ in api.log if verb == "PATCH"]) >= 3  # more where one is overtaken (409)
     soon(lambda: control.get().settled(Fleet(2, 2)))
 
 
