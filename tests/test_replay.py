@@ -362,7 +362,8 @@ def test_a_search_ramps_at_every_rate_alike(db: str, endpoint: str, capsys: pyte
     with open_store(db) as store:
         recorded = store.schedule("azure-2023-conv").take(np.arange(12)).rate_per_s
         runs = [store.run(n) for n in tried]
-    assert [run.rate_factor for run in runs] == pytest.approx([10 / recorded, 20 / recorded])
+    rates = list(dict.fromkeys(run.rate_factor for run in runs))  # a run that a busy machine spoiled is made again
+    assert rates == pytest.approx([10 / recorded, 20 / recorded])
     for run in runs:
         assert run.changes == ("first 12 of 9754 requests", f"rate x{run.rate_factor:.6g}", "ramp over 0.5 s")
 
