@@ -185,9 +185,7 @@ def target(
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        host = (
-            (parts.hostname or "").encode("idna").decode()
-        )  # as a question to the name server is: it would raise there
+        host = (parts.hostname or "").encode("idna").decode()  # as the name server is asked, where it would raise
     except ValueError:
         raise InputError("endpoint URL cannot be read. Give a base URL such as http://127.0.0.1:8000.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -1040,24 +1040,30 @@ def test_planned_changes_come_at_their_time() -> None:
     assert 0.1 <= changes[0].asked_s < 0.8 <= changes[1].asked_s
 
 
+class Troubled(Fake):
+    """Asked for a fleet, it says once what is wrong."""
+
+    def __init__(self, fleet: Fleet, error: LostError) -> None:
+        super().__init__(fleet)
+        self.error: LostError | None = error
+
+    def get(self) -> Standing:
+        if self.asked and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().get()
+
+
 def test_a_change_that_fails_was_never_in_force() -> None:
     """What went wrong is said once; the tick after it sees a fleet with nothing on its way, and that is the old one."""
 
-    class Fails(Fake):
-        def get(self) -> Standing:
-            if self.asked and not self.told:
-                self.told = True
-                raise FailedError("exit code 1")
-            return Standing(self.fleet)
-
+    class Fails(Troubled):
         def ask(self, fleet: Fleet) -> None:
             self.asked.append(fleet)
 
-        told = False
-
-    control = Fails(Fleet(1, 3))
+    control = Fails(Fleet(1, 3), FailedError("exit code 1"))
     decisions, changes = steer(control, lambda: queues(0, 0), 1.5, steering=Planned([(0.1, Fleet(2, 2))]))
-    assert control.told
+    assert control.error is None  # it was told
     assert [d.action for d in decisions if d.action != "hold"] == ["move", "refused"]
     assert decisions[-1].action == "hold"
     assert [(c.after, math.isnan(c.joined_s), math.isnan(c.ready_s)) for c in changes] == [(Fleet(2, 2), True, True)]
@@ -1066,18 +1072,9 @@ def test_a_change_that_fails_was_never_in_force() -> None:
 def test_a_trouble_that_passes_is_not_a_change_that_failed() -> None:
     """A router that answers 503 once while a change is on its way; of a step whatever error ends it is a failure."""
 
-    class Away(Fake):
-        def get(self) -> Standing:
-            if self.asked and not self.told:
-                self.told = True
-                raise LostError("503")
-            return Standing(self.fleet)
-
-        told = False
-
-    control = Away(Fleet(1, 3))
+    control = Troubled(Fleet(1, 3), LostError("503"))
     _, changes = steer(control, lambda: queues(0, 0), 1.5, steering=Planned([(0.1, Fleet(2, 2))]))
-    assert control.told
+    assert control.error is None  # it was told
     assert [(c.after, math.isnan(c.ready_s)) for c in changes] == [(Fleet(2, 2), False)]
 
     def fails() -> None:

@@ -119,6 +119,17 @@ def test_a_wrong_option_ends_locust_with_one_line(wrong: list[str], words: str, 
         assert store.runs() == []
 
 
+def failing(mine: Path, endpoint: str, db: str) -> str:
+    """What Locust said of a run by a locustfile that fails; it ended by itself, and not with 0."""
+    main = locust("--headless", "--host", endpoint, "--trace", "t", "--db", db, file=mine)
+    try:
+        said, _ = main.communicate(timeout=60)
+    finally:
+        main.kill()
+    assert main.returncode not in (0, -9), said
+    return str(said)
+
+
 def test_a_share_that_fails_is_not_sent_again(db: str, endpoint: str, tmp_path: Path) -> None:
     """A mistake in a subclass is said once; nothing is sent after it, the run ends incomplete, and Locust not with 0."""
     mine = tmp_path / "mine.py"
@@ -126,12 +137,7 @@ def test_a_share_that_fails_is_not_sent_again(db: str, endpoint: str, tmp_path: 
         "import loadgen.locustfile\n\n\nclass Mine(loadgen.locustfile.Replay):\n"
         "    def ended(self, rows):\n        raise ValueError('my mistake')\n"
     )
-    main = locust("--headless", "--host", endpoint, "--trace", "t", "--db", db, file=mine)
-    try:
-        said, _ = main.communicate(timeout=60)
-    finally:
-        main.kill()
-    assert main.returncode not in (0, -9), said
+    said = failing(mine, endpoint, db)
     assert said.count("ValueError: my mistake") == 1, said
     with open_store(db) as store:
         (run,) = store.runs()
@@ -151,12 +157,7 @@ def test_rows_that_the_database_did_not_take_go_with_the_next(db: str, endpoint:
         "        raise StoreError('locked')\n    add(self, run_id, rows)\n\n\n"
         "Store.add_observations = once\n\n\nclass Mine(loadgen.locustfile.Replay):\n    pass\n"
     )
-    main = locust("--headless", "--host", endpoint, "--trace", "t", "--db", db, file=mine)
-    try:
-        said, _ = main.communicate(timeout=60)
-    finally:
-        main.kill()
-    assert main.returncode not in (0, -9), said
+    failing(mine, endpoint, db)
     with open_store(db) as store:
         (run,) = store.runs()
         assert run.reason.startswith("locked; ")

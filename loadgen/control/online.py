@@ -206,9 +206,7 @@ class Controller:
         try:
             self._control.ask(target)
         except (EndpointError, InputError) as error:
-            if isinstance(
-                error, EndpointError
-            ):  # it may have been made in part, and taken back: that is no less of a move
+            if isinstance(error, EndpointError):  # made in part, perhaps, and taken back: that is no less of a move
                 self._moved.append(now)
             self._decide("refused", target, f"{error} Wanted because: {why}")
             return
