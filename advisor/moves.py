@@ -32,8 +32,7 @@ def flip_law(moved: Sequence[tuple[RunData, Sequence[FleetChange]]], laws: Profi
     for one, changes in moved:
         # As for the other laws: no run that its own verdict spoils, none whose clock ran at another speed or whose prompts
         # need not have been computed whole.
-        odd = any(c.startswith("clock x") or c == SHARED for c in one.run.changes)
-        if one.run.verdict not in ("valid", "degraded") or odd:
+        if one.run.verdict not in ("valid", "degraded") or one.run.sped or SHARED in one.run.changes:
             continue
         schedule = asked(one.observations)
         if not changes or one.windows or len(schedule) > REQUESTS:

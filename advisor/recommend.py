@@ -574,7 +574,7 @@ def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str])
             warnings.append(f"run {run.id} left out: {run.fleet.mixed} of its workers were mixed, not of one stage")
         elif run.policy.startswith(("baseline", "online", "offline", "planned")):
             warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
-        elif any(change.startswith("clock x") for change in run.changes):
+        elif run.sped:
             warnings.append(f"run {run.id} left out: it ran at another speed than life")
         elif SHARED in run.changes:
             warnings.append(

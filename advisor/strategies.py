@@ -30,7 +30,7 @@ from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import InputError
 from traces.measures import Slo, goodput_per_s, quantile, span_s
-from traces.records import Fleet, Observations, Run, Schedule
+from traces.records import SPED, Fleet, Observations, Run, Schedule
 from traces.shape import ORIGIN_OUTPUT, ORIGIN_PROMPT, ORIGIN_SPAN_S, LogNormal, synthesize
 from traces.store import Store
 
@@ -517,7 +517,7 @@ def over_http(
         laws.write_text(p.to_toml())
         for seed in range(1, seeds + 1):
             history, scored = question.workload.draw(seed)
-            asked = replace(scored, due_s=scored.due_s / speed, changes=(*scored.changes, f"clock x{speed:g}"))
+            asked = replace(scored, due_s=scored.due_s / speed, changes=(*scored.changes, f"{SPED}{speed:g}"))
             here: dict[str, dict[str, float]] = {}
             there: dict[str, dict[str, float]] = {}
             for name, plan in plans(question, history, scored, seed).items():

@@ -592,6 +592,9 @@ class Aggregate:
         return self.concurrency / self.e2e_s
 
 
+SPED = "clock x"
+"""How the word in :attr:`Run.changes` begins that says how many times faster than life the server's clock ran."""
+
 SHARED, CAUSAL = "prefixes shared", "sessions causal"
 """Words in :attr:`Run.changes` of a run that asked the same schedule in another manner: no part of its digest."""
 
@@ -648,6 +651,11 @@ class Run:
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Server worker -> its role, weight, URLs, id, and fields: what was read -> the engine's own name for it."""
+
+    @property
+    def sped(self) -> bool:
+        """Did its server's clock run at another speed than life?"""
+        return any(change.startswith(SPED) for change in self.changes)
 
     @property
     def manner(self) -> frozenset[str]:
