@@ -579,6 +579,8 @@ class Swarm:
                         runner.send_message(kind, data, client_id or None)
         finally:
             self._wake.stop()
+            if (ui := self.environment.web_ui) is not None:
+                ui.stop()  # type: ignore[no-untyped-call]
             with contextlib.suppress(Exception):
                 runner.greenlet.kill(block=True, timeout=2)
                 runner.server.close(200)  # type: ignore[no-untyped-call]
@@ -591,8 +593,10 @@ class Swarm:
         door = self._web
         assert self.environment is not None  # noqa: S101 - made before
         assert door is not None  # noqa: S101 - asked for
-        with door.bind() as free:  # gevent's server would fail in a greenlet of its own
-            door = self._web = replace(door, port=free.getsockname()[1])
+        listening = door.bind()  # now: whoever is told the address may ask at once, before the hub comes to it
+        listening.listen()
+        listening.setblocking(False)
+        door = self._web = replace(door, port=listening.getsockname()[1])
         with _no_arguments():
             ui = self.environment.create_web_ui(door.host, door.port, delayed_start=True)
         update = ui.update_template_args
@@ -645,16 +649,11 @@ class Swarm:
         app.before_request(guard)
         app.after_request(extend)
 
-        def serve() -> (
-            None
-        ):  # as Locust does, but with a certificate's key that is not in a file of its own, and no old TLS
-            tls = door.context(gevent.ssl.SSLContext)
-            how = {"ssl_context": tls} if tls is not None else {}
-            ui.server = _Web((door.host, door.port), app, log=None, error_log=None, **how)
-            ui.server.serve_forever()
-
-        ui.start_server = serve  # type: ignore[method-assign]
-        ui.start()  # type: ignore[no-untyped-call]
+        # As Locust does, but with a certificate's key that is not in a file of its own, and no old TLS.
+        tls = door.context(gevent.ssl.SSLContext)
+        how = {"ssl_context": tls} if tls is not None else {}
+        ui.server = _Web(listening, app, log=None, error_log=None, **how)
+        ui.server.start()
         runner.update_state("running")
 
     def _send(self, kind: str, data: Any, client_id: str = "") -> None:

@@ -185,7 +185,7 @@ def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "
 
 def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> None:
     """Our figures in Locust's own answer, its statistics beside them; another host's name and a new swarm are refused;
-    Stop drains and stores."""
+    Stop drains and stores. It answers as soon as its address is said, and leaves no port taken with nobody behind it."""
     port = free_port()
     n = 800
     asked = Schedule("t", np.arange(n), np.arange(n) / 40.0, np.full(n, 20), np.full(n, 5))
@@ -202,13 +202,20 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
         seen["swarm"] = ask(port, "/swarm", "POST")
         seen["stop"] = ask(port, "/stop")
 
-    with Swarm(1, web=Door(port=port)) as swarm, open_store(db) as store:
+    def knock(_: str = "") -> None:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+    swarm = Swarm(1, web=Door(port=port))
+    swarm.on_listen = knock
+    with swarm, open_store(db) as store:
         thread = threading.Thread(target=watch)
         thread.start()
         with pytest.raises(Interrupted):
             replay(store, swarm, asked, endpoint, slo=Slo.parse("ttft<0.5s"))
         thread.join()
         run = store.run(1)
+    with pytest.raises(ConnectionRefusedError):
+        knock()
     assert seen["page"][0] == 200
     assert "extended_tabs" in seen["page"][1] or "extendedTabs" in seen["page"][1]
     held = json.loads(seen["stats"][1])
