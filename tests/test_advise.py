@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import advisor.cost
+from advisor import calibrate
 from advisor.advise import advise, choose_runs
 from advisor.auto import _sure
 from advisor.calibrate import STATISTIC_SD, Replay
@@ -87,6 +88,18 @@ def three_runs(profile: Profile, rate: float, seed: int = 0) -> list[RunData]:
 
 def truth(profile: Profile, schedule: Schedule) -> dict[Fleet, float]:
     return {f: summarise(simulate(schedule, f, profile).observations, SLO).goodput_per_s for f in Fleet.splits(8)}
+
+
+def test_another_question_of_the_same_runs_waits_for_no_second_search() -> None:
+    """Their laws are remembered, with all that they came from: another seed or another token's time is another search."""
+    profile = Profile.load("demo")
+    runs = three_runs(profile, busy_rate(profile))[:1]
+    first = fit_laws(runs, residuals=False).calibration
+    assert fit_laws(runs, residuals=False, slo=SLO).calibration.best is first.best
+    assert fit_laws(runs, residuals=False, seed=1).calibration.best is not first.best
+    rows = runs[0].observations
+    slower = replace(runs[0], observations=replace(rows, last_token_s=rows.last_token_s + 1e-3))
+    assert fit_laws([slower], residuals=False).calibration.best is not first.best
 
 
 def test_the_draws_judge_all_the_requests_though_they_simulate_a_window(tmp_path: Path) -> None:
@@ -220,8 +233,10 @@ def test_the_same_rows_and_seed_give_the_same_answer() -> None:
     profile = Profile.load("demo")
     rate = busy_rate(profile)
     told: list[tuple[str, int, int, str]] = []
-    asked = [
-        recommend(
+    asked = []
+    for _ in range(2):
+        calibrate.forget()
+        answer = recommend(
             three_runs(profile, rate),
             lognormal(200, rate, 5),
             gpus=8,
@@ -230,8 +245,7 @@ def test_the_same_rows_and_seed_give_the_same_answer() -> None:
             attainment=0.3,
             note=lambda *said: told.append((*said, "")[:4]),
         )
-        for _ in range(2)
-    ]
+        asked.append(answer)
     assert asked[0].as_json() == asked[1].as_json()
     assert asked[0].data_hash == asked[1].data_hash
     ended = {step: found for step, done, of, found in told if done == of}
