@@ -109,7 +109,7 @@ def _version(name: str) -> str | None:
 def database(url: str) -> Iterator[Check]:
     """Does it open, is its revision this version's, what does it hold, is there room, do rows wait for it?"""
     from loadgen.spool import waiting
-    from traces.store import head_revision, open_store, redact
+    from traces.store import head_revision, open_store, option, redact
 
     shown = redact(url)
     try:
@@ -122,7 +122,7 @@ def database(url: str) -> Iterator[Check]:
                     "rows on disk",
                     "warning",
                     f"{len(held)} files wait",
-                    f"Store them: steelyard runs recover --db {shown}",
+                    f"Store them: steelyard runs recover{option(url)}",
                 )
     except SteelyardError as error:
         new = "no such database" in str(error) or "is empty" in str(error)

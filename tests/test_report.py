@@ -317,7 +317,7 @@ def parsed(line: str) -> dict[str, Any]:
         "--requests 80 --rate-factor 3 --warmup 2",
         "--rate 3 --ramp 5 --warmup 1.5",
         "--sessions causal --time-scale 0.3",
-        "--slice 10-140 --time-scale 0.3 --copies 2 --prompt-scale 0.5 --max-output 60 --requests 70 --seed 3",
+        "--slice 10-140 --time-scale 0.3 --thin 0.7 --copies 2 --prompt-scale 0.5 --max-output 60 --requests 70 --seed 3",
     ],
 )
 def test_the_command_of_a_run_makes_its_schedule_again(given: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import click
 import pytest
+import sqlalchemy as sa
 from click.shell_completion import ShellComplete
 from rich.console import Console
 
@@ -88,6 +90,26 @@ def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: py
     assert " --db sqlite:///steelyard.db" in status(capsys, "--db", "sqlite:///steelyard.db")["next"]["command"]
 
 
+def test_a_url_that_holds_a_user_is_in_no_next_command(
+    here: Path, postgres_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its user it would open nothing; one that holds none is told as a shell takes it."""
+    open_store(postgres_url).close()
+    assert status(capsys, "--db", postgres_url)["next"]["command"] == "steelyard ingest FILE --db URL"
+    engine = sa.create_engine(postgres_url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
+    found = status(capsys, "--db", postgres_url)
+    assert found["problem"].endswith("Run: steelyard migrate --db URL")
+    assert found["next"]["command"] == "steelyard migrate --db URL"
+    old = f"sqlite:///{here / 'old one.db'}"
+    said(capsys, "ingest", "azure-2023-conv", "--db", old)
+    with sqlite3.connect(here / "old one.db") as other:
+        other.execute("UPDATE alembic_version SET version_num = '0001'")
+    assert status(capsys, "--db", old)["problem"].endswith(f"Run: steelyard migrate --db '{old}'")
+
+
 def test_the_module_of_the_distributions_name_is_the_command(here: Path) -> None:
     """``python -m steelyard`` is ``steelyard``."""
     done = subprocess.run([sys.executable, "-m", "steelyard", "--json"], capture_output=True, text=True, check=True)
@@ -115,8 +137,6 @@ def test_doctor_looks_at_everything_and_says_what_to_do(here: Path, capsys: pyte
 
 def test_doctor_names_an_old_database_and_its_cure(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A revision that is too old is a problem, and the cure stands beside it."""
-    import sqlite3
-
     said(capsys, "ingest", "azure-2023-conv")
     with sqlite3.connect("steelyard.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0001'")

@@ -121,7 +121,9 @@ def thin(schedule: Schedule, share: float, seed: int = 0) -> Schedule:
     kept = np.random.default_rng(seed).random(len(schedule)) < share
     if not kept.any():
         raise InputError(f"of {len(schedule)} requests none is left at a share of {share:g}. Give a larger one.")
-    return _changed(schedule.take(kept), f"thinned to {int(kept.sum())} of {len(schedule)} requests (seed {seed})")
+    return _changed(
+        schedule.take(kept), f"thinned to {int(kept.sum())} of {len(schedule)} requests by {share!r} (seed {seed})"
+    )
 
 
 def superpose(schedule: Schedule, copies: int, seed: int = 0) -> Schedule:

@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sqlite3
 import threading
 import time
@@ -399,7 +400,7 @@ def open_store(url: str, *, create: bool = True) -> Store:
                 if found in _revisions():
                     raise StoreError(
                         f"{shown}: database is at revision {found}, this version needs {wanted}. "
-                        f"{_BACKUP.get(engine.dialect.name, '')}Run: steelyard migrate --db {shown}"
+                        f"{_BACKUP.get(engine.dialect.name, '')}Run: steelyard migrate{option(url)}"
                     )
                 raise StoreError(
                     f"{shown}: database is at revision {found}, which this version ({__version__}, revision {wanted}) "
@@ -458,6 +459,11 @@ def told(url: str) -> str:
     """The URL for a command that is printed; "" where something must be taken out: without it the command opens nothing, while
     STEELYARD_DB holds it."""
     return url if redact(url) == url else ""
+
+
+def option(url: str) -> str:
+    """`` --db ..`` for the end of a command that is printed: the URL, or the word where it cannot be :func:`told`."""
+    return f" --db {shlex.quote(url) if told(url) else 'URL'}"
 
 
 def _credited(url: sa.URL, ours: bool) -> sa.URL:

@@ -13,7 +13,7 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
     that cannot be used: that is what is said then. named: the database was asked for, so that the next command names it."""
     from loadgen.spool import folder
     from traces.errors import StoreError
-    from traces.store import open_store, redact
+    from traces.store import open_store, option, redact
 
     found: dict[str, Any] = {
         "database": redact(db),
@@ -23,14 +23,14 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
         "recommendation": None,
         "waiting_files": len(list(folder().glob("*.jsonl"))),
     }
-    option = f" --db {shlex.quote(redact(db))}" if named else ""
+    named_db = option(db) if named else ""
     try:
         with open_store(db, create=False) as store:
             traces, runs = store.traces(), store.runs()
             recommended = _latest(store)
     except StoreError as error:
         found["problem"] = str(error)
-        found["next"] = _without(str(error), option)
+        found["next"] = _without(str(error), named_db)
         return found
     found["traces"] = [{"name": t.name, "requests": t.summary.get("rows_kept")} for t in traces]
     ended = [run for run in runs if run.ended]
@@ -55,7 +55,7 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
             "sentence": recommended.get("sentence"),
             "runs": recommended["run_ids"],
         }
-    found["next"] = _next(traces, ended, recommended, option)
+    found["next"] = _next(traces, ended, recommended, named_db)
     return found
 
 

@@ -100,6 +100,7 @@ OPTIONS = {
     r"first (\d+) of \d+ requests": "--requests {}",
     r"requests (\d+) to (\d+) of \d+": "--slice {}-{}",
     r"window ([\d.]+) to ([\d.]+) s": "--window {}-{}",
+    r"thinned to \d+ of \d+ requests by (\S+) \(seed .+\)": "--thin {}",
     r"(\d+) copies laid over each other \(seed .+\)": "--copies {}",
     r"\d+ requests spread within a tick of (\S+) s \(seed .+\)": "--spread {}",
     r"(prompt|output)s x(\S+)": "--{}-scale {}",
