@@ -302,7 +302,7 @@ def test_what_was_warmed_is_kept_when_time_is_up() -> None:
             where = Target("http", "127.0.0.1", listener.getsockname()[1])
             client = Client(where, kind.path, Prompts(kind, "m", 9, 1), lambda row: None)
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(client.warm(3), 0.5)
+                await asyncio.wait_for(client.warm(3), 2.0)
             kept = len(client._routes[0].idle)
             await client.close()
             return kept

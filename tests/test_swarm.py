@@ -601,7 +601,7 @@ def test_a_worker_that_was_taken_for_dead_sends_nothing_when_it_wakes() -> None:
             os.kill(frozen, signal.SIGSTOP)
 
         try:
-            outcome, rows = run(swarm, schedule(60, 100.0), replace(job(url), model="demo"), freeze)
+            outcome, rows = run(swarm, schedule(200, 100.0), replace(job(url), model="demo"), freeze)
             before = arrived()
         finally:
             os.kill(frozen, signal.SIGCONT)
@@ -622,11 +622,11 @@ def test_ctrl_c_is_heard_though_a_worker_has_died(endpoint: str) -> None:
             time.sleep(1.0)
             _thread.interrupt_main()
 
-        outcome, rows = run(swarm, schedule(2000, 200.0), job(endpoint), meanwhile)
+        outcome, rows = run(swarm, schedule(4000, 200.0), job(endpoint), meanwhile)
         assert outcome.interrupted
-        assert time.monotonic() - outcome.zero < 6
+        assert time.monotonic() - outcome.zero < 15
     assert "worker 1 was killed by signal 9" in outcome.reason
-    assert len(rows) == 2000
+    assert len(rows) == 4000
     assert Counter(rows.status[rows.worker == 0])["unsent"] > 400
 
 
