@@ -19,7 +19,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -27,8 +27,8 @@ import numpy as np
 from advisor.features import RunData, answers, decode_rows
 from advisor.parallel import shared
 from loadgen.cluster import Profile, SimResult, simulate, stage_times
-from traces.measures import Slo, quantiles
-from traces.records import Fleet, Floats, Observations, Schedule
+from traces.measures import Slo, places
+from traces.records import Fleet, Floats, Ints, Observations, Schedule
 
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -129,9 +129,8 @@ class Replay:
         ok, tokens = self.rows, self.schedule.output_tokens
         ttft, e2e = first_s - sent_s, last_s - sent_s
         tpot = (last_s - first_s) / np.maximum(tokens - 1, 1)
-        found = [_quantiles(ttft[ok], TTFT_QUANTILES)]
-        found += [_quantiles(ttft[ok & third], (0.5, 0.9)) for third in self.thirds]
-        found += [_quantiles(tpot[ok & (tokens >= 4)], TPOT_QUANTILES), _quantiles(e2e[ok], E2E_QUANTILES)]
+        every, *thirds, long = self._parts
+        parts = [ttft[every], *(ttft[third] for third in thirds), tpot[long], e2e[every]]
         span = float(last_s[ok].max() - self.schedule.due_s[0]) if ok.any() else math.nan
         share = math.nan
         if self.slo.limits:
@@ -141,7 +140,14 @@ class Replay:
                 good &= (value <= limit) | ((tokens <= 1) if name == "tpot" else False)
             k, n = float(good.sum()), float(ok.sum())
             share = math.log((k + 1) / (n - k + 1))
-        return np.concatenate([*found, [math.log(span) if span > 0 else math.nan, share]])
+        return np.concatenate([_quantiles(parts), [math.log(span) if span > 0 else math.nan, share]])
+
+    @cached_property
+    def _parts(self) -> tuple[Ints, ...]:
+        """Positions of the rows that count: all of them, those of each third, those whose TPOT tells something."""
+        ok = self.rows
+        held = (ok, *(ok & third for third in self.thirds), ok & (self.schedule.output_tokens >= 4))
+        return tuple(np.flatnonzero(rows) for rows in held)
 
     def expected(self, profile: Profile) -> Floats:
         """The statistics as these laws would have them; last, without simulation, log TPOT at the loads that the run showed."""
@@ -213,11 +219,34 @@ def sent(rows: Observations) -> Schedule:
     )
 
 
-def _quantiles(values: Floats, at: Sequence[float]) -> Floats:
-    values = values[np.isfinite(values)]
-    if len(values) < FEWEST:
-        return np.full(len(at), np.nan)
-    return np.asarray(np.log(np.maximum(quantiles(values, at), 1e-5)), dtype=float)
+def _quantiles(parts: Sequence[Floats]) -> Floats:
+    """Logarithms of the quantiles of each part's finite values, one after the other; NaN of a part that has few."""
+    ordered = [np.sort(part) for part in parts]
+    for k, values in enumerate(ordered):
+        if len(values) and not (math.isfinite(values[0]) and math.isfinite(values[-1])):
+            ordered[k] = values[np.isfinite(values)]
+    below, above, share, late = _where(tuple(len(values) for values in ordered))
+    every = np.concatenate([*ordered, [math.nan]])
+    low, high = every[below], every[above]
+    apart = high - low
+    found = np.where(late, high - apart * (1 - share), low + apart * share)
+    return np.asarray(np.log(np.maximum(found, 1e-5)), dtype=float)
+
+
+_WANTED = (TTFT_QUANTILES, *([(0.5, 0.9)] * 3), TPOT_QUANTILES, E2E_QUANTILES)
+
+
+@lru_cache(maxsize=512)
+def _where(sizes: tuple[int, ...]) -> tuple[Ints, Ints, Floats, Mask]:
+    """As :func:`traces.measures.places`, of the parts that :func:`_quantiles` puts together; of few values its last one."""
+    found, begin = [], 0
+    for size, at in zip(sizes, _WANTED, strict=True):
+        below, above, share, late = places(size, at)
+        few = size < FEWEST
+        found.append([np.full(len(at), sum(sizes)) if few else begin + side for side in (below, above)] + [share, late])
+        begin += size
+    below, above, share, late = (np.concatenate(column) for column in zip(*found, strict=True))
+    return below, above, share, late
 
 
 @dataclass(frozen=True, slots=True)

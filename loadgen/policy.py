@@ -52,27 +52,37 @@ class Queues:
     decode_counted: bool = field(default=True, kw_only=True)
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Queues:
+    def of(cls, samples: Sequence[Sample], processed: float | None = None) -> Queues:
         """Sums of one reading of every worker; what a server does not report counts as 0.
 
-        Where it tells only how many it has in hand (Dynamo), those that do not run wait.
+        Where it tells only how many it has in hand (Dynamo), those that do not run wait. processed: what stands for the prompt
+        tokens that the workers have counted, where the caller knows better.
         """
-        total = dict.fromkeys(("pw", "pt", "dw", "dr", "dc", "all"), 0.0)
+        prompts = waiting = waiting_tokens = waiting_answers = running = held = 0.0
+        decode = counts = False
         for s in samples:
-            total["all"] += s.prompt_tokens_total or 0
-            waiting = s.waiting_requests
-            if waiting is None:
-                waiting = max(0.0, (s.inflight_requests or 0) - (s.running_requests or 0))
+            prompts += s.prompt_tokens_total or 0
+            wait = s.waiting_requests
+            if wait is None:
+                wait = max(0.0, (s.inflight_requests or 0) - (s.running_requests or 0))
             if s.role == "prefill":
-                total["pw"] += waiting
-                total["pt"] += s.waiting_tokens or 0
+                waiting += wait
+                waiting_tokens += s.waiting_tokens or 0
             elif s.role == "decode":
-                total["dw"] += waiting
-                total["dr"] += s.running_requests or 0
-                total["dc"] += s.kv_used_tokens or 0
-        decode = [s for s in samples if s.role == "decode"]
-        counts = any(s.running_requests is not None or s.inflight_requests is not None for s in decode)
-        return cls(*(int(v) for v in total.values()), decode_counted=counts or not decode)
+                waiting_answers += wait
+                running += s.running_requests or 0
+                held += s.kv_used_tokens or 0
+                decode = True
+                counts = counts or s.running_requests is not None or s.inflight_requests is not None
+        return cls(
+            int(waiting),
+            int(waiting_tokens),
+            int(waiting_answers),
+            int(running),
+            int(held),
+            int(prompts if processed is None else processed),
+            decode_counted=counts or not decode,
+        )
 
     def counted(self, mean_context: float) -> Queues:
         """The same, with as many sequences as the KV cache holds mean contexts where nobody counts them (Dynamo's frontend)."""
@@ -361,15 +371,21 @@ class DemandRule:
 
     def loads(self, rate: float, active: float, queues: Queues, fleet: Fleet) -> tuple[float, float]:
         """(prefill, decode); 1 is a role that is just big enough. rate: prompt tokens a second."""
+        return self._loads(rate, active, queues, fleet, self.token_s, self.step_limit_s)
+
+    def _loads(
+        self, rate: float, active: float, queues: Queues, fleet: Fleet, token_s: float, step_limit_s: float
+    ) -> tuple[float, float]:
+        """The same, for who asks about many fleets: token_s and step_limit_s are the rule's own."""
         p = self.laws
-        backlog = waiting_tokens(queues, self.mean_prompt) * self.token_s
-        prefill = (rate * self.token_s + backlog / self.clear_s) / (fleet.prefill * self.target)
+        backlog = waiting_tokens(queues, self.mean_prompt) * token_s
+        prefill = (rate * token_s + backlog / self.clear_s) / (fleet.prefill * self.target)
         running, told = queues.decode_running, queues.decode_context_tokens
         context = told / running if told and running else self.mean_prompt + self.mean_output / 2
         batch = max(1.0, active / fleet.decode)
         held = min(batch, float(p.max_batch))
         decode = max(
-            p.step_s(held, held * context) / self.step_limit_s,
+            p.step_s(held, held * context) / step_limit_s,
             active / (fleet.decode * p.max_batch),
             active * context / (fleet.decode * p.kv_tokens) if p.kv_tokens else 0.0,
         )
@@ -383,27 +399,27 @@ class DemandRule:
         active = float(queues.decode_running + queues.decode_waiting)
         arrived = queues.prompt_tokens_total + waiting_tokens(queues, self.mean_prompt)
         seen = state.seen.next(now_s, arrived, active, self.memory_s) if state.seen else Demand(now_s, arrived, active)
-        state = replace(state, seen=seen)
+        state = State(state.wish, state.since_s, state.moved, state.moved_s, seen)
         if not now_s - seen.since_s >= self.memory_s:
             return state, None, ""
         rate, later = self.forecast.of(seen) if self.forecast else (seen.rate, active + seen.growth * self.ahead_s)
         later = max(later, active)  # what is there now does not wait for a forecast
 
-        def worst(one: Fleet) -> float:
-            return max(self.loads(rate, later, queues, one))
+        token_s, step_limit_s = self.token_s, self.step_limit_s
 
-        here = worst(fleet)
+        def worst(one: Fleet) -> float:
+            return max(self._loads(rate, later, queues, one, token_s, step_limit_s))
+
+        here, calm = worst(fleet), State("", math.nan, state.moved, state.moved_s, seen)
         if here < self.up:
-            return replace(state, wish="", since_s=math.nan), None, ""
+            return calm, None, ""
         workers = fleet.prefill + fleet.decode
-        splits = [
-            replace(fleet, prefill=k, decode=workers - k) for k in range(self.floor[0], workers - self.floor[1] + 1)
-        ]
+        splits = [Fleet(k, workers - k, fleet.mixed) for k in range(self.floor[0], workers - self.floor[1] + 1)]
         best = min(splits, key=lambda one: (worst(one), abs(one.prefill - fleet.prefill)), default=fleet)
         wish = "prefill" if best.prefill > fleet.prefill else "decode"
         back = state.moved and wish != state.moved and (changing or now_s < state.moved_s + self.cool_s)
         if best == fleet or worst(best) > here - self.gain or back:
-            return replace(state, wish="", since_s=math.nan), None, ""
+            return calm, None, ""
         if state.wish != wish:
             state = replace(state, wish=wish, since_s=now_s)
         if now_s - state.since_s < self.dwell_s:
@@ -475,7 +491,7 @@ class Steering:
 
     def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
         """The fleet to ask for, or None."""
-        queues = replace(Queues.of(samples), prompt_tokens_total=self._processed_by(samples))
+        queues = Queues.of(samples, self._processed_by(samples))
         self.state, target, self.why = self.rule.decide(self.state, queues, fleet, changing, now_s)
         if target is not None:
             self.moves.append((now_s, fleet, target, self.why))

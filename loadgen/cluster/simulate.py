@@ -187,10 +187,15 @@ def _steered(
             else:
                 cluster.set_fleet(pending.pop(0)[1])
 
+    advance, submit = cluster.advance, cluster.submit
+    soonest = min(pending[0][0] if pending else math.inf, tick)
     for job in jobs:
-        until(job.arrive_s)
-        cluster.advance(job.arrive_s)
-        cluster.submit(job)
+        at = job.arrive_s
+        if soonest <= at:
+            until(at)
+            soonest = min(pending[0][0] if pending else math.inf, tick)
+        advance(at)
+        submit(job)
     while cluster.next_s < math.inf:
         until(cluster.next_s)
         cluster.advance(cluster.next_s)
