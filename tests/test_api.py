@@ -127,5 +127,5 @@ def test_the_notebook_shaped_tour_runs(tmp_path: Path) -> None:
     assert "9754 requests" in done.stdout
     assert "pyarrow.Table" in done.stdout
     with traces.open_store(f"sqlite:///{tmp_path}/tour.db") as store:
-        assert [len(store.observations(run.id)) for run in store.runs()] == [12, 60, 12]
+        assert [len(store.observations(run.id)) for run in store.runs()] == [12, 30, 12]
     assert "Run " in done.stdout or "steelyard " in done.stdout

@@ -304,7 +304,7 @@ def test_an_endpoint_that_is_none_is_said_to_be_none(
     main(["ingest", trace, "--db", db])
     capsys.readouterr()
     with odd_server(status, body, kind) as url:
-        code, _, err = run(capsys, "replay", "small", "--endpoint", url, "--db", db)
+        code, _, err = run(capsys, "replay", "small", "--endpoint", url, "--workers", "1", "--db", db)
     assert code == 1
     assert words in err
     assert len(err.strip().splitlines()) == 1
@@ -321,7 +321,8 @@ def test_an_endpoint_that_never_answers_is_given_up(
     listener = socket.create_server(("127.0.0.1", 0))
     try:
         port = listener.getsockname()[1]
-        code, _, err = run(capsys, "replay", "small", "--endpoint", f"http://127.0.0.1:{port}", "--db", db)
+        silent = f"http://127.0.0.1:{port}"
+        code, _, err = run(capsys, "replay", "small", "--endpoint", silent, "--workers", "1", "--db", db)
     finally:
         listener.close()
     assert code == 1

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from advisor.cli import main
 from loadgen import engines
 from loadgen.cluster.embedded import embedded
 from loadgen.exposition import Watched, exposed
@@ -151,16 +152,15 @@ def test_the_dashboard_draws_only_what_is_there() -> None:
 
 @pytest.fixture(scope="module")
 def replay_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """A replay of two seconds as a command line."""
+    """A replay of two seconds, as the words of a command line."""
     folder = tmp_path_factory.mktemp("terminal")
     csv = folder / "steady.csv"
     csv.write_text("arrival,input,output\n" + "".join(f"{i / 40:.3f},40,10\n" for i in range(80)), encoding="utf-8")
-    base = [sys.executable, "-m", "steelyard"]
     db = f"sqlite:///{folder}/t.db"
     columns = "arrival=arrival,input=input,output=output"
-    subprocess.run([*base, "ingest", str(csv), "--map", columns, "--name", "steady", "--db", db, "-q"], check=True)
+    assert main(["ingest", str(csv), "--map", columns, "--name", "steady", "--db", db, "-q"]) == 0
     with embedded("constant", Fleet(3, 2)) as url:
-        yield [*base, "replay", "steady", "--endpoint", url, "--workers", "1", "--db", db]
+        yield ["replay", "steady", "--endpoint", url, "--workers", "1", "--db", db]
 
 
 def in_terminal(command: list[str], **environment: str) -> tuple[int, str]:
@@ -185,7 +185,7 @@ def in_terminal(command: list[str], **environment: str) -> tuple[int, str]:
 
 def test_a_terminal_sees_bars_with_what_was_found(replay_command: list[str]) -> None:
     """Amount, time left, TTFT, lag while it goes on, then the result; the cursor is given back; NO_COLOR is honoured."""
-    code, text = in_terminal(replay_command, NO_COLOR="1")
+    code, text = in_terminal([sys.executable, "-m", "steelyard", *replay_command], NO_COLOR="1")
     assert code in (0, 4), text
     bare = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     assert re.search(r"replay steady .*\d+ of 80 +0:0\d, 0:0\d left", bare)
@@ -195,19 +195,20 @@ def test_a_terminal_sees_bars_with_what_was_found(replay_command: list[str]) -> 
     assert text.count("\x1b[?25h") >= text.count("\x1b[?25l") > 0
 
 
-def test_a_log_gets_lines_and_json_stays_alone(replay_command: list[str]) -> None:
+def test_a_log_gets_lines_and_json_stays_alone(
+    replay_command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Piped: no control character, lines on stderr; with --json one object on stdout; with --quiet nothing else at all."""
-    code = (
-        "import sys; import advisor.cli.progress as p; p.Lines.__init__.__defaults__ = (0.5,); "
-        "from advisor.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, *replay_command[3:], "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert json.loads(done.stdout)["ok"] == 80
-    assert "\x1b" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("steelyard: replay steady: ")]
+    monkeypatch.setattr("advisor.cli.progress.Lines.__init__.__defaults__", (0.5,))
+    capfd.readouterr()
+    assert main([*replay_command, "--json"]) in (0, 4)
+    out, err = capfd.readouterr()
+    assert json.loads(out)["ok"] == 80
+    assert "\x1b" not in err
+    lines = [line for line in err.splitlines() if line.startswith("steelyard: replay steady: ")]
     assert len(lines) >= 3
-    assert re.search(r": \d+ of 80, 0:0\d, about 0:0\d left; [\d.]+/s, \d+ in flight, TTFT", done.stderr)
-    done = subprocess.run([*command, "--quiet", "--requests", "10"], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    assert json.loads(done.stdout)["ok"] == 10
+    assert re.search(r": \d+ of 80, 0:0\d, about 0:0\d left; [\d.]+/s, \d+ in flight, TTFT", err)
+    assert main([*replay_command, "--json", "--quiet", "--requests", "10"]) in (0, 4)
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert json.loads(out)["ok"] == 10

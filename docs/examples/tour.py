@@ -27,7 +27,7 @@ print(report.rows_kept, "requests,", report.sum_prompt_tokens, "prompt tokens")
 # %%
 recorded = store.schedule("conv")
 low = traces.to_rate(traces.head(recorded, 12), 6.0)
-heavy = traces.to_rate(traces.head(recorded, 60), 40.0)
+heavy = traces.to_rate(traces.head(recorded, 30), 40.0)
 print(low.changes, heavy.changes)
 
 # %% [markdown]
