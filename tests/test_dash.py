@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
-import os
+import queue
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -18,20 +20,22 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
+from aiohttp import web
 from sqlalchemy import make_url
 
 from advisor.advise import load
 from advisor.cli import main
-from advisor.dash import Dash
+from advisor.dash import Dash, make_app
 from advisor.recommend import recommend
 from loadgen.cluster import Profile
+from loadgen.ports import Door
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
 from tests.test_replay import rename
 from tests.test_report import HOSTILE, add_trace, opened, stored
 from traces.errors import InputError
 from traces.records import Fleet, Run
-from traces.store import open_store
+from traces.store import Store, open_store
 
 __all__ = ["opened"]
 
@@ -56,9 +60,10 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextmanager
-def served(db: str, *arguments: str, **environment: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "advisor", "dash", "--port", "0", "--db", db, *arguments]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+def served(db: str) -> Iterator[str]:
+    """The verb, in a process of its own."""
+    command = [sys.executable, "-m", "advisor", "dash", "--port", "0", "--db", db]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     try:
         line = child.stdout.readline()
@@ -70,6 +75,32 @@ def served(db: str, *arguments: str, **environment: str) -> Iterator[str]:
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+@contextmanager
+def shown(db: str, door: Door) -> Iterator[str]:
+    """The verb's application behind a door, served by a thread: to begin a process costs two seconds more."""
+    ready: queue.Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
+
+    async def serve(store: Store) -> None:
+        runner, over = web.AppRunner(make_app(Dash(store), door=door), shutdown_timeout=1.0), asyncio.Event()
+        await runner.setup()
+        sock = door.bind()
+        await web.SockSite(runner, sock).start()
+        ready.put((door.url(sock.getsockname()[1]), asyncio.get_running_loop(), over))
+        await over.wait()
+        await runner.cleanup()
+
+    with open_store(db, create=False) as store:
+        thread = threading.Thread(target=lambda: asyncio.run(serve(store)), daemon=True)
+        thread.start()
+        url, loop, over = ready.get(timeout=60)
+        try:
+            yield url
+        finally:
+            loop.call_soon_threadsafe(over.set)
+            thread.join(60)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +193,7 @@ def test_elsewhere_it_needs_a_token(db: str, capsys: Any) -> None:
     """Without a token it does not listen beyond loopback; with one every page asks for it, once a browser."""
     assert main(["dash", "--host", "0.0.0.0", "--port", "0", "--db", db]) == 1
     assert "needs a token" in capsys.readouterr().err
-    with served(db, STEELYARD_DASH_TOKEN="s3cret") as url:
+    with shown(db, Door(token="s3cret")) as url:
         assert ask(url, "/")[0] == 401
         assert ask(url, "/?token=wrong")[0] == 401
         assert ask(url, "/runs/1", Authorization="Bearer s3cret")[0] == 200
@@ -201,7 +232,7 @@ def test_a_run_with_the_number_of_one_that_was_deleted_is_another(growing: str) 
 
 def test_a_browser_shows_the_pages_and_a_run_that_grows(opened: Any, growing: str) -> None:
     """Drill-down by links and keyboard, plots drawn, nothing hostile runs, no outside request; new rows appear by themselves."""
-    with served(growing) as url:
+    with shown(growing, Door()) as url:
         browse(opened, url, growing)
 
 

@@ -821,11 +821,11 @@ def test_a_long_trace_is_read_while_it_is_replayed(
     lengths = ["--prompt", "lognormal:median=30,sigma=0.2", "--output", "lognormal:median=4,sigma=0.2"]
     assert main([*made, *lengths]) == 0
     capsys.readouterr()
-    ask = ["replay", "f", "--endpoint", endpoint, "--workers", "2", "--db", url, "--json"]
-    main([*ask, "--rate", "60"])
+    ask = ["replay", "f", "--endpoint", endpoint, "--rate", "60", "--db", url, "--json"]
+    main([*ask, "--workers", "2"])
     found = said(capsys)
     assert (found["ok"], found["complete"]) == (120, True)
-    main([*ask, "--rate", "60", "--thin", "0.5"])
+    main([*ask, "--workers", "1", "--thin", "0.5"])
     assert 30 < said(capsys)["ok"] < 90
     with open_store(url) as store:
         run, rows = store.run(1), store.observations(1)
@@ -876,7 +876,7 @@ def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]
     assert all(r["group"] == found["group"] for r in found["runs"])
 
 
-def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str) -> None:
     """A user's Ctrl-C: the run is stored, marked incomplete, reported; exit code 130, no traceback."""
     command = [
         sys.executable,
@@ -886,18 +886,17 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: P
         "azure-2023-conv",
         "--endpoint",
         endpoint,
+        "--workers",
+        "1",
         "--db",
         db,
         "--json",
     ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    path = tmp_path / "cli.db"
     until = time.monotonic() + 30
-    while time.monotonic() < until:
-        with open_store(f"sqlite:///{path}") as store:
-            if store.runs() and len(store.observations(1)) >= 3:
-                break
-        time.sleep(0.2)
+    with open_store(db) as store:
+        while time.monotonic() < until and not (store.runs() and len(store.observations(1)) >= 3):
+            time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
@@ -907,7 +906,7 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: P
     assert "interrupted" in found["reason"]
     assert found["ok"] >= 3
     assert found["ok"] + found["unsent"] + found["cancelled"] == found["scheduled"] == 9754
-    with open_store(f"sqlite:///{path}") as store:
+    with open_store(db) as store:
         assert len(store.observations(1)) == 9754
         assert store.run(1).verdict == "invalid"
 
@@ -915,7 +914,9 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str, tmp_path: P
 def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     """kill -9 of the master: what finished more than a second before is in the database, and shown; the run has not ended."""
     command = [sys.executable, "-m", "advisor", "replay", "azure-2023-conv", "--endpoint", endpoint, "--db", db]
-    child = subprocess.Popen([*command, "--rate", "40"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [*command, "--workers", "1", "--rate", "40"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 30
     began = math.inf
     with open_store(db) as store:
@@ -1005,27 +1006,32 @@ def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_p
     blocks[:] = [tuple(100 * (i % 3) + k for k in range(int(p) // 16)) for i, p in enumerate(prompts)]
     asked = Schedule("talks", np.arange(n), np.arange(n) * 0.12, prompts, np.full(n, 3), (), blocks, 16)
 
-    def spared(shared: bool) -> int:
-        with embedded(str(path), Fleet(1, 1)) as url:
-            run = replay(store, swarm, asked, url, text=text, prefixes=shared)
-            metrics = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
+    def computed(url: str) -> float:
+        metrics = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
+        (found,) = re.findall(
+            r'^steelyard_prompt_tokens_total\{role="prefill",worker="0"\} ([\d.e+]+)$', metrics, re.M
+        ) or (re.findall(r'^steelyard_prompt_tokens_total\{worker="0",role="prefill"\} ([\d.e+]+)$', metrics, re.M))
+        return float(found)
+
+    def spared(url: str, shared: bool) -> int:
+        before = computed(url)
+        run = replay(store, swarm, asked, url, text=text, prefixes=shared)
+        more = computed(url) - before
         assert run.counts == {"ok": n}
         assert run.changes == store.run(run.id).changes == (("prefixes shared",) if shared else ())
         assert run.schedule_digest == asked.digest()
         rows = store.observations(run.id)
         assert rows.prompt_tokens.tolist() == prompts[rows.index].tolist()
-        (computed,) = re.findall(
-            r'^steelyard_prompt_tokens_total\{role="prefill",worker="0"\} ([\d.e+]+)$', metrics, re.M
-        ) or (re.findall(r'^steelyard_prompt_tokens_total\{worker="0",role="prefill"\} ([\d.e+]+)$', metrics, re.M))
-        return int(prompts.sum() + 8 - float(computed))  # the question before the run has a prompt of 8
+        return int(prompts.sum() + 8 - more)  # the question before the run has a prompt of 8
 
-    assert spared(True) == simulate(asked, Fleet(1, 1), laws).cached_tokens > 0
-    assert spared(False) == 0
-    with embedded(str(path), Fleet(1, 1)) as url:  # a sweep that goes on takes no run of the other kind for its own
+    with embedded(str(path), Fleet(1, 1)) as url:
+        assert spared(url, False) == 0
+        assert spared(url, True) == simulate(asked, Fleet(1, 1), laws).cached_tokens > 0
+        if text:
+            return
+        few = asked.take(np.arange(3))  # a sweep that goes on takes no run of the other kind for its own
         ids = [
-            sweep(store, swarm, asked.take(np.arange(3)), target(url), [Fleet(1, 1)], group="g", prefixes=shared)[1][
-                0
-            ].id
+            sweep(store, swarm, few, target(url), [Fleet(1, 1)], group="g", prefixes=shared)[1][0].id
             for shared in (False, True, True)
         ]
     assert ids[0] < ids[1] == ids[2]

@@ -22,9 +22,9 @@ import pytest
 
 from loadgen.cluster import Profile, simulate
 from loadgen.cluster.embedded import embedded
-from loadgen.cluster.server import Endpoint, Stream
+from loadgen.cluster.server import Endpoint, Stream, serve
 from loadgen.policy import next_phase
-from traces.errors import EndpointError
+from traces.errors import EndpointError, InputError
 from traces.records import Fleet, Schedule
 
 
@@ -182,11 +182,12 @@ def test_other_addresses_need_a_token() -> None:
 @pytest.mark.parametrize("fleet", [Fleet(0, 0, 2), Fleet(1, 1, 1)])
 def test_roles_on_demand_take_no_mixed_workers(fleet: Fleet) -> None:
     """A mixed worker would take no phase: it would stand idle, and a fleet of such would answer nothing. It is refused."""
-    with (
-        pytest.raises(EndpointError, match=rf"on-demand takes no mixed workers \(got {re.escape(str(fleet))}\)"),
-        embedded("demo", fleet, on_demand=True),
-    ):
-        pass
+
+    def ready(url: str) -> None:
+        raise AssertionError(f"it serves at {url}")
+
+    with pytest.raises(InputError, match=rf"on-demand takes no mixed workers \(got {re.escape(str(fleet))}\)"):
+        asyncio.run(serve(Profile.load("demo"), fleet, on_demand=True, ready=ready))
 
 
 def test_a_port_in_use_is_one_line(demo_url: str) -> None:

@@ -51,7 +51,7 @@ from typing import Any, Self, TextIO, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from traces import __version__, pgcopy
@@ -1697,7 +1697,11 @@ def _once(connection: sa.Connection, table: sa.Table) -> Any:
     if kind in ("mysql", "mariadb"):
         first = next(iter(table.primary_key.columns))  # INSERT IGNORE would swallow every other mistake too
         return mysql.insert(table).on_duplicate_key_update({first.name: first})
-    return (postgresql if kind == "postgresql" else sqlite).insert(table).on_conflict_do_nothing()
+    if kind == "postgresql":
+        from sqlalchemy.dialects import postgresql  # not at the top: each command would read it, most need it never
+
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
 
 
 def _figures(kept: Mapping[str, Any]) -> Figures:
