@@ -61,7 +61,7 @@ logging.getLogger("locust").addHandler(logging.NullHandler())
 logging.getLogger("locust").propagate = False
 
 FLUSH_S = 0.25
-"""How often a worker sends finished rows to the master."""
+"""How often a worker sends finished rows to the master; the last ones go at once."""
 
 START_AHEAD_S = 0.5
 """The agreed start lies this far ahead of the message that agrees on it."""
@@ -1077,7 +1077,8 @@ def work(master: str, parent: int = 0) -> int:
     began = since
     while not worker.quitting:
         worker.flush()
-        gevent.sleep(FLUSH_S)
+        worker.bell.wait(FLUSH_S)
+        worker.bell.clear()
         if runner.last_heartbeat_timestamp != heard:
             heard, since = runner.last_heartbeat_timestamp, time.monotonic()
         if time.monotonic() - since > MASTER_SILENCE_S:
@@ -1109,6 +1110,10 @@ class _WorkerSide:
         self.runner = runner
         self.engine = engine
         self.quitting = False
+        self.bell = gevent.event.Event()
+        """Rings when there is something to say or do at once."""
+        self._over = gevent.get_hub().loop.async_()
+        self._over.start(self.bell.set)
         self.run_id = 0
         self.name = ""
         self._job: dict[str, Any] = {}
@@ -1210,6 +1215,7 @@ class _WorkerSide:
             self._running = self.engine.submit(
                 self.engine.run(*self._columns, msg.data["zero"], gate, self._turns, self._more)
             )
+            self._running.add_done_callback(lambda _: self._over.send())  # in the client's thread
             self._columns = ([], [], [], [])
 
     def stop(self, environment: Any, msg: Any) -> None:
@@ -1221,6 +1227,7 @@ class _WorkerSide:
 
     def quit(self, environment: Any, msg: Any) -> None:
         self.quitting = True
+        self.bell.set()
 
     def flush(self) -> None:
         """Send finished rows up and show them to Locust."""
