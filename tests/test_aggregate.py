@@ -73,20 +73,20 @@ def near(values: Any, exact: Any, within: float = 0.0101) -> None:
 
 
 @pytest.mark.parametrize("warmup_s", [0.0, 30.0])
-def test_counts_say_what_the_rows_say(any_url: str, warmup_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_say_what_the_rows_say(made_any_url: str, warmup_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every backend the way by counts (kept while rows come, or counted from the rows) and the short way by numpy say the same
     of a run, with and without a warm-up, within its own SLO and another one."""
-    rows = answered(3000, 1)
+    rows = answered(1200, 1)
     slo = "ttft<1s tpot<0.5s e2e<20s"
-    with open_store(any_url) as store:
-        run = store.begin_run(replace(a_run(), slo=slo, warmup_s=warmup_s, scheduled=3000))
+    with open_store(made_any_url) as store:
+        run = store.begin_run(replace(a_run(), slo=slo, warmup_s=warmup_s, scheduled=1200))
         store.add_observations(run.id, rows)
         exact = store.figures(run)
         assert exact.exact
         assert store.bins(run) is None
         monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
-        live = store.begin_run(replace(a_run(), slo=slo, warmup_s=warmup_s, scheduled=3000))
-        for part in (slice(0, 1700), slice(1500, 3000), slice(0, 50)):  # some come twice
+        live = store.begin_run(replace(a_run(), slo=slo, warmup_s=warmup_s, scheduled=1200))
+        for part in (slice(0, 700), slice(600, 1200), slice(0, 50)):  # some come twice
             store.add_observations(live.id, rows.take(part))
         monkeypatch.setattr(store, "_pieces", None)  # nobody reads the rows again
         live = store.end_run(live)
@@ -126,17 +126,17 @@ def test_counts_say_what_the_rows_say(any_url: str, warmup_s: float, monkeypatch
         kept = store.bins(live)
         assert kept is not None
         assert list(kept.others) == [f"ttft<{k + 1.0}" for k in range(aggregate.OTHERS, 2 * aggregate.OTHERS)]
-        store.add_observations(run.id, answered(3001, 1).take(slice(3000, 3001)))
+        store.add_observations(run.id, answered(1201, 1).take(slice(1200, 1201)))
         more = store.bins(run, other)
         assert more is not None
-        assert more.rows == 3001  # and is thrown away by a row that comes later
+        assert more.rows == 1201  # and is thrown away by a row that comes later
 
 
-def test_rows_of_somebody_else_are_counted_at_the_end(any_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_somebody_else_are_counted_at_the_end(made_any_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose rows came by two processes is counted from the database when it ends; a row that comes later counts as well."""
     rows = answered(500, 5)
     monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
-    with open_store(any_url) as store, open_store(any_url) as other:
+    with open_store(made_any_url) as store, open_store(made_any_url) as other:
         run = store.begin_run(replace(a_run(), slo="ttft<1s", scheduled=500))
         store.add_observations(run.id, rows.take(slice(0, 200)))
         other.add_observations(run.id, rows.take(slice(200, 450)))
@@ -287,10 +287,10 @@ def test_windows_know_whom_they_miss() -> None:
     near(load_quantiles(some, 0.9)[0], load_quantiles(every, 0.9)[0], 0.15)  # of half of the time
 
 
-def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(any_url: str) -> None:
+def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(made_any_url: str) -> None:
     """Asked again, an ended run's figures are read, not computed; a row that comes later counts."""
     rows = answered(200, 2)
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(replace(a_run(), slo="ttft<1s", scheduled=200))
         store.add_observations(run.id, rows.take(np.arange(100)))
         assert store.figures(run).n == 100
@@ -305,12 +305,12 @@ def test_figures_are_kept_with_an_ended_run_and_forgotten_when_a_row_comes(any_u
 @pytest.mark.parametrize("exact_rows", [100, 10_000])
 @pytest.mark.parametrize("committed", [True, False])
 def test_figures_are_not_kept_of_rows_that_are_no_longer_all(
-    any_url: str, exact_rows: int, committed: bool, monkeypatch: pytest.MonkeyPatch
+    made_any_url: str, exact_rows: int, committed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader has read a run's rows, and some come before it keeps what it found: whoever asks next counts them."""
     monkeypatch.setattr(traces.store, "EXACT_ROWS", exact_rows)
     rows = answered(300, 4)
-    with open_store(any_url) as store, open_store(any_url) as other:
+    with open_store(made_any_url) as store, open_store(made_any_url) as other:
         run = store.begin_run(replace(a_run(), slo="ttft<1s", scheduled=300))
         store.add_observations(run.id, rows.take(slice(0, 200)))
         run = store.end_run(run)
@@ -437,10 +437,10 @@ def asked_again(schedule: Schedule) -> Schedule:
     return replace(schedule, due_s=due - due[0])
 
 
-def test_windows_of_a_long_run_hold_every_neighbour(any_url: str) -> None:
+def test_windows_of_a_long_run_hold_every_neighbour(made_any_url: str) -> None:
     """Windows are spread over the run, hold each index between their first and last, and no more than was asked."""
     rows = answered(5000, 3)
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         assert store.windows(run.id) == []
         store.add_observations(run.id, rows)
@@ -455,34 +455,34 @@ def test_windows_of_a_long_run_hold_every_neighbour(any_url: str) -> None:
         same(whole, Observations.concat([rows]))
 
 
-def test_pruned_runs_are_gone_and_their_space_given_back(any_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pruned_runs_are_gone_and_their_space_given_back(made_any_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """``runs prune`` deletes what all its conditions name, not when it is only asked, and no run that may be going on; ``runs
     vacuum`` runs on every backend."""
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         kept = store.end_run(replace(store.begin_run(replace(a_run(), started_unix_s=0.0)), complete=True))
         gone = store.begin_run(replace(a_run(), started_unix_s=0.0, complete=False))
         store.add_observations(gone.id, some_rows(50))
         young = store.begin_run(replace(a_run(), started_unix_s=1e12, complete=False))
-    words = ["runs", "prune", "--older-than", "1", "--incomplete", "--json", "--db", any_url]
+    words = ["runs", "prune", "--older-than", "1", "--incomplete", "--json", "--db", made_any_url]
     assert main([*words, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": [gone.id], "deleted": False}
     assert main(words) == 0
-    assert main(["runs", "prune", "--db", any_url]) == 2
+    assert main(["runs", "prune", "--db", made_any_url]) == 2
     capsys.readouterr()
-    assert main(["runs", "prune", "--incomplete", "--json", "--db", any_url]) == 0
+    assert main(["runs", "prune", "--incomplete", "--json", "--db", made_any_url]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"runs": [], "deleted": True}
     assert f"runs {young.id} have not ended" in said.err
-    assert main(["runs", "vacuum", "--db", any_url]) == 0
-    with open_store(any_url) as store:
+    assert main(["runs", "vacuum", "--db", made_any_url]) == 0
+    with open_store(made_any_url) as store:
         assert [r.id for r in store.runs()] == [kept.id, young.id]
         assert len(store.observations(gone.id)) == 0
 
 
-def test_runs_go_from_one_database_to_another_without_loss(any_url: str, tmp_path: Path) -> None:
+def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, tmp_path: Path) -> None:
     """By Parquet a run comes out of any database with every column of every row, once however often it is imported."""
     rows = answered(300, 4)
-    with open_store(any_url) as store, open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
+    with open_store(made_any_url) as store, open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
         other.begin_run(a_run())  # ids differ
         run = store.begin_run(replace(a_run(), scheduled=300, counts={"ok": 300}))
         store.add_observations(run.id, rows)
@@ -520,14 +520,14 @@ def test_runs_go_from_one_database_to_another_without_loss(any_url: str, tmp_pat
         import_runs(other, tmp_path / "out")
         assert repr(other.figures(other.run(new))) == repr(store.figures(run))
     (tmp_path / "out" / "samples.parquet").write_bytes(b"PAR1 not at all")
-    with open_store(any_url) as store, pytest.raises(InputError, match="cannot be read"):
+    with open_store(made_any_url) as store, pytest.raises(InputError, match="cannot be read"):
         import_runs(store, tmp_path / "out")
 
 
-def test_rows_without_a_key_come_over_whole(any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_a_key_come_over_whole(made_any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decisions and histograms of runs that lie across two pieces of the file: all, in order, once, also those that lack."""
     monkeypatch.setattr(traces.transfer, "PIECE_ROWS", 3)
-    with open_store(any_url) as store, open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
+    with open_store(made_any_url) as store, open_store(f"sqlite:///{tmp_path / 'other.db'}") as other:
         ids = [store.end_run(store.begin_run(a_run())).id for _ in range(2)]
         for i in ids:
             for k in range(4):

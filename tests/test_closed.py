@@ -75,10 +75,10 @@ def test_little_counts_what_a_closed_loop_serves() -> None:
         assert mean.e2e_s == pytest.approx(mean.ttft_s + (mean.output_tokens - 1) * mean.tpot_s)
 
 
-def test_means_are_stored_asked_and_measured_again(db_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_means_are_stored_asked_and_measured_again(made_db_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     """From a CSV with other names through the database to a split: the one that serves most of those measured, and for a split
     that was not measured an interval that holds what it does."""
-    db = ["--db", db_url]
+    db = ["--db", made_db_url]
     code, first, _ = run([*IMPORT, *db], capsys)
     assert code == 0
     assert len(first["runs"]) == 20
@@ -105,7 +105,7 @@ def test_means_are_stored_asked_and_measured_again(db_url: str, capsys: pytest.C
     assert not unseen["measured"]
     for name in ("throughput_per_s", "ttft_s", "tpot_s"):
         assert unseen[name]["low"] <= getattr(truth, name) <= unseen[name]["high"]
-    with open_store(db_url) as store:
+    with open_store(made_db_url) as store:
         kept = store.recommendations()[0]
         assert (kept["id"], kept["kind"]) == (said["recommendation"], "closed loop")
         assert len(kept["run_ids"]) == 20

@@ -1131,8 +1131,8 @@ def test_what_a_change_cost_is_read_off_rows_and_readings() -> None:
     assert found.first_served_s == 13.0
 
 
-def test_decisions_and_costs_are_rows(db_url: str) -> None:
-    with open_store(db_url) as store:
+def test_decisions_and_costs_are_rows(made_db_url: str) -> None:
+    with open_store(made_db_url) as store:
         decision = Decision(1.0, 5.0, "hold", Fleet(1, 2), None, "nothing to do", 5)
         move = Decision(6.0, 6.0, "move", Fleet(1, 2), Fleet(2, 1), "9 wait", 1)
         store.add_decision(None, decision, "fake", 1000.0)

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 
@@ -100,6 +101,7 @@ def test_an_endless_answer_ends_as_one_line(what: Callable[[socket.socket], None
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100 * 1024
 
 
+@cache
 def packed(plain: bytes) -> tuple[bytes, bytes]:
     """(head of a gzip stream, a piece of it that unpacks to 16 MiB of ``plain`` and may be repeated for ever)."""
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)

@@ -47,10 +47,10 @@ FILES = [
 
 
 @pytest.mark.parametrize(("path", "fact"), FILES, ids=[f[1] for f in FILES])
-def test_every_real_file_gives_exactly_its_published_facts(path: Path, fact: str, sqlite_url: str) -> None:
+def test_every_real_file_gives_exactly_its_published_facts(path: Path, fact: str, made_url: str) -> None:
     """Rows, sums, maxima, medians, span, distinct times, inversions and prefix reuse equal the facts."""
     truth = FACTS[fact]
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [path], name="t")
         schedule = store.schedule("t")
     kept = truth["rows"] - truth["zero_in"]
@@ -80,20 +80,20 @@ def test_shipped_traces_exist_with_licence_and_attribution() -> None:
         assert shipped(name).name in (folder / "ATTRIBUTION.md").read_text()
 
 
-def test_a_trace_is_the_same_on_both_databases(db_url: str) -> None:
+def test_a_trace_is_the_same_on_both_databases(made_db_url: str) -> None:
     """The schedule that comes back is the same whatever the backend."""
-    with open_store(db_url) as store:
+    with open_store(made_db_url) as store:
         ingest(store, [DATA / "synthetic_trace.first.jsonl"], name="t")
         assert store.schedule("t").digest() == DIGEST
         assert len(store.schedule("t")) == FACTS["mooncake/synthetic_trace.first.jsonl"]["rows"]
         assert store.trace("t").block_size == 512
 
 
-def test_the_same_file_again_is_a_no_op_and_another_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+def test_the_same_file_again_is_a_no_op_and_another_is_refused(made_url: str, tmp_path: Path) -> None:
     """Loading twice stores once; the name with other content is refused with the way out."""
     path = tmp_path / "a.csv"
     path.write_text(HEADER + GOOD)
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         assert not ingest(store, [path]).already
         assert ingest(store, [path]).already
         path.write_text(HEADER + GOOD + GOOD)
@@ -102,13 +102,13 @@ def test_the_same_file_again_is_a_no_op_and_another_is_refused(sqlite_url: str, 
         assert len(store.schedule("a")) == 1
 
 
-def test_rows_out_of_order_are_sorted_and_counted(sqlite_url: str, tmp_path: Path) -> None:
+def test_rows_out_of_order_are_sorted_and_counted(made_url: str, tmp_path: Path) -> None:
     """Late rows are put in order, the disorder is counted, and time starts at the first arrival."""
     path = tmp_path / "a.csv"
     path.write_text(
         HEADER + "2024-05-10 00:00:02+00:00,2,1\n2024-05-10 00:00:00.5+00:00,1,1\n2024-05-10 00:00:02+00:00,3,1\n"
     )
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [path])
         schedule = store.schedule("a")
     assert report.inversions == 1
@@ -116,12 +116,12 @@ def test_rows_out_of_order_are_sorted_and_counted(sqlite_url: str, tmp_path: Pat
     assert schedule.prompt_tokens.tolist() == [1, 2, 3]
 
 
-def test_shards_and_gzip_are_one_trace(sqlite_url: str, tmp_path: Path) -> None:
+def test_shards_and_gzip_are_one_trace(made_url: str, tmp_path: Path) -> None:
     """Several files, compressed or not, are one source."""
     (tmp_path / "a.csv").write_text(HEADER + GOOD)
     with gzip.open(tmp_path / "b.csv.gz", "wt") as f:
         f.write(HEADER + GOOD.replace("46.68", "47.68"))
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [tmp_path / "a.csv", tmp_path / "b.csv.gz"], name="both")
     assert report.rows_kept == 2
     assert report.span_s == pytest.approx(1.0)
@@ -147,11 +147,11 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[f"{r}-{i}" for i, (_, r) in enumerate(BAD_ROWS)])
-def test_a_bad_row_is_skipped_under_its_own_name(row: str, reason: str, sqlite_url: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_skipped_under_its_own_name(row: str, reason: str, made_url: str, tmp_path: Path) -> None:
     """One bad row of a hundred is skipped, named, and its line number kept; read = kept + skipped."""
     path = tmp_path / "a.csv"
     path.write_text(HEADER + GOOD * 50 + row + GOOD * 50)
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [path])
     assert report.rows_kept == 100
     assert {r: s.count for r, s in report.skipped.items()} == {reason: 1}
@@ -159,23 +159,23 @@ def test_a_bad_row_is_skipped_under_its_own_name(row: str, reason: str, sqlite_u
     assert report.rows_read == report.rows_kept + sum(s.count for s in report.skipped.values()) + report.other_events
 
 
-def test_whole_numbers_may_be_written_with_a_point(sqlite_url: str, tmp_path: Path) -> None:
+def test_whole_numbers_may_be_written_with_a_point(made_url: str, tmp_path: Path) -> None:
     """``12.0`` is 12."""
     path = tmp_path / "a.csv"
     path.write_text(HEADER + "2023-11-16 18:15:46,12.0,44\n")
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         ingest(store, [path])
         assert store.schedule("a").prompt_tokens.tolist() == [12]
 
 
 @pytest.mark.parametrize(("how", "kept", "replayed"), [("keep-failed", 2, 1), ("skip", 1, 1), ("min1", 2, 2)])
 def test_zero_output_is_kept_as_failed_unless_told_otherwise(
-    how: str, kept: int, replayed: int, sqlite_url: str, tmp_path: Path
+    how: str, kept: int, replayed: int, made_url: str, tmp_path: Path
 ) -> None:
     """A row without answer tokens is a failure of the source: kept but not replayed, skipped, or given one token."""
     path = tmp_path / "a.csv"
     path.write_text(HEADER + GOOD + "2023-11-16 18:15:47,5,0\n")
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         assert ingest(store, [path], zero_output=how).rows_kept == kept
         assert len(store.schedule("a")) == replayed
 
@@ -203,13 +203,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("content", "words"), REFUSED, ids=[w or "utf-16" for _, w in REFUSED])
-def test_a_file_that_cannot_be_used_is_refused_whole(
-    content: bytes, words: str, sqlite_url: str, tmp_path: Path
-) -> None:
+def test_a_file_that_cannot_be_used_is_refused_whole(content: bytes, words: str, made_url: str, tmp_path: Path) -> None:
     """One line with the file's name; nothing is left in the database."""
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         with pytest.raises(InputError) as caught:
             ingest(store, [path])
         assert words in str(caught.value)
@@ -227,22 +225,22 @@ def test_a_file_that_cannot_be_used_is_refused_whole(
     ],
     ids=["azure", "burstgpt", "vidur"],
 )
-def test_a_field_too_large_to_read_is_a_skipped_row(header: str, row: str, sqlite_url: str, tmp_path: Path) -> None:
+def test_a_field_too_large_to_read_is_a_skipped_row(header: str, row: str, made_url: str, tmp_path: Path) -> None:
     """In every CSV format a field beyond the reader's limit costs its row, not the load."""
     path = tmp_path / "a.csv"
     path.write_text(header + row * 50 + "x" * 200_000 + row + row * 50)
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [path])
     assert report.rows_kept == 100
     assert report.skipped["unreadable_line"].count == 1
 
 
-def test_what_is_no_file_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused(made_url: str, tmp_path: Path) -> None:
     """A folder, a missing file and a pipe are refused without waiting."""
     import os
 
     os.mkfifo(tmp_path / "pipe")
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         for path, words in (
             (tmp_path, "folder"),
             (tmp_path / "no.csv", "no such file"),
@@ -252,7 +250,7 @@ def test_what_is_no_file_is_refused(sqlite_url: str, tmp_path: Path) -> None:
                 ingest(store, [path])
 
 
-def test_a_mooncake_row_with_the_wrong_block_count_is_skipped(sqlite_url: str, tmp_path: Path) -> None:
+def test_a_mooncake_row_with_the_wrong_block_count_is_skipped(made_url: str, tmp_path: Path) -> None:
     """Block ids must be ceil or floor of prompt / 512; ids beyond 2^63 are kept apart exactly."""
     rows = [
         {"timestamp": 0, "input_length": 1024, "output_length": 5, "hash_ids": [2**64 - 1, 2**64 - 2]},
@@ -261,7 +259,7 @@ def test_a_mooncake_row_with_the_wrong_block_count_is_skipped(sqlite_url: str, t
     ]
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows * 8))
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [path], max_bad=0.5)
     assert report.skipped["block_count_mismatch"].count == 8
     assert report.rows_kept == 16
@@ -276,8 +274,8 @@ def test_packed_block_ids_come_back(ids: list[int]) -> None:
 
 
 @pytest.fixture
-def empty(sqlite_url: str) -> Iterator[Store]:
-    with open_store(sqlite_url) as store:
+def empty(made_url: str) -> Iterator[Store]:
+    with open_store(made_url) as store:
         yield store
 
 
@@ -371,7 +369,7 @@ def test_a_block_of_plain_rows_is_read_at_once() -> None:
         assert all(isinstance(item, Batch) for item in items)
 
 
-def test_a_line_without_end_is_not_held(sqlite_url: str, tmp_path: Path) -> None:
+def test_a_line_without_end_is_not_held(made_url: str, tmp_path: Path) -> None:
     """Twenty megabytes in one line are one bad row, and the rows around it are kept."""
     path = tmp_path / "long.csv"
     with path.open("w") as file:
@@ -379,13 +377,13 @@ def test_a_line_without_end_is_not_held(sqlite_url: str, tmp_path: Path) -> None
         for _ in range(20):
             file.write("9" * (1 << 20))
         file.write("\n" + GOOD * 30)
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [path])
     assert (report.rows_read, report.rows_kept) == (61, 60)
     assert next(iter(report.skipped.values())).first_lines == [32]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(sqlite_url: str, tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(made_url: str, tmp_path: Path) -> None:
     """What is stored is what its sum says: a file that grows under the reader is no trace yet."""
     path = tmp_path / "live.csv"
     path.write_text(HEADER + GOOD * 20_000)
@@ -398,21 +396,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(sqlite_url: str, tmp_pa
             with path.open("a") as file:
                 file.write(GOOD)
 
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         with pytest.raises(InputError, match="changed while it was read"):
             ingest(store, [path], progress=grow)
         assert store.traces() == []
         assert ingest(store, [path]).rows_kept == 20_001
 
 
-def test_a_feed_holds_what_the_schedule_holds(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_feed_holds_what_the_schedule_holds(made_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Piece by piece the same rows at the same times, failed requests left out; a rate scales them."""
     monkeypatch.setattr(traces.store, "FEED_ROWS", 700)
     path = tmp_path / "t.csv"
     lines = shipped("azure-2023-code").read_text().splitlines()[:3000]
     lines[50] = lines[50].rpartition(",")[0] + ",0"
     path.write_text("\n".join(lines) + "\n")
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         ingest(store, [path])
         whole, feed = store.schedule("t"), store.feed("t")
         parts = list(feed.pieces())
@@ -435,15 +433,13 @@ def test_a_feed_holds_what_the_schedule_holds(sqlite_url: str, tmp_path: Path, m
     np.testing.assert_allclose(first.due_s, whole.due_s[:700] * whole.rate_per_s / 50.0, rtol=1e-9)
 
 
-def test_a_schedule_takes_what_its_numbers_take(
-    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_schedule_takes_what_its_numbers_take(made_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace without sessions is read in pieces: five numbers a request, and not all of its rows at once."""
     n = 40_000
     monkeypatch.setattr(traces.store, "FEED_ROWS", 1000)
     path = tmp_path / "t.csv"
     path.write_text("at,in,out\n" + "".join(f"{1000 + k},{1000 + k % 7},{300 + k % 5}\n" for k in range(n)))
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         ingest(store, [path], columns="arrival=at,input=in,output=out")
         store.schedule("t", sessions=True, most=10)
         tracemalloc.start()
@@ -456,17 +452,17 @@ def test_a_schedule_takes_what_its_numbers_take(
     assert most < 100 * n
 
 
-def test_a_feed_waits_for_its_database(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_feed_waits_for_its_database(made_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that is away for a moment between two pieces costs none of them; one that stays away is said."""
     monkeypatch.setattr(traces.store, "FEED_ROWS", 1000)
-    file = sqlite_url.removeprefix("sqlite:///")
+    file = made_url.removeprefix("sqlite:///")
 
     def rename(before: str, after: str) -> None:
         with contextlib.closing(sqlite3.connect(file, timeout=10)) as connection:
             connection.execute(f"alter table {before} rename to {after}")
             connection.commit()
 
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         ingest(store, [shipped("azure-2023-code")], name="t")
         pieces = store.feed("t").pieces()
         next(pieces)
@@ -484,9 +480,9 @@ def test_a_feed_waits_for_its_database(sqlite_url: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["conversation_trace.first.jsonl", "AzureLLMInferenceTrace_code_1week.head5.csv"])
-def test_the_clock_is_told(name: str, sqlite_url: str) -> None:
+def test_the_clock_is_told(name: str, made_url: str) -> None:
     """Mooncake's conversations come in lumps every 3 s on a clock of milliseconds; the gap is that of the sorted times."""
-    with open_store(sqlite_url) as store:
+    with open_store(made_url) as store:
         report = ingest(store, [DATA / name], name="t")
         due = store.schedule("t").due_s
     gaps = np.diff(np.unique(np.rint(due * 1e6)))

@@ -40,9 +40,9 @@ def some(draw: st.DrawFn) -> Observations:
     return rows
 
 
-def test_rows_of_anything_come_back(postgres_url: str) -> None:
+def test_rows_of_anything_come_back(made_postgres_url: str) -> None:
     """Every float (infinite, subnormal, -0), count at its limit, and text of any script."""
-    with open_store(postgres_url) as store:
+    with open_store(made_postgres_url) as store:
 
         @settings(max_examples=60, suppress_health_check=list(HealthCheck))
         @given(some())
@@ -54,7 +54,7 @@ def test_rows_of_anything_come_back(postgres_url: str) -> None:
         check()
 
 
-def test_a_column_of_numbers_is_as_wide_as_the_database_has_it(postgres_url: str) -> None:
+def test_a_column_of_numbers_is_as_wide_as_the_database_has_it(made_postgres_url: str) -> None:
     """The widths that COPY is told are those of the table; a number that does not fit is refused by name, not wrapped."""
     for size, name in pgcopy.INTS.items():
         most = 2 ** (8 * size - 1) - 1
@@ -62,7 +62,7 @@ def test_a_column_of_numbers_is_as_wide_as_the_database_has_it(postgres_url: str
         assert size == 8 or not pgcopy.fits(np.array([most + 1]), size)
         assert size == 8 or not pgcopy.fits(np.array([-most - 2]), size)
     assert pgcopy.fits(np.array([], dtype=np.int64), 2)
-    with open_store(postgres_url) as store:
+    with open_store(made_postgres_url) as store:
         with store._engine.connect() as connection:
             query = "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = 'observations'"
             found: dict[str, str] = {row[0]: row[1] for row in connection.execute(sa.text(query))}

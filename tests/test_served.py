@@ -320,10 +320,10 @@ def test_without_any_part_nothing_is_split() -> None:
     assert ttft_parts(Observations.unsent(schedule()), []) == []
 
 
-def test_histograms_come_back_as_they_went_in(db_url: str) -> None:
+def test_histograms_come_back_as_they_went_in(made_db_url: str) -> None:
     """In both databases, infinity and all."""
     held = [Histogram("w", "decode", "ttft_s", "vllm:x", 3, 1.5, ((0.1, 1), (math.inf, 3)))]
-    with open_store(db_url) as store:
+    with open_store(made_db_url) as store:
         run = store.begin_run(
             Run("n", "t", "d", 1, "http://x", "vllm", "m", None, 0.0, 1, sources={"w": {"role": "decode"}})
         )

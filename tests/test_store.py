@@ -77,20 +77,20 @@ def a_run() -> Run:
     )
 
 
-def test_observations_come_back_as_they_went_in(any_url: str) -> None:
+def test_observations_come_back_as_they_went_in(made_any_url: str) -> None:
     """Rows with NaN, absent counts and odd text come back to the last bit, in order of due time."""
     rows = some_rows(500)
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         store.add_observations(run.id, rows.take(np.arange(250, 500)))
         store.add_observations(run.id, rows.take(np.arange(250)))
         same(store.observations(run.id), Observations.concat([rows]))
 
 
-def test_writing_a_batch_again_changes_nothing(any_url: str) -> None:
+def test_writing_a_batch_again_changes_nothing(made_any_url: str) -> None:
     """A batch that is sent twice is stored once, also when the second copy differs."""
     rows = some_rows(40)
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         store.add_observations(run.id, rows)
         store.add_observations(run.id, rows)
@@ -98,9 +98,9 @@ def test_writing_a_batch_again_changes_nothing(any_url: str) -> None:
         same(store.observations(run.id), Observations.concat([rows]))
 
 
-def test_a_run_is_begun_ended_and_found_again(any_url: str) -> None:
+def test_a_run_is_begun_ended_and_found_again(made_any_url: str) -> None:
     """A run comes back equal, before and after its end; runs are found by group and by id."""
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         begun = store.begin_run(replace(a_run(), group="g"))
         assert same_run(store.run(begun.id), begun)
         ended = store.end_run(
@@ -132,14 +132,14 @@ def same_run(a: Run, b: Run) -> bool:
     return True
 
 
-def test_samples_and_fleet_changes_come_back(any_url: str) -> None:
+def test_samples_and_fleet_changes_come_back(made_any_url: str) -> None:
     """Readings keep what was absent as absent, zero as zero; a change that never came in force keeps NaN."""
     samples = [
         Sample(0.5, "http://h:1", "prefill", waiting_requests=0.0, busy_s_total=1.25),
         Sample(1.0, "http://h:2", "decode", kv_used_ratio=0.5),
     ]
     change = FleetChange(1.0, math.nan, Fleet(4, 4), Fleet(3, 5), "prefill idle")
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         store.add_samples(run.id, samples)
         store.add_samples(run.id, [])
@@ -150,12 +150,12 @@ def test_samples_and_fleet_changes_come_back(any_url: str) -> None:
         assert math.isnan(back.ready_s)
 
 
-def test_whatever_is_written_twice_is_stored_once(any_url: str) -> None:
+def test_whatever_is_written_twice_is_stored_once(made_any_url: str) -> None:
     """A reading, a decision and a change of P:D sent again, as after a broken connection, change nothing."""
     readings = [Sample(at, worker, "decode", running_requests=at) for at in (0.5, 1.0) for worker in ("a", "b")]
     change = FleetChange(1.0, 2.0, Fleet(4, 4), Fleet(3, 5), "why")
     decision = Decision(1.0, 2.0, "hold", Fleet(4, 4), None, "why", 3)
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         for _ in range(2):
             store.add_samples(run.id, readings)
@@ -173,10 +173,10 @@ def test_whatever_is_written_twice_is_stored_once(any_url: str) -> None:
         assert store.fleet_changes(run.id) == [change]
 
 
-def test_what_no_database_takes_is_left_out_of_texts(any_url: str) -> None:
+def test_what_no_database_takes_is_left_out_of_texts(made_any_url: str) -> None:
     """A model, worker or error text with NUL or half a surrogate, or a very long one, is stored all the same."""
     odd = "a\x00b\ud800c" + "x" * 5000
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(replace(a_run(), model=odd, changes=(odd,), counts={odd: 1}))
         assert store.run(run.id).model == "ab?c" + "x" * 5000
         store.add_samples(run.id, [Sample(0.0, odd, "decode")])
@@ -186,16 +186,16 @@ def test_what_no_database_takes_is_left_out_of_texts(any_url: str) -> None:
         store.add_recommendation("static", {odd: [odd]}, [run.id], "h", 1)
 
 
-def test_names_differ_by_case_and_by_blanks_on_every_backend(any_url: str) -> None:
+def test_names_differ_by_case_and_by_blanks_on_every_backend(made_any_url: str) -> None:
     """Groups are told apart exactly: MariaDB's own rules would take some of these for one."""
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         ids = {group: store.begin_run(replace(a_run(), group=group)).id for group in ("g", "G", "g ", "ĝ")}
         assert {group: [r.id for r in store.runs(group=group)] for group in ids} == {g: [i] for g, i in ids.items()}
 
 
-def test_a_recommendation_keeps_the_runs_it_rests_on(any_url: str) -> None:
+def test_a_recommendation_keeps_the_runs_it_rests_on(made_any_url: str) -> None:
     """An answer comes back with its runs; NaN in it is null."""
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         ids = [store.begin_run(a_run()).id for _ in range(2)]
         number = store.add_recommendation("static", {"prefill": 3, "p99": math.nan}, ids, "h" * 64, 7)
         back = store.recommendation()
@@ -203,9 +203,9 @@ def test_a_recommendation_keeps_the_runs_it_rests_on(any_url: str) -> None:
         assert sorted(back["run_ids"]) == ids
 
 
-def test_deleting_a_run_takes_its_rows_along(any_url: str) -> None:
+def test_deleting_a_run_takes_its_rows_along(made_any_url: str) -> None:
     """A deleted run leaves no rows behind."""
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         store.add_observations(run.id, some_rows(5))
         store.add_samples(run.id, [Sample(0.0, "w", "decode")])
@@ -214,10 +214,10 @@ def test_deleting_a_run_takes_its_rows_along(any_url: str) -> None:
         assert len(store.observations(run.id)) == 0
 
 
-def test_a_reader_sees_whole_batches_while_a_writer_writes(any_url: str) -> None:
+def test_a_reader_sees_whole_batches_while_a_writer_writes(made_any_url: str) -> None:
     """Beside a writer that stores batches of 100, a reader always sees a multiple of 100 rows."""
     rows = some_rows(2000)
-    with open_store(any_url) as store:
+    with open_store(made_any_url) as store:
         run = store.begin_run(a_run())
         done = threading.Event()
 
