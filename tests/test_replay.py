@@ -760,7 +760,8 @@ def test_replay_show_export_and_compare(
     db: str, endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The verbs of a run, with the keys that other programs rely on."""
-    common = ["--endpoint", endpoint, "--requests", "20", "--rate", "40", "--slo", str(SLO), "--db", db, "--json"]
+    common = ["--endpoint", endpoint, "--requests", "20", "--rate", "40", "--slo", str(SLO), "--db", db]
+    common += ["--output-scale", "0.1", "--json"]
     for fleet in ("4:4", "3:5"):
         assert main(["replay", "azure-2023-conv", "--fleet", fleet, "--group", "g", *common]) == 0
         found = said(capsys)
@@ -869,6 +870,8 @@ def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]
         "5",
         "--rate",
         "20",
+        "--output-scale",
+        "0.1",
     ]
     assert main([*command, "--db", db, "--json"]) == 0
     found = said(capsys)

@@ -6,6 +6,7 @@ import _thread
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -213,16 +214,16 @@ def test_a_feed_is_read_while_it_is_replayed(swarm: Swarm, endpoint: str, monkey
     monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.6)
     taken: list[int] = []
     early: list[int] = []
-    asked = feed(200, 50.0, 20, taken)
+    asked = feed(140, 50.0, 20, taken)
     outcome, rows = run_feed(swarm, asked, job(endpoint), lambda: (time.sleep(0.2), early.extend(taken))[-1])
-    whole = schedule(200, 50.0)
+    whole = schedule(140, 50.0)
     assert outcome.reason == ""
     assert rows.index.tolist() == whole.index.tolist()
     assert rows.due_s.tolist() == whole.due_s.tolist()
     assert set(rows.status.tolist()) == {"ok"}
     assert set(rows.worker.tolist()) == {0, 1}
     assert float(rows.lag_s.max()) < 0.1
-    assert len(early) < 6 < len(taken) == 10
+    assert len(early) < 6 < len(taken) == 7
 
 
 def test_a_feed_goes_to_those_who_still_send(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,6 +461,7 @@ def test_poisson_from_two_workers_is_poisson_and_constant_is_constant(swarm: Swa
     due, sent = dispersion(asked.due_s, 0.05), dispersion(np.sort(rows.sent_s), 0.05)
     assert 0.6 < due < 1.5
     assert sent == pytest.approx(due, abs=0.25)
+    n = 300
     even = Schedule("c", np.arange(n), np.arange(n) / rate, np.full(n, 20), np.full(n, 2))
     _, rows = run(swarm, even, job(endpoint))
     assert set(rows.worker.tolist()) == {0, 1}
@@ -723,8 +725,8 @@ def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
     """A worker that was started by hand does the work; where clocks differ, their offset is measured and removed."""
     monkeypatch.setenv("STEELYARD_SWARM_SECRET", "of this test and nobody else")
     asked = schedule(30, 60.0)
-    with Swarm(workers=1) as listening:
-        port = listening.port  # free once it is closed
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]  # free once it is closed
     started: list[subprocess.Popen[bytes]] = []
     swarm = Swarm(workers=0, expect=1, bind=f"127.0.0.1:{port}")
     swarm._boot = "another machine"
