@@ -863,7 +863,7 @@ def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]
         "sweep",
         "azure-2023-conv",
         "--profile",
-        "demo",
+        "constant",
         "--fleets",
         "2:6,4:4",
         "--requests",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from advisor.table import Table as Table
 from traces.records import Floats
 
 How = Literal["line", "steps", "points", "bars"]
@@ -74,22 +75,6 @@ class Plot:
 def rounded(values: Floats, digits: int = 5) -> list[float | None]:
     """The values to a few significant digits, None where there is none: what a page holds need not be exact."""
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in np.asarray(values, dtype=float).tolist()]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of texts under a head. strong: rows that stand out. caption: what the figures are."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    strong: Sequence[int] = ()
-    links: Sequence[str] = ()
-    """Where each row's first cell leads to, on the pages of a server."""
-
-    def as_json(self) -> list[dict[str, str]]:
-        """One object a row, the head's words as keys."""
-        return [dict(zip(self.head, row, strict=True)) for row in self.rows]
 
 
 @dataclass(frozen=True, eq=False)
