@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,21 @@ def export(answer: Mapping[str, Any], kind: str) -> str:
 def validated(document: Mapping[str, Any]) -> str:
     """What a document was checked against, or that it was not, in a line; InputError where its schema refuses it."""
     kind = str(document.get("kind") or ("rules" if "groups" in document else "PlannerConfig"))
-    file = SCHEMAS / f"{kind}.json"
-    if not file.is_file():
+    if not (SCHEMAS / f"{kind}.json").is_file():
         return f"{kind}: unvalidated, no schema of it was found in a package index."
-    schema = json.loads(file.read_bytes())
+    title, check = _schema(kind)
     try:
-        fastjsonschema.validate(schema, document)
+        check(document)
     except fastjsonschema.JsonSchemaValueException as error:
-        raise InputError(
-            f"this answer cannot be written as {kind}: {schema['title']} refuses it: {error.message}."
-        ) from None
-    return f"{kind}: validated against the schema of {schema['title']}."
+        raise InputError(f"this answer cannot be written as {kind}: {title} refuses it: {error.message}.") from None
+    return f"{kind}: validated against the schema of {title}."
+
+
+@cache
+def _schema(kind: str) -> tuple[str, Callable[[Mapping[str, Any]], Any]]:
+    """(its title, what checks a document by it): made once, which takes far longer than a check."""
+    schema = json.loads((SCHEMAS / f"{kind}.json").read_bytes())
+    return schema["title"], fastjsonschema.compile(schema)
 
 
 def _roles(answer: Mapping[str, Any]) -> dict[str, int]:

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import stats
-from sklearn.linear_model import LinearRegression
+from scipy import optimize, stats
 
 from advisor.calibrate import Calibration, Known, Replay, Space, calibrate, sent
 from advisor.features import (
@@ -514,9 +513,7 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
         # Rows only count through the triangle of their QR: the same minimum from k + 1 rows as from thousands.
         root = np.sqrt(weight * robust)
         triangle = np.asarray(np.linalg.qr(np.column_stack([scaled / size * root[:, None], root]), mode="r"))
-        model = LinearRegression(positive=True, fit_intercept=False)
-        model.fit(triangle[:, :-1], triangle[:, -1])
-        coefficients = np.asarray(model.coef_, dtype=float) / size
+        coefficients = optimize.nnls(triangle[:, :-1], triangle[:, -1])[0] / size
         residual = np.abs(1 - scaled @ coefficients)
         scale = max(1.4826 * float(np.median(residual)), 1e-6)
         robust = np.minimum(1.0, 1.345 * scale / np.maximum(residual, 1e-12))

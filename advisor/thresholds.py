@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import RidgeCV
 
 from advisor.parallel import each
 from advisor.telling import Note, silent
@@ -469,6 +468,8 @@ def fit_forecast(
     Targets: prompt tokens a second that arrive in the second half of the time ahead and as long again; sequences in decode
     then. clock_s: period of the clock features.
     """
+    from sklearn.linear_model import RidgeCV  # what it brings along takes a third of a second to import
+
     watch = _Watch(rule, rule.memory_s, rule.mean_prompt)
     simulate(history, start, question.profile, controller=watch, tick_s=question.tick_s)
     end = float(history.due_s[-1]) - 2 * ahead_s

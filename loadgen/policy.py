@@ -118,7 +118,7 @@ def _towards(fleet: Fleet, role: str, floor: tuple[int, int] = (1, 1)) -> Fleet 
     step = 1 if role == "prefill" else -1
     if (role == "decode" and fleet.prefill + step < floor[0]) or (role == "prefill" and fleet.decode - step < floor[1]):
         return None
-    return replace(fleet, prefill=fleet.prefill + step, decode=fleet.decode - step)
+    return Fleet(fleet.prefill + step, fleet.decode - step, fleet.mixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class BacklogRule:
                     if back
                     else "but its donor would be left with more backlog"
                 )
-            return replace(state, wish="", since_s=math.nan), None, why
+            return State("", math.nan, state.moved, state.moved_s, state.seen), None, why
         if state.wish != wish:
             state = replace(state, wish=wish, since_s=now_s)
         if now_s - state.since_s < self.dwell_s:
@@ -505,10 +505,15 @@ class Steering:
         now: dict[str, tuple[float, float]] = {}
         for s in samples:
             if s.prompt_tokens_total is not None:
-                prompt, received = now.get(s.worker, (0.0, 0.0))
-                now[s.worker] = prompt + s.prompt_tokens_total, received + (s.received_tokens_total or 0.0)
-        for worker, (prompt, received) in now.items():
-            before, got = self._counted.get(worker, (prompt, received))
+                prompt, received = s.prompt_tokens_total, s.received_tokens_total or 0.0
+                if s.worker in now:
+                    prompt, received = now[s.worker][0] + prompt, now[s.worker][1] + received
+                now[s.worker] = prompt, received
+        for worker, held in now.items():
+            last = self._counted.get(worker, held)
+            if last == held:
+                continue
+            (prompt, received), (before, got) = held, last
             if prompt < before:  # the server began anew
                 before, got = 0.0, 0.0
             self._processed += max(0.0, prompt - before - (received - got))
