@@ -127,7 +127,8 @@ def test_the_draws_judge_all_the_requests_though_they_simulate_a_window(tmp_path
 
 
 def test_the_sentence_says_more_less_or_as_much() -> None:
-    data, asked = three_runs(Profile.load("demo"), 6.0), lognormal(400, 6.0, 9)
+    rate = busy_rate(demo := Profile.load("demo"))
+    data, asked = three_runs(demo, rate), lognormal(400, 6.0, 9)
     answer = recommend(data, asked, gpus=8, slo=SLO, refuse=False)
     other = answer.compared_with
     assert other is not None
@@ -237,12 +238,13 @@ def test_the_same_rows_and_seed_give_the_same_answer() -> None:
     for _ in range(2):
         calibrate.forget()
         answer = recommend(
-            three_runs(profile, rate),
+            three_runs(profile, rate)[::2],
             lognormal(200, rate, 5),
             gpus=8,
             slo=SLO,
             draws=4,
             attainment=0.3,
+            refuse=False,
             note=lambda *said: told.append((*said, "")[:4]),
         )
         asked.append(answer)
@@ -286,7 +288,8 @@ ODD: dict[str, dict[str, Any]] = {
 
 def test_runs_that_are_no_steady_split_are_left_out_and_said() -> None:
     """What the laws of two stages cannot explain is not fitted: mixed workers, moving roles, a clock that is not life's."""
-    data = three_runs(Profile.load("demo"), 10.0)
+    rate = busy_rate(demo := Profile.load("demo"))
+    data = three_runs(demo, rate)
     odd = [replace(data[0], run=replace(data[0].run, id=90 + k, **ODD[words])) for k, words in enumerate(ODD)]
     answer = recommend([*data, *odd], lognormal(150, 8, 7), gpus=8, slo=SLO, draws=4)
     assert answer.as_json()["runs"] == [1, 2, 3]
@@ -482,7 +485,8 @@ def test_ten_times_the_rate_takes_ten_times_the_gpus(monkeypatch: pytest.MonkeyP
 def test_the_size_is_that_of_the_whole_trace_and_not_of_its_beginning() -> None:
     """Prompts that are four times as long in the second half: the fleet that is named keeps the SLO through both."""
     profile = Profile.load("demo")
-    answer = recommend(three_runs(profile, 6.0), lognormal(100, 6.0, 9), gpus=8, slo=SLO, draws=2, refuse=False)
+    data = three_runs(profile, busy_rate(profile))
+    answer = recommend(data, lognormal(100, 6.0, 9), gpus=8, slo=SLO, draws=2, refuse=False)
     longer = replace(lognormal(10_000, 6.0, 9), prompt_tokens=np.repeat([200, 800], 5000))
     found = needed(replace(answer, schedule=longer), 60.0, attainment=0.9)
     fleet = Fleet(found.prefill, found.decode)
@@ -523,7 +527,8 @@ def test_requests_at_one_instant_are_no_traffic(n: int) -> None:
 def test_a_clock_of_minutes_is_no_lack_of_a_rate(a_minute: int) -> None:
     """400 requests an instant: the next run holds more than one instant, so that it has a rate. 3,000: to be spread first."""
     minutes = replace(lognormal(8 * 400, 6.0, 9), due_s=np.arange(8 * 400) // a_minute * 60.0)
-    data = three_runs(Profile.load("demo"), 6.0)
+    rate = busy_rate(demo := Profile.load("demo"))
+    data = three_runs(demo, rate)
     if a_minute == 400:
         probe = recommend(data, minutes, gpus=8, slo=SLO, draws=4, refuse=False).next_probe
         assert math.isfinite(to_rate(head(minutes, probe["requests"]), probe["rate_per_s"]).rate_per_s)

@@ -292,7 +292,7 @@ def test_windows_in_which_nobody_is_served_widen_the_band() -> None:
 
 def test_draws_in_which_nobody_is_served_begin_the_band_at_nothing() -> None:
     """Twelve draws of thirty, or two, serve none within the SLO: so may the split. One of thirty is below the band anyway."""
-    fit, asked, fleet = fit_laws(three_runs(DEMO, 6.0)), lognormal(100, 2.0, 9), Fleet(4, 4)
+    fit, asked, fleet = fit_laws(three_runs(DEMO, busy_rate(DEMO))), lognormal(100, 2.0, 9), Fleet(4, 4)
     point = Simulated.of(simulate(asked, fleet, DEMO), SLO, 0.9)
     none = replace(point, summary=replace(point.summary, goodput_per_s=0.0))
     for zeros, least in ((0, 0.5), (1, 0.5), (2, 0.0), (12, 0.0), (29, 0.0), (30, 0.0)):
