@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from advisor.cli import main
 from advisor.strategies import DEFAULT_SLO, Workload
 from advisor.thresholds import (
     CONSTANT_DRAWS,
+    Found,
     Score,
     constant,
     defaults,
@@ -139,11 +143,24 @@ def test_a_move_costs_the_flip_at_least() -> None:
 
 
 @pytest.fixture(scope="module")
-def found():  # type: ignore[no-untyped-def]
-    return find(SHIFT, EIGHT, seed=3, seeds=2)
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The search, done once for this file by whichever process comes first; the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    kept = root / "found.pickle"
+    with (root / "found.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            half = root / "found.part"
+            half.write_bytes(pickle.dumps(find(SHIFT, EIGHT, seed=3, seeds=2)))
+            half.rename(kept)
+    made = pickle.loads(kept.read_bytes())
+    assert isinstance(made, Found)
+    return made
 
 
-def test_thresholds_chosen_on_the_earlier_part_pay_on_the_later(found) -> None:  # type: ignore[no-untyped-def]
+def test_thresholds_chosen_on_the_earlier_part_pay_on_the_later(found: Found) -> None:
     """Where the mix turns every 150 s, moving beats standing still, the report's rule and comes near the oracle that pays."""
     good, why = pays(found, 0.02)
     assert good, why
@@ -155,7 +172,7 @@ def test_thresholds_chosen_on_the_earlier_part_pay_on_the_later(found) -> None: 
     assert found.earlier.windows[-1].end_s <= found.later.windows[0].start_s
 
 
-def test_the_table_of_thresholds_is_the_rule(found) -> None:  # type: ignore[no-untyped-def]
+def test_the_table_of_thresholds_is_the_rule(found: Found) -> None:
     """What --json prints runs as it is: the same decisions in the simulator, bit for bit."""
     table = json.loads(json.dumps(found.as_json()))
     rule = policy.rule_of(table, "here")
@@ -177,7 +194,7 @@ def test_the_same_seed_gives_the_same_thresholds() -> None:
     assert find(short, EIGHT, seed=3, seeds=1).as_json() == find(short, EIGHT, seed=3, seeds=1).as_json()
 
 
-def test_nothing_oscillates_under_constant_load(found) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_oscillates_under_constant_load(found: Found) -> None:
     """Thresholds that move on traffic that turns leave traffic that does not turn alone, once they have found its split."""
     steering = policy.Steering(found.rule)
     simulate(STEADY, study(STEADY, EIGHT).fixed, DEMO, controller=steering)
@@ -284,7 +301,7 @@ def test_a_steady_mix_stands_still_and_says_why() -> None:
     assert choice.online is None
 
 
-def test_a_mix_that_turns_moves(found, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_mix_that_turns_moves(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regret of standing still, windows long enough, thresholds that pay: online."""
     monkeypatch.setattr("advisor.choose.find", lambda *_, **__: found)  # the search itself, done once for this file
     choice = choose(SHIFT, EIGHT, found.start, seed=3)
@@ -346,9 +363,9 @@ def test_colocated_is_named_when_it_would_win() -> None:
 
 
 def test_the_thresholds_run_as_they_are_in_a_replay(
-    found,
+    found: Found,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],  # type: ignore[no-untyped-def]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A file of thresholds and a stored answer each steer a live endpoint; the fleet that they start from is put in force."""
     url = f"sqlite:///{tmp_path}/a.db"
