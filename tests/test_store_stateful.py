@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ ROWS = some_rows(60)
 ROWS.index[:] = np.arange(60)
 
 
+@cache
+def migrated() -> bytes:
+    """A SQLite file as the migrations leave it: to make one takes longer than an example."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.db"
+        open_store(f"sqlite:///{path}").close()
+        return path.read_bytes()
+
+
 class StoreMachine(RuleBasedStateMachine):
     """A SQLite file beside a dictionary: run -> indexes of its rows, and times of its readings."""
 
@@ -27,7 +37,9 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.url = f"sqlite:///{Path(self.folder.name) / 's.db'}"
+        path = Path(self.folder.name) / "s.db"
+        self.url = f"sqlite:///{path}"
+        path.write_bytes(migrated())
         self.store = open_store(self.url)
         self.rows: dict[int, set[int]] = {}
         self.readings: dict[int, set[float]] = {}
