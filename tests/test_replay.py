@@ -872,6 +872,8 @@ def test_sweep_with_its_own_endpoint(db: str, capsys: pytest.CaptureFixture[str]
         "20",
         "--output-scale",
         "0.1",
+        "--workers",
+        "1",
     ]
     assert main([*command, "--db", db, "--json"]) == 0
     found = said(capsys)
@@ -969,7 +971,7 @@ def test_wrong_input_is_one_line(
     db: str, arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What, where, got, next step; no traceback, nothing stored."""
-    assert main(["replay", *arguments, "--db", db]) == code
+    assert main(["replay", *arguments, "--workers", "1", "--db", db]) == code
     err = capsys.readouterr().err
     assert re.search(words, err)
     if code == 1:
