@@ -311,7 +311,7 @@ def test_a_replay_that_plans_what_cannot_be_reached_is_refused_before_it_sends(
     """One line, nothing stored; a dry run of one that can says what would be done when."""
     db = f"sqlite:///{tmp_path / 'a.db'}"
     assert main(["ingest", "azure-2023-conv", "--db", db]) == 0
-    words = ["replay", "azure-2023-conv", "--endpoint", server, "--requests", "5", "--db", db]
+    words = ["replay", "azure-2023-conv", "--endpoint", server, "--requests", "5", "--workers", "1", "--db", db]
     capsys.readouterr()
     assert main([*words, "--change", "1=5:5"]) == 1
     said = capsys.readouterr().err.strip().splitlines()
