@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from advisor.baselines import baselines
-from advisor.calibrate import LOAD_QUANTILES, Replay
+from advisor.calibrate import _WANTED, LOAD_QUANTILES, Replay, _quantiles
 from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, METRICS, fit_laws, load_of, reach
 from advisor.recommend import _figures, break_even, conformal, recommend
@@ -126,6 +126,19 @@ def test_the_decode_step_is_held_to_the_batches_that_were_there() -> None:
     assert off(DEMO).max() < 0.05
     assert off(replace(DEMO, max_batch_requests=1, b_s_per_token=3 * DEMO.b_s_per_token)).max() < 0.05
     assert off(replace(DEMO, c1_s=2 * DEMO.c1_s)).min() > 0.1
+
+
+def test_quantiles_of_many_parts_at_once_are_those_of_each() -> None:
+    """What is not finite is left out, wherever it stands; a part with fewer than five values says nothing."""
+    rng = np.random.default_rng(5)
+    parts = [rng.lognormal(0, 1, n) for n in (40, 5, 4, 0, 7, 31)]
+    parts[0][[3, 17]] = math.nan, math.inf
+    parts[4][:3] = math.nan
+    each = [part[np.isfinite(part)] for part in parts]
+    told = [
+        np.log(np.quantile(p, at)) if len(p) >= 5 else [math.nan] * len(at) for p, at in zip(each, _WANTED, strict=True)
+    ]
+    np.testing.assert_array_equal(_quantiles(parts), np.concatenate(told))
 
 
 def of_dynamo(what: str) -> tuple[Schedule, np.ndarray, np.ndarray]:
