@@ -59,6 +59,12 @@ def constant(n: int, rate_per_s: float) -> Schedule:
     return Schedule("t", np.arange(n), np.arange(n) / rate_per_s, np.full(n, 40), np.full(n, 1))
 
 
+@pytest.fixture(autouse=True)
+def waiting(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that one test leaves on disk are not in the way of another that says there are none, whichever comes first."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("waiting")))
+
+
 @pytest.fixture(scope="module")
 def swarm() -> Iterator[Swarm]:
     with Swarm(workers=2) as made:
