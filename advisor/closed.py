@@ -88,32 +88,10 @@ def _reach(points: Sequence[Point], tpot: Floats) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ridge:
-    """A ridge regression on columns of mean 0 and spread 1; one that does not vary has no say."""
-
-    mean: Floats
-    spread: Floats
-    slopes: Floats
-    level: float
-
-    @classmethod
-    def fit(cls, x: Floats, y: Floats, penalties: Sequence[float]) -> list[_Ridge]:
-        """One for each penalty. Many small ones are wanted: this is what scikit-learn solves, without a second of its checks."""
-        mean, spread, level = x.mean(axis=0), x.std(axis=0), float(y.mean())
-        still = spread <= 1e-12 * np.maximum(1.0, np.abs(mean))
-        spread = np.where(still, 1.0, spread)
-        u, s, vt = np.linalg.svd(np.where(still, 0.0, (x - mean) / spread), full_matrices=False)
-        return [cls(mean, spread, vt.T @ (s / (s * s + p) * (u.T @ (y - level))), level) for p in penalties]
-
-    def predict(self, x: Floats) -> Floats:
-        return np.asarray((x - self.mean) / self.spread @ self.slopes + self.level)
-
-
-@dataclass(frozen=True, eq=False)
 class _Scaled:
     """A ridge on log y, times a scale."""
 
-    model: _Ridge
+    model: Any
     scale: float
 
     def predict(self, x: Floats) -> Floats:
@@ -121,15 +99,23 @@ class _Scaled:
 
 
 def _fitted(x: Floats, y: Floats, groups: Sequence[str]) -> _Scaled:
-    from sklearn.model_selection import GroupKFold  # what it brings along takes a third of a second to import
+    from sklearn import config_context  # what it brings along takes a third of a second to import
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     logs, apart = np.log(y), np.empty((len(PENALTIES), len(y)))
-    for train, held in GroupKFold(min(5, len(set(groups)))).split(x, groups=groups):
-        for told, model in zip(apart, _Ridge.fit(x[train], logs[train], PENALTIES), strict=True):
-            told[held] = np.exp(model.predict(x[held]))
-    errors = np.abs(apart[:, None, :] * SCALES[:, None] / y - 1).mean(axis=2)
-    penalty, scale = np.unravel_index(int(errors.argmin()), errors.shape)
-    return _Scaled(_Ridge.fit(x, logs, PENALTIES)[int(penalty)], float(SCALES[scale]))
+    with config_context(assume_finite=True, skip_parameter_validation=True):  # these checks would take most of the time
+        for train, held in GroupKFold(min(5, len(set(groups)))).split(x, groups=groups):
+            scaler = StandardScaler().fit(x[train])
+            known, asked = scaler.transform(x[train]), scaler.transform(x[held])
+            for told, penalty in zip(apart, PENALTIES, strict=True):
+                told[held] = np.exp(Ridge(penalty).fit(known, logs[train]).predict(asked))
+        errors = np.abs(apart[:, None, :] * SCALES[:, None] / y - 1).mean(axis=2)
+        best, scale = np.unravel_index(int(errors.argmin()), errors.shape)
+        model = make_pipeline(StandardScaler(), Ridge(PENALTIES[int(best)])).fit(x, logs)
+    return _Scaled(model, float(SCALES[scale]))
 
 
 @dataclass(frozen=True, eq=False)

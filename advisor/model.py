@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 from advisor.calibrate import Calibration, Known, Replay, Space, calibrate, sent
 from advisor.features import (
@@ -502,6 +502,9 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
     Returns ([k] coefficients >= 0, weighted median absolute relative error). Every row is divided by its y, so that a
     1 s step and a 10 ms step count alike; five rounds of reweighting keep a few foreign rows from mattering.
     """
+    from sklearn import config_context  # what it brings along takes a third of a second to import
+    from sklearn.linear_model import LinearRegression
+
     use = weight > 0
     x, y, weight = x[use], y[use], weight[use]
     scaled = x / y[:, None]
@@ -513,7 +516,10 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
         # Rows only count through the triangle of their QR: the same minimum from k + 1 rows as from thousands.
         root = np.sqrt(weight * robust)
         triangle = np.asarray(np.linalg.qr(np.column_stack([scaled / size * root[:, None], root]), mode="r"))
-        coefficients = optimize.nnls(triangle[:, :-1], triangle[:, -1])[0] / size
+        model = LinearRegression(positive=True, fit_intercept=False)
+        with config_context(assume_finite=True, skip_parameter_validation=True):  # most of the time of hundreds of fits
+            model.fit(triangle[:, :-1], triangle[:, -1])
+        coefficients = np.asarray(model.coef_, dtype=float) / size
         residual = np.abs(1 - scaled @ coefficients)
         scale = max(1.4826 * float(np.median(residual)), 1e-6)
         robust = np.minimum(1.0, 1.345 * scale / np.maximum(residual, 1e-12))
