@@ -543,7 +543,7 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     return replace(found, replays=replays, points=list(found.points))
 
 
-REMEMBERED = 4
+REMEMBERED = 8
 _KNOWN: dict[bytes, Calibration] = {}
 
 

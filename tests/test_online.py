@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,21 +140,8 @@ def test_a_move_costs_the_flip_at_least() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """The search, done once for this file by whichever process comes first; the others wait for it."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    kept = root / "found.pickle"
-    with (root / "found.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            half = root / "found.part"
-            half.write_bytes(pickle.dumps(find(SHIFT, EIGHT, seed=3, seeds=2)))
-            half.rename(kept)
-    made = pickle.loads(kept.read_bytes())
-    assert isinstance(made, Found)
-    return made
+def found() -> Found:
+    return find(SHIFT, EIGHT, seed=3, seeds=2)
 
 
 def test_thresholds_chosen_on_the_earlier_part_pay_on_the_later(found: Found) -> None:
