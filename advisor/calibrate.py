@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
@@ -535,16 +536,21 @@ def calibrate(data: Sequence[RunData], space: Space, *, seed: int = 0) -> Calibr
     most = max(200, REQUESTS // len(data))
     replays = [Replay.of(one, most) for one in data]
     key = _digest(replays, space, seed)
-    if (found := _KNOWN.pop(key, None)) is None:
+    with _LOCK:
+        found = _KNOWN.get(key)
+    if found is None:
         found = _calibrate(replays, space, seed)
-    _KNOWN[key] = found
-    while len(_KNOWN) > REMEMBERED:
-        del _KNOWN[next(iter(_KNOWN))]
+    with _LOCK:
+        _KNOWN.pop(key, None)
+        _KNOWN[key] = found  # the last one asked for is the last to go
+        while len(_KNOWN) > REMEMBERED:
+            del _KNOWN[next(iter(_KNOWN))]
     return replace(found, replays=replays, points=list(found.points))
 
 
 REMEMBERED = 8
 _KNOWN: dict[bytes, Calibration] = {}
+_LOCK = threading.Lock()
 
 
 def forget() -> None:

@@ -652,7 +652,9 @@ class Swarm:
         # As Locust does, but with a certificate's key that is not in a file of its own, and no old TLS.
         tls = door.context(gevent.ssl.SSLContext)
         how = {"ssl_context": tls} if tls is not None else {}
-        ui.server = _Web(listening, app, log=None, error_log=None, **how)
+        # By its name gevent would ask a resolver, which may take half a minute where there is none.
+        named = {"SERVER_NAME": door.host}
+        ui.server = _Web(listening, app, log=None, error_log=None, environ=named, **how)
         ui.server.start()
         runner.update_state("running")
 

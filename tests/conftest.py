@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -127,8 +127,13 @@ def shared(own: Path, name: str, start: Callable[[], AbstractContextManager[str]
                 fcntl.flock(gate, fcntl.LOCK_EX)
                 said.unlink()  # who comes now starts another
                 fcntl.flock(gate, fcntl.LOCK_UN)
-                fcntl.flock(used, fcntl.LOCK_UN)
-                fcntl.flock(used, fcntl.LOCK_EX)  # the last of the others has let go, or is dead
+                # Until the last of the others has let go, or is dead; one that hangs is to be named by its own limit of 300 s.
+                until = time.monotonic() + 200
+                while time.monotonic() < until:
+                    with suppress(BlockingIOError):
+                        fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.1)
 
 
 @contextmanager
@@ -182,7 +187,7 @@ def postgres_url(postgres_server: str) -> str:
 
 
 def mariadb_programs() -> tuple[str, str] | None:
-    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server)."""
+    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server-core)."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     server, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
     return (server, install) if server and install else None
@@ -252,7 +257,7 @@ def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a running MariaDB, without a database; skipped where none is installed."""
     pytest.importorskip("pymysql", reason="the driver is not installed: pip install 'steelyard[mariadb]'")
     if mariadb_programs() is None:
-        pytest.skip("no MariaDB on this machine: install mariadb-server")
+        pytest.skip("no MariaDB on this machine: install mariadb-server-core")
     with shared(tmp_path_factory.getbasetemp(), "mariadb", lambda: mariadb(tmp_path_factory.mktemp("mariadb"))) as url:
         yield url
 
@@ -276,9 +281,12 @@ def migrated_mariadb(mariadb_server: str) -> list[str]:
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
         open_store(f"{mariadb_server.replace('+pymysql', '')}/{name}").close()
         connection.execute(sa.text(f"USE {name}"))
+        kept = connection.execute(sa.text("SELECT @@character_set_database, @@collation_database")).one()
+        collation = "CHARACTER SET {} COLLATE {}".format(*kept)
         tables = connection.execute(sa.text("SHOW TABLES")).scalars().all()
         made = [connection.execute(sa.text(f"SHOW CREATE TABLE {table}")).one()[1] for table in tables]
     return [
+        f"ALTER DATABASE {collation}",
         "SET FOREIGN_KEY_CHECKS = 0",
         *made,
         *(f"INSERT INTO {table} SELECT * FROM {name}.{table}" for table in tables),

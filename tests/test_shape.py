@@ -255,6 +255,7 @@ def test_what_was_changed_is_said_after_what_was_said_before() -> None:
     assert scale_rate(held, 1) is held
     assert ramp(held, 2).changes == ("before", "ramp over 2 s")
     assert thin(held, 0.5, 1).changes[1].startswith("thinned to ")
+    assert thin(held, np.float64(0.5), 1).changes == thin(held, 0.5, 1).changes  # a share from a grid
     assert thin(held, 1) is held
     assert superpose(held, 2, 7).changes == ("before", "2 copies laid over each other (seed 7)")
     assert superpose(held, 1) is held

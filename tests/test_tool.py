@@ -91,7 +91,7 @@ def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: py
 
 
 def test_a_url_that_holds_a_user_is_in_no_next_command(
-    here: Path, postgres_url: str, capsys: pytest.CaptureFixture[str]
+    here: Path, postgres_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its user it would open nothing; one that holds none is told as a shell takes it."""
     open_store(postgres_url).close()
@@ -103,6 +103,10 @@ def test_a_url_that_holds_a_user_is_in_no_next_command(
     found = status(capsys, "--db", postgres_url)
     assert found["problem"].endswith("Run: steelyard migrate --db URL")
     assert found["next"]["command"] == "steelyard migrate --db URL"
+    monkeypatch.setenv("STEELYARD_DB", postgres_url)
+    found = status(capsys)
+    assert found["problem"].endswith("Run: steelyard migrate")
+    assert found["next"]["command"] == "steelyard migrate"
     old = f"sqlite:///{here / 'old one.db'}"
     said(capsys, "ingest", "azure-2023-conv", "--db", old)
     with sqlite3.connect(here / "old one.db") as other:

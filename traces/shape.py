@@ -122,7 +122,8 @@ def thin(schedule: Schedule, share: float, seed: int = 0) -> Schedule:
     if not kept.any():
         raise InputError(f"of {len(schedule)} requests none is left at a share of {share:g}. Give a larger one.")
     return _changed(
-        schedule.take(kept), f"thinned to {int(kept.sum())} of {len(schedule)} requests by {share!r} (seed {seed})"
+        schedule.take(kept),
+        f"thinned to {int(kept.sum())} of {len(schedule)} requests by {float(share)!r} (seed {seed})",
     )
 
 

@@ -462,8 +462,11 @@ def told(url: str) -> str:
 
 
 def option(url: str) -> str:
-    """`` --db ..`` for the end of a command that is printed: the URL, or the word where it cannot be :func:`told`."""
-    return f" --db {shlex.quote(url) if told(url) else 'URL'}"
+    """`` --db ..`` for the end of a command that is printed; of a URL that cannot be :func:`told` the word, or nothing where
+    STEELYARD_DB holds it."""
+    if not told(url):
+        return "" if url == os.environ.get("STEELYARD_DB") else " --db URL"
+    return f" --db {shlex.quote(url)}"
 
 
 def _credited(url: sa.URL, ours: bool) -> sa.URL:
