@@ -67,6 +67,9 @@ START_AHEAD_S = 0.5
 """The agreed start lies this far ahead of the message that agrees on it."""
 
 READY_TIMEOUT_S = 60.0
+ELSEWHERE_S = 600.0
+"""Workers of other machines have so long to join: an image is pulled, and Kubernetes may put a restart off for five minutes."""
+
 SLACK_S = 30.0
 """A run may take so much longer than its requests can."""
 
@@ -84,6 +87,9 @@ BLOCK = 50_000
 
 MOST_FACTS = 4000
 """Characters of a request's facts."""
+
+LOOK_S = 1.0
+"""A worker that waits for its master looks for it so often, and gives a connection as long to greet."""
 
 JOIN_S = 10.0
 """A worker leaves a master that has not proved by then that it knows the secret."""
@@ -495,7 +501,8 @@ class Swarm:
         this does nothing."""
         if self._joined:
             return
-        until = time.monotonic() + READY_TIMEOUT_S
+        patience_s = ELSEWHERE_S if self._expect > self._local else READY_TIMEOUT_S
+        until = time.monotonic() + patience_s
         while self._alive < self._expect:
             for process in self._crew.processes.values():
                 if process.poll() is not None and not any(w.pid == process.pid for w in self._workers.values()):
@@ -505,7 +512,7 @@ class Swarm:
                     )
             if time.monotonic() > until:
                 raise SteelyardError(
-                    f"{self._alive} of {self._expect} load workers joined {self.address} within {READY_TIMEOUT_S:g} s. "
+                    f"{self._alive} of {self._expect} load workers joined {self.address} within {patience_s:g} s. "
                     f"Start them with: steelyard worker --master {self.address}"
                 )
             self._next(0.2)
@@ -1041,10 +1048,23 @@ class _RequestError(Exception):
     """A failed request as Locust's statistics show it."""
 
 
-def work(master: str, parent: int = 0) -> int:
+def _await(master: str, host: str, port: int) -> None:
+    """Until a master listens. It greets who connects; a mesh's sidecar takes connections for one that is not there yet."""
+    while True:
+        with contextlib.suppress(OSError):
+            try:
+                with socket.create_connection((host, port), LOOK_S) as one:
+                    if one.recv(1) == b"\xff":  # the signature that begins ZMTP
+                        return
+            except (UnicodeError, OverflowError):
+                raise InputError(f"--master takes HOST:PORT (got {master!r}).") from None
+        time.sleep(LOOK_S)
+
+
+def work(master: str, parent: int = 0, *, wait: bool = False) -> int:
     """Be a load worker of ``master`` (HOST:PORT) until it says quit, goes silent or ``parent`` is gone.
 
-    Returns the exit code.
+    wait: for a master as long as it takes; without, Locust waits five minutes. Returns the exit code.
     """
     import resource
 
@@ -1061,6 +1081,8 @@ def work(master: str, parent: int = 0) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if wait:
+        _await(master, host.strip("[]"), int(port))
     sys.setswitchinterval(0.0005)  # the hub's statistics must not hold the client up for 5 ms
     # Locust measures its master's silence by the wall clock, which a time server may set forward by more than that.
     locust.runners.MASTER_HEARTBEAT_TIMEOUT = float("inf")  # type: ignore[assignment]

@@ -226,6 +226,7 @@ def test_the_kubernetes_manifest_fits_itself_and_us() -> None:
     asked = parsed(shlex.join(master["command"])).params
     joins = parsed(shlex.join(worker["command"])).params
     service, port = joins["master"].split(":")
+    assert joins["wait"]
     assert service == held["Service"]["metadata"]["name"]
     assert int(port) == held["Service"]["spec"]["ports"][0]["port"] == int(asked["bind"].rpartition(":")[2])
     assert held["Service"]["spec"]["selector"] == held["Job"]["spec"]["template"]["metadata"]["labels"]

@@ -720,26 +720,31 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.timed
 def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
-    endpoint: str, monkeypatch: pytest.MonkeyPatch
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """A worker that was started by hand does the work; where clocks differ, their offset is measured and removed."""
+    """A worker that was started by hand, before its master, does the work; where clocks differ, their offset is measured and
+    removed. Others have longer to join than children of the swarm."""
     monkeypatch.setenv("STEELYARD_SWARM_SECRET", "of this test and nobody else")
     asked = schedule(30, 60.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(60)
         port = listening.getsockname()[1]  # free once it is closed
-    started: list[subprocess.Popen[bytes]] = []
+        command = [sys.executable, "-m", "advisor", "worker", "--wait", "--master", f"127.0.0.1:{port}"]
+        started = subprocess.Popen(command)
+        request.addfinalizer(started.kill)  # it would wait for ever
+        listening.accept()[0].close()  # a sidecar whose master is not there yet
     swarm = Swarm(workers=0, expect=1, bind=f"127.0.0.1:{port}")
     swarm._boot = "another machine"
-    swarm.on_listen = lambda address: started.append(
-        subprocess.Popen([sys.executable, "-m", "advisor", "worker", "--master", address])
-    )
     with swarm:
+        with monkeypatch.context() as patched:
+            patched.setattr(loadgen.swarm, "READY_TIMEOUT_S", 0.0)
+            swarm.join()
         outcome, rows = run(swarm, asked, job(endpoint))
         worker = next(iter(swarm._workers.values()))
         offset, worker.offset = worker.offset, 100.0
         again, later = run(swarm, asked, job(endpoint))
         assert abs(worker.offset) < 0.05  # measured anew before each run
-    assert started[0].wait(15) == 0
+    assert started.wait(15) == 0
     assert outcome.reason == ""
     assert set(rows.status) == {"ok"}
     assert abs(offset) < 0.05

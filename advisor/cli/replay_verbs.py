@@ -57,7 +57,9 @@ def asked(f: Any) -> Any:
             "--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Local load workers."
         ),
         click.option(
-            "--expect-workers", type=click.IntRange(min=1), help="Wait for this many workers, others' included."
+            "--expect-workers",
+            type=click.IntRange(min=1),
+            help="Wait, ten minutes at most, for this many workers, others' included.",
         ),
         click.option(
             "--web",
@@ -575,15 +577,17 @@ def show(found: dict[str, Any], run: Any) -> None:
 
 @click.command(**example("steelyard worker --master 10.0.0.5:5557"))
 @click.option("--master", required=True, metavar="HOST:PORT", help="Address that the replay printed.")
-def worker(master: str) -> int:
+@click.option("--wait", is_flag=True, help="Wait for the master as long as it takes, as under a Deployment.")
+def worker(master: str, wait: bool) -> int:
     """Join a replay's master from this or another machine, and send a share of its requests.
 
     Both must be given the same STEELYARD_SWARM_SECRET; the endpoint's credentials travel sealed by it.
     """
     from loadgen.swarm import work
 
-    messages(False).print(f"Joining the master at {master}, or waiting for it, five minutes at most.", markup=False)
-    return work(master)
+    patience = "as long as it takes" if wait else "five minutes at most"
+    messages(False).print(f"Joining the master at {master}, or waiting for it, {patience}.", markup=False)
+    return work(master, wait=wait)
 
 
 @click.command(**example("steelyard sweep azure-2023-conv --profile demo --fleets 2:6,4:4 --requests 60 --rate 3"))
