@@ -5,7 +5,7 @@ A file holds one JSON object a line: ``{"observations": {column: [..]}}``, ``{"s
 nothing is stored twice, because what is measured has a key, and lines are dropped from the file once they are in the
 database. A file is locked while it is written or loaded, so any command may load what another process is still adding to.
 Nobody waits for a lock: who loads may be waiting for a database that never answers, so who adds then takes another file
-(``-run-7-KEY.1.jsonl``).
+(``-run-7-KEY.1.jsonl``). What came of the run is stored when no rows are left in any of them: a run that has ended is whole.
 """
 
 from __future__ import annotations
@@ -152,21 +152,38 @@ class Spool:
 
         What another process loads at this moment is left to it.
         """
-        stored = 0
-        for path in sorted(self.path.parent.glob(f"{self.path.stem}.*jsonl")):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stored, ends = 0, dict[Path, bytes]()
+        with contextlib.ExitStack() as locked:
+            for path in self._files():
+                try:
+                    file = locked.enter_context(path.open("rb"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (FileNotFoundError, BlockingIOError):
+                    continue
                 if os.fstat(file.fileno()).st_nlink:
                     if not (key := store.key(self._run_id)) or not key.startswith(self._key):
                         raise InputError(
                             f"{path}: its rows are of a run that is not in {store.url} any more: it was deleted, or the database "
                             "is another one. Remove the file if that was meant."
                         )
-                    stored += self._load(store, path, file)
+                    rows, end = self._load(store, path, file)
+                    stored += rows
+                    if end:
+                        ends[path] = end
+            if ends and self._files() == list(ends):  # else rows wait: nobody may take the run for a whole one
+                held = json.loads(list(ends.values())[-1])["run"]
+                known: dict[str, Any] = {k: math.nan if v is None else v for k, v in held.items() if k in _OUTCOME}
+                store.end_run(replace(store.run(self._run_id), **known))
+                for path in ends:
+                    path.unlink()
         return stored
 
-    def _load(self, store: Store, path: Path, file: BinaryIO) -> int:
-        run_id, stored, done = self._run_id, 0, 0
+    def _files(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.*jsonl"))
+
+    def _load(self, store: Store, path: Path, file: BinaryIO) -> tuple[int, bytes]:
+        """Store what a file holds and drop it; returns the rows, and the line that says what came of the run, which stays."""
+        run_id, stored, done, end = self._run_id, 0, 0, b""
         try:
             for line in file:
                 try:
@@ -186,20 +203,18 @@ class Spool:
                 elif "decision" in held:
                     add(store, run_id, Steered(_decision(held["decision"]), held["control"], held["zero_unix_s"]))
                 elif "run" in held:
-                    known: dict[str, Any] = {
-                        k: math.nan if v is None else v for k, v in held["run"].items() if k in _OUTCOME
-                    }
-                    store.end_run(replace(store.run(run_id), **known))
+                    end = line
                 done += len(line)
-        except (StoreError, InputError):
-            if done:  # a database that is away is asked twice a second, and the file may be large by then
+        finally:
+            if done > len(end):  # a database that is away is asked twice a second, and the file may be large by then
                 with path.open("r+b") as again:  # in place: the lock is on this file
+                    again.write(end)
                     file.seek(done)
                     shutil.copyfileobj(file, again)
                     again.truncate()
-            raise
-        path.unlink()
-        return stored
+        if not end:
+            path.unlink()
+        return stored, end
 
 
 def waiting(store: Store, where: Path | None = None) -> list[Spool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import http.server
 import io
 import json
@@ -683,6 +684,28 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_costs_no_later_line(store:
     assert spool.load(store) == 4
     assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
     assert len(store.samples(run.id)) == 1
+
+
+def test_what_came_of_a_run_is_stored_after_its_rows(store: Store, tmp_path: Path) -> None:
+    """Whatever file it stands in: a run that says complete with half of its rows would be taken for a whole one."""
+    run, rows = begun(store), held_rows(4)
+    spool = Spool(store, run.id)
+    spool.add_observations(rows.take(np.array([0, 1])))
+    with spool.path.open("rb") as loading:
+        fcntl.flock(loading, fcntl.LOCK_EX)
+        spool.add_observations(rows.take(np.array([2, 3])))
+        spool.end_run(replace(run, complete=True))
+        assert spool.load(store) == 2  # those of the second file; somebody else is at the first one
+        assert not store.run(run.id).ended
+    rename(tmp_path / "made.db", "observations", "hidden")
+    with pytest.raises(StoreError):
+        spool.load(store)
+    assert not store.run(run.id).ended
+    rename(tmp_path / "made.db", "hidden", "observations")
+    assert spool.load(store) == 2  # and none of the second file again
+    ended = store.run(run.id)
+    assert (ended.ended, ended.complete, store.observations(run.id).index.tolist()) == (True, True, [0, 1, 2, 3])
+    assert not list(folder().iterdir())
 
 
 def test_rows_of_a_run_that_is_gone_are_not_the_next_one_s(
