@@ -259,6 +259,7 @@ class _Source:
     busy: Future[tuple[Reading, float]] | None = None
     last: tuple[Reading, float] | None = None
     told: bool = True
+    counted: bool = False
     before: dict[tuple[str, str], dict[str, Counted]] = field(default_factory=dict)
 
 
@@ -539,15 +540,17 @@ class Scraper:
     def _count(self, source: _Source, reading: Reading, found: Mapping[str, Sample]) -> None:
         """Add what a page's histograms counted since its reading before."""
         for key, held in reading.histograms.items():
+            # All that its page said of this worker before, in whatever role; a page with a name is of one worker.
+            known = [h for (of, _), h in source.before.items() if source.worker.name or of == key[0]]
             name = self.names.get(key[0], key[0])
             role = key[1] or (found[name].role if name in found else self._role(name, None))
             for field_name, now in held.items():
                 before = source.before.get(key, {}).get(field_name)
                 total = self._counted.setdefault((name, role, field_name), Counted(now.source, 0.0, 0.0, {}))
-                if before is None:
+                if before is None and (not source.counted or any(field_name in h for h in known)):
                     more = Counted(now.source, 0.0, 0.0, dict.fromkeys(now.buckets, 0.0))
-                elif now.count < before.count:
-                    more = now  # the server began anew
+                elif before is None or now.count < before.count:
+                    more = now  # the server shows it since its first observation, or began anew
                 else:
                     more = Counted(
                         now.source,
@@ -561,7 +564,7 @@ class Scraper:
                     total.total + more.total,
                     {bound: total.buckets.get(bound, 0.0) + n for bound, n in more.buckets.items()},
                 )
-        source.before = reading.histograms
+        source.before, source.counted = reading.histograms, True
 
 
 def _said(sample: Sample | None) -> dict[str, float]:

@@ -302,7 +302,8 @@ def test_dynamo_workers_are_known_by_the_id_on_their_page() -> None:
 
 
 def test_histograms_are_kept_as_the_difference_over_the_run() -> None:
-    """What was counted before the first reading is not the run's; a server that began anew adds what it has counted since."""
+    """What was counted before the first reading is not the run's; a server that began anew adds what it has counted since, and
+    one that shows a histogram from its first observation on all of it; a change of role is no beginning."""
 
     def page(count: int, total: float, fast: int) -> str:
         return (
@@ -320,11 +321,18 @@ def test_histograms_are_kept_as_the_difference_over_the_run() -> None:
             until(lambda: scraper.histograms()[0].count == 10)
             pages["/p"] = page(4, 1.0, 1)  # restarted
             until(lambda: scraper.histograms()[0].count == 14)
-            pages["/p"] = page(5, 1.5, 2)  # read when the run has ended
+            late = page(7, 0.7, 7).replace("queue", "prefill")
+            pages["/p"] = page(4, 1.0, 1) + late
+            until(lambda: len(scraper.histograms()) == 2)
+            scraper.assign({"decode": ["p0"]})
+            until(lambda: len(scraper.histograms()) == 4)
+            pages["/p"] = page(5, 1.5, 2) + late  # read when the run has ended
+        queue, prefill = "vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds"
         assert scraper.histograms() == [
-            Histogram(
-                "p0", "prefill", "queue_s", "vllm:request_queue_time_seconds", 15, 4.5, ((0.1, 7), (math.inf, 15))
-            )
+            Histogram("p0", "decode", "prefill_s", prefill, 0, 0.0, ((0.1, 0), (math.inf, 0))),
+            Histogram("p0", "decode", "queue_s", queue, 1, 0.5, ((0.1, 1), (math.inf, 1))),
+            Histogram("p0", "prefill", "prefill_s", prefill, 7, 0.7, ((0.1, 7), (math.inf, 7))),
+            Histogram("p0", "prefill", "queue_s", queue, 14, 4.0, ((0.1, 6), (math.inf, 14))),
         ]
 
 
