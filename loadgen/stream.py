@@ -41,6 +41,9 @@ def printable(text: str) -> str:
 _NOTHING = object()
 """An event that says nothing."""
 
+_GAVE_UP = ("abort", "error", "cancelled", "timeout")
+"""Finish reasons of an engine that gave an answer up: a role that is moved, a shutdown, KV that never came."""
+
 _ALIKE = 8
 """Pieces from which on it pays to look for events that differ in their text alone."""
 
@@ -56,7 +59,8 @@ class Answer:
 
     first_token, last_token: stamps of the first and last event with non-empty content or reasoning. chunks: such
     events. max_gap: largest time between two of them. prompt_tokens, output_tokens: from ``usage``, -1 without.
-    said_end: the stream said that it had ended (``[DONE]``, a finish reason, or usage after content).
+    said_end: the stream said that it had ended (``[DONE]``, a finish reason, or usage after content). aborted: the finish
+    reason of an engine that gave the answer up, an error once the stream has ended (its usage comes after it).
     error: "", "malformed" or "stream_error"; detail: what was seen. kept: the members named in ``keep``, as last seen in the
     first event with content, one that finishes, or one without content.
     """
@@ -66,6 +70,7 @@ class Answer:
         "_rest",
         "_rest_at",
         "_size",
+        "aborted",
         "chunks",
         "detail",
         "error",
@@ -91,6 +96,7 @@ class Answer:
         self.prompt_tokens = -1
         self.output_tokens = -1
         self.said_end = False
+        self.aborted = ""
         self.error = ""
         self.detail = ""
         self.parts: list[bytes] = []  # pieces not yet read, and
@@ -116,6 +122,12 @@ class Answer:
             payload = _data(rest)
             if payload is not None and (whole or _is_json(payload)):
                 self._read([payload], [self._rest_at])
+        if self.aborted and not self.error:
+            self._fail("stream_error", f"finish_reason {self.aborted}")
+        if self.chunks:
+            # Beside content, zero is what a gateway writes that does not count: it is no count.
+            self.prompt_tokens = self.prompt_tokens or -1
+            self.output_tokens = self.output_tokens or -1
 
     def fold(self) -> None:
         """Read every finished event, keep the rest."""
@@ -249,8 +261,8 @@ class Answer:
                         gap = at - last
                     last = at
                     chunks += 1
-                    if choices[0].get("finish_reason"):
-                        self.said_end = True
+                    if reason := choices[0].get("finish_reason"):
+                        self._finished(reason)
                         self._note(event)
                     continue
             if event is _NOTHING:
@@ -298,8 +310,8 @@ class Answer:
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
-            if choice.get("finish_reason"):
-                self.said_end = True
+            if reason := choice.get("finish_reason"):
+                self._finished(reason)
             if _content(choice):
                 if self.chunks:
                     self.max_gap = max(self.max_gap, at - self.last_token)
@@ -308,6 +320,11 @@ class Answer:
                 self.last_token = at
                 self.chunks += 1
                 return
+
+    def _finished(self, reason: Any) -> None:
+        self.said_end = True
+        if reason in _GAVE_UP:
+            self.aborted = reason
 
     def _note(self, event: dict[str, Any]) -> None:
         """Keep what facts are made of. Called a few times an answer, not once a token."""

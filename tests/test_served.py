@@ -24,7 +24,7 @@ from loadgen.discover import read_targets
 from loadgen.replay import replay
 from loadgen.spool import folder
 from loadgen.swarm import Outcome, Swarm
-from tests.pages import Ask, Pages, endpoint, stream
+from tests.pages import Ask, Pages, endpoint, event, stream
 from tests.test_probe import pool
 from traces.errors import EndpointError, StoreError
 from traces.measures import ttft_parts
@@ -149,8 +149,10 @@ def test_histograms_wait_on_disk_for_a_database_that_is_locked(store: Store, swa
 
 
 def test_an_endpoint_without_usage_degrades_the_run(store: Store, swarm: Swarm) -> None:
-    """Tokens are then those asked for, and the run says so."""
-    with endpoint(answer=partial(stream, usage=False)) as pages:
+    """Tokens are then those asked for, and the run says so; 0 tokens beside content are no usage either."""
+    nothing = event({"choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}})
+    between = itertools.cycle([[], [nothing]])
+    with endpoint(answer=lambda ask: itertools.chain(stream(ask, usage=False), next(between))) as pages:
         run = asked(store, swarm, pages)
     assert run.complete
     assert run.verdict in ("degraded", "invalid")

@@ -96,6 +96,14 @@ def test_a_token_counts_when_its_event_is_complete() -> None:
         # an error inside a 200 stream, as an object and as text; what came before stays counted
         (event(text("a")) + event({"error": {"message": "out of memory"}}), (1, -1, -1, False, "stream_error", "out of memory")),
         (event({"error": "gone"}), (0, -1, -1, False, "stream_error", "gone")),
+        # an engine that gave the answer up says so in the finish reason alone; usage comes after it
+        (
+            event(text("a")) + event(text("b", "abort")) + event(USAGE) + DONE,
+            (2, 7, 3, True, "stream_error", "finish_reason abort"),
+        ),
+        (event(delta(content="a")) + event(delta("error")) + DONE, (1, -1, -1, True, "stream_error", "finish_reason error")),
+        # a finish reason that is no word
+        (event(text("a") | {"choices": [{"text": "a", "finish_reason": {"type": "abort"}}]}), (1, -1, -1, True, "", "")),
         # "error": null is no error
         (event(text("a", "stop") | {"error": None}), (1, -1, -1, True, "", "")),
         # not JSON; JSON but no object; two values in one event
@@ -106,6 +114,10 @@ def test_a_token_counts_when_its_event_is_complete() -> None:
         (b"data: " + b"[" * 200_000 + b"\n\n", (0, -1, -1, False, "malformed", "not a JSON object: " + "[" * 181)),
         # usage that lies about its type is no usage
         (event(text("a", "stop") | {"usage": {"prompt_tokens": "7", "completion_tokens": -1}}), (1, -1, -1, True, "", "")),
+        # zero tokens beside content is what a gateway writes that does not count
+        (event(text("a")) + event(text("b", "stop")) + event(USAGE | {"usage": usage(0, 0)}) + DONE, (2, -1, -1, True, "", "")),
+        # zero tokens and no content
+        (event(text("", "stop")) + event(USAGE | {"usage": usage(7, 0)}) + DONE, (0, 7, 0, True, "", "")),
         # more than a column of the database holds
         (event(text("a", "stop") | {"usage": usage(2**31 - 1, 2**31)}), (1, 2**31 - 1, -1, True, "", "")),
         # [DONE] with blanks, and without its blank line
