@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import joblib
 import numpy as np
@@ -24,6 +24,9 @@ from packaging.specifiers import SpecifierSet
 
 from traces import __version__
 from traces.errors import SteelyardError
+
+if TYPE_CHECKING:
+    from loadgen.client import Target
 
 Word = Literal["ok", "note", "warning", "problem"]
 
@@ -214,15 +217,14 @@ def clock(naps: int = 100) -> Iterator[Check]:
         )
 
 
-def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iterator[Check]:
+def endpoint(where: Target, *, engine: str = "auto", model: str | None = None, chat: bool = False) -> Iterator[Check]:
     """Does it answer, whose is it, does it stream, can its metrics and its fleet be read? Sends one request of two tokens."""
-    from loadgen.client import target
+    from loadgen import engines
     from loadgen.control import Endpoint
-    from loadgen.engines import Glance, Worker, recognise
+    from loadgen.engines import Glance, Worker
     from loadgen.scrape import samples
 
     try:
-        where = target(url, api_key=api_key)
         server = Endpoint(where)
         began = time.monotonic()
         name, owner = server.choose_model(model)
@@ -230,8 +232,8 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
         yield Check(
             "endpoint", "ok", f"{server.shown} serves {name} ({owner or 'owner unknown'}), asked in {took:.1f} ms"
         )
-        known, _why = recognise(Glance(server))
-        dialect = known.dialect()
+        known = engines.recognise(Glance(server))[0] if engine == "auto" else engines.engine(engine)
+        dialect = known.dialect(chat=chat)
         began = time.monotonic()
         server.try_one(dialect, name)
         yield Check("stream", "ok", f"two tokens in {(time.monotonic() - began) * 1e3:.0f} ms, {dialect.name} dialect")
@@ -245,7 +247,11 @@ def endpoint(url: str, *, api_key: str | None, model: str | None = None) -> Iter
             advice = "Replay works; advice from server readings (queues, utilisation) does not. See docs: engines."
             yield Check("metrics", "warning", f"{known.page}: HTTP {reply.status}, nothing we can read", advice)
         fleet = server.fleet()
-        found = f"{fleet}, can be set" if fleet else "no /fleet: say what it is with --fleet P:D"
+        found = (
+            f"{fleet}, can be set"
+            if fleet
+            else "no /fleet: say what it is with --fleet P:D, or how it is set with --control"
+        )
         yield Check("fleet", "ok" if fleet else "note", found)
     except SteelyardError as error:
         yield Check("endpoint", "problem", str(error))
@@ -260,7 +266,13 @@ def configuration(path: str | None) -> Check:
 
 
 def examine(
-    db: str, *, url: str | None = None, api_key: str | None = None, model: str | None = None, config: str | None = None
+    db: str,
+    *,
+    where: Target | None = None,
+    engine: str = "auto",
+    model: str | None = None,
+    chat: bool = False,
+    config: str | None = None,
 ) -> Iterator[Check]:
     """All checks, in order; the endpoint's only if one is named."""
     yield python()
@@ -271,8 +283,8 @@ def examine(
     yield ports()
     yield from cores()
     yield from clock()
-    if url is not None:
-        yield from endpoint(url, api_key=api_key, model=model)
+    if where is not None:
+        yield from endpoint(where, engine=engine, model=model, chat=chat)
 
 
 __all__ = ["Check", "examine"]

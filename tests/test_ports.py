@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
@@ -84,9 +85,11 @@ def dash(db: str, files: tuple[str, str]) -> subprocess.Popen[str]:
     )
 
 
-def test_every_port_speaks_tls_and_asks_for_the_token(files: tuple[str, str], tmp_path: Path) -> None:
+def test_every_port_speaks_tls_and_asks_for_the_token(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Reference endpoint, dash, Locust's page and the metrics: https, 401 without the token, 200 with it, held up by nobody who
-    connects and says nothing; browsers get a cookie that only goes over TLS."""
+    connects and says nothing; browsers get a cookie that only goes over TLS. ``doctor`` looks at such an endpoint as it is."""
     cert, key = files
     db = f"sqlite:///{tmp_path / 't.db'}"
     open_store(db).close()
@@ -123,6 +126,12 @@ def test_every_port_speaks_tls_and_asks_for_the_token(files: tuple[str, str], tm
         }
         said = Endpoint(where).fetch("POST", "/v1/completions", json.dumps(body).encode())
         assert said.body.count(b'" tok"') == 5
+        monkeypatch.setenv("STEELYARD_API_KEY", TOKEN)
+        how = ["--endpoint", where.shown, "--ca-file", cert, "--engine", "openai", "--chat", "--header", "X-Team: a"]
+        main(["doctor", *how, "--db", db, "--json"])
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+        assert {checks[name]["word"] for name in ("endpoint", "stream")} == {"ok"}
+        assert "openai dialect" in checks["stream"]["found"]
         # Nobody reads a command line for the token.
         lines = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK)]
         assert not any(TOKEN.encode() in line for line in lines)

@@ -311,7 +311,7 @@ def test_each_engine_is_read_at_its_own_page(tmp_path: Path) -> None:
         (worker,) = discover(server(pages), targets=read_targets(file)).workers
         assert worker.metrics == f"{pages.url}/w/prometheus/metrics"
         assert "/metrics" not in [ask.path for ask in pages.asked]
-        assert [c.word for c in doctor.endpoint(pages.url, api_key=None) if c.name == "metrics"] == ["ok"]
+        assert [c.word for c in doctor.endpoint(target(pages.url)) if c.name == "metrics"] == ["ok"]
 
 
 def test_a_pair_behind_vllm_router_is_known_with_its_facts() -> None:
@@ -440,7 +440,8 @@ def test_a_host_that_no_name_server_takes_is_one_clear_line(url: str, capsys: py
 
 def test_doctor_takes_metrics_that_are_no_prometheus_text_for_none() -> None:
     with endpoint("vllm", metrics={"requests": 3}) as pages:
-        checks = {check.name: check for check in doctor.endpoint(pages.url, api_key=None)}
+        pages["/v1/chat/completions"] = pages.pop("/v1/completions")
+        checks = {check.name: check for check in doctor.endpoint(target(pages.url), chat=True)}
     assert (checks["metrics"].word, checks["metrics"].found) == ("warning", "/metrics: HTTP 200, nothing we can read")
     assert checks["fleet"].word == "note"
 

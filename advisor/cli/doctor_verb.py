@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from advisor.cli.common import SECRET_FILE, db_option, emit_json, example, json_option, messages
+from advisor.cli.common import db_option, emit_json, example, json_option, messages
+from advisor.cli.reaching import asking, reached
 
 
 @click.command(**example("steelyard doctor --endpoint http://127.0.0.1:8123"))
 @click.option("--endpoint", metavar="URL", help="Also look at this endpoint; it is asked for two tokens.")
-@click.option("--model", help="Model to ask for [default: the server's first].")
-@click.option(
-    "--api-key-file",
-    type=SECRET_FILE,
-    metavar="FILE",
-    help="File with the bearer token, or keyring:SERVICE/USER [default: env STEELYARD_API_KEY].",
-)
+@asking
 @json_option
 @db_option
 @click.pass_context
-def doctor(
-    context: click.Context, endpoint: str | None, model: str | None, api_key_file: str | None, as_json: bool, db: str
-) -> int:
+def doctor(context: click.Context, /, endpoint: str | None, as_json: bool, db: str, **options: Any) -> int:
     """Check Python, libraries, configuration, database, open files, cores, clock and endpoint, and say what to do.
 
     Exit code 1 when something would make work fail.
     """
     from advisor.doctor import examine
-    from loadgen.replay import read_api_key
 
     console = messages(as_json)
     config = context.parent.params.get("config") if context.parent is not None else None
+    (where,) = reached([endpoint], options) if endpoint is not None else (None,)
+    asked = {name: options[name] for name in ("engine", "model", "chat")}
     checks = []
-    for check in examine(db, url=endpoint, api_key=read_api_key(api_key_file), model=model, config=config):
+    for check in examine(db, where=where, config=config, **asked):
         checks.append(check)
         if not as_json:
             console.print(f"{check.word:8} {check.name}: {check.found}", markup=False)

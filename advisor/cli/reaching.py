@@ -47,8 +47,11 @@ def _with(*options: Any) -> Any:
 reaching = _with(ENGINE, MODEL, CHAT, TARGETS, *CREDENTIALS)
 """Engine, model, targets, credentials, TLS and proxy."""
 
+asking = _with(ENGINE, MODEL, CHAT, *CREDENTIALS)
+"""The same without its workers."""
+
 watching = _with(ENGINE, TARGETS, *CREDENTIALS)
-"""The same without what only requests need."""
+"""Engine, targets, credentials, TLS and proxy: what only requests need is not among them."""
 
 credentials = _with(*CREDENTIALS)
 """Credentials, TLS and proxy."""
