@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from advisor.cli import main
 from loadgen.client import target
 from loadgen.control import Connect, Endpoint, Keeper, LostError, control_of, kubernetes, put
 from loadgen.control.kubernetes import Watched
@@ -92,6 +93,44 @@ def test_the_role_that_grows_is_patched_first_and_the_old_counts_come_back(api: 
     patches = [path for verb, path in api.log if verb == "PATCH"]
     assert [path.rsplit("/", 2)[1] for path in patches] == ["dec", "pre", "pre", "dec"]
     assert all(path.endswith("/scale") for path in patches)
+
+
+def test_a_note_of_one_cluster_is_not_restored_in_another(
+    serve: Callable[..., ApiServer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kubeconfig's context has changed since: neither does the other cluster get the old fleet, nor is its own lost."""
+    apis = {"staging": serve(), "prod": serve()}
+    for count, api in enumerate(apis.values(), 2):
+        api.workload("pre", count)
+        api.workload("dec", count)
+
+    def use(name: str) -> None:
+        names = {"cluster": "x", "user": "x"}
+        held = json.loads((tmp_path / "kubeconfig").read_text()) | {
+            "current-context": name,
+            "contexts": [{"name": at, "context": names | {"cluster": at}} for at in apis],
+            "clusters": [{"name": at, "cluster": {"server": api.url}} for at, api in apis.items()],
+        }
+        (tmp_path / "kubeconfig").write_text(json.dumps(held))
+
+    rest = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
+    use("staging")
+    assert main(["control", "set", "1:1", "--control", SPEC, *rest]) == 0
+    assert "dec (staging): 2:2 -> 1:1" in capsys.readouterr().out
+    use("prod")
+    for verb in (["restore"], ["restore", "--dry-run"], ["set", "2:2", "--control", SPEC]):
+        assert main(["control", *verb, *rest]) == (0 if "--dry-run" in verb else 1)
+        told = capsys.readouterr()
+        staging, prod = (f"context {name} ({api.url})" for name, api in apis.items())
+        assert f"is of {staging}, and this is {prod}. Run: kubectl config use-context staging" in told.out + told.err
+    with pytest.raises(InputError, match="use-context staging"), Keeper(made(), "sweep"):
+        pass
+    assert not [verb for verb, _ in apis["prod"].log if verb == "PATCH"]
+    use("staging")
+    assert main(["control", "restore", *rest]) == 0
+    assert counts(apis["staging"]) == {"pre": 2, "dec": 2}
+    use("prod")
+    assert main(["control", "set", "2:2", "--control", SPEC, *rest]) == 0
 
 
 def test_a_pod_that_terminates_does_not_serve_and_keeps_the_change_open(api: ApiServer) -> None:
@@ -192,8 +231,8 @@ def test_what_may_not_be_watched_is_asked_for(api: ApiServer) -> None:
     assert api.watches == []
     assert counts(api) == {"pre": 1, "dec": 2}
     assert said == [
-        "kubernetes llm/deployment/pre,deployment/dec: its pods may not be listed, so a change counts as in force while old pods "
-        "still drain. Its role needs the verbs list and watch on pods."
+        "kubernetes llm/deployment/pre,deployment/dec (x): its pods may not be listed, so a change counts as in force while old "
+        "pods still drain. Its role needs the verbs list and watch on pods."
     ]
 
 

@@ -294,6 +294,7 @@ def restore(
                 made = control_of(journal.spec, connect)
                 if made is None:
                     continue
+                Journal.of(made).entries()  # InputError under another context than the note's
                 steps = made.steps(fleet)
                 row["said"] = "; ".join(steps) or "nothing to do, it is so already"
                 if dry_run:

@@ -294,7 +294,7 @@ class Keeper:
         self.bounds = bounds or getattr(control, "bounds", None) or Bounds()
         self._verb, self._put_back, self._keep_note = verb, put_back, keep_note
         self.timeout_s, self._say = timeout_s, say
-        self.journal = Journal(control.spec, control.name)
+        self.journal = Journal.of(control)
         self.before: Fleet | None = None
         self.stranded = False
         self._entered = self._owed = False
@@ -302,7 +302,11 @@ class Keeper:
 
     def __enter__(self) -> Keeper:
         self.journal.lock(self._verb)
-        left = self.journal.left(self._verb)
+        try:
+            left = self.journal.left(self._verb)
+        except InputError:
+            self.journal.unlock()
+            raise
         if left is not None and not self._keep_note:
             self.before, self._owed = left, True
             self._say(

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -59,12 +60,18 @@ def hold(path: Path, verb: str, busy: str) -> IO[str]:
 
 
 class Journal:
-    """The file of one control. spec: what makes it again; name: for people."""
+    """The file of one control. spec: what makes it again; name: for people; cluster: which one it changes, where the spec alone
+    means another one tomorrow (a kubeconfig's context), else ""."""
 
-    def __init__(self, spec: str, name: str, where: Path | None = None) -> None:
-        self.spec, self.name = spec, name
+    def __init__(self, spec: str, name: str, where: Path | None = None, cluster: str = "") -> None:
+        self.spec, self.name, self.cluster = spec, name, cluster
         self.path = (where or folder()) / f"{hashlib.sha256(spec.encode()).hexdigest()[:16]}.json"
         self._lock: IO[str] | None = None
+
+    @classmethod
+    def of(cls, control: Any) -> Journal:
+        """That of a control as it is now."""
+        return cls(control.spec, control.name, cluster=getattr(control, "cluster", ""))
 
     @classmethod
     def all(cls, where: Path | None = None) -> list[Journal]:
@@ -73,7 +80,7 @@ class Journal:
         for path in sorted((where or folder()).glob("*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 held = json.loads(path.read_text(encoding="utf-8"))
-                found.append(cls(str(held["control"]), str(held["name"]), path.parent))
+                found.append(cls(str(held["control"]), str(held["name"]), path.parent, str(held.get("cluster", ""))))
         return found
 
     @classmethod
@@ -99,16 +106,25 @@ class Journal:
     # --- what it says
 
     def entries(self) -> list[Entry]:
-        """Oldest first. InputError when the file cannot be read: it may be the only trace of the old fleet."""
+        """Oldest first. InputError when the file cannot be read, since it may be the only trace of the old fleet, or is of
+        another cluster, whose fleet must not come here."""
         try:
             held = json.loads(self.path.read_text(encoding="utf-8"))
-            return [Entry(**entry) for entry in held["entries"]]
+            found, noted = [Entry(**entry) for entry in held["entries"]], str(held.get("cluster", ""))
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path}: cannot be read ({error}). Put the fleet back by hand and remove the file."
             ) from None
+        if noted != self.cluster:
+            context = noted.removeprefix("context ").rpartition(" (")[0] if noted.startswith("context ") else ""
+            go = f"kubectl config use-context {shlex.quote(context)}, then " if context else ""
+            raise InputError(
+                f"{self.name}: nothing was changed, since the note on disk is of {noted or 'an unknown cluster'}, and this is "
+                f"{self.cluster or 'another'}. Run: {go}steelyard control restore"
+            )
+        return found
 
     def left(self, verb: str) -> Fleet | None:
         """The fleet that a crash left unrestored. Call with the lock held."""
@@ -184,8 +200,8 @@ class Journal:
                 self.path.unlink(missing_ok=True)
                 self._beside.unlink(missing_ok=True)
             else:
-                held = {"control": self.spec, "name": self.name, "entries": [asdict(e) for e in entries]}
-                self._store(self.path, held)
+                held = {"control": self.spec, "name": self.name, "cluster": self.cluster}
+                self._store(self.path, held | {"entries": [asdict(e) for e in entries]})
             # The name must be on the disk too, not only the bytes.
             handle = os.open(self.path.parent, os.O_RDONLY)
             try:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadgen.client import unsaid
 from loadgen.control import ROLES, Bounds, Connect, LostError, Standing, members
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
@@ -303,14 +304,15 @@ def _stop(*watched: Mapping[Any, Watched]) -> None:
 
 
 class Kubernetes:
-    """See :class:`loadgen.control.Control`. api: the client's CustomObjectsApi, which reaches every group; pods: its CoreV1Api.
+    """See :class:`loadgen.control.Control`. api: the client's CustomObjectsApi, which reaches every group; pods: its CoreV1Api;
+    context: of the kubeconfig, "" for the pod's own account. cluster: the one that is changed, in words.
 
     note: what the role may not see, and what that means; "".
     """
 
     kind = "kubernetes"
 
-    def __init__(self, api: Any, pods: Any, namespace: str, prefill: Workload, decode: Workload) -> None:
+    def __init__(self, api: Any, pods: Any, context: str, namespace: str, prefill: Workload, decode: Workload) -> None:
         self._api, self._core, self.namespace = api, pods, namespace
         self._of = {"prefill": prefill, "decode": decode}
         self._versions: dict[str, str] = {}
@@ -321,7 +323,9 @@ class Kubernetes:
         self._blind = False
         self.note = ""
         self.spec = f"kubernetes:{namespace}/{prefill}" + (f",{decode}" if decode != prefill else "")
-        self.name = self.spec.replace(":", " ", 1)
+        self.name = self.spec.replace(":", " ", 1) + (f" ({context})" if context else "")
+        server = unsaid(str(api.api_client.configuration.host))
+        self.cluster = f"context {context} ({server})" if context else f"a pod's own cluster ({server})"
         self.bounds = Bounds()
 
     # --- what is
@@ -600,8 +604,8 @@ class _ConflictError(EndpointError):
     """Somebody else changed the object."""
 
 
-def _api(context: str) -> tuple[Any, Any]:
-    """(the client's API for any group's objects, the one for pods)."""
+def _api(context: str) -> tuple[Any, Any, str]:
+    """(the client's API for any group's objects, the one for pods, the context that is used)."""
     try:
         from kubernetes import client
         from kubernetes import config as untyped
@@ -613,13 +617,15 @@ def _api(context: str) -> tuple[Any, Any]:
     try:
         if os.environ.get("KUBECONFIG") or Path(file).exists():
             config.load_kube_config(config_file=file, context=context or None, client_configuration=settings)
+            context = context or str(config.list_kube_config_contexts(config_file=file)[1]["name"])
         else:
             config.load_incluster_config(client_configuration=settings)
+            context = ""
     except Exception as error:  # its own, of the files, and of the parser of YAML that it uses
         words = " ".join(str(error).split())[:160]
         raise InputError(f"--control kubernetes: no usable configuration ({words}). Set KUBECONFIG.") from None
     made = client.ApiClient(settings)
-    return client.CustomObjectsApi(made), client.CoreV1Api(made)
+    return client.CustomObjectsApi(made), client.CoreV1Api(made), context
 
 
 def _both(words: Sequence[str], where: str) -> tuple[Workload, Workload]:
