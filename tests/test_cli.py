@@ -186,7 +186,11 @@ WRONG = [
     (["replay", "small", "--endpoint", "{endpoint}", "--gpus-per-worker", "\u00b2,1"], 2, "--gpus-per-worker"),
     (["replay", "small", "--endpoint", "{endpoint}", "--web", "\u00b2"], 2, "--web"),
     (["replay", "small"], 2, "--endpoint"),
-    (["ingest", "{tmp}/none.csv"], 1, "no such file"),
+    (
+        ["ingest", "{tmp}/none.csv"],
+        1,
+        "no such file. Check the path. Shipped traces, by name: azure-2023-conv, azure-2023-code.",
+    ),
     (["ingest", "{tmp}"], 1, "folder"),
     (["ingest", "{tmp}/small.csv", "--max-bad", "lots"], 1, "--max-bad"),
     (["ingest", "{tmp}/small.csv", "--format", "parquet9"], 1, "--format"),

@@ -32,8 +32,6 @@ def test_the_two_commands_stand_at_the_top() -> None:
 @pytest.mark.paced
 def test_the_tour_runs_as_printed(tmp_path: Path) -> None:
     """Every command of the tour succeeds in a fresh folder, in order; the last one has written the report."""
-    (tmp_path / "traces").mkdir()
-    (tmp_path / "traces" / "data").symlink_to(ROOT / "traces" / "data")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("STEELYARD_DB", None)
     server: subprocess.Popen[bytes] | None = None

@@ -32,6 +32,7 @@ from traces.formats.generic import generic, parse_map
 from traces.formats.mooncake import mooncake
 from traces.formats.parquet import ParquetLines, parquet_columns
 from traces.records import Schedule
+from traces.shipped import NAMES
 from traces.store import Store, TraceInfo
 
 if sys.version_info >= (3, 14):
@@ -678,7 +679,7 @@ def _identity(path: Path) -> dict[str, Any]:
         if path.is_dir():
             raise InputError(f"{path}: is a folder. Give a file.")
         if not path.exists():
-            raise InputError(f"{path}: no such file. Check the path, or see the shipped traces: steelyard demo")
+            raise InputError(f"{path}: no such file. Check the path. Shipped traces, by name: {', '.join(NAMES)}.")
         if not path.is_file():
             raise InputError(f"{path}: is not a regular file. Give a file that ends.")
         digest = hashlib.sha256()

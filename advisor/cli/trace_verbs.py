@@ -119,7 +119,7 @@ def _is_url(source: str) -> bool:
     return "://" in source
 
 
-@click.command(**example("steelyard ingest traces/data/azure-2023-conv.csv --name conv"))
+@click.command(**example("steelyard ingest azure-2023-conv --name conv"))
 @click.argument("files", nargs=-1, required=True)
 @click.option("--name", help="Name of the trace [default: the file's].")
 @click.option("--format", "format_", help="One of steelyard traces formats [default: recognised from the file].")
