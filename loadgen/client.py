@@ -230,12 +230,18 @@ def target(
         proxy=through,
         proxy_auth=proxy_auth,
     )
+    _tls(made)
+    return made
+
+
+def _tls(where: Target) -> ssl.SSLContext | None:
+    """Its TLS context; InputError with its files, when they cannot be used by who reads them."""
     try:
-        made.tls()
+        return where.tls()
     except OSError as error:
         words = getattr(error, "reason", None) or error.strerror or error
-        raise InputError(f"--ca-file, --cert or --key: cannot be used ({words}). Give PEM files.") from None
-    return made
+        files = ", ".join(filter(None, (where.ca_file, where.cert_file, where.key_file)))
+        raise InputError(f"--ca-file, --cert or --key: {files} cannot be used ({words}). Give PEM files.") from None
 
 
 class Row(NamedTuple):
@@ -301,7 +307,7 @@ class _Route:
     def __init__(self, where: Target, path: str, key: str) -> None:
         self.where = where
         self.head = where.head(path, key)
-        self.tls = where.tls()
+        self.tls = _tls(where)
         self.address: tuple[str, int] | None = None
         self.idle: list[_Connection] = []
 

@@ -436,7 +436,7 @@ class Swarm:
             self._thread.start()
             self.port = started.result(30)
             self.on_listen(self.address)
-            self._crew.join(self.address, self._secret.decode())
+            self._crew.join(f"{self._bind[0]}:{self.port}", self._secret.decode())
         except BaseException:
             self.close()
             raise
@@ -455,8 +455,9 @@ class Swarm:
 
     @property
     def address(self) -> str:
-        """HOST:PORT that workers join."""
-        return f"{self._bind[0]}:{self.port}"
+        """HOST:PORT that workers join; a master that listens at every address of its machine goes by the machine's name."""
+        host = socket.gethostname() if self._bind[0] in ("0.0.0.0", "[::]", "::", "*") else self._bind[0]  # noqa: S104
+        return f"{host}:{self.port}"
 
     @property
     def web(self) -> str:
@@ -516,7 +517,7 @@ class Swarm:
                     f"Start them with: steelyard worker --master {self.address}"
                 )
             self._next(0.2)
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):  # one more than was waited for may come while clocks are measured
             if not worker.same_clock:
                 self._measure(worker)
         self._joined = True
@@ -561,7 +562,7 @@ class Swarm:
             self._challenge(msg.node_id, msg.data)  # at once: a worker does not wait for long, whoever has us may
 
         runner.register_message("steelyard.hello", hello)
-        for kind in ("proof", "pong", "ready", "rows", "finished"):
+        for kind in ("proof", "pong", "ready", "failed", "rows", "finished"):
             runner.register_message(f"steelyard.{kind}", forward(kind))
         hub = gevent.get_hub()
         self._wake = hub.loop.async_()
@@ -782,9 +783,13 @@ class Swarm:
         ready: set[str] = set()
         until = time.monotonic() + READY_TIMEOUT_S
         while {w.client_id for w in crew if not w.gone} - ready:
-            found = self._next(0.1)
-            if found is not None and found[0] == "ready" and found[2]["run"] == token:
-                ready.add(found[1])
+            kind, client_id, data = self._next(0.1) or ("", "", None)
+            if client_id in self._workers and isinstance(data, dict) and data.get("run") == token:
+                if kind == "failed":
+                    its = f"load worker {self._workers[client_id].index} on {data['host']}"
+                    raise SteelyardError(f"{its} cannot start: {data['why']}")
+                if kind == "ready":
+                    ready.add(client_id)
             if time.monotonic() > until:
                 raise SteelyardError(f"{len(ready)} of {len(crew)} load workers were ready in {READY_TIMEOUT_S:g} s.")
         zero = time.monotonic() + start_ahead_s
@@ -1185,9 +1190,19 @@ class _WorkerSide:
     def prepare(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:
             self._more = msg.data["more"]
-            gevent.spawn(self._prepare)
+            gevent.spawn(self._prepare, self.run_id)
 
-    def _prepare(self) -> None:
+    def _prepare(self, run_id: int) -> None:
+        """Say that this worker is ready, or why it cannot be: what is missing may be missing on this machine alone."""
+        try:
+            self._make_ready()
+        except Exception as error:
+            why = printable(str(error) if isinstance(error, SteelyardError) else repr(error))
+            self.runner.send_message("steelyard.failed", {"run": run_id, "host": socket.gethostname(), "why": why})
+        else:
+            self.runner.send_message("steelyard.ready", {"run": run_id})
+
+    def _make_ready(self) -> None:
         job, blocks = self._job, self._blocks
         self.environment.stats.clear_all()
 
@@ -1231,7 +1246,6 @@ class _WorkerSide:
         while not wait.done():
             gevent.sleep(0.005)
         wait.result()
-        self.runner.send_message("steelyard.ready", {"run": self.run_id})
 
     def go(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import loadgen.secret
 import loadgen.swarm
 from loadgen.client import Row, target
 from loadgen.cluster.embedded import embedded
@@ -30,7 +31,7 @@ from loadgen.crew import Crew
 from loadgen.engines import dialect
 from loadgen.policy import Dispatch
 from loadgen.swarm import MOST_FACTS, Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
-from traces.errors import InputError
+from traces.errors import InputError, SteelyardError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
 
@@ -723,7 +724,7 @@ def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
     endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """A worker that was started by hand, before its master, does the work; where clocks differ, their offset is measured and
-    removed. Others have longer to join than children of the swarm."""
+    removed. Others have longer to join than children of the swarm; one too many may come meanwhile. What it lacks is named."""
     monkeypatch.setenv("STEELYARD_SWARM_SECRET", "of this test and nobody else")
     asked = schedule(30, 60.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -735,10 +736,27 @@ def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
         listening.accept()[0].close()  # a sidecar whose master is not there yet
     swarm = Swarm(workers=0, expect=1, bind=f"127.0.0.1:{port}")
     swarm._boot = "another machine"
+    measure = swarm._measure
+
+    def while_another_joins(worker: Any) -> None:
+        nonces, known = (os.urandom(32), os.urandom(32)), swarm._secret
+        swarm._greeted["surplus"] = {"pid": 0, "boot": "", "nonce": nonces[0]}, nonces[1]
+        said = {"proof": loadgen.secret.proof(known, "worker", *nonces)}
+        swarm._inbox.put(("proof", "surplus", said, time.monotonic()))
+        measure(worker)
+        swarm._workers["surplus"].gone = "went away"
+
+    monkeypatch.setattr(swarm, "_measure", while_another_joins)
     with swarm:
         with monkeypatch.context() as patched:
             patched.setattr(loadgen.swarm, "READY_TIMEOUT_S", 0.0)
             swarm.join()
+        monkeypatch.setattr(swarm, "_measure", measure)
+        there = replace(target(endpoint), scheme="https", ca_file="/of/the/master/ca.pem")
+        with pytest.raises(
+            SteelyardError, match=r"worker 0 on .* cannot start: .*/of/the/master/ca.pem cannot.*No such"
+        ):
+            run(swarm, asked, replace(job(endpoint), where=there))
         outcome, rows = run(swarm, asked, job(endpoint))
         worker = next(iter(swarm._workers.values()))
         offset, worker.offset = worker.offset, 100.0
@@ -777,10 +795,12 @@ def test_importing_the_swarm_patches_nothing() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_swarm_needs_a_worker_and_an_address() -> None:
-    """Nonsense is refused before a process is started."""
+def test_a_swarm_needs_a_worker_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nonsense is refused before a process is started; who listens everywhere is joined by the machine's name."""
     with pytest.raises(InputError, match="at least one worker"):
         Swarm(workers=0)
     for bind in ("host:port", "host:\u00b2"):
         with pytest.raises(InputError, match="HOST:PORT"):
             Swarm(workers=1, bind=bind)
+    monkeypatch.setenv("STEELYARD_SWARM_SECRET", "of this test and nobody else")
+    assert Swarm(workers=0, expect=1, bind="0.0.0.0:5557").address == f"{socket.gethostname()}:0"
