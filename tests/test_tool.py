@@ -286,6 +286,23 @@ def test_what_stands_before_the_verb_was_typed_too(
         assert demo.make_context("demo", [], parent=above).params["db"] == "sqlite:///c.db"
 
 
+@pytest.mark.parametrize("group", ["control", "runs", "traces"])
+def test_a_verb_below_a_group_takes_what_stands_before_it_and_what_the_file_says(group: str, here: Path) -> None:
+    (here / "steelyard.toml").write_text('db = "sqlite:///b.db"\n')
+    for typed, db in (([], "b"), (["--db", "sqlite:///c.db", "--json"], "c")):
+        for above, before in (([], typed), (typed, [])):
+            with (
+                steelyard.make_context("steelyard", [*before, group]) as top,
+                load(group).make_context(group, [*above, "?"], parent=top) as middle,
+            ):
+                assert isinstance(middle.command, click.Group)
+                for verb in middle.command.commands.values():
+                    known = {option.name for option in verb.params}
+                    found = verb.make_context(verb.name, [], parent=middle, resilient_parsing=True).params
+                    assert "db" not in known or found["db"] == f"sqlite:///{db}.db"
+                    assert "as_json" not in known or found["as_json"] is bool(typed)
+
+
 SENT = "azure-2023-conv --endpoint http://127.0.0.1:9 --workers 1"
 
 

@@ -90,7 +90,9 @@ def printed(steps: list[str], what: str, as_json: bool, **more: Any) -> int:
 
 
 @click.group(**example("steelyard control get http://127.0.0.1:8080 --json"))
-def control() -> None:
+@json_option
+@db_option
+def control(as_json: bool, db: str) -> None:  # for the verbs below, which ask the group
     """See and set the P:D ratio of a live endpoint, let a policy steer it, put the old ratio back."""
 
 
