@@ -26,6 +26,7 @@ import zmq
 import loadgen.control
 from advisor.cli import main
 from loadgen.client import target
+from loadgen.cluster import Profile
 from loadgen.cluster.embedded import embedded
 from loadgen.control import (
     Bounds,
@@ -45,7 +46,7 @@ from loadgen.control.journal import Journal
 from loadgen.control.online import Controller, Ledger, Planned, measured
 from loadgen.control.reference import Reference
 from loadgen.control.sglang import SGLang
-from loadgen.policy import CountRule, Steering
+from loadgen.policy import BacklogRule, CountRule, Steering, table_of
 from tests.pages import Pages
 from tests.test_replay import rename
 from traces.errors import EndpointError, InputError, StoreError
@@ -1146,22 +1147,11 @@ def test_decisions_and_costs_are_rows(made_db_url: str) -> None:
 def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    db = f"sqlite:///{tmp_path / 'a.db'}"
-    arguments = [
-        "control",
-        "run",
-        server,
-        "--policy",
-        "online-report",
-        "--for",
-        "1.2",
-        "--tick",
-        "0.2",
-        "--json",
-        "--db",
-        db,
-    ]
-    assert main(arguments) == 0
+    """By thresholds, at the tick that is typed instead of theirs."""
+    db, file = f"sqlite:///{tmp_path / 'a.db'}", tmp_path / "t.json"
+    file.write_text(json.dumps(table_of(BacklogRule(Profile.load("constant"), 100.0, 10.0)) | {"tick_s": 3600.0}))
+    how = ["--policy", "online", "--thresholds", str(file), "--for", "1.2", "--tick", "0.2"]
+    assert main(["control", "run", server, *how, "--json", "--db", db]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["moves"] == 0
     assert {d["action"] for d in said["decisions"]} == {"hold"}

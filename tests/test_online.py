@@ -351,7 +351,8 @@ def test_the_thresholds_run_as_they_are_in_a_replay(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A file of thresholds and a stored answer each steer a live endpoint; the fleet that they start from is put in force."""
+    """A file of thresholds and a stored answer each steer a live endpoint, at their own tick or the one that is typed;
+    the fleet that they start from is put in force."""
     url = f"sqlite:///{tmp_path}/a.db"
     busy = tmp_path / "busy.csv"
     rows = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
@@ -359,14 +360,14 @@ def test_the_thresholds_run_as_they_are_in_a_replay(
     busy.write_text("\n".join(rows) + "\n")
     table = found.as_json() | {"tick_s": 0.2}
     file = tmp_path / "t.json"
-    file.write_text(json.dumps({"thresholds": table}))
+    file.write_text(json.dumps({"thresholds": table | {"tick_s": 3600.0}}))
     with open_store(url) as store:
         ingest(store, [busy], name="busy")
         number = store.add_recommendation("online", {"thresholds": table}, [], "", 0)
         empty = store.add_recommendation("static", {"thresholds": None}, [], "", 0)
     common = ["replay", "busy", "--db", url, "--workers", "1", "--policy", "online", "--json"]
     with embedded("demo", Fleet(1, 7)) as endpoint:
-        for option in (["--thresholds", str(file)], ["--recommendation", str(number)]):
+        for option in (["--thresholds", str(file), "--tick", "0.2"], ["--recommendation", str(number)]):
             code = main([*common, "--endpoint", endpoint, *option])
             answer = json.loads(capsys.readouterr().out)
             assert code in (0, 4), answer

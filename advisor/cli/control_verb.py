@@ -14,7 +14,7 @@ import click
 
 from advisor.cli.common import db_option, emit_json, example, json_option, messages, warn
 from advisor.cli.reaching import connect_of, credentials, watching
-from advisor.cli.steering import rule_of, steering, thresholds
+from advisor.cli.steering import rule_of, seconds_between, steering, thresholds
 
 HOW = "How the fleet is set: reference:URL, sglang:ROUTER_URL, kubernetes:NS/KIND/NAME,KIND/NAME, "
 HOW += 'command:["PROGRAM", "{prefill}", "{decode}"], manual:, none, or a TOML file'
@@ -366,7 +366,7 @@ def restore(
     type=click.FloatRange(min=0.05),
     default=1.0,
     show_default=True,
-    help="Seconds between decisions.",
+    help="Seconds between decisions; thresholds bring their own.",
 )
 @click.option(
     "--max-switches-per-hour",
@@ -455,7 +455,7 @@ def run(
                 on_decision=on_decision,
                 on_said=say,
                 on_standing=on_standing,
-                tick_s=float((known or {}).get("tick_s") or options["tick_s"]),
+                tick_s=seconds_between(options["tick_s"], known),
                 stale_s=options["stale_s"],
                 most_per_hour=options["max_switches_per_hour"],
             ) as controller,

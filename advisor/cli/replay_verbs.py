@@ -30,7 +30,7 @@ from advisor.cli.common import (
 from advisor.cli.control_verb import chosen, control_options, keeper_of, printed
 from advisor.cli.reaching import reached, reaching
 from advisor.cli.shaping import shape_options, shaped
-from advisor.cli.steering import rule_of, steering, thresholds
+from advisor.cli.steering import rule_of, seconds_between, steering, thresholds
 
 
 def asked(f: Any) -> Any:
@@ -235,7 +235,11 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 )
 @steering
 @click.option(
-    "--tick", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="online: seconds."
+    "--tick",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="online: seconds between decisions; thresholds bring their own.",
 )
 @click.option(
     "--order",
@@ -425,7 +429,7 @@ def _strategy(
             return schedule, {}
         prompt, output = (float(np.mean(tokens)) for tokens in (schedule.prompt_tokens, schedule.output_tokens))
         rule = rule_of(options, known, slo, prompt, output)
-        tick_s = float((known or {}).get("tick_s") or options["tick"])
+        tick_s = seconds_between(options["tick"], known)
         return schedule, {"steering": policy.Steering(rule), "policy": kind} | limits | {"tick_s": tick_s}
     if kind != "static":
         raise click.UsageError("give --order or --policy, not both: offline work does not watch queues.")

@@ -72,6 +72,11 @@ def thresholds(store: Any, options: dict[str, Any]) -> dict[str, Any] | None:
     return found | {"where": where}
 
 
+def seconds_between(tick_s: float, known: dict[str, Any] | None) -> float:
+    """Seconds between decisions: ``--tick`` where it was typed, else what the thresholds were found at, else its default."""
+    return tick_s if typed("tick", "tick_s") else float((known or {}).get("tick_s") or tick_s)
+
+
 def rule_of(
     options: dict[str, Any],
     known: dict[str, Any] | None,
