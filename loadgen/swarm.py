@@ -786,8 +786,8 @@ class Swarm:
             kind, client_id, data = self._next(0.1) or ("", "", None)
             if client_id in self._workers and isinstance(data, dict) and data.get("run") == token:
                 if kind == "failed":
-                    its = f"load worker {self._workers[client_id].index} on {data['host']}"
-                    raise SteelyardError(f"{its} cannot start: {data['why']}")
+                    where = f"load worker {self._workers[client_id].index} on {data['host']}"
+                    raise SteelyardError(f"{where} cannot start: {data['why']}")
                 if kind == "ready":
                     ready.add(client_id)
             if time.monotonic() > until:
