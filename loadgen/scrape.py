@@ -175,7 +175,7 @@ def _matching(found: Lines, metric: Metric, name: str) -> list[tuple[dict[str, s
     return [
         (labels, value)
         for labels, value in found.get(name, ())
-        if all(labels.get(label) in values for label, values in metric.where.items())
+        if all(labels.get(label, "") in values for label, values in metric.where.items())
     ]
 
 

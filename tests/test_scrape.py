@@ -22,6 +22,7 @@ from loadgen.engines import Worker, engine
 from loadgen.scrape import GIVE_UP, Scraper, page_of, read, samples
 from loadgen.served import Served
 from tests.pages import Pages
+from traces.measures import parts_of
 from traces.records import Fleet, Histogram, Sample
 
 VLLM = """\
@@ -150,6 +151,26 @@ def test_the_role_is_seen_in_recorded_pages_of_vllm() -> None:
     ):
         (sample,) = samples((SAMPLES / file).read_text(), Worker("w"), 0.0)
         assert engine("vllm").role(None, sample) == role
+
+
+def test_sglang_has_its_kv_before_it_queues_to_decode() -> None:
+    """The queue of its decode engine begins when the KV is there (vLLM's waits for it): it is no part of the transfer."""
+    page = (SAMPLES / "sglang-router" / "metrics_stub_decode.txt").read_text()
+    staged = "".join(
+        f'sglang:per_stage_req_latency_seconds_{end}{{engine_type="prefill",stage="prefill_transfer_kv_cache"}} {value}\n'
+        f'sglang:queue_time_seconds_{end}{{engine_type="prefill"}} {value}\n'
+        for end, value in (("count", 5), ("sum", 0.05))
+    )
+    for text, role, queues, transfer_s in ((page, "decode", [], 0.003), (staged, "prefill", ["queue_s"], 0.01)):
+        held = [
+            Histogram(*whose, name, counted.source, counted.count, counted.total)
+            for whose, told in read(text, Worker("w0")).histograms.items()
+            for name, counted in told.items()
+        ]
+        parts = {p.name: p for p in parts_of(lambda name: (0.1, 20) if name == "ttft_sent_s" else (math.nan, 0), held)}
+        assert sorted(parts) == sorted([*queues, "transfer_s", "rest"])
+        assert parts["transfer_s"].mean_s == pytest.approx(transfer_s)
+        assert parts["transfer_s"].source.endswith(f" of {role}")
 
 
 def test_a_gateway_speaks_of_its_pods_and_of_itself() -> None:

@@ -386,13 +386,8 @@ class Part:
 _BY_HISTOGRAM = {
     "queue_s": (("queue_s", "prefill"), ("queue_s", "mixed")),
     "prefill_s": (("prefill_s", "prefill"), ("prefill_s", "mixed")),
-    # A decode engine's own queue holds what waits for its KV as well: it is the whole way from one stage to the other.
-    "transfer_s": (
-        ("queue_s", "decode"),
-        ("handover_s", "decode"),
-        ("transfer_s", "decode"),
-        ("transfer_s", "prefill"),
-    ),
+    # A decode engine's queue_s holds what waits for its KV as well: it is the whole way from one stage to the other.
+    "transfer_s": (("queue_s", "decode"), ("transfer_s", "decode"), ("transfer_s", "prefill")),
     "first_step_s": (("prefill_s", "decode"),),
 }
 """Part -> (histogram, role) that measure it, the best first. A decode engine calls its first step a prefill."""

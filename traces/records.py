@@ -489,9 +489,10 @@ class Sample:
 class Histogram:
     """What a server's own histogram counted between a run's first reading and its last, by worker and role.
 
-    name: what was measured, with its unit (``ttft_s``, ``itl_s``, ``queue_s``, ``prefill_s``, ``decode_s``, ``e2e_s``,
-    ``transfer_s``, ``transfer_bytes``, ``handover_s``, ``transfer_estimate_s``). source: the metric's own name. count: of
-    observations; total: their sum. buckets: (upper bound, observations up to it), ascending, empty for a summary.
+    name: what was measured, with its unit (``ttft_s``, ``itl_s``, ``queue_s``, ``decode_queue_s``, ``prefill_s``,
+    ``decode_s``, ``e2e_s``, ``transfer_s``, ``transfer_bytes``, ``handover_s``, ``transfer_estimate_s``). source: the
+    metric's own name. count: of observations; total: their sum. buckets: (upper bound, observations up to it),
+    ascending, empty for a summary.
     """
 
     worker: str

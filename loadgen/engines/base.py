@@ -156,12 +156,12 @@ class Metric:
     """How one metric is read. name: the engine's. to: a field of :class:`traces.records.Sample`, or the name of a histogram.
 
     Of several metrics to one field the first that is there counts (old and new spellings); those with another part are added.
-    scale: to our unit (0.001 for milliseconds). where: labels that a line must have, each with the values that count. of: the
-    label that names another worker, of which the line speaks (a router's page); without it the line speaks of the page's own
-    server. own: the label in which that says its own id, and how it is to be read. role: of whom the line speaks, where no
-    label says it. times, per: what the page itself says to multiply with and divide by, metrics or a label's number
-    (``name[label]``). histogram: it is one (``_bucket``, ``_sum``, ``_count``), or a summary; the difference over the run is
-    kept, in the unit of ``to``.
+    scale: to our unit (0.001 for milliseconds). where: labels that a line must have, each with the values that count ("":
+    it may lack it). of: the label that names another worker, of which the line speaks (a router's page); without it the
+    line speaks of the page's own server. own: the label in which that says its own id, and how it is to be read. role: of
+    whom the line speaks, where no label says it. times, per: what the page itself says to multiply with and divide by,
+    metrics or a label's number (``name[label]``). histogram: it is one (``_bucket``, ``_sum``, ``_count``), or a summary;
+    the difference over the run is kept, in the unit of ``to``.
     """
 
     name: str

@@ -40,16 +40,19 @@ TABLE = (
     Metric("sglang:time_to_first_token_seconds", "ttft_s", histogram=True),
     Metric("sglang:inter_token_latency_seconds", "itl_s", histogram=True),
     Metric("sglang:e2e_request_latency_seconds", "e2e_s", histogram=True),
-    Metric("sglang:queue_time_seconds", "queue_s", histogram=True),
+    # A decode engine's scheduler has a request in its queue once the KV is there; the transfer comes before.
+    Metric("sglang:queue_time_seconds", "queue_s", where={"engine_type": ("", "prefill", "unified")}, histogram=True),
+    Metric("sglang:queue_time_seconds", "decode_queue_s", where={"engine_type": ("decode",)}, histogram=True),
     Metric("sglang:kv_transfer_latency_ms", "transfer_s", scale=_MS, histogram=True),
-    Metric("sglang:kv_transfer_total_mb", "transfer_bytes", scale=1e6, histogram=True),
-    Metric("sglang:per_stage_req_latency_seconds", "prefill_s", where={"stage": ("prefill_forward",)}, histogram=True),
+    # Not the decode engine's own stage of that time: both are asked at once, so it waits for the prefill there, too.
     Metric(
         "sglang:per_stage_req_latency_seconds",
-        "handover_s",
-        where={"stage": ("decode_bootstrap", "decode_transferred", "decode_waiting")},
+        "transfer_s",
+        where={"stage": ("prefill_transfer_kv_cache",)},
         histogram=True,
     ),
+    Metric("sglang:kv_transfer_total_mb", "transfer_bytes", scale=1e6, histogram=True),
+    Metric("sglang:per_stage_req_latency_seconds", "prefill_s", where={"stage": ("prefill_forward",)}, histogram=True),
     # The router. Its pool sizes are wrong after a removal, so workers are counted by GET /workers.
     Metric("smg_worker_requests_active", "inflight_requests", of="worker"),
     Metric("smg_router_request_duration_seconds", "e2e_s", role="router", histogram=True),
