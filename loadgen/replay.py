@@ -44,7 +44,7 @@ from traces.records import (
     Sample,
     Schedule,
 )
-from traces.store import Store
+from traces.store import Store, option
 
 API_KEY = "STEELYARD_API_KEY"
 """Environment variable that holds the endpoint's bearer token."""
@@ -479,6 +479,7 @@ class Writer:
 
         while True:
             try:
+                self._gather()  # if the thread that does it died
                 if self._unkept:
                     self._keep()
                     if self._unkept:
@@ -500,7 +501,7 @@ class Writer:
                 self.spool.end_run(run)
                 raise StoreError(
                     f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
-                    "When the database is back, run: steelyard runs recover"
+                    f"When the database is back, run: steelyard runs recover{option(self._store.told or 'URL')}"
                 ) from None
 
     def _talk(self) -> None:
@@ -532,25 +533,29 @@ class Writer:
     def _main(self) -> None:
         while True:
             last = self._stop.wait(self._every_s)
-            rows: list[Observations] = []
-            readings: list[Sample] = []
-            while not self._queue.empty():
-                batch = self._queue.get()
-                if isinstance(batch, Observations):
-                    rows.append(batch)
-                elif isinstance(batch, (FleetChange, Steered)):
-                    self._unkept.append(batch)
-                else:
-                    readings.extend(batch)
-            try:
-                self._unkept += [Observations.concat(rows)] if rows else []
-            except MemoryError:  # as they came: this thread must live, or nothing that comes later is kept
-                self._unkept += rows
-            if readings:
-                self._unkept.append(readings)
+            self._gather()
             self._keep()
             if last and self._queue.empty():
                 return
+
+    def _gather(self) -> None:
+        """What came into hand."""
+        rows: list[Observations] = []
+        readings: list[Sample] = []
+        while not self._queue.empty():
+            batch = self._queue.get()
+            if isinstance(batch, Observations):
+                rows.append(batch)
+            elif isinstance(batch, (FleetChange, Steered)):
+                self._unkept.append(batch)
+            else:
+                readings.extend(batch)
+        try:
+            self._unkept += [Observations.concat(rows)] if rows else []
+        except MemoryError:  # as they came: this thread must live, or nothing that comes later is kept
+            self._unkept += rows
+        if readings:
+            self._unkept.append(readings)
 
     def _keep(self) -> None:
         """What is in hand into the database, or onto the disk; what neither takes stays in hand."""
@@ -568,14 +573,19 @@ class Writer:
         except Exception as error:
             if not isinstance(error, StoreError):
                 self.error = error  # a mistake of ours: said at the end, when the rows are safe
-            try:
-                for batch in batches:
+            self._unkept = []
+            for batch in batches:
+                try:
                     kept(batch)
-            except StoreError as full:  # no room on the disk either
-                self.error = full
-                return
-            except MemoryError:
-                self.error = StoreError("out of memory: rows can be neither stored nor kept on disk.")
+                except StoreError as full:  # no room on the disk either
+                    self.error = full
+                    self._unkept.append(batch)
+                except MemoryError:
+                    self.error = StoreError("out of memory: rows can be neither stored nor kept on disk.")
+                    self._unkept.append(batch)
+                except Exception as error:  # nothing takes it, ever: without it the others are kept
+                    self.error = error
+            if self._unkept:
                 return
         if isinstance(self.error, StoreError):
             self.error = None

@@ -159,8 +159,10 @@ def read(text: str, page: Worker, engine: str = "") -> Reading:
             names = taken.setdefault((bool(metric.of), worker, role, metric.to), {})
             if metric.part in names:
                 continue  # by another name, that comes before
-            names[metric.part] = metric.name
             total = sum(values.values()) * factor
+            if not math.isfinite(total):
+                continue  # of a factor that is no number
+            names[metric.part] = metric.name
             if metric.to.endswith("_ratio") or metric.to == "transfer_s":
                 total /= len(values)  # a share, not an amount
             into = (reading.others if metric.of else reading.samples).setdefault((worker, role), {})
@@ -226,6 +228,8 @@ def _histogram(reading: Reading, found: Lines, metric: Metric, page: Worker) -> 
         try:
             bound = float(labels["le"])
         except (KeyError, ValueError):
+            continue
+        if not math.isfinite(value) or bound != bound:
             continue
         bounds = buckets.setdefault(_whose(labels, metric, page), {})
         bounds[bound * metric.scale] = bounds.get(bound * metric.scale, 0.0) + value

@@ -111,12 +111,12 @@ class Spool:
 
     def add_samples(self, readings: Sequence[Sample]) -> None:
         """Keep server readings."""
-        self._write({"samples": [asdict(s) for s in readings]})
+        self._write({"samples": [_finite(asdict(s)) for s in readings]})
 
     def end_run(self, run: Run) -> None:
         """Keep what came of the run."""
         held = {name: getattr(run, name) for name in _OUTCOME}
-        self._write({"run": {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in held.items()}})
+        self._write({"run": _finite(held)})
 
     def _file(self, k: int) -> Path:
         return self.path if k == 0 else self.path.with_suffix(f".{k}.jsonl")
@@ -235,6 +235,11 @@ def add(store: Store, run_id: int, batch: Batch) -> None:
         store.add_decision(run_id, batch.decision, batch.control, batch.zero_unix_s)
     else:
         store.add_samples(run_id, batch)
+
+
+def _finite(held: dict[str, Any]) -> dict[str, Any]:
+    """What JSON takes: no NaN, nothing infinite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in held.items()}
 
 
 def _histogram(held: dict[str, Any]) -> Histogram:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import resource
+import shlex
 import signal
 import socket
 import sqlite3
@@ -511,13 +512,13 @@ def rename(path: Path, before: str, after: str) -> None:
 
 @pytest.mark.parametrize(
     ("back_in_time", "ask"),
-    [(True, ["runs"]), (False, ["runs", "recover"]), (False, ["runs"])],
+    [(True, []), (False, []), (False, ["runs", "--db", "sqlite:///away.db"])],
     ids=["soon", "asked", "unasked"],
 )
 def test_a_database_that_goes_away_costs_nothing(
     swarm: Swarm, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_in_time: bool, ask: list[str]
 ) -> None:
-    """Rows wait on disk and are stored when the database is back, by ``runs recover`` or unasked; nothing twice."""
+    """Rows wait on disk and are stored when the database is back, by the command that was told or unasked; nothing twice."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "away.db"
     url = f"sqlite:///{path}"
@@ -532,15 +533,15 @@ def test_a_database_that_goes_away_costs_nothing(
             run = replay(store, swarm, asked, endpoint)
             assert run.complete
         else:
-            with pytest.raises(StoreError, match=r"rows of run 1 wait in .*steelyard runs recover"):
+            with pytest.raises(StoreError, match=r"rows of run 1 wait in .*run: steelyard runs recover") as told:
                 replay(store, swarm, asked, endpoint, patience_s=0.0)
             assert list(folder().iterdir())
             assert main(["traces", "--db", url]) == 0  # the table is still away: the rows wait, the verb does its work
             assert list(folder().iterdir())
             rename(path, "hidden", "observations")
             assert len(store.observations(1)) < 60
-            # by name, or by any other command on that database, from any folder
-            assert main([*ask, "--db", "sqlite:///away.db"]) == 0
+            # by the command that was told, or by any other on that database, from any folder
+            assert main(ask or shlex.split(str(told.value).partition("run: steelyard ")[2])) == 0
         for timer in timers:
             timer.join()
         until = time.monotonic() + 10  # the replay's own writer may be at it: then the command leaves it to that
@@ -629,6 +630,25 @@ def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.Mo
         writer.put(rows.take(np.array([2, 3])))
     assert writer.settle(run, 5.0).ended
     assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
+
+
+def test_a_batch_that_nothing_takes_costs_no_other(store: Store, tmp_path: Path) -> None:
+    """The thread that gathers rows died of a batch that JSON refuses, and what came later was stored by nobody."""
+    run, rows = begun(store), held_rows(4)
+    with Writer(store, run.id, every_s=0.1) as writer:
+        rename(tmp_path / "made.db", "observations", "hidden")
+        writer.put(Steered(Decision(0.0, math.inf, "move", None, None, "why"), "c", 0.0))
+        writer.put([Sample(1.0, "w", "decode", running_requests=math.inf, waiting_requests=1.0)])
+        writer.put(rows.take(np.array([0, 1])))
+        until = time.monotonic() + 10
+        while writer.error is None and time.monotonic() < until:
+            time.sleep(0.02)
+        writer.put(rows.take(np.array([2, 3])))
+    rename(tmp_path / "made.db", "hidden", "observations")
+    assert writer.settle(run, 5.0).ended
+    assert isinstance(writer.error, ValueError)  # said at the end
+    assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
+    assert store.samples(run.id) == [Sample(1.0, "w", "decode", waiting_requests=1.0)]
 
 
 def test_rows_that_neither_database_nor_disk_takes_wait_in_memory(

@@ -101,6 +101,10 @@ def test_a_role_label_gives_the_role_where_nobody_else_did() -> None:
             'vllm:kv_cache_usage_perc 0.25\nvllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1\n',
             {"kv_used_ratio": 0.25},
         ),
+        (  # what no database takes
+            'vllm:kv_cache_usage_perc 0.25\nvllm:cache_config_info{block_size="nan",num_gpu_blocks="100"} 1\n',
+            {"kv_used_ratio": 0.25},
+        ),
         ("vllm:num_requests_running +Inf\n", {}),
         # TensorRT-LLM's worker, and Dynamo's own word on a worker's cache in its older spelling.
         (

@@ -1432,7 +1432,7 @@ class Store:
         names = [f.name for f in fields(Sample)]
         values = [
             {"run_id": run_id}
-            | {name: getattr(s, name) for name in names}
+            | {name: _plain(getattr(s, name)) for name in names}
             | {"worker": _clean(s.worker)[:WORKER_CHARACTERS]}
             for s in readings
         ]
