@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -468,14 +468,14 @@ class Writer:
             raise
 
     def settle(self, run: Run, patience_s: float, counted: Sequence[Histogram] = ()) -> Run:
-        """Store what came of the run, what the servers' histograms counted, and what waits. StoreError after ``patience_s`` says
-        where the rows are."""
+        """Store what came of the run, what the servers' histograms counted, and what waits. StoreError says where the rows are,
+        after ``patience_s`` in which nothing was stored."""
         until = time.monotonic() + patience_s
 
         def work() -> Run:
             self.spool.load(self._store)
             self._store.add_histograms(run.id, counted)
-            return self._store.end_run(run)
+            return self._store.end_run(run, count=False)
 
         while True:
             try:
@@ -484,10 +484,10 @@ class Writer:
                     self._keep()
                     if self._unkept:
                         raise self.error or StoreError("rows could not be kept.")
-                found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()))
+                found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
                 self._work.put(None)
                 self._settled = True
-                return found
+                break
             except StoreError as error:
                 if time.monotonic() < until:
                     time.sleep(0.5)
@@ -503,6 +503,8 @@ class Writer:
                     f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
                     f"When the database is back, run: steelyard runs recover{option(self._store.told or 'URL')}"
                 ) from None
+        self._store.count(found)  # of a long run a matter of minutes: by then it is stored, whoever waits for this
+        return found
 
     def _talk(self) -> None:
         """The thread that waits for the database."""
@@ -513,22 +515,24 @@ class Writer:
             except BaseException as error:
                 done.set_exception(error)
 
-    def _ask(self, work: Callable[[], Any], seconds: float) -> Any:
-        """Do something with the database. StoreError if it is not done in time, or if what was asked before is not done yet."""
-        until = time.monotonic() + seconds
-        silent = StoreError(f"{self._store.url}: the database does not answer.")
+    def _ask(self, work: Callable[[], Any], seconds: float, again_s: float = 0.0) -> Any:
+        """Do something with the database. StoreError if it is not done in time, or if what was asked before is not done yet.
+        again_s: what it gets after each line that was loaded from disk meanwhile."""
+        until, seen = time.monotonic() + seconds, self.spool.loaded
+
+        def answered(asked: Future[Any]) -> None:
+            nonlocal until, seen
+            while not wait([asked], max(0.0, until - time.monotonic())).done:
+                if not again_s or self.spool.loaded == seen:
+                    raise StoreError(f"{self._store.url}: the database does not answer.")
+                until, seen = time.monotonic() + again_s, self.spool.loaded
+
         if self._asked is not None:
-            try:
-                self._asked.exception(seconds)
-            except TimeoutError:
-                raise silent from None
-        done: Future[Any] = Future()
-        self._asked = done
-        self._work.put((work, done))
-        try:
-            return done.result(max(0.0, until - time.monotonic()))
-        except TimeoutError:
-            raise silent from None
+            answered(self._asked)
+        self._asked = Future()
+        self._work.put((work, self._asked))
+        answered(self._asked)
+        return self._asked.result()
 
     def _main(self) -> None:
         while True:

@@ -77,6 +77,8 @@ class Spool:
         self._key = store.begun.get(run_id, "")[:KEY] if key is None else key
         self.path = (where or folder()) / f"{_mark(store)}-run-{run_id}{self._key and '-'}{self._key}.jsonl"
         self._run_id = run_id
+        self.loaded = 0
+        """Lines that were stored so far: whoever waits sees that it goes on."""
 
     def keep(self, batch: Batch) -> None:
         """Keep rows, readings, a role change or a decision."""
@@ -205,6 +207,7 @@ class Spool:
                 elif "run" in held:
                     end = line
                 done += len(line)
+                self.loaded += 1
         finally:
             if done > len(end):  # a database that is away is asked twice a second, and the file may be large by then
                 with path.open("r+b") as again:  # in place: the lock is on this file

@@ -30,6 +30,7 @@ import pytest
 import tokenizers
 
 import loadgen.swarm
+import traces.store
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
@@ -726,6 +727,21 @@ def test_what_came_of_a_run_is_stored_after_its_rows(store: Store, tmp_path: Pat
     ended = store.run(run.id)
     assert (ended.ended, ended.complete, store.observations(run.id).index.tolist()) == (True, True, [0, 1, 2, 3])
     assert not list(folder().iterdir())
+
+
+def test_a_database_that_is_busy_storing_what_waits_answers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a reader: of a backlog that took longer than the patience, and of a count of many rows, it was said that the
+    database does not answer, though all of it was stored."""
+    run, rows = begun(store), held_rows(4)
+    stored, figures = store.add_observations, store.figures
+    monkeypatch.setattr(traces.store, "EXACT_ROWS", 1)
+    monkeypatch.setattr(store, "add_observations", lambda *given: (time.sleep(0.45), stored(*given)))
+    monkeypatch.setattr(store, "figures", lambda *given: (time.sleep(1.6), figures(*given))[1])
+    with Writer(store, run.id, every_s=10.0) as writer:
+        for k in range(4):
+            writer.spool.add_observations(rows.take(np.array([k])))
+        assert writer.settle(run, 1.5).ended
+    assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
 
 
 def test_rows_of_a_run_that_is_gone_are_not_the_next_one_s(

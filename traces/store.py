@@ -1040,11 +1040,9 @@ class Store:
                     self._counting.pop(next(iter(self._counting)))
         return run
 
-    def end_run(self, run: Run) -> Run:
-        """Store what came of a run."""
+    def end_run(self, run: Run, *, count: bool = True) -> Run:
+        """Store what came of a run, and its figures; without count those are left to :meth:`count`."""
         run = replace(run, ended=True)
-        with self._lock:
-            counted = self._counting.pop(run.id, None)
         update = runs.update().where(runs.c.id == run.id).values(_run_values(run))
 
         def write(connection: sa.Connection) -> None:
@@ -1052,14 +1050,21 @@ class Store:
             connection.execute(summaries.delete().where(summaries.c.run_id == run.id))
 
         self._write(write)
-        if run.scheduled > EXACT_ROWS:  # now, so that nobody who asks waits for it
+        if count:
+            self.count(run)
+        return run
+
+    def count(self, run: Run) -> None:
+        """Keep the figures of a long run that has ended, so that nobody who asks waits for them."""
+        with self._lock:
+            counted = self._counting.pop(run.id, None)
+        if run.scheduled > EXACT_ROWS:
             with suppress(StoreError):
                 known = counted is not None and (counted.slo, counted.warmup_s) == (run.slo, run.warmup_s)
                 if counted is not None and known and counted.rows > EXACT_ROWS:
                     # Not kept where somebody else stored rows, or stored some before: those are not in what was counted here.
                     self._keep(run.id, counted.figures(), counted, counted.rows)
                 self.figures(run)
-        return run
 
     def add_aggregates(self, measured: Sequence[tuple[Run, Aggregate]]) -> list[Run]:
         """Store runs that are means, all or none; those of the same group and digest that are there stay as they are."""
