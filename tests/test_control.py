@@ -464,6 +464,28 @@ def test_what_may_not_be_ended_is_not_said_to_be(monkeypatch: pytest.MonkeyPatch
         )
 
 
+def test_where_the_old_fleet_is_not_known_that_is_said_and_no_change_of_it_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, db = 'command:["true", "{prefill}", "{decode}"]', f"sqlite:///{tmp_path / 'a.db'}"
+    assert main(["control", "set", "1:2", "--control", spec, "--db", db, "--json"]) == 0
+    told = capsys.readouterr()
+    assert "command true: which fleet was in force is not known, so nothing can put it back." in told.err
+    assert json.loads(told.out)["before"] is None
+    with open_store(db) as store:
+        assert store.fleet_changes(None) == []
+    assert main(["control", "restore", "--db", db]) == 0
+    assert capsys.readouterr().out == "nothing to restore: no old fleet is noted here.\n"
+    said: list[str] = []
+    control = control_of(spec, CONNECT)
+    assert control is not None
+    with Keeper(control, "replay", put_back=False, say=said.append) as keeper:
+        for fleet in (Fleet(1, 2), Fleet(2, 1)):
+            keeper.put(fleet)
+            assert not keeper.journal.path.exists()
+    assert len(said) == 1
+
+
 def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
     control = control_of('command:["true", "{prefill}", "{decode}"]', CONNECT)
     assert control is not None

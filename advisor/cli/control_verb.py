@@ -178,19 +178,11 @@ def set_(
         served, failed = math.nan, -1
         if warm and url is not None:
             served, failed = _warm(connect_of(options).endpoint(url), model, warm, at)
-    change = FleetChange(
-        0.0,
-        cost.ready_s,
-        cost.before or wanted,
-        wanted,
-        "steelyard control set",
-        cost.joined_s,
-        served,
-        warm or -1,
-        failed,
-    )
     unstored = ""
-    if cost.before != wanted:
+    if cost.before not in (None, wanted):  # of one that is not known nobody could say what moved
+        change = FleetChange(
+            0.0, cost.ready_s, cost.before, wanted, "steelyard control set", cost.joined_s, served, warm or -1, failed
+        )
         try:
             with open_store(db) as store:
                 store.add_fleet_change(None, change, made.name, began)
@@ -305,9 +297,9 @@ def restore(
                 cost = put(made, fleet, settle_s)
                 journal.done(by)
                 row |= {"done": True, "said": f"in force after {cost.ready_s:.2f} s", "ready_s": cost.ready_s}
-                if cost.before != fleet:
+                if cost.before not in (None, fleet):
                     change = FleetChange(
-                        0.0, cost.ready_s, cost.before or fleet, fleet, "steelyard control restore", cost.joined_s
+                        0.0, cost.ready_s, cost.before, fleet, "steelyard control restore", cost.joined_s
                     )
                     with open_store(db) as store:
                         store.add_fleet_change(None, change, made.name, began)
@@ -330,7 +322,7 @@ def restore(
         why = {"error": str(refused), "exit_code": refused.exit_code} if refused else {}
         emit_json({"restored": found, "dry_run": dry_run} | why)
     elif not found:
-        messages().print("nothing to restore: no fleet was left changed.", markup=False)
+        messages().print("nothing to restore: no old fleet is noted here.", markup=False)
     else:
         for row in found:
             fleet = row["fleet"]

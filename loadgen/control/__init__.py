@@ -297,7 +297,7 @@ class Keeper:
         self.journal = Journal.of(control)
         self.before: Fleet | None = None
         self.stranded = False
-        self._entered = self._owed = False
+        self._entered = self._owed = self._unknown = False
         self._said: set[str] = set()
 
     def __enter__(self) -> Keeper:
@@ -378,7 +378,7 @@ class Keeper:
 
     def _note(self, fleet: Fleet, standing: Standing | None) -> None:
         self.bounds.check(fleet)
-        if self.before is None:
+        if self.before is None and not self._unknown:
             standing = standing or self.control.get()
             self.before = standing.aimed
             if self.before is not None:
@@ -387,6 +387,12 @@ class Keeper:
                 raise InputError(
                     f"{self.name}: which fleet is in force is not known, so it could not be put back. "
                     "Give the control a get command or the fleet in force (now)."
+                )
+            else:  # nor is what this change puts in force the fleet to go back to after the next one
+                self._unknown = True
+                self._say(
+                    f"{self.name}: which fleet was in force is not known, so nothing can put it back. A control that is a file "
+                    "can say it: get, or now."
                 )
 
 
