@@ -295,7 +295,8 @@ def test_sessions_come_back_with_the_schedule(store: Store, tmp_path: Path) -> N
 def test_the_spend_log_is_read_from_its_database(
     postgres_url: str, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """LiteLLM by URL gives what its CSV gives, in order of start; twice is a no-op; a database without the table is one line."""
+    """LiteLLM by URL gives what its CSV gives, in order of start; twice is a no-op; a database without the table is one line, and
+    so is a span without a row; --since and --until are of the zone of --tz."""
     header, _, rest = (DATA / "litellm_spendlogs.csv").read_text().partition("\n")
     kinds = {"prompt_tokens": "integer", "completion_tokens": "integer"} | dict.fromkeys(
         ("startTime", "endTime", "completionStartTime"), "timestamp(3)"
@@ -313,6 +314,27 @@ def test_the_spend_log_is_read_from_its_database(
     assert (first["already"], again["already"], first["inversions"]) == (False, True, 0)
     assert (first["rows_kept"], first["other_events"], first["sum_prompt_tokens"]) == (46, 1, 4406)
     assert "secret" not in json.dumps(store.trace("spend").files)
+    span = ["--since", "2026-11-24T01:20:45.073+01:00", "--until", "2026-11-24T00:20:45.799"]
+    assert main([*asked, "--name", "part", *span]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_read"] == 11
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        change = """ALTER COLUMN "startTime" TYPE timestamptz USING "startTime" AT TIME ZONE 'UTC'"""
+        connection.execute(f'ALTER TABLE "LiteLLM_SpendLogs" {change}')
+    assert main([*asked, "--name", "zoned", *span[:3], "2026-11-24T09:20:45.799", "--tz", "Asia/Tokyo"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_read"] == 11
+    for wrong, code, words in (
+        ([postgres_url, "--until", "2026-11-24"], 1, "no row of its LiteLLM_SpendLogs began then"),
+        ([postgres_url, "--since", "yesterday"], 2, "--since takes a date or time"),
+        (["azure-2023-conv", "--since", "2026-11-24"], 2, "are of LiteLLM's database"),
+    ):
+        assert main(["ingest", *wrong, "--name", "none", "--db", store.url]) == code
+        assert words in capsys.readouterr().err
+
+
+def test_a_spend_log_that_is_no_csv_is_told_so(store: Store, tmp_path: Path) -> None:
+    """LiteLLM's other exports are JSON lines."""
+    with pytest.raises(InputError, match=r"is no CSV of LiteLLM_SpendLogs.* Write one: .*CSV HEADER"):
+        load(store, tmp_path, lines({"request_id": "r1", "call_type": "acompletion"}), format="litellm")
 
 
 @pytest.mark.parametrize("times", ["s", "iso"])

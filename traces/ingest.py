@@ -139,7 +139,7 @@ def ingest(
     digest = hashlib.sha256("".join(f["sha256"] for f in files).encode() if len(files) > 1 else b"").hexdigest()
     sha256 = digest if len(files) > 1 else files[0]["sha256"]
     wanted = name or Path(files[0]["name"]).name.split(".")[0]
-    zone = _zone(tz)
+    zone = zone_of(tz)
     reader = recognise(paths[0], format, columns, time_unit)
     if block_size is not None:
         if reader.name != "mooncake" or block_size < 1:
@@ -735,7 +735,8 @@ class _Expanding(io.RawIOBase):
         super().close()
 
 
-def _zone(tz: str | None) -> ZoneInfo | None:
+def zone_of(tz: str | None) -> ZoneInfo | None:
+    """The zone of that name; None where none is named."""
     try:
         return None if tz is None else ZoneInfo(tz)
     except (ValueError, KeyError, OSError):

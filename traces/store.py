@@ -689,10 +689,11 @@ SPEND_LOGS = (
 """Columns of LiteLLM's table that are read; those with texts, keys and users are not."""
 
 
-def spend_logs(url: str, into: TextIO) -> int:
+def spend_logs(url: str, into: TextIO, since: datetime | None = None, until: datetime | None = None) -> int:
     """Write LiteLLM's ``LiteLLM_SpendLogs`` as CSV, in order of start; returns the rows. Nothing there is changed.
 
-    StoreError when there is no such database or table, or it lacks what a trace needs.
+    since, until: rows that began from the one on and before the other, in the zone of a column that carries none. StoreError when
+    there is no such database or table, it lacks what a trace needs, or no row began then.
     """
     engine = _engine(url, create=False, ours=False)
     shown = redact(url)
@@ -702,18 +703,25 @@ def spend_logs(url: str, into: TextIO) -> int:
             inspector = sa.inspect(connection)
             if not inspector.has_table(name):
                 raise StoreError(f"{shown}: has no table {name}. Give the URL of LiteLLM's own database.")
-            held = {c["name"] for c in inspector.get_columns(name)}
+            held = {c["name"]: c["type"] for c in inspector.get_columns(name)}
             missing = [c for c in SPEND_LOGS[:5] if c not in held]
             if missing:
                 raise StoreError(f"{shown}: its {name} lacks {', '.join(missing)}. Which LiteLLM wrote it?")
             table = sa.table(name, *(sa.column(c) for c in SPEND_LOGS if c in held))
             query = sa.select(table).order_by(table.c.startTime, table.c.request_id)
+            began, zoned = sa.column("startTime", held["startTime"]), getattr(held["startTime"], "timezone", False)
+            if since is not None:
+                query = query.where(began >= (since if zoned else since.replace(tzinfo=None)))
+            if until is not None:
+                query = query.where(began < (until if zoned else until.replace(tzinfo=None)))
             writer = csv.writer(into, lineterminator="\n")
             writer.writerow(table.c.keys())
             rows = 0
             for part in connection.execution_options(yield_per=BATCH).execute(query).partitions():
                 writer.writerows([v.isoformat() if isinstance(v, datetime) else v for v in row] for row in part)
                 rows += len(part)
+            if not rows and (since is not None or until is not None):
+                raise StoreError(f"{shown}: no row of its {name} began then. Check --since and --until.")
             return rows
     finally:
         engine.dispose()

@@ -8,12 +8,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, progress
+from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, progress, typed
 from advisor.cli.shaping import shape_options
 
 REPORT_KEYS = (
@@ -96,7 +97,9 @@ def _spool(stream: IO[bytes], held: Path, check: Callable[[Path], object], least
 
 
 @contextmanager
-def _files(sources: tuple[str, ...], check: Callable[[Path], object]) -> Iterator[tuple[Path, ...]]:
+def _files(
+    sources: tuple[str, ...], check: Callable[[Path], object], since: datetime | None, until: datetime | None
+) -> Iterator[tuple[Path, ...]]:
     """The files, also shipped ones by name; standard input and a table as temporary ones, since a trace is read twice."""
     from traces.shipped import NAMES, shipped
     from traces.store import spend_logs
@@ -111,12 +114,26 @@ def _files(sources: tuple[str, ...], check: Callable[[Path], object]) -> Iterato
         else:
             held = Path(folder) / "LiteLLM_SpendLogs.csv"
             with held.open("w", encoding="utf-8", newline="") as text:
-                spend_logs(sources[0], text)
+                spend_logs(sources[0], text, since, until)
         yield (held,)
 
 
 def _is_url(source: str) -> bool:
     return "://" in source
+
+
+def _moment(text: str | None, option: str, tz: str | None) -> datetime | None:
+    """A date or time as it was typed, in the zone that rows without one are of."""
+    from traces.ingest import zone_of
+
+    zone = zone_of(tz) or UTC
+    try:
+        moment = datetime.fromisoformat(text) if text is not None else None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(zone) if moment else None
+    except (ValueError, OverflowError):
+        raise click.UsageError(
+            f"{option} takes a date or time, for example 2026-11-24 or 2026-11-24T09:00 (got {text!r})."
+        ) from None
 
 
 @click.command(**example("steelyard ingest azure-2023-conv --name conv"))
@@ -137,6 +154,8 @@ def _is_url(source: str) -> bool:
     help="Of the arrival column of --map.",
 )
 @click.option("--tz", metavar="ZONE", help="Zone of times that carry none, like Europe/Berlin [default: UTC].")
+@click.option("--since", metavar="TIME", help="Of LiteLLM's database: rows that began from this date or time on.")
+@click.option("--until", metavar="TIME", help="The same: rows that began before.")
 @click.option("--block-size", type=int, help="Tokens of a prefix block of a Mooncake file [default: 512].")
 @click.option("--max-bad", default="5%", show_default=True, help="Refuse the file when more rows than this are bad.")
 @click.option(
@@ -157,6 +176,8 @@ def ingest(
     columns: str | None,
     time_unit: str,
     tz: str | None,
+    since: str | None,
+    until: str | None,
     block_size: int | None,
     as_json: bool,
     db: str,
@@ -181,7 +202,12 @@ def ingest(
         raise InputError("standard input is a trace of its own and needs a name: steelyard ingest - --name NAME")
     if any(map(_is_url, files)) and (len(files) > 1 or format_ not in (None, "litellm") or columns):
         raise InputError("the URL of a database is LiteLLM's, and a trace of its own: steelyard ingest URL --name NAME")
-    with open_store(db) as store, progress(as_json) as bars, _files(files, check) as paths:
+    if typed("since", "until") and not any(map(_is_url, files)):
+        raise click.UsageError(
+            "--since and --until are of LiteLLM's database; of a stored trace: replay --window 9h-10h."
+        )
+    span = _moment(since, "--since", tz), _moment(until, "--until", tz)
+    with open_store(db) as store, progress(as_json) as bars, _files(files, check, *span) as paths:
         size = sum(f.stat().st_size for f in paths if f.is_file())
         task = bars.add_task("read", total=size, unit="bytes")
         report = load(

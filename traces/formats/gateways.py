@@ -39,7 +39,10 @@ class LiteLlm:
         except csv.Error as error:
             raise BadFileError(str(error)) from error
         if missing:
-            raise BadFileError(f"the header must name {', '.join(missing)}")
+            raise BadFileError(
+                f"is no CSV of LiteLLM_SpendLogs: its header must name {', '.join(missing)}. "
+                "Write one: \\copy \"LiteLLM_SpendLogs\" TO 'FILE.csv' CSV HEADER"
+            )
         while True:
             try:
                 record = next(reader)
