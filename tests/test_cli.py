@@ -184,6 +184,8 @@ WRONG = [
     (["replay", "small", "--endpoint", "{endpoint}", "--slo", "fast"], 1, "SLO term"),
     (["replay", "small", "--endpoint", "{endpoint}", "--model", "gpt-9"], 1, "gpt-9"),
     (["replay", "small", "--endpoint", "{endpoint}", "--gpus-per-worker", "\u00b2,1"], 2, "--gpus-per-worker"),
+    (["replay", "small", "--endpoint", "{endpoint}", "--gpus-per-worker", "1,3000000000"], 2, "--gpus-per-worker"),
+    (["replay", "small", "--endpoint", "{endpoint}", "--seed", str(2**63)], 2, "--seed"),
     (["replay", "small", "--endpoint", "{endpoint}", "--web", "\u00b2"], 2, "--web"),
     (["replay", "small"], 2, "--endpoint"),
     (

@@ -303,6 +303,10 @@ def test_lengths_are_scaled_and_rounded() -> None:
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(InputError, match="length factor"):
             scale_tokens(held, output=wrong)
+    with pytest.raises(
+        InputError, match=r"outputs x1e.09 reach 7e.09 tokens, more than 2147483647. Give a lower --output-scale"
+    ):
+        scale_tokens(held, output=1e9)  # no database could hold its rows
 
 
 def test_a_share_is_kept_by_chance() -> None:

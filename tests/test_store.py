@@ -98,6 +98,29 @@ def test_writing_a_batch_again_changes_nothing(made_any_url: str) -> None:
         same(store.observations(run.id), Observations.concat([rows]))
 
 
+def test_what_one_database_refuses_none_takes(made_any_url: str) -> None:
+    """SQLite holds any length and number: a run or trace that PostgreSQL and MariaDB refuse is refused where it comes in."""
+    with open_store(made_any_url) as store:
+        for one, words in (
+            (replace(a_run(), engine="e" * 41), "engine 'e+'.. is too long: at most 40 characters .got 41"),
+            (replace(a_run(), group="é" * 201), "group 'é+'.. is too long: at most 200 characters"),
+            (replace(a_run(), seed=2**63), "seed 9223372036854775808 is too large"),
+            (replace(a_run(), gpus_per_worker=(1, 2**31)), "decode_gpus 2147483648 is too large"),
+        ):
+            with pytest.raises(InputError, match=words):
+                store.begin_run(one)
+        assert store.begin_run(replace(a_run(), group="é" * 200)).id
+        trace: dict[str, Any] = {"format": "f", "sha256": "0", "files": [], "options": {}}
+        trace |= {"summary": lambda: ({}, None, None, None), "batches": []}
+        with pytest.raises(InputError, match=r"name 'n+'.. is too long"):
+            store.add_trace(name="n" * 201, **trace)
+        row: dict[str, list[Any]] = {
+            n: [1] for n in ("seq", "source_line", "arrival_us", "prompt_tokens", "output_tokens")
+        }
+        trace["batches"] = [row | {"status": [0], "session_key": ["a\x00b"]}]
+        assert store.add_trace(name="n" * 200, **trace).name == "n" * 200
+
+
 def test_a_run_is_begun_ended_and_found_again(made_any_url: str) -> None:
     """A run comes back equal, before and after its end; runs are found by group and by id."""
     with open_store(made_any_url) as store:

@@ -15,6 +15,10 @@ from traces.records import Floats, Ints, Schedule
 ARRIVALS = ("poisson", "uniform", "constant", "gamma", "burst")
 
 
+MOST_TOKENS = 2**31 - 1
+"""Of a request, prompt and answer each: what a database's column holds."""
+
+
 def head(schedule: Schedule, n: int) -> Schedule:
     """The first n requests."""
     if n >= len(schedule):
@@ -183,8 +187,12 @@ def scale_tokens(schedule: Schedule, prompt: float = 1.0, output: float = 1.0) -
         if not (factor > 0 and math.isfinite(factor)):
             raise InputError(f"a length factor must be above 0 (got {factor:g}).")
         if factor != 1:
-            tokens = getattr(schedule, f"{what}_tokens")
-            columns[f"{what}_tokens"] = np.maximum(1, np.rint(tokens * factor)).astype(np.int64)
+            tokens = np.maximum(1, np.rint(getattr(schedule, f"{what}_tokens") * factor))
+            if len(tokens) and tokens.max() > MOST_TOKENS:
+                raise InputError(
+                    f"{what}s x{factor:g} reach {tokens.max():.3g} tokens, more than {MOST_TOKENS}. Give a lower --{what}-scale."
+                )
+            columns[f"{what}_tokens"] = tokens.astype(np.int64)
             words.append(f"{what}s x{factor:.6g}")
     if not words:
         return schedule
@@ -232,7 +240,7 @@ class LogNormal:
     mu: float
     sigma: float
     low: int = 1
-    high: int = 2**31 - 1
+    high: int = MOST_TOKENS
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -258,8 +266,8 @@ class LogNormal:
         sigma, value = values["sigma"], values[centre[0]]
         if sigma < 0 or not math.isfinite(sigma) or not math.isfinite(value) or (centre[0] != "mu" and value <= 0):
             raise InputError(f"{centre[0]} must be above 0 and sigma >= 0 (got {text!r}).")
-        low, high = int(values.get("min", 1)), int(values.get("max", 2**31 - 1))
-        if not 1 <= low <= high <= 2**31 - 1:
+        low, high = int(values.get("min", 1)), int(values.get("max", MOST_TOKENS))
+        if not 1 <= low <= high <= MOST_TOKENS:
             raise InputError(f"1 <= min <= max is needed (got {text!r}).")
         mu = value if centre[0] == "mu" else math.log(value) - (sigma * sigma / 2 if centre[0] == "mean" else 0.0)
         return cls(mu, sigma, low, high)

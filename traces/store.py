@@ -21,7 +21,8 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
   one before it, except on MariaDB, which cannot take a change of tables back: there restore a dump.
 - **What is never stored.** Prompt or answer text, API keys, passwords in URLs.
 
-NaN in a record is NULL in a row, and so is -1 in a count. Text loses NUL and lone surrogates, which no database takes.
+NaN in a record is NULL in a row, and so is -1 in a count. Text loses NUL and lone surrogates, which no database takes. A name
+or number that one of the three could not hold is refused on all of them (InputError).
 """
 
 from __future__ import annotations
@@ -811,10 +812,14 @@ class Store:
                 "tool_version": __version__,
                 "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
+            _fits(trace_sources, values)
             key = connection.execute(trace_sources.insert().values(values)).inserted_primary_key
             source = int(key[0]) if key else 0
             for batch in batches:
                 held = {c: batch[c] for c in TRACE_COLUMNS if c in batch}
+                if "session_key" in held:
+                    clean = {one: one and _clean(one) for one in set(held["session_key"])}
+                    held["session_key"] = [clean[one] for one in held["session_key"]]
                 self._bulk(connection, trace_rows, {"source_id": [source] * len(held["seq"])} | held)
             figures, origin, block, scope = summary()
             connection.execute(
@@ -1882,7 +1887,23 @@ def _run_values(run: Run) -> dict[str, Any]:
     values["prefill_gpus"], values["decode_gpus"] = run.gpus_per_worker
     values["endpoint"] = redact(run.endpoint)
     values["changes"] = list(run.changes)
-    return {k: _plain(v) for k, v in values.items()}
+    values = {k: _plain(v) for k, v in values.items()}
+    _fits(runs, values)
+    return values
+
+
+def _fits(table: sa.Table, values: Mapping[str, Any]) -> None:
+    """InputError where a column does not hold a text or number: SQLite would take it, and no other database."""
+    for name, value in values.items():
+        kind = table.c[name].type
+        most = getattr(kind, "length", None)
+        if isinstance(value, str) and most and len(value) > most:
+            raise InputError(
+                f"{name} {value[:40]!r}.. is too long: at most {most} characters (got {len(value)}). Shorten it."
+            )
+        bits = 63 if isinstance(kind, sa.BigInteger) else 31
+        if isinstance(kind, sa.Integer) and isinstance(value, int) and not -(2**bits) <= value < 2**bits:
+            raise InputError(f"{name} {value} is too large: at most {2**bits - 1}. Give a smaller one.")
 
 
 def _run(row: Any) -> Run:

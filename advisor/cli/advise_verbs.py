@@ -11,6 +11,7 @@ import click
 from advisor.cli.common import (
     GROUP,
     RUN,
+    SEED,
     TRACE,
     db_option,
     emit_json,
@@ -51,7 +52,7 @@ def question(f: Any) -> Any:
         click.option(
             "--current", metavar="P:D", help="The fleet in production: compared with, and preferred in a tie."
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the bootstrap."),
     ]
     for option in reversed(options):
         f = option(f)

@@ -212,6 +212,9 @@ def _look_up(context: click.Context, ask: Callable[[Any], list[Any]]) -> list[An
         return []
 
 
+SEED = click.IntRange(0, 2**63 - 1)
+"""What a column of a database holds."""
+
 RECOVERED = "steelyard.recovered"
 """In a command's meta: database -> file -> rows that were stored before the verb began."""
 

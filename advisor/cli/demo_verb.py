@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from advisor.cli.common import emit_json, example, json_option, messages, progress, quiet, typed_above
+from advisor.cli.common import SEED, emit_json, example, json_option, messages, progress, quiet, typed_above
 
 
 @click.command(**example("steelyard demo --out steelyard-demo"))
@@ -20,7 +20,7 @@ from advisor.cli.common import emit_json, example, json_option, messages, progre
 )
 @click.option("--db", metavar="URL", callback=typed_above, help="Database URL [default: steelyard.db in --out].")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Load workers.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap and of the prompts.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the bootstrap and of the prompts.")
 @json_option
 def demo(out: Path, db: str | None, workers: int, seed: int, as_json: bool) -> None:
     """The main job in two minutes: a real trace, the embedded endpoint, three runs, a recommended P:D, a report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import click
 from advisor.cli.common import (
     GROUP,
     SECRET_FILE,
+    SEED,
     TRACE,
     db_option,
     emit_json,
@@ -113,7 +115,7 @@ def asked(f: Any) -> Any:
             help="Seconds a request may take.",
         ),
         click.option("--gpus-per-worker", metavar="P,D", default="1,1", show_default=True, help="GPUs a worker uses."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed, stored with the run."),
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Seed, stored with the run."),
     ]
     for option in reversed(options):
         f = option(f)
@@ -123,11 +125,12 @@ def asked(f: Any) -> Any:
 def pair(text: str) -> tuple[int, int]:
     """``1,2`` as GPUs per (prefill, decode) worker."""
     prefill, _, decode = text.partition(",")
-    if not (prefill.strip().isdecimal() and decode.strip().isdecimal()) or min(int(prefill), int(decode)) < 1:
+    numbers = [int(n) if re.fullmatch("[0-9]{1,4}", n.strip()) else 0 for n in (prefill, decode)]
+    if min(numbers) < 1:
         raise click.UsageError(
-            f"--gpus-per-worker takes PREFILL,DECODE, both at least 1, for example 1,2 (got {text!r})."
+            f"--gpus-per-worker takes PREFILL,DECODE, both from 1 to 9999, for example 1,2 (got {text!r})."
         )
-    return int(prefill), int(decode)
+    return numbers[0], numbers[1]
 
 
 def schedule_of(store: Any, trace: str, options: dict[str, Any]) -> tuple[Any, float]:

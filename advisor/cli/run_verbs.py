@@ -15,6 +15,7 @@ from advisor.cli.common import (
     GROUP,
     RECOVERED,
     RUN,
+    SEED,
     db_option,
     emit_json,
     example,
@@ -641,7 +642,7 @@ def _guarded(value: Any) -> Any:
 @click.option(
     "--force", is_flag=True, help="Compare what is not comparable: another trace, seed or schedule, an invalid run."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the bootstrap.")
 @json_option
 @db_option
 def compare(

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import click
 
-from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, progress, typed
+from advisor.cli.common import SEED, TRACE, db_option, emit_json, example, json_option, messages, progress, typed
 from advisor.cli.shaping import shape_options
 
 REPORT_KEYS = (
@@ -261,7 +261,7 @@ def ingest(
     help="Arrival process [default: poisson].",
 )
 @click.option("--cv", type=float, default=2.0, show_default=True, help="Coefficient of variation of gamma gaps.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @shape_options
 @json_option
 @db_option
