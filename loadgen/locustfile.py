@@ -84,8 +84,10 @@ class Replay(User):
     @task
     def replay(self) -> None:
         """Send every request of the share at its time; ends when each has ended, or when something fails: never twice."""
-        if "run" not in SHARED:
+        # When a worker leaves, Locust starts its users anew at the others, which have a share of their own.
+        if "run" not in SHARED or SHARED["run"] in _SENT:
             raise StopUser
+        _SENT.add(SHARED["run"])
         why = ""
         try:
             self.send(dict(SHARED))
@@ -97,8 +99,7 @@ class Replay(User):
     def send(self, shared: dict[str, Any]) -> None:
         """The share of the run that is told, and its rows into the database."""
         held = self.environment.parsed_options
-        shares = max(1, int(shared["shares"]))
-        mine = getattr(self.environment.runner, "worker_index", 0) if shares > 1 else 0
+        mine, shares = int(shared["mine"]), int(shared["shares"])
         with open_store(held.db, create=False) as store:
             schedule = asked(held, store)
             positions = np.arange(len(schedule))[mine::shares]
@@ -165,7 +166,13 @@ def _wait(future: Any) -> Any:
 # --- one run, begun and ended by the process that started the test -----------------------------------------------------
 
 SHARED: dict[str, Any] = {}
-"""What every process knows of the run: its number, zero on the wall clock, model, salt, how many share it."""
+"""What every process knows of the run: its number, zero on the wall clock, model, salt, how many share it, which share is its."""
+
+_SENT: set[int] = set()
+"""Runs whose share this process has sent, or is sending: it does so once, whatever Locust starts."""
+
+_AWAITED: dict[str, int] = {}
+"""In the master: workers whose shares are not over, and which."""
 
 _DONE: list[str] = []
 """Of each share that is over "", or why it failed."""
@@ -177,15 +184,30 @@ def listen(environment: Any, **_: Any) -> None:
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.register_message("steelyard.run", lambda environment, msg: hear(msg.data))
     elif isinstance(environment.runner, MasterRunner):
-        environment.runner.register_message(
-            "steelyard.done", lambda environment, msg: finished(environment, msg.data["error"])
-        )
+        environment.runner.register_message("steelyard.done", done)
 
 
 def hear(run: dict[str, Any]) -> None:
     """Which run this is, or the error for which there is none."""
     SHARED.clear()
     SHARED.update(run)
+
+
+def done(environment: Any, msg: Any) -> None:
+    """A worker's share is over."""
+    if _AWAITED.pop(msg.node_id, None) is not None:
+        finished(environment, msg.data["error"])
+
+
+def watch(environment: Any) -> None:
+    """Whoever leaves with a share that is not over ends it: nobody else sends it."""
+    while _AWAITED and environment.runner.state in ("ready", "spawning", "running"):
+        for worker, share in list(_AWAITED.items()):
+            known = environment.runner.clients.get(worker)
+            if known is None or known.state == "missing":
+                del _AWAITED[worker]
+                finished(environment, f"worker {share} went away")
+        gevent.sleep(0.5)
 
 
 def said(error: Exception) -> str:
@@ -200,16 +222,23 @@ def begin(environment: Any, **_: Any) -> None:
     if isinstance(environment.runner, WorkerRunner):
         return
     _DONE.clear()
+    _AWAITED.clear()
+    runner = environment.runner
+    # Not by Locust's index, which is given once: of a worker that was replaced it leaves a gap.
+    there = [c.id for c in runner.clients.values() if c.state != "missing"] if isinstance(runner, MasterRunner) else []
     try:
-        hear(begun(environment))
+        hear(begun(environment, max(1, len(there))))
     except Exception as error:
         hear({"error": said(error)})
         leave(environment, failed=True)
-    if isinstance(environment.runner, MasterRunner):
-        environment.runner.send_message("steelyard.run", dict(SHARED))
+    for k, worker in enumerate(there):
+        runner.send_message("steelyard.run", SHARED | {"mine": k}, worker)
+    if there and "run" in SHARED:
+        _AWAITED.update(zip(there, range(len(there)), strict=True))
+        gevent.spawn(watch, environment)
 
 
-def begun(environment: Any) -> dict[str, Any]:
+def begun(environment: Any, shares: int) -> dict[str, Any]:
     """What every process has to know of a run that is stored now."""
     held = environment.parsed_options
     if not held.trace or not environment.host:
@@ -217,7 +246,6 @@ def begun(environment: Any) -> dict[str, Any]:
     engines.dialect(held.engine), engines.engine(held.engine)
     where = target(environment.host, api_key=read_api_key(None))
     model, _owner = Endpoint(where).choose_model(held.model or None)
-    shares = environment.runner.worker_count if isinstance(environment.runner, MasterRunner) else 1
     with open_store(held.db, create=False) as store:
         schedule = asked(held, store)
         run = store.begin_run(
@@ -238,7 +266,7 @@ def begun(environment: Any) -> dict[str, Any]:
             )
         )
     salt = random.SystemRandom().getrandbits(60)
-    return {"run": run.id, "zero_unix": run.started_unix_s, "model": model, "salt": salt, "shares": shares}
+    return {"run": run.id, "zero_unix": run.started_unix_s, "model": model, "salt": salt, "shares": shares, "mine": 0}
 
 
 def finished(environment: Any, error: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gevent
 import numpy as np
 import pytest
 
@@ -66,9 +68,10 @@ def locust(*arguments: str, file: Path = LOCUSTFILE) -> subprocess.Popen[str]:
 @pytest.mark.timed
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) -> None:
-    """Alone, and with a master and two workers: every request once, on time, judged, and in Locust's statistics."""
+    """Alone (with a user too many), and with a master and two workers: every request once, on time, judged, in Locust's
+    statistics."""
     asked = ["--trace", "t", "--db", db, "--slo", "ttft<0.5s", "--fleet", "1:1"]
-    start = ["--headless", "--host", endpoint, "-u", str(max(1, workers)), *asked]
+    start = ["--headless", "--host", endpoint, "-u", "2", *asked]
     others: list[subprocess.Popen[str]] = []
     if workers:
         port = str(free_port())
@@ -91,7 +94,7 @@ def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) ->
         for process in (main, *others):
             process.kill()
             process.communicate()
-    assert "/v1/completions" in said
+    assert re.search(r"/v1/completions +60 ", said), said[-3000:]
     assert "steelyard: run 1 {'ok': 60}, valid" in said, said[-3000:]
     with open_store(db) as store:
         run, rows = store.run(1), store.observations(1)
@@ -99,6 +102,70 @@ def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) ->
         assert rows.index.tolist() == list(range(60))
         assert float(rows.ttft_sent_s.min()) == pytest.approx(0.05, abs=0.01)
         assert len(set(rows.worker.tolist())) == max(1, workers)
+
+
+class Worker:
+    """A Locust worker that takes what it is told, and does nothing."""
+
+    def __init__(self, name: str, port: int) -> None:
+        from locust import __version__  # not before loadgen.swarm has seen to it that it patches nothing
+        from locust.rpc.zmqrpc import Client
+
+        self.rpc = Client("127.0.0.1", port, name)
+        self.name = name
+        self.say("client_ready", __version__)
+        self.beating = gevent.spawn(self.beat)
+
+    def beat(self) -> None:
+        while True:
+            gevent.sleep(0.5)
+            self.say("heartbeat", {"state": "ready", "current_cpu_usage": 0, "current_memory_usage": 0})
+
+    def say(self, kind: str, data: Any = None) -> None:
+        from locust.rpc import Message
+
+        self.rpc.send(Message(kind, data, self.name))
+
+    def hear(self, kind: str) -> None:
+        with gevent.Timeout(60):
+            while self.rpc.recv().type != kind:
+                pass
+
+    def leave(self) -> None:
+        self.beating.kill()
+        self.say("quit")
+        context = self.rpc.socket.context
+        self.rpc.close(linger=1000)
+        context.term()
+
+
+def test_a_share_is_sent_by_the_worker_that_was_told_it_or_by_nobody(db: str, endpoint: str) -> None:
+    """One worker is replaced before the start and two leave after it: Locust starts their users anew at the one that is
+    left, which sends its own share, every third request, once, and no other. The run ends, incomplete."""
+    port = free_port()
+    asked = ["--trace", "t", "--db", db, "--host", endpoint]
+    master = ["--master", "--expect-workers", "3", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(port)]
+    main = locust("--headless", "-u", "3", "-r", "3", *master, *asked)
+    replaced, first = (Worker(name, port) for name in ("replaced", "first"))
+    replaced.hear("ack")
+    first.hear("ack")
+    replaced.leave()
+    other = locust("--worker", "--master-host", "127.0.0.1", "--master-port", str(port), *asked)
+    third = Worker("third", port)
+    try:
+        for worker in (first, third):
+            worker.hear("spawn")
+            worker.leave()
+        said, _ = main.communicate(timeout=60)
+    finally:
+        for process in (main, other):
+            process.kill()
+            process.communicate()
+    assert "steelyard: run 1 {'ok': 20, 'unsent': 40}, invalid: worker " in said, said[-3000:]
+    assert re.search(r"/v1/completions +20 ", said), said[-3000:]
+    with open_store(db) as store:
+        rows = store.observations(1)
+    assert len(set((rows.index[rows.ok] % 3).tolist())) == 1
 
 
 @pytest.mark.parametrize(
