@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -381,6 +382,32 @@ def fleet_script(tmp_path: Path) -> tuple[Path, Path]:
     return program, file
 
 
+SLOW = '[ "$3" = 1 ] || { (echo; exec sleep 60) > "$1" & wait; }; echo "$2:$3" > "$0"'
+"""A command that puts P:1 in force at once, and says in its pipe that it is at work on another."""
+
+
+@contextlib.contextmanager
+def slow(tmp_path: Path, **more: Any) -> Iterator[tuple[Command, Path, Any]]:
+    """(control of :data:`SLOW`, the file with its fleet, wait until nobody changes it any more)."""
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+    def over() -> None:
+        assert os.read(pipe, 10) == b"\n"
+        assert select.select([pipe], [], [], 30)[0]
+        assert os.read(pipe, 10) == b""  # nobody is left who could write
+
+    def begun() -> None:
+        assert select.select([pipe], [], [], 30)[0]
+
+    fleet = tmp_path / "fleet"
+    made = Command(["sh", "-c", SLOW, str(fleet), str(tmp_path / "pipe"), "{prefill}", "{decode}"], **more)
+    try:
+        yield made, fleet, (begun, over)
+    finally:
+        os.close(pipe)
+
+
 def test_a_command_sets_and_reads_the_fleet(tmp_path: Path) -> None:
     program, file = fleet_script(tmp_path)
     control = control_of(str(file), CONNECT)
@@ -417,17 +444,10 @@ def test_a_command_may_leave_something_running() -> None:
 
 def test_a_command_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
     """What goes on in the background would change the fleet after steelyard has said that the change was given up."""
-    os.mkfifo(tmp_path / "pipe")
-    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        script = ["sh", "-c", '(echo; exec sleep 60) > "$0" & wait', str(tmp_path / "pipe"), "{prefill}", "{decode}"]
+    with slow(tmp_path, now=Fleet(1, 1), timeout_s=1.0) as (control, _, (_, over)):
         with pytest.raises(LostError, match=r"'sh': did not end within 1 s and was killed"):
-            put(Command(script, now=Fleet(1, 1), timeout_s=1.0), Fleet(2, 1), 30.0)
-        assert os.read(pipe, 10) == b"\n"
-        assert select.select([pipe], [], [], 15)[0]
-        assert os.read(pipe, 10) == b""  # nobody is left who could write
-    finally:
-        os.close(pipe)
+            put(control, Fleet(1, 2), 30.0)
+        over()
 
 
 def test_what_nobody_has_looked_at_is_never_settled(tmp_path: Path) -> None:
@@ -451,17 +471,65 @@ def test_what_nobody_has_looked_at_is_never_settled(tmp_path: Path) -> None:
     assert not fleet.exists()
 
 
+def test_a_command_is_waited_for_as_long_as_it_may_run(tmp_path: Path) -> None:
+    """A shorter --settle would leave it behind, and nobody who knew what it does to the fleet afterwards."""
+    fleet = tmp_path / "fleet"
+    command = ["sh", "-c", 'sleep 0.3; echo "$1:$2" > "$0"', str(fleet), "{prefill}", "{decode}"]
+    put(Command(command, now=Fleet(1, 1)), Fleet(2, 1), 0.05)
+    assert fleet.read_text() == "2:1\n"
+    keeper = Keeper(Command(command, now=Fleet(2, 1)), "run", put_back=False, timeout_s=0.05)
+    with keeper:
+        keeper.ask(Fleet(3, 1))  # its fleet is to stay, and the command would end with this process
+    assert fleet.read_text() == "3:1\n"
+
+
+def test_no_command_goes_on_beside_the_way_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loadgen.control, "STEP_S", 0.05)
+    with slow(tmp_path, now=Fleet(2, 1)) as (control, fleet, (begun, over)):
+        with Keeper(control, "sweep") as keeper:
+            keeper.ask(Fleet(1, 2))
+            begun()
+        over()
+        assert fleet.read_text() == "2:1\n"
+        assert not keeper.stranded
+
+
+def test_a_command_ends_with_the_verb_that_started_it(tmp_path: Path) -> None:
+    """SIGTERM, as a pod that is taken away gets it; the note stays."""
+    with slow(tmp_path, now=Fleet(2, 1)) as (control, fleet, (begun, over)):
+        file = tmp_path / "control.toml"
+        file.write_text(f'kind = "command"\nset = {json.dumps(control._change)}\nnow = "2:1"\n')
+        child = subprocess.Popen(
+            [sys.executable, "-m", "advisor", "control", "set", "1:2", "--control", str(file)],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )  # fmt: skip
+        try:
+            begun()
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(60) == 130
+        finally:
+            child.kill()
+            child.wait()
+        over()
+        assert not fleet.exists()
+        assert Journal(str(file), "").undo() == (Fleet(2, 1), "set")
+
+
 def test_what_may_not_be_ended_is_not_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's process, such as one of sudo, goes on; no other user is needed to see what is said then."""
 
     def refused(group: int, number: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, "killpg", refused)
-    with pytest.raises(LostError, match=r"within 0\.3 s and may not be ended .*: it may go on changing the fleet"):
-        put(
-            Command(["sh", "-c", "sleep 1", "{prefill}", "{decode}"], now=Fleet(1, 1), timeout_s=0.3), Fleet(2, 1), 30.0
-        )
+    control = Command(["sh", "-c", "exec sleep 60", "{prefill}", "{decode}"], now=Fleet(1, 1), timeout_s=0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", refused)
+        with pytest.raises(LostError, match=r"within 0\.3 s and may not be ended .*: it may go on changing the fleet"):
+            put(control, Fleet(2, 1), 30.0)
+        with pytest.raises(LostError, match="one from before still runs and may not be ended"):
+            put(control, Fleet(1, 1), 30.0)
+    assert [process.poll() for process in control._running] == [None]
+    del control  # with it goes what it still runs
 
 
 def test_where_the_old_fleet_is_not_known_that_is_said_and_no_change_of_it_is_stored(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -41,7 +38,7 @@ def control_options(f: Any) -> Any:
             type=click.FloatRange(min=0, min_open=True),
             default=180.0,
             show_default=True,
-            help="Seconds that a change of fleet may take.",
+            help="Seconds that a change of fleet may take; a command or a drain of SGLang: at least its own limit.",
         ),
         click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing."),
     ]
@@ -245,7 +242,7 @@ def _warm(server: Any, model: str | None, requests: int, asked: float) -> tuple[
     type=click.FloatRange(min=0, min_open=True),
     default=180.0,
     show_default=True,
-    help="Seconds.",
+    help="Seconds that it may take; a command or a drain of SGLang: at least its own limit.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @credentials
@@ -255,7 +252,7 @@ def restore(
     control_spec: str | None, forget: bool, settle_s: float, dry_run: bool, as_json: bool, db: str, **options: Any
 ) -> int:
     """Put the fleets back that a crash, an interrupted command or ``control set`` left changed."""
-    from loadgen.control import control_of, put
+    from loadgen.control import control_of, put, terminable
     from loadgen.control.journal import Journal
     from traces.errors import EndpointError, SteelyardError
     from traces.records import FleetChange
@@ -294,7 +291,8 @@ def restore(
                 if dry_run:
                     continue
                 began = time.time()
-                cost = put(made, fleet, settle_s)
+                with terminable():
+                    cost = put(made, fleet, settle_s)
                 journal.done(by)
                 row |= {"done": True, "said": f"in force after {cost.ready_s:.2f} s", "ready_s": cost.ready_s}
                 if cost.before not in (None, fleet):
@@ -397,6 +395,7 @@ def run(
     With --dry-run it decides and says so, changes nothing and stores nothing.
     """
     from loadgen import policy
+    from loadgen.control import terminable
     from loadgen.control.online import Controller, Ledger
     from traces.errors import EndpointError
     from traces.measures import Slo
@@ -453,7 +452,7 @@ def run(
             ) as controller,
         ):
             try:
-                with _terminable():
+                with terminable():
                     threading.Event().wait(for_s)
             except KeyboardInterrupt:
                 console.print("stopping", markup=False)
@@ -488,19 +487,6 @@ def run(
             markup=False,
         )
     return 1 if unstored or keeper.stranded else 0
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is Ctrl-C: who stops a service, or takes a pod away, wants the fleet back as well."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Dry:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,10 +30,11 @@ FLEET_S = 180.0
 """How long a change of P:D may take to be in force, unless told otherwise."""
 
 STEP_S = 60.0
-"""How long a change that is given up may take to end the step that runs; then the next one does not wait for it."""
+"""How long a change that is given up may take to end the step that runs; then it is ended, where it can be, and the next one does
+not wait for it."""
 
 BACK_S = 60.0
-"""How long the way back is awaited after Ctrl-C; the note on disk stays when it takes longer."""
+"""How long the way back is awaited after Ctrl-C, or what the control needs; the note on disk stays when it takes longer."""
 
 ROLES = ("prefill", "decode")
 
@@ -63,7 +65,8 @@ class Standing:
 
 class Control(Protocol):
     """How one kind of endpoint is asked for a fleet. name: what it changes, without credentials; spec: what
-    :func:`control_of` makes it from again, for the note on disk."""
+    :func:`control_of` makes it from again, for the note on disk. A kind whose steps run in this process says as patience_s how
+    long they may take: a change is waited for at least so long."""
 
     kind: str
     name: str
@@ -151,7 +154,7 @@ def has_grown(now: Fleet | None, wanted: Fleet) -> bool:
 
 
 def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Standing | None = None) -> Cost:
-    """Put a fleet in force and wait until it is. EndpointError when it is not within ``timeout_s``.
+    """Put a fleet in force and wait until it is. EndpointError when it is not within ``timeout_s``, or what the control needs.
 
     An answer that does not come while the change is on its way is awaited, not an end.
     """
@@ -159,6 +162,7 @@ def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Stan
     was = standing.fleet
     if standing.settled(fleet):
         return Cost(was, fleet, 0.0, 0.0)
+    timeout_s = max(timeout_s, patience_of(control))
     asked = time.monotonic()
     control.ask(fleet)
     until = time.monotonic() + timeout_s  # a step of the change before, which has to end first, takes nothing of it
@@ -196,6 +200,11 @@ def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Stan
     )
 
 
+def patience_of(control: Control) -> float:
+    """Seconds that a control's own steps may take; 0 where none run in this process."""
+    return float(getattr(control, "patience_s", 0.0))
+
+
 class LostError(EndpointError):
     """Waiting does not help: refused, not authorised, or a step of the change failed."""
 
@@ -207,11 +216,11 @@ class FailedError(LostError):
 class Steps:
     """For kinds whose change is a list of steps: runs them in a thread, one after another; the first that fails ends it.
 
-    check() says how many are not done yet, and raises what went wrong, once.
+    check() says how many are not done yet, and raises what went wrong, once. end: ends the step that runs, if it can.
     """
 
-    def __init__(self) -> None:
-        self._left = 0
+    def __init__(self, end: Callable[[], object] = lambda: None) -> None:
+        self._end, self._left = end, 0
         self._error: FailedError | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -232,10 +241,13 @@ class Steps:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the step that runs now."""
+        """End after the step that runs now, which is ended if it takes too long."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(STEP_S)
+            if self._thread.is_alive():
+                self._end()
+                self._thread.join(0.2)
         self._left = 0
 
     def check(self) -> int:
@@ -267,12 +279,25 @@ class Steps:
             self._left = max(0, self._left - 1)
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: who stops a service, or takes a pod away, wants the fleet back as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 class Keeper:
     """A control that keeps the way back: a context manager, and itself a Control.
 
     Before the first change the fleet in force is noted on disk (:mod:`loadgen.control.journal`). At the end put_back says
     whether it comes back always (a sweep) or only when an error or Ctrl-C ended the work (a replay, which was asked for
-    that fleet). keep_note: the note stays, so that ``steelyard control restore`` goes back (``control set``).
+    that fleet); SIGTERM is Ctrl-C. keep_note: the note stays, so that ``steelyard control restore`` goes back (``control set``).
     say: gets a line when something needs to be known. A crash leaves the note; the next Keeper of the same endpoint goes
     back to what stood before the crash, or, where it leaves its own fleet, keeps the note for ``restore``.
     stranded: the old fleet could not be put back.
@@ -299,6 +324,7 @@ class Keeper:
         self.stranded = False
         self._entered = self._owed = self._unknown = False
         self._said: set[str] = set()
+        self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> Keeper:
         self.journal.lock(self._verb)
@@ -318,6 +344,7 @@ class Keeper:
                 )
             )
         self._entered = True
+        self._signals.enter_context(terminable())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -326,11 +353,22 @@ class Keeper:
                 return
             if self._put_back or (kind is not None and not self._keep_note):
                 self.back()
-            elif not self._keep_note and not self._owed:  # what a crash left is not ours to drop
+                return
+            if kind is None:
+                self._finish()
+            if not self._keep_note and not self._owed:  # what a crash left is not ours to drop
                 self.journal.done(self._verb)
         finally:
             self._entered = False
+            self._signals.close()
             self.journal.unlock()
+
+    def _finish(self) -> None:
+        """Wait for the steps of a change that is to stay: they would end with this process."""
+        until = time.monotonic() + patience_of(self.control)
+        with contextlib.suppress(EndpointError):
+            while time.monotonic() < until and self.control.get().changing:
+                time.sleep(0.05)
 
     def back(self) -> None:
         """Put the old fleet back and drop the note. Says so instead of raising when that does not succeed: the note stays."""

@@ -14,7 +14,9 @@ import os
 import signal
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import IO, Any
 
 from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
@@ -26,6 +28,9 @@ COMMAND_S = 600.0
 """How long a command may take, unless the file says otherwise."""
 
 GET_S = 30.0
+
+TERM_S = 5.0
+"""What a command may take to clean up when it is ended (helm marks its release), before it is killed."""
 
 
 class Command:
@@ -40,7 +45,10 @@ class Command:
             raise InputError("a control command needs {prefill} and {decode} among its arguments.")
         self._change, self._read, self._now, self._timeout_s = list(change), list(read), now, timeout_s
         self._target: Fleet | None = None
-        self._steps = Steps()
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._steps = Steps(partial(_end, self._running))
+        weakref.finalize(self, _end, self._running)  # also when this process ends: nobody would know of it any more
+        self.patience_s = timeout_s + GET_S
         self.name = f"command {change[0]}"
         self.spec = "command:" + json.dumps(self._change)
         self.bounds = Bounds()
@@ -77,12 +85,19 @@ class Command:
         ]
 
     def ask(self, fleet: Fleet) -> None:
-        """See :class:`loadgen.control.Control`."""
+        """See :class:`loadgen.control.Control`. No two commands change the fleet at once."""
+        self._steps.stop()
+        if any(process.poll() is None for process in self._running):
+            raise LostError(
+                f"control command {self._change[0]!r}: one from before still runs and may not be ended (another user's, as with "
+                "sudo), so that no other was started."
+            )
+        self._running.clear()
         self._target = fleet
 
         def change() -> None:
             try:
-                self._run(self._filled(fleet), self._timeout_s)
+                self._run(self._filled(fleet), self._timeout_s, self._running)
             except Exception:
                 if self._target is fleet:  # nothing is on its way there
                     self._target = None
@@ -100,10 +115,11 @@ class Command:
             filled.append(part)
         return filled
 
-    def _run(self, arguments: list[str], timeout_s: float) -> str:
+    def _run(self, arguments: list[str], timeout_s: float, running: list[subprocess.Popen[bytes]] | None = None) -> str:
+        """What a command says. running: gets its process."""
         # Files, not pipes: whatever the command leaves running holds a pipe open, and nobody would see that it has ended.
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            code = self._ended(arguments, timeout_s, out, err)
+            code = self._ended(arguments, timeout_s, out, err, [] if running is None else running)
             out.seek(0)
             err.seek(max(0, err.seek(0, os.SEEK_END) - 65536))
             said, wrong = out.read(65536), err.read(65536)
@@ -114,24 +130,21 @@ class Command:
         return said.decode("utf-8", "replace").strip()
 
     @staticmethod
-    def _ended(arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes]) -> int:
+    def _ended(
+        arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes], running: list[subprocess.Popen[bytes]]
+    ) -> int:
         fate = "was killed"
         try:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 start_new_session=True,  # Ctrl-C is ours: the way back must not be cut in the middle
             )  # fmt: skip
+            running.append(process)
             try:
                 return process.wait(timeout_s)
             except BaseException:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it started, which would go on changing the fleet
-                except PermissionError:
+                if not _end([process]):
                     fate = "may not be ended (another user's, as with sudo): it may go on changing the fleet"
-                except OSError:
-                    pass  # gone
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1.0)
                 raise
         except FileNotFoundError:
             raise LostError(f"control command {arguments[0]!r}: there is no such program.") from None
@@ -143,6 +156,26 @@ class Command:
             ) from None
         except OSError as error:
             raise LostError(f"control command {arguments[0]!r}: cannot be run ({error.strerror}).") from None
+
+
+def _end(running: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """End commands with what they started, which would go on changing the fleet. False: one may not be ended."""
+    allowed = True
+    for process in list(running):
+        if process.poll() is not None:
+            continue
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TERM_S)
+            os.killpg(process.pid, signal.SIGKILL)
+        except PermissionError:
+            allowed = False
+        except OSError:
+            pass  # gone
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+    return allowed
 
 
 def _arguments(held: Any, what: str) -> list[str]:

@@ -57,6 +57,7 @@ class SGLang:
     ) -> None:
         self._router, self._engine, self._pool, self._drain_s = router, engine, list(pool), drain_s
         self._named = bool(pool)
+        self.patience_s = drain_s + START_S
         self._target: Fleet | None = None
         self._steps = Steps()
         self.name = f"sglang-router {router.shown}"
