@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import loadgen.client
 from loadgen.client import Client, Row, Target, _Connection, target
-from loadgen.engines import Prompts, dialect
+from loadgen.engines import Measure, Prompts, dialect
 from traces.errors import InputError
 
 EVENTS = [
@@ -627,6 +627,21 @@ def test_a_prompt_has_as_many_tokens_as_asked(n: int, text: bool, chat: bool) ->
         assert len(prompt if isinstance(prompt, list) else prompt.split()) == n
         assert body["model"] == 'a "model"'
         assert isinstance(prompt, str) == (chat or text)
+
+
+@pytest.mark.parametrize("measure", [None, Measure(11.0, 1.37), Measure(3.0, 0.8)])
+@pytest.mark.parametrize("block_tokens", [16, 512])
+def test_prompts_share_as_many_tokens_as_their_blocks_hold(measure: Measure | None, block_tokens: int) -> None:
+    """Whatever a word counts at the server, and however many blocks there are."""
+    prompts = Prompts(dialect("openai", text=True), "m", 3000, 3, measure)
+    n = 2048 // block_tokens
+    prompts.share({0: range(n), 1: [*range(n // 4), -1]}, block_tokens)
+    one, other = (json.loads(prompts.body(k, 2048 + 200, 7))["prompt"].split() for k in (0, 1))
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=True)))
+    # A word may be the same by chance.
+    assert same * (measure.per_unit if measure else 1.0) == pytest.approx(512, abs=3)
+    alone = prompts.body(2, 2048 + 200, 7)
+    assert len(json.loads(alone)["prompt"].split()) == len(one)
 
 
 @pytest.mark.parametrize(

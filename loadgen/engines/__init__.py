@@ -129,7 +129,7 @@ class Prompts:
 
         self._salt = salt & (2**64 - 1)
         self._shared: Mapping[int, Sequence[int]] = {}
-        self._block_tokens = 0
+        self._block_units = 0.0
         self.key = f"{self._salt:016x}"
         self._ids = dialect.token_ids and not dialect.chat
         self._measure = None if measure == EXACT else measure
@@ -165,7 +165,8 @@ class Prompts:
 
         blocks: request position -> ids of its leading blocks of block_tokens tokens each, the last may be cut short.
         """
-        self._shared, self._block_tokens = blocks, block_tokens
+        self._shared = blocks
+        self._block_units = block_tokens if self._measure is None else block_tokens / self._measure.per_unit
 
     def body(self, position: int, prompt_tokens: int, output_tokens: int) -> bytes:
         """The body of request ``position``: exactly ``prompt_tokens`` ids or words, or as many as the measure says."""
@@ -174,15 +175,15 @@ class Prompts:
         tail = (self._tail % (output_tokens, output_tokens)).encode()
         shared = self._shared.get(position, ())
         pieces = []
-        left = prompt_tokens
-        for block in shared:
-            n = min(self._block_tokens, left)
-            if n <= 0:
-                break
-            pieces.append(self._piece(-1 - block, n))
-            left -= n
-        if left > 0:
-            pieces.append(self._piece(position, left))
+        at = 0
+        for k, block in enumerate(shared, 1):
+            # From where it ends in the prompt: what is rounded must not add up over many blocks.
+            end = min(round(k * self._block_units), prompt_tokens)
+            if end > at:
+                pieces.append(self._piece(-1 - block, end - at))
+                at = end
+        if at < prompt_tokens:
+            pieces.append(self._piece(position, prompt_tokens - at))
         return b"".join((self._head, (b"," if self._ids else b" ").join(pieces), tail))
 
     def _units(self, tokens: int) -> int:
