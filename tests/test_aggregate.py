@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import sys
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +250,26 @@ def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
     for name in ("ok", "failed", "unsent", "cancelled", "lost"):
         assert shown[1][name] == shown[0][name], name
     assert shown[1]["lag_ms"]["max"] == pytest.approx(shown[0]["lag_ms"]["max"])
+
+
+def test_the_last_rows_of_a_run_whose_master_was_killed_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts that were kept while it went on lack them; of one that goes on they may lag, as to count takes long."""
+    monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
+    rows, url = answered(107, 1), f"sqlite:///{tmp_path}/a.db"
+    with open_store(url) as store:
+        runs = [
+            store.begin_run(replace(a_run(), scheduled=400, started_unix_s=began)) for began in (time.time(), 1e9)
+        ]
+        for run in runs:
+            for part in (slice(0, 104), slice(104, 107)):
+                store.add_observations(run.id, rows.take(part))
+        assert [store.figures(run).n for run in runs] == [104, 104]
+    with open_store(url) as other:
+        assert [other.figures(run).n for run in runs] == [104, 107]
+        monkeypatch.setattr(other, "_pieces", None)  # once
+        assert other.figures(runs[1]).n == 107
 
 
 def test_another_slo_of_a_run_that_outgrows_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

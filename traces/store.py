@@ -15,7 +15,8 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
 - **What is derived.** A run's figures are kept with it when it has ended, those of a long run with the counts they come from
   (``summaries``, :mod:`traces.aggregate`), and thrown away by the first row that comes later; whoever asks then computes them
   again from the rows, and keeps them unless a row has come meanwhile (to be sure of it takes the turn of a writer for as long as
-  the rows take to count). Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at most.
+  the rows take to count). Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at most; where no row has
+  come for a minute, all are counted.
 - **Revisions.** A database is used at this version's revision only; an older one is refused with the command to run, a
   newer one in words. Two ``migrate`` at once: the second waits, then finds the work done. A revision that fails leaves the
   one before it, except on MariaDB, which cannot take a change of tables back: there restore a dump.
@@ -339,6 +340,9 @@ EXACT_ROWS = 100_000
 
 KEEP_AFTER = 0.05
 """The counts of a long run that goes on are kept anew when they have grown by this share."""
+
+LEFT_S = 60.0
+"""A run that has not ended and got no row for so long is taken for one that never will."""
 
 READERS = 4
 """Threads that count the rows of a run at once, each with a connection. More than there are cores do no harm."""
@@ -1351,6 +1355,8 @@ class Store:
         with self._begin() as connection:
             kept = connection.execute(query).first()
         found = Bins.unpack(kept.bins, kept.latencies) if kept is not None and kept.latencies is not None else None
+        if found is not None and self._left(run, found.rows):
+            found = None
         if found is None:
             with self._begin() as connection:
                 if _rows(connection, run.id, EXACT_ROWS + 1) <= EXACT_ROWS:
@@ -1368,6 +1374,16 @@ class Store:
                     self._keep_other(run.id, found, limits, good)
             found = found.within(str(slo), good)
         return found
+
+    def _left(self, run: Run, kept: int) -> bool:
+        """Has a run that never ended other rows than those that were counted, and no more come? Its master was killed then."""
+        if run.ended or run.id in self._counting:
+            return False
+        t = observations.c
+        last = sa.select(sa.func.coalesce(t.last_token_s, t.due_s)).where(t.run_id == run.id)
+        with self._begin() as connection:
+            heard_s = connection.execute(last.order_by(t.index.desc()).limit(1)).scalar() or 0.0
+            return time.time() - run.started_unix_s - heard_s > LEFT_S and _rows(connection, run.id) != kept
 
     def _good(self, run_id: int, slo: Slo, found: Bins) -> dict[int, int]:
         """Slot of time -> requests that met the limits of an SLO; the formulas of :func:`traces.measures.met`."""
