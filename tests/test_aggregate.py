@@ -259,9 +259,7 @@ def test_the_last_rows_of_a_run_whose_master_was_killed_are_counted(
     monkeypatch.setattr(traces.store, "EXACT_ROWS", 100)
     rows, url = answered(107, 1), f"sqlite:///{tmp_path}/a.db"
     with open_store(url) as store:
-        runs = [
-            store.begin_run(replace(a_run(), scheduled=400, started_unix_s=began)) for began in (time.time(), 1e9)
-        ]
+        runs = [store.begin_run(replace(a_run(), scheduled=400, started_unix_s=began)) for began in (time.time(), 1e9)]
         for run in runs:
             for part in (slice(0, 104), slice(104, 107)):
                 store.add_observations(run.id, rows.take(part))

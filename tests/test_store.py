@@ -413,22 +413,35 @@ def test_the_migrations_import_nothing_of_ours() -> None:
 
 
 def test_two_that_migrate_at_once_are_both_right(any_url: str) -> None:
-    """Of several processes that bring one empty database up, each ends well and the schema is made once."""
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: migrate(any_url)[1], range(4)))
-    assert set(found) == {head_revision()}
+    """Of several processes that bring one empty database up, or open it meanwhile, each ends well and the schema is made once."""
+
+    def come(k: int) -> str:
+        time.sleep(0.03 * k)
+        if k % 2 == 0:
+            return migrate(any_url)[1]
+        open_store(any_url).close()
+        return head_revision()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(come, range(8))) == {head_revision()}
     with open_store(any_url) as store:
         assert store.compare_schema() == []
 
 
 @pytest.mark.parametrize("kept", [k for k in KEPT if k.startswith("0003")])
 def test_two_that_migrate_an_old_database_at_once_are_both_right(kept: str, request: pytest.FixtureRequest) -> None:
-    """The second waits for the first and finds the work done."""
+    """The second waits for the first and finds the work done; the one copy of a SQLite file is of the old revision."""
     url: str = request.getfixturevalue(f"{kept.split('.')[1].replace('postgresql', 'postgres')}_url")
     load_kept(url, (DATA / "databases" / f"{kept}.sql").read_text(encoding="utf-8"))
     rows = {name: len(held) for name, held in everything(url).items()}
     with ThreadPoolExecutor(4) as pool:
-        assert {now for _, now, _ in pool.map(lambda _: migrate(url), range(4))} == {head_revision()}
+        found = list(pool.map(lambda _: migrate(url), range(4)))
+    assert {now for _, now, _ in found} == {head_revision()}
+    copies = [backup for _, _, backup in found if backup]
+    assert len(copies) == url.startswith("sqlite")
+    for copy in copies:
+        with closing(sqlite3.connect(copy)) as connection:
+            assert connection.execute("select version_num from alembic_version").fetchone() == ("0003",)
     after = {name: len(held) for name, held in everything(url).items()}
     assert rows.items() <= after.items()
 

@@ -15,8 +15,8 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
 - **What is derived.** A run's figures are kept with it when it has ended, those of a long run with the counts they come from
   (``summaries``, :mod:`traces.aggregate`), and thrown away by the first row that comes later; whoever asks then computes them
   again from the rows, and keeps them unless a row has come meanwhile (to be sure of it takes the turn of a writer for as long as
-  the rows take to count). Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at most; where no row has
-  come for a minute, all are counted.
+  the rows take to count). Of a long run that goes on they are kept as well, and lag behind by a twentieth of its rows at
+  most; where no row has come for a minute, all are counted.
 - **Revisions.** A database is used at this version's revision only; an older one is refused with the command to run, a
   newer one in words. Two ``migrate`` at once: the second waits, then finds the work done. A revision that fails leaves the
   one before it, except on MariaDB, which cannot take a change of tables back: there restore a dump.
@@ -390,8 +390,11 @@ def open_store(url: str, *, create: bool = True) -> Store:
         with _connected(engine, shown) as connection:
             found = _revision_of(connection)
             wanted = head_revision()
+            if found != wanted:  # perhaps somebody is at it: MariaDB shows each of its steps
+                with _turn(connection):
+                    tables = set(sa.inspect(connection).get_table_names())  # before the revision, which comes with them
+                    found = _revision_of(connection)
             if found is None:
-                tables = set(sa.inspect(connection).get_table_names())
                 if tables & set(metadata.tables):
                     raise StoreError(
                         f"{shown}: has tables named like ours but no revision. Give another --db, or restore a backup."
@@ -444,10 +447,7 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
             file = engine.url.database
             if before is not None and engine.dialect.name == "sqlite" and file and file != ":memory:":
                 backup = Path(f"{file}.{before}.{time.strftime('%Y%m%dT%H%M%S')}.backup")
-                with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(backup)) as target:
-                    source.backup(target)
-            _upgrade(connection)
-            return before, wanted, backup
+            return before, wanted, _upgrade(connection, backup)
     finally:
         engine.dispose()
 
@@ -519,8 +519,11 @@ def _revision_of(connection: sa.Connection) -> str | None:
     return connection.execute(sa.select(sa.column("version_num")).select_from(sa.table("alembic_version"))).scalar()
 
 
-def _upgrade(connection: sa.Connection) -> None:
-    """Run the revisions that are missing. Of two that start at once the second waits, then finds the work done."""
+def _upgrade(connection: sa.Connection, backup: Path | None = None) -> Path | None:
+    """Run the revisions that are missing. Of two that start at once the second waits, then finds the work done.
+
+    backup: where a SQLite file is copied to before; returned if it was.
+    """
     from alembic import command
     from alembic.config import Config
 
@@ -530,22 +533,38 @@ def _upgrade(connection: sa.Connection) -> None:
     elif kind == "sqlite":
         connection.rollback()
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would begin only before the first row is changed
-    elif kind in ("mysql", "mariadb"):
-        if connection.execute(sa.text("SELECT GET_LOCK('steelyard', 120)")).scalar() != 1:
-            raise StoreError("another steelyard migrates this database for two minutes already. Wait, then try again.")
-        if not sa.inspect(connection).get_table_names():  # names and texts differ by case and by blanks, as elsewhere
-            name = connection.dialect.identifier_preparer.quote(str(connection.engine.url.database))
-            connection.exec_driver_sql(f"ALTER DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin")
+        if backup is not None and _revision_of(connection) == head_revision():
+            backup = None  # the other made one
+        if backup is not None:
+            file = str(connection.engine.url.database)
+            with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(backup)) as target:
+                source.backup(target)
     config = Config()
     config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    try:
+    with _turn(connection):
+        if kind in ("mysql", "mariadb") and not sa.inspect(connection).get_table_names():
+            # Names and texts differ by case and by blanks, as elsewhere.
+            name = connection.dialect.identifier_preparer.quote(str(connection.engine.url.database))
+            connection.exec_driver_sql(f"ALTER DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin")
         command.upgrade(config, "head")
         connection.commit()
+    return backup
+
+
+@contextmanager
+def _turn(connection: sa.Connection) -> Iterator[None]:
+    """On MariaDB nobody else migrates meanwhile; elsewhere nobody sees a part of it."""
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        yield
+        return
+    if connection.execute(sa.text("SELECT GET_LOCK('steelyard', 120)")).scalar() != 1:
+        raise StoreError("another steelyard migrates this database for two minutes already. Wait, then try again.")
+    try:
+        yield
     finally:
-        if kind in ("mysql", "mariadb"):
-            connection.execute(sa.text("SELECT RELEASE_LOCK('steelyard')"))
+        connection.execute(sa.text("SELECT RELEASE_LOCK('steelyard')"))
 
 
 def _engine(url: str, *, create: bool, ours: bool = True) -> sa.Engine:
