@@ -861,6 +861,20 @@ def test_the_way_back_does_not_wait_for_a_drain_that_is_given_up(routers: list[R
     assert control.get().settled(Fleet(2, 1))
 
 
+@pytest.mark.parametrize(
+    ("router", "engine", "sent"), [("https", "https", True), ("https", "http", False), ("http", "http", True)]
+)
+def test_what_was_given_for_https_goes_to_no_engine_in_the_clear(
+    router: str, engine: str, sent: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "sglang.toml"
+    file.write_text(f'kind = "sglang"\nrouter = "{router}://r"\n[[worker]]\nurl = "{engine}://e:1"\nrole = "prefill"\n')
+    connect = Connect(lambda url: Endpoint(target(url, api_key="PLANTED")), endpoint)
+    control = control_of(str(file), connect)
+    assert isinstance(control, SGLang)
+    assert ("PLANTED" in str(dict(control._engine(control._pool[0].url).where.headers))) is sent
+
+
 def test_a_router_that_refuses_and_an_expired_token_are_one_line_each(routers: list[Router]) -> None:
     router = Router([("prefill", "prefill"), ("decode", "decode")])
     routers.append(router)

@@ -257,6 +257,13 @@ def from_table(table: dict[str, Any], path: str, connect: Connect) -> SGLang:
         if one["role"] not in (*ROLES, "any"):
             raise InputError(f"{where}: role must be prefill, decode or any (got {one['role']!r}).")
         pool.append(Worker(one["url"].rstrip("/"), one["role"], one["bootstrap_port"]))
-    made = SGLang(connect.endpoint(held["router"]), connect.endpoint, pool, float(held["drain_s"]))
+    router = connect.endpoint(held["router"])
+
+    def engine(url: str) -> Endpoint:
+        found = connect.endpoint(url)
+        # What was given for a router by https goes to no engine in the clear.
+        return connect.bare(url) if (router.where.scheme, found.where.scheme) == ("https", "http") else found
+
+    made = SGLang(router, engine, pool, float(held["drain_s"]))
     made.spec = path
     return made
