@@ -660,13 +660,13 @@ class Client:
         self._idle_s = idle_s
         self._spare: asyncio.Task[None] | None = None
 
-    async def warm(self, connections: int) -> None:
-        """Open a few connections, so that the first requests do not pay for it. A refusal is left to the requests."""
+    async def warm(self, first: Sequence[int]) -> None:
+        """Open a connection for each of these requests, so that they do not pay for it. A refusal is left to them."""
 
         async def one(route: _Route) -> None:  # kept as soon as it stands: the others may take too long
             route.idle.append(await self._connect(route))
 
-        wanted = [one(self._routes[k % len(self._routes)]) for k in range(connections)]
+        wanted = [one(self._routes[position % len(self._routes)]) for position in first]
         await asyncio.gather(*wanted, return_exceptions=True)
 
     async def run(
@@ -1165,15 +1165,15 @@ class Engine:
         prompts: Prompts,
         *,
         timeout_s: float,
-        connections: int,
+        first: Sequence[int],
         engine: engines.Engine | None = None,
     ) -> None:
-        """Make the client of the next run and warm its connections."""
+        """Make the client of the next run and open connections for its first requests."""
         await self.close()
         self.rows.clear()
         self._client = Client(where, path, prompts, self.rows.append, timeout_s=timeout_s, engine=engine)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._client.warm(connections), 5.0)
+            await asyncio.wait_for(self._client.warm(first), 5.0)
 
     async def run(
         self,

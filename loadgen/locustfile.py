@@ -110,7 +110,9 @@ class Replay(User):
             told = engines.engine(held.engine)
             _wait(
                 engine.submit(
-                    engine.prepare([where], dialect.path, prompts, timeout_s=600.0, connections=32, engine=told)
+                    engine.prepare(
+                        [where], dialect.path, prompts, timeout_s=600.0, first=positions[:32].tolist(), engine=told
+                    )
                 )
             )
             zero = time.monotonic() + float(shared["zero_unix"]) - time.time()

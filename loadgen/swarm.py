@@ -1241,7 +1241,7 @@ class _WorkerSide:
                 dialect.path,
                 prompts,
                 timeout_s=job["timeout_s"],
-                connections=connections,
+                first=self._columns[0][:connections],
                 # An engine of another package that this machine lacks: its requests are made all the same, without facts.
                 engine=engines.engines().get(dialect.name),
             )
