@@ -1252,7 +1252,7 @@ class Store:
             self._write(write)
 
     def vacuum(self) -> None:
-        """Give the space of deleted rows back and let the database count what it holds."""
+        """Give the space of deleted rows back, on PostgreSQL to later rows, and let the database count what it holds."""
         kind = self._engine.dialect.name
         with _said(self.url), self._engine.connect() as connection:
             if kind in ("mysql", "mariadb"):
@@ -1261,7 +1261,9 @@ class Store:
                     connection.exec_driver_sql(f"OPTIMIZE TABLE {name}").all()
                 return
             alone = connection if kind == "sqlite" else connection.execution_options(isolation_level="AUTOCOMMIT")
-            for statement in ("VACUUM", "ANALYZE") if kind == "sqlite" else ("VACUUM ANALYZE",):
+            # SQLite's log holds the whole database then, until the last who has it open closes it.
+            ours = ("VACUUM", "ANALYZE", "PRAGMA wal_checkpoint(TRUNCATE)")
+            for statement in ours if kind == "sqlite" else ("VACUUM ANALYZE",):
                 alone.exec_driver_sql(statement)
             connection.commit()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -553,6 +554,7 @@ def prune(
     """
     import time
 
+    from traces.errors import InputError
     from traces.store import open_store
 
     if older_than is None and not group and not incomplete:
@@ -568,7 +570,8 @@ def prune(
         young = [r.id for r in named if older_than is None and not r.ended and r.started_unix_s > before - 86400]
         found = [run.id for run in named if run.id not in young]
         for run_id in [] if dry_run else found:
-            store.delete_run(run_id)
+            with suppress(InputError):  # somebody else deleted it meanwhile
+                store.delete_run(run_id)
     if young:
         one = f"{', '.join(map(str, young))} have not ended and were begun within a day"
         warn(f"runs {one}: they may be going on, and are left. --older-than 0 takes them too.")
@@ -583,7 +586,7 @@ def prune(
 @json_option
 @db_option
 def vacuum(as_json: bool, db: str) -> None:
-    """Give the space of deleted runs back to the disk."""
+    """Give the space of deleted runs back to the disk; on PostgreSQL to later runs."""
     from traces.store import open_store
 
     with open_store(db, create=False) as store:
@@ -592,7 +595,13 @@ def vacuum(as_json: bool, db: str) -> None:
     if as_json:
         emit_json({"vacuumed": shown})
     else:
-        messages().print(f"{shown} holds no more space than its rows need.", markup=False)
+        said = f"{shown} holds no more space than its rows need."
+        if shown.startswith("postgres"):
+            said = (
+                f"{shown}: later runs use the space of deleted ones. To give it to the disk: VACUUM FULL in psql, for which each "
+                "table is locked, and copied, meanwhile."
+            )
+        messages().print(said, markup=False)
 
 
 @runs.command("recover", **example("steelyard runs recover"))
