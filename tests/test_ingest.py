@@ -453,7 +453,8 @@ def test_a_schedule_takes_what_its_numbers_take(made_url: str, tmp_path: Path, m
 
 
 def test_a_feed_waits_for_its_database(made_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table that is away for a moment between two pieces costs none of them; one that stays away is said."""
+    """A table that is away for a moment between two pieces costs none of them; one that stays away is said, and a trace that was
+    replaced by another: on SQLite it may have the same number."""
     monkeypatch.setattr(traces.store, "FEED_ROWS", 1000)
     file = made_url.removeprefix("sqlite:///")
 
@@ -471,6 +472,12 @@ def test_a_feed_waits_for_its_database(made_url: str, tmp_path: Path, monkeypatc
         back.start()
         assert sum(map(len, pieces)) == 4100
         back.join()
+        pieces = store.feed("t").pieces()
+        next(pieces)
+        store.delete_trace("t")
+        ingest(store, [DATA / "conversation_trace.first.jsonl"], name="t")
+        with pytest.raises(StoreError, match="the trace 't' was removed or replaced while it was read"):
+            next(pieces)
         monkeypatch.setattr(traces.store, "FEED_PATIENCE_S", 0.3)
         pieces = store.feed("t").pieces()
         next(pieces)

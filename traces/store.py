@@ -990,17 +990,24 @@ class Store:
                 raise InputError(f"{name!r} has no rate to scale: its {n} requests are due at one instant.")
             rate_factor = rate_per_s / ((n - 1) / span)
 
+        # SQLite gives the number of a deleted trace to the next one.
+        same = sa.select(trace_sources.c.id).where(
+            trace_sources.c.id == info.id, trace_sources.c.name == name, trace_sources.c.sha256 == info.sha256
+        )
+
         def pieces() -> Iterator[Schedule]:
             after = -1
             while True:
                 query = (
                     sa.select(t.seq, t.arrival_us, t.prompt_tokens, t.output_tokens)
-                    .where(*wanted, t.seq > after)
+                    .where(*wanted, t.seq > after, same.exists())
                     .order_by(t.seq)
                     .limit(FEED_ROWS)
                 )
                 rows = self._patiently(query)
                 if not rows:
+                    if not self._patiently(same):
+                        raise StoreError(f"the trace {name!r} was removed or replaced while it was read. Start anew.")
                     return
                 table = _table(rows)
                 after = int(table[-1, 0])
