@@ -750,7 +750,9 @@ class Client:
             self._drop(flight)
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Send no more, give up what is in flight, close every connection."""
+        self.stop()
+        self.cancel()
         self._closing = True
         for route in self._routes:
             route.idle.clear()
@@ -1170,7 +1172,7 @@ class Engine:
     ) -> None:
         """Make the client of the next run and open connections for its first requests."""
         await self.close()
-        self.rows.clear()
+        self.rows = deque()  # whatever the client before has still to say is of another run
         self._client = Client(where, path, prompts, self.rows.append, timeout_s=timeout_s, engine=engine)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._client.warm(first), 5.0)

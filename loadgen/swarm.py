@@ -744,7 +744,8 @@ class Swarm:
 
         on_start(zero, unix): schedule zero on the monotonic clock and on the wall, once agreed. Ctrl-C stops sending,
         waits ``drain_s`` for answers in flight, and returns with ``interrupted``. deadline_s: longest time that the
-        run may take after the last due time; default the request timeout plus 30 s.
+        run may take after the last due time; default the request timeout plus 30 s. What a callback raises ends the run, and the
+        workers send no more of it: the next one is its own.
         """
         self.join()
         while self._next(0.0) is not None:
@@ -800,7 +801,8 @@ class Swarm:
         for worker in crew:
             at = zero if worker.same_clock else zero + worker.offset
             self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
-        on_start(zero, unix)
+        with self._halting(token, waiting):
+            on_start(zero, unix)
         last_due = schedule.last_due_s
         longest = job.timeout_s + SLACK_S
         if job.causal and isinstance(schedule, Schedule) and schedule.parent is not None:
@@ -812,7 +814,7 @@ class Swarm:
             longest += job.timeout_s * sum(math.ceil(len(batch) / slots) for batch, _ in job.dispatch.batches)
         until = zero + last_due + (deadline_s if deadline_s is not None else longest)
         interrupted = overdue = False
-        with _noted() as stops:
+        with self._halting(token, waiting), _noted() as stops:
 
             def heard(message: tuple[str, str, Any]) -> None:
                 self._accept(message, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
@@ -887,6 +889,16 @@ class Swarm:
             on_rows(pieces.ended(left, "lost", -1, reasons[-1] if reasons else "no row came"))
             reasons.append(f"{len(left)} requests were not reported by their workers")
         return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs, unread)
+
+    @contextlib.contextmanager
+    def _halting(self, token: int, waiting: set[str]) -> Iterator[None]:
+        """Whatever ends a run before its time, its workers send no more of it."""
+        try:
+            yield
+        except BaseException:
+            for client_id in waiting:
+                self._send("steelyard.stop", {"run": token, "drain_s": 0.0}, client_id)
+            raise
 
     def _send_job(self, worker: _Worker, schedule: Schedule | Feed, job: Job, token: int) -> None:
         held = schedule if isinstance(schedule, Schedule) else None
@@ -1147,6 +1159,8 @@ class _WorkerSide:
         self._over = gevent.get_hub().loop.async_()
         self._over.start(self.bell.set)
         self.run_id = 0
+        self._rows_of = 0
+        """The run that the engine's rows are of: until the next one goes, the one before."""
         self.name = ""
         self._job: dict[str, Any] = {}
         self._blocks: list[dict[str, Any]] = []
@@ -1179,6 +1193,7 @@ class _WorkerSide:
 
     def job(self, environment: Any, msg: Any) -> None:
         self._job, self._blocks, self.run_id = msg.data, [], msg.data["run"]
+        self._running = None  # of a run that was broken off; nobody waits for its end
 
     def shard(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] != self.run_id:
@@ -1252,6 +1267,7 @@ class _WorkerSide:
 
     def go(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] == self.run_id:
+            self._rows_of = self.run_id
             gate = Gate(**self._job["gate"]) if self._job.get("gate") and self._columns[0] else None
             self._running = self.engine.submit(
                 self.engine.run(*self._columns, msg.data["zero"], gate, self._turns, self._more)
@@ -1277,7 +1293,7 @@ class _WorkerSide:
         source = self.engine.rows
         rows = [source.popleft() for _ in range(len(source))]
         if rows:
-            self.runner.send_message("steelyard.rows", pack(rows) | {"run": self.run_id})
+            self.runner.send_message("steelyard.rows", pack(rows) | {"run": self._rows_of})
             fire = self.environment.events.request.fire
             for i, row in enumerate(rows):
                 if row.status == "unsent":
@@ -1297,4 +1313,4 @@ class _WorkerSide:
             error = running.exception()
             cost = {} if error else running.result()
             self.runner._send_stats()  # Locust's own last report, before we say that it is over
-            self.runner.send_message("steelyard.finished", {"run": self.run_id, "cost": cost})
+            self.runner.send_message("steelyard.finished", {"run": self._rows_of, "cost": cost})

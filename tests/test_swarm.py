@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import re
 import signal
@@ -548,6 +549,36 @@ def test_after_the_deadline_nothing_is_asked_any_more(swarm: Swarm, endpoint: st
     assert (outcome.reason, set(rows.status)) == ("", {"ok"})
 
 
+def finished(url: str) -> float:
+    """Requests that an endpoint has ended."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=20) as page:
+        told = page.read().decode()
+    return sum(float(v) for v in re.findall(r"^steelyard_finished_requests_total\S* (\S+)$", told, re.M))
+
+
+def test_what_is_left_of_a_run_that_broke_off_is_not_sent_into_the_next(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller's own mistake ends the run: its workers stop, also where they do not hear of it, and its rows are nobody's."""
+
+    def mistake(rows: Observations) -> None:
+        raise ZeroDivisionError
+
+    with embedded("demo", Fleet(1, 1)) as url:
+        what = replace(job(url), model="demo")
+        for halting in (swarm._halting, lambda token, waiting: contextlib.nullcontext()):
+            monkeypatch.setattr(swarm, "_halting", halting)
+            with pytest.raises(ZeroDivisionError):
+                swarm.run(schedule(800, 40.0), what, on_rows=mistake)
+            outcome, rows = run(swarm, schedule(10, 20.0, output_tokens=7), what)
+            assert outcome.reason == ""
+            assert Counter(rows.status) == {"ok": 10}
+            assert set(rows.output_tokens.tolist()) == {7}
+        before = finished(url)
+        time.sleep(0.5)
+        assert finished(url) == before > 0
+
+
 def test_a_drain_that_is_too_short_cancels_what_is_in_flight(swarm: Swarm, endpoint: str) -> None:
     """An answer that outlasts the drain is cancelled and keeps the tokens that came."""
     asked = schedule(10, 50.0, output_tokens=3000)
@@ -591,11 +622,6 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
 def test_a_worker_that_was_taken_for_dead_sends_nothing_when_it_wakes() -> None:
     """What it had still to send is lost, not sent at once into whatever runs then (a paused machine does that)."""
     with embedded("demo", Fleet(1, 1)) as url, Swarm(workers=2) as swarm:
-
-        def arrived() -> float:
-            page = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()
-            return sum(float(v) for v in re.findall(r"^steelyard_finished_requests_total\S* (\S+)$", page, re.M))
-
         frozen = swarm.processes[1]
 
         def freeze() -> None:
@@ -604,11 +630,11 @@ def test_a_worker_that_was_taken_for_dead_sends_nothing_when_it_wakes() -> None:
 
         try:
             outcome, rows = run(swarm, schedule(200, 100.0), replace(job(url), model="demo"), freeze)
-            before = arrived()
+            before = finished(url)
         finally:
             os.kill(frozen, signal.SIGCONT)
         time.sleep(1.5)
-        assert arrived() == before > 0
+        assert finished(url) == before > 0
     assert "worker 1 sent no heartbeat" in outcome.reason
     assert Counter(rows.status[rows.worker == 1])["lost"] > 10
 
