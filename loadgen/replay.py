@@ -17,7 +17,7 @@ from typing import Any
 
 from loadgen.client import TIMEOUT_S, Target, target
 from loadgen.control import Control, Endpoint, Keeper, Standing, put
-from loadgen.control.online import Controller, Steering, measured
+from loadgen.control.online import Controller, Steering
 from loadgen.control.reference import Reference
 from loadgen.discover import Discovery, Targets, again, discover, with_told
 from loadgen.engines import EXACT
@@ -25,7 +25,7 @@ from loadgen.live import Live
 from loadgen.policy import Dispatch
 from loadgen.scrape import PERIOD_S, Scraper
 from loadgen.served import Served, judged
-from loadgen.spool import Batch, Spool, Steered, add
+from loadgen.spool import Batch, Spool, Steered, add, cost
 from loadgen.swarm import Job, Outcome, Swarm, ended
 from traces import __version__
 from traces.credentials import read_secret
@@ -241,7 +241,8 @@ def replay(
         words=tuple(words or ()),
     )
     run = store.begin_run(began)
-    writer = Writer(store, run.id)
+    steered = control.name if control is not None else ""
+    writer = Writer(store, run.id, steered)
     tally, served = Tally(warmup_s), Served()
     scrapers: list[Scraper] = []
 
@@ -266,19 +267,13 @@ def replay(
 
     outcome: Outcome | None = None
     reason = ""
-    changes: list[FleetChange] = []
     refused: list[Decision] = []
-
-    def on_change(change: FleetChange) -> None:
-        changes.append(change)  # stored again at the end, with what it cost
-        writer.put(change)
 
     def on_decision(decision: Decision, unix: float) -> None:
         if decision.action == "refused":
             refused.append(decision)
         writer.put(Steered(decision, steered, unix))
 
-    steered = control.name if control is not None else ""
     with writer.told(lambda: _ended(run, tally, slo, outcome, reason or "interrupted")):
         with contextlib.ExitStack() as stack:
             stack.enter_context(writer)
@@ -298,7 +293,7 @@ def replay(
                             scraper.read,
                             steering,
                             zero,
-                            on_change,
+                            writer.put,
                             on_decision=lambda decision: on_decision(decision, unix),
                             on_standing=lambda standing: scraper.assign(standing.workers),
                             tick_s=tick_s,
@@ -346,10 +341,7 @@ def replay(
         run = writer.settle(done_run, patience_s, counted)
     if writer.error is not None:
         raise writer.error
-    if changes:
-        rows = store.pieces(run.id, ("sent_s", "first_token_s", "last_token_s", "status"))
-        cost = measured(changes, rows, store.samples(run.id))
-        store.cost_fleet_changes(run.id, cost, steered, run.started_unix_s)
+    cost(store, run, steered)
     if outcome.interrupted:
         raise Interrupted(run)
     return run
@@ -430,8 +422,9 @@ class Writer:
     if it is still away at the end. Batches that neither database nor disk takes stay in memory and are tried again.
     """
 
-    def __init__(self, store: Store, run_id: int, *, every_s: float = 0.5) -> None:
+    def __init__(self, store: Store, run_id: int, steered: str = "", *, every_s: float = 0.5) -> None:
         self.spool = Spool(store, run_id)
+        self._steered = steered
         self.error: Exception | None = None
         self._store, self._run_id, self._every_s = store, run_id, every_s
         self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
@@ -464,7 +457,7 @@ class Writer:
         except KeyboardInterrupt:
             if not self._settled:
                 with contextlib.suppress(StoreError):
-                    self.spool.end_run(end())
+                    self.spool.end_run(end(), self._steered)
             raise
 
     def settle(self, run: Run, patience_s: float, counted: Sequence[Histogram] = ()) -> Run:
@@ -498,7 +491,7 @@ class Writer:
                     raise StoreError(f"{left} rows of run {run.id} are lost: {error}") from None
                 if counted:
                     self.spool.add_histograms(counted)
-                self.spool.end_run(run)
+                self.spool.end_run(run, self._steered)
                 raise StoreError(
                     f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
                     f"When the database is back, run: steelyard runs recover{option(self._store.told or 'URL')}"

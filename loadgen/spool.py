@@ -92,7 +92,7 @@ class Spool:
                 held[name] = None if fleet is None else str(fleet)
             self._write({"decision": held, "control": batch.control, "zero_unix_s": batch.zero_unix_s})
         elif isinstance(batch, FleetChange):
-            times = {"asked_s": batch.asked_s, "ready_s": None if math.isnan(batch.ready_s) else batch.ready_s}
+            times = _finite({name: getattr(batch, name) for name in ("asked_s", "ready_s", "joined_s")})
             self._write(
                 {"change": times | {"before": str(batch.before), "after": str(batch.after), "reason": batch.reason}}
             )
@@ -115,10 +115,10 @@ class Spool:
         """Keep server readings."""
         self._write({"samples": [_finite(asdict(s)) for s in readings]})
 
-    def end_run(self, run: Run) -> None:
-        """Keep what came of the run."""
+    def end_run(self, run: Run, steered: str = "") -> None:
+        """Keep what came of the run, and what its changes of P:D were made by."""
         held = {name: getattr(run, name) for name in _OUTCOME}
-        self._write({"run": _finite(held)})
+        self._write({"run": _finite(held), "control": steered})
 
     def _file(self, k: int) -> Path:
         return self.path if k == 0 else self.path.with_suffix(f".{k}.jsonl")
@@ -173,9 +173,12 @@ class Spool:
                     if end:
                         ends[path] = end
             if ends and self._files() == list(ends):  # else rows wait: nobody may take the run for a whole one
-                held = json.loads(list(ends.values())[-1])["run"]
-                known: dict[str, Any] = {k: math.nan if v is None else v for k, v in held.items() if k in _OUTCOME}
-                store.end_run(replace(store.run(self._run_id), **known))
+                said = json.loads(list(ends.values())[-1])
+                known: dict[str, Any] = {
+                    k: math.nan if v is None else v for k, v in said["run"].items() if k in _OUTCOME
+                }
+                run = store.end_run(replace(store.run(self._run_id), **known))
+                cost(store, run, said.get("control", ""))
                 for path in ends:
                     path.unlink()
         return stored
@@ -240,6 +243,15 @@ def add(store: Store, run_id: int, batch: Batch) -> None:
         store.add_samples(run_id, batch)
 
 
+def cost(store: Store, run: Run, steered: str) -> None:
+    """Store the changes of P:D of a run that has ended anew, with what they cost by its rows. steered: what made them."""
+    if changes := store.fleet_changes(run.id):
+        from loadgen.control.online import measured  # here: every command asks whether rows wait
+
+        rows = store.pieces(run.id, ("sent_s", "first_token_s", "last_token_s", "status"))
+        store.cost_fleet_changes(run.id, measured(changes, rows, store.samples(run.id)), steered, run.started_unix_s)
+
+
 def _finite(held: dict[str, Any]) -> dict[str, Any]:
     """What JSON takes: no NaN, nothing infinite."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in held.items()}
@@ -251,9 +263,9 @@ def _histogram(held: dict[str, Any]) -> Histogram:
 
 
 def _change(held: dict[str, Any]) -> FleetChange:
-    ready = held["ready_s"]
+    ready, joined = (math.nan if held.get(name) is None else held[name] for name in ("ready_s", "joined_s"))
     before, after = Fleet.parse(held["before"]), Fleet.parse(held["after"])
-    return FleetChange(held["asked_s"], math.nan if ready is None else ready, before, after, held["reason"])
+    return FleetChange(held["asked_s"], ready, before, after, held["reason"], joined)
 
 
 def _decision(held: dict[str, Any]) -> Decision:

@@ -517,8 +517,12 @@ def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, tm
         run = store.begin_run(replace(a_run(), scheduled=300, counts={"ok": 300}))
         store.add_observations(run.id, rows)
         store.add_samples(run.id, [Sample(0.5, "w", "decode", running_requests=0.1)])
-        store.add_fleet_change(run.id, FleetChange(1.0, math.nan, Fleet(4, 4), Fleet(3, 5), "why"))
+        change = FleetChange(1.0, math.nan, Fleet(4, 4), Fleet(3, 5), "why")
+        store.add_fleet_change(run.id, change)
+        export_runs(store, [run.id], tmp_path / "early")
+        import_runs(other, tmp_path / "early")  # what the change costs comes with a dump of the ended run
         run = store.end_run(run)
+        store.cost_fleet_changes(run.id, [replace(change, in_flight=3, failed=0)], "c", 5.0)
         (tmp_path / ".out.part").mkdir()  # of a dump that was killed
         (tmp_path / ".out.part" / "runs.parquet").write_bytes(b"PAR1 half")
         written = export_runs(store, [run.id], tmp_path / "out")

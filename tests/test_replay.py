@@ -579,15 +579,16 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
     they are on disk, also those after them; the end does not wait longer than it may; nothing is stored twice."""
     run = begun(store)
     with contextlib.closing(sqlite3.connect(tmp_path / "made.db", isolation_level=None)) as other:
-        with Writer(store, run.id, every_s=0.1) as writer:
+        with Writer(store, run.id, "steered", every_s=0.1) as writer:
             other.execute("BEGIN IMMEDIATE")
-            change = FleetChange(0.5, math.nan, Fleet(1, 1), Fleet(2, 1), "why")
+            change = FleetChange(0.5, 1.0, Fleet(1, 1), Fleet(2, 1), "why", 0.75)
             decided = [
                 Decision(k, k + 1.0, "move", Fleet(1, 1), after, "why", 2)
                 for k, after in enumerate((Fleet(2, 1), None))
             ]
             for k in range(3):
                 rows = held_rows(4).take(np.array([k]))
+                rows.sent_s[:], rows.last_token_s[:] = 0.4 * k, 0.4 * k + 0.2
                 writer.put(rows)
                 if k == 1:
                     writer.put(change)
@@ -610,7 +611,9 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
     assert main(["runs", "recover", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     assert store.observations(run.id).index.tolist() == [0, 1, 2]
-    assert [(c.reason, c.after) for c in store.fleet_changes(run.id)] == [("why", Fleet(2, 1))]
+    (back,) = store.fleet_changes(run.id)
+    assert (back.reason, back.after, back.joined_s) == ("why", Fleet(2, 1), 0.75)
+    assert (back.in_flight, back.failed) == (2, 0)  # by the rows that waited with it
     assert store.decisions(run.id) == decided
     assert not list(folder().iterdir())
 

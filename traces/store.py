@@ -1244,6 +1244,11 @@ class Store:
             if t is observations:  # what was kept of these runs, perhaps while they were only half here, holds no more
                 _alone(connection, ids)
                 connection.execute(summaries.delete().where(summaries.c.run_id.in_(ids)))
+            if t is fleet_changes:  # what they cost is known when the run has ended, to a later dump
+                begun = sa.select(runs.c.id).where(runs.c.id.in_(ids), runs.c.ended.is_(False))
+                for one in set(connection.execute(begun).scalars()):
+                    again = t.c.asked_s.in_([row["asked_s"] for row in rows if row["run_id"] == one])
+                    connection.execute(t.delete().where(t.c.run_id == one, again))
             if not any(i.unique for i in t.indexes) and "id" in t.c:
                 count = sa.select(t.c.run_id, sa.func.count()).where(t.c.run_id.in_(ids)).group_by(t.c.run_id)
                 there = {run_id: int(n) for run_id, n in connection.execute(count)}
