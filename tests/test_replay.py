@@ -546,14 +546,16 @@ def test_a_database_that_goes_away_costs_nothing(
         for timer in timers:
             timer.join()
         until = time.monotonic() + 10  # the replay's own writer may be at it: then the command leaves it to that
-        while list(folder().iterdir()) and time.monotonic() < until:
+        while any(folder().glob("*")) and time.monotonic() < until:
             time.sleep(0.05)
         run = store.run(1)
         assert (run.ended, run.complete, run.counts) == (True, True, {"ok": 60})
         assert store.observations(1).index.tolist() == asked.index.tolist()
         readings = [(s.at_s, s.worker) for s in store.samples(1)]
         assert len(readings) == len(set(readings)) > 0
-    assert not list(folder().iterdir())
+    assert not any(
+        folder().glob("*")
+    )  # on a slow machine the folder was not even made: the table was back before the load
     assert main(["runs", "recover", "--db", url]) == 0
 
 
