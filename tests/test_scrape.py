@@ -279,9 +279,11 @@ def test_a_server_without_metrics_costs_nothing() -> None:
     assert (scraper.failures, scraper.readings) == (5, 0)
 
 
-def scraper_of(pages: Pages, workers: list[Worker], found: list[Sample], **more: Any) -> Scraper:
-    """A scraper on test pages, every 20 ms."""
-    return Scraper(Endpoint(target(pages.url)), time.monotonic(), found.extend, 0.02, workers=workers, **more)
+def scraper_of(
+    pages: Pages, workers: list[Worker], found: list[Sample], period_s: float = 0.02, **more: Any
+) -> Scraper:
+    """A scraper on test pages, every 20 ms. It waits as long for a page: what must come together is read less often."""
+    return Scraper(Endpoint(target(pages.url)), time.monotonic(), found.extend, period_s, workers=workers, **more)
 
 
 def until(condition: Any, limit_s: float = 10.0) -> None:
@@ -302,7 +304,7 @@ def test_a_workers_own_page_comes_before_what_the_router_says_of_it() -> None:
             f'vllm_router_pd_pending_decode_requests{{worker="{pages.url}"}} 5\n'
         )
         workers = [Worker("p0", "prefill", url=pages.url, metrics=f"{pages.url}/p")]
-        with scraper_of(pages, workers, found):
+        with scraper_of(pages, workers, found, 5.0):
             until(lambda: any(s.waiting_tokens for s in found))
     assert router
     both = [s for s in found if s.waiting_tokens is not None]
@@ -316,7 +318,7 @@ def test_dynamo_workers_are_known_by_the_id_on_their_page() -> None:
     with Pages() as pages:
         pages["/metrics"] = (SAMPLES / "dynamo" / "metrics_frontend.txt").read_text()
         pages["/d"] = (SAMPLES / "dynamo" / "metrics_decode.txt").read_text()
-        with scraper_of(pages, [Worker("d0", "decode", metrics=f"{pages.url}/d")], found) as scraper:
+        with scraper_of(pages, [Worker("d0", "decode", metrics=f"{pages.url}/d")], found, 5.0) as scraper:
             until(lambda: any(s.worker == "d0" and s.kv_used_tokens for s in found))
     row = next(s for s in found if s.worker == "d0" and s.kv_used_tokens)
     assert (row.role, row.running_requests, row.waiting_requests, row.kv_used_tokens) == ("decode", 33, 6, 97152)
