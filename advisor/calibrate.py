@@ -28,7 +28,7 @@ import numpy as np
 from advisor.features import RunData, answers, decode_rows
 from advisor.parallel import shared
 from loadgen.cluster import Profile, SimResult, simulate, stage_times
-from traces.measures import Slo, places
+from traces.measures import Places, Slo, between, places
 from traces.records import Fleet, Floats, Ints, Observations, Schedule
 
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -226,11 +226,8 @@ def _quantiles(parts: Sequence[Floats]) -> Floats:
     for k, values in enumerate(ordered):
         if len(values) and not (math.isfinite(values[0]) and math.isfinite(values[-1])):
             ordered[k] = values[np.isfinite(values)]
-    below, above, share, late = _where(tuple(len(values) for values in ordered))
-    every = np.concatenate([*ordered, [math.nan]])
-    low, high = every[below], every[above]
-    apart = high - low
-    found = np.where(late, high - apart * (1 - share), low + apart * share)
+    where = _where(tuple(len(values) for values in ordered))
+    found = between(np.concatenate([*ordered, [math.nan]]), where)
     return np.asarray(np.log(np.maximum(found, 1e-5)), dtype=float)
 
 
@@ -238,7 +235,7 @@ _WANTED = (TTFT_QUANTILES, *([(0.5, 0.9)] * 3), TPOT_QUANTILES, E2E_QUANTILES)
 
 
 @lru_cache(maxsize=512)
-def _where(sizes: tuple[int, ...]) -> tuple[Ints, Ints, Floats, Mask]:
+def _where(sizes: tuple[int, ...]) -> Places:
     """As :func:`traces.measures.places`, of the parts that :func:`_quantiles` puts together; of few values its last one."""
     found, begin = [], 0
     for size, at in zip(sizes, _WANTED, strict=True):

@@ -126,15 +126,22 @@ def quantile(values: Floats, q: float) -> float:
 
 def quantiles(values: Floats, at: Sequence[float]) -> Floats:
     """What np.quantile says of finite values, to the last bit, at a tenth of its cost."""
-    ordered = np.sort(values)
-    below, above, share, late = places(len(ordered), tuple(at))
+    return between(np.sort(values), places(len(values), tuple(at)))
+
+
+def between(ordered: Floats, where: Places) -> Floats:
+    """Ordered values interpolated at :func:`places`."""
+    below, above, share, late = where
     low, high = ordered[below], ordered[above]
     apart = high - low
     return np.asarray(np.where(late, high - apart * (1 - share), low + apart * share), dtype=np.float64)
 
 
+Places = tuple[Ints, Ints, Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]
+
+
 @lru_cache(maxsize=512)
-def places(n: int, at: tuple[float, ...]) -> tuple[Ints, Ints, Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+def places(n: int, at: tuple[float, ...]) -> Places:
     """Of n ordered values: positions below and above each quantile, how far it lies between them, and whether beyond half."""
     where = np.asarray(at) * (n - 1)
     below = np.floor(where).astype(np.int64)
