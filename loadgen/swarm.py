@@ -1081,6 +1081,11 @@ def _await(master: str, host: str, port: int) -> None:
         time.sleep(LOOK_S)
 
 
+def _end(number: int, _frame: Any) -> None:
+    """What the default does, which process 1 of a container does not have."""
+    os._exit(128 + number)
+
+
 def work(master: str, parent: int = 0, *, wait: bool = False) -> int:
     """Be a load worker of ``master`` (HOST:PORT) until it says quit, goes silent or ``parent`` is gone.
 
@@ -1092,7 +1097,8 @@ def work(master: str, parent: int = 0, *, wait: bool = False) -> int:
     if not host or not port.isdecimal():
         raise InputError(f"--master takes HOST:PORT (got {master!r}).")
     with contextlib.suppress(ValueError, OSError):
-        signal.signal(signal.SIGINT, signal.SIG_IGN if parent else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if parent else _end)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if parent else _end)
     known = secret.given()
     if known is None:
         raise InputError(

@@ -408,6 +408,9 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert found["fleet_changes"][0]["first_served_s"] > found["fleet_changes"][0]["asked_s"]
     code, _, err = run(capsys, "replay", "t", "--endpoint", url, "--policy", "online", "--db", db)
     assert (code, "needs thresholds: give --recommendation ID" in err) == (1, True), err
+    how = ("--policy", "online-report", "--ratio", "3")
+    code, _, err = run(capsys, "replay", "t", "--endpoint", url, *how, "--db", db)
+    assert (code, "--ratio would not count: the 1.5x counts" in err) == (2, True), err
 
 
 def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -374,6 +374,9 @@ def test_the_thresholds_run_as_they_are_in_a_replay(
             assert answer["fleet"] == {"prefill": found.start.prefill, "decode": found.start.decode}
             assert answer["fleet_changes"], "twelve times the prompts a split can take move it"
             assert "load of prefill" in answer["fleet_changes"][0]["reason"]
+        given = ["--recommendation", str(number), "--laws", "demo", "--cool", "3"]
+        assert main([*common, "--endpoint", endpoint, *given]) == 2
+        assert f"--laws, --cool would not count: the thresholds of recommendation {number}" in capsys.readouterr().err
         assert main([*common, "--endpoint", endpoint, "--recommendation", str(empty)]) == 1
         assert "stand still" in capsys.readouterr().err
         assert main([*common, "--endpoint", endpoint, "--thresholds", str(busy)]) == 1

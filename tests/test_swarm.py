@@ -797,6 +797,21 @@ def test_a_worker_from_elsewhere_joins_and_its_clock_is_measured(
     assert abs(again.costs[0]["clock_drift_s"]) < 0.05
 
 
+def test_a_worker_that_waits_in_a_container_ends_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 1 has no default for SIGTERM, so an end by the default would be none: its pod would stay for the grace period."""
+    monkeypatch.setenv("STEELYARD_SWARM_SECRET", "of this test and nobody else")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(60)
+        command = [sys.executable, "-m", "advisor", "worker", "--wait", "--master"]
+        with subprocess.Popen([*command, f"127.0.0.1:{listening.getsockname()[1]}"]) as started:
+            try:
+                listening.accept()[0].close()  # it looks for a master
+                started.terminate()
+                assert started.wait(30) == 128 + signal.SIGTERM
+            finally:
+                started.kill()
+
+
 def test_strangers_are_not_handed_credentials(endpoint: str) -> None:
     """A process that nobody expects may connect to Locust's port; it gets no shard."""
     with Swarm(workers=1) as swarm:

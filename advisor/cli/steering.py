@@ -90,6 +90,11 @@ def rule_of(
     from traces.errors import InputError
     from traces.measures import Slo
 
+    backlog = [name for name in ("laws", "more", "ratio", "cool", "mean_prompt", "mean_output") if typed(name)]
+    if backlog and (known is not None or options["policy"] == "online-report"):
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in backlog)
+        rule = "the 1.5x counts of --policy online-report" if known is None else f"the thresholds of {known['where']}"
+        raise click.UsageError(f"{given} would not count: {rule} are a whole rule. Leave it out.")
     if known is not None:
         return policy.rule_of(known, str(known["where"]))
     if options["policy"] == "online-report":
