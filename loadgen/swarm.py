@@ -313,23 +313,27 @@ def unpack(
 
 
 def shares(schedule: Schedule, workers: int) -> list[Ints]:
-    """The positions of each worker's share: in turn, but a session's requests all to the worker that had fewest."""
+    """The positions of each worker's share: in turn, but a session's requests all to the worker that had fewest, and what
+    continues an answer, a subagent's session too, to the worker that gets that answer."""
     n = len(schedule)
-    if schedule.session is None or workers == 1:
+    if (schedule.session is None and schedule.parent is None) or workers == 1:
         return [np.arange(n)[k::workers] for k in range(workers)]
     held = [0] * workers
     of: dict[int, int] = {}
-    chosen = np.empty(n, dtype=np.int64)
-    sizes = Counter(schedule.session.tolist())
-    for position, session in enumerate(schedule.session.tolist()):
-        worker = of.get(session) if session >= 0 else None
+    chosen: list[int] = []
+    sessions, parents = ([-1] * n if c is None else c.tolist() for c in (schedule.session, schedule.parent))
+    sizes = Counter(sessions)
+    for session, parent in zip(sessions, parents, strict=True):
+        worker = chosen[parent] if parent >= 0 else of.get(session)
         if worker is None:
             worker = held.index(min(held))
-            held[worker] += sizes[session] if session >= 0 else 1
-            if session >= 0:
-                of[session] = worker
-        chosen[position] = worker
-    return [np.flatnonzero(chosen == k) for k in range(workers)]
+        if session < 0:
+            held[worker] += 1
+        elif session not in of:
+            of[session] = worker
+            held[worker] += sizes[session]
+        chosen.append(worker)
+    return [np.flatnonzero(np.array(chosen) == k) for k in range(workers)]
 
 
 def ended(schedule: Schedule, positions: Any, status: str, worker: int, detail: str) -> Observations:

@@ -124,10 +124,12 @@ def test_two_workers_share_a_schedule_run_after_run(swarm: Swarm, endpoint: str)
 
 
 def conversations() -> Schedule:
-    """Six conversations of four turns, recorded a tenth of a second apart; half of the think times are known (80 ms)."""
+    """Six conversations of four turns, recorded a tenth of a second apart; half of the think times are known (80 ms). The
+    last one is a subagent of the first one's."""
     n, users = 24, 6
     at = np.arange(n)
     parent = np.where(at >= users, at - users, -1)
+    parent[5] = 0
     think = np.where((parent >= 0) & (at % 2 == 0), 0.08, np.nan)
     tokens = np.full(n, 12)
     return Schedule("chat", at, at * 0.1 / users, tokens, tokens, session=at % users, parent=parent, think_s=think)
@@ -178,12 +180,22 @@ def test_ctrl_c_leaves_no_turn_without_a_row(swarm: Swarm, endpoint: str) -> Non
     assert (rows.status == "unsent").sum() > 12
 
 
-@given(st.lists(st.integers(-1, 9), min_size=1, max_size=60), st.integers(1, 5))
-def test_every_request_has_one_worker(sessions: list[int], workers: int) -> None:
-    """Shares hold every position once, in order, and no session twice."""
-    n = len(sessions)
+@given(st.lists(st.tuples(st.integers(-1, 9), st.integers(0, 9)), min_size=1, max_size=60), st.integers(1, 5))
+def test_every_request_has_one_worker(rows: list[tuple[int, int]], workers: int) -> None:
+    """Shares hold every position once, in order, and no session twice; with a row the one whose answer it continues."""
+    n = len(rows)
     ones = np.ones(n, dtype=np.int64)
-    parts = shares(Schedule("s", np.arange(n), np.arange(n) * 1.0, ones, ones, session=np.array(sessions)), workers)
+    sessions, parent = (
+        [s for s, _ in rows],
+        np.array([k - back if 0 < back <= k else -1 for k, (_, back) in enumerate(rows)]),
+    )
+    plain = Schedule("s", np.arange(n), np.arange(n) * 1.0, ones, ones)
+    for linked in (replace(plain, session=np.array(sessions), parent=parent), replace(plain, parent=parent)):
+        found = shares(linked, workers)
+        assert sorted(np.concatenate(found).tolist()) == list(range(n))
+        home = {p: k for k, part in enumerate(found) for p in part.tolist()}
+        assert all(home[k] == home[before] for k, before in enumerate(parent.tolist()) if before >= 0)
+    parts = shares(replace(plain, session=np.array(sessions)), workers)
     assert sorted(np.concatenate(parts).tolist()) == list(range(n))
     for part in parts:
         assert part.tolist() == sorted(part.tolist())
