@@ -191,8 +191,9 @@ class Schedule:
         return h.hexdigest()
 
     def take(self, which: npt.NDArray[Any]) -> Schedule:
-        """The rows picked by a boolean mask or by ascending positions; who continued a row that is gone continues its parent."""
-        parent = None
+        """The rows picked by a boolean mask or by ascending positions; who continued a row that is gone continues its parent,
+        after a think time that is not known."""
+        parent, think = None, None if self.think_s is None else self.think_s[which]
         if self.parent is not None:
             kept = np.zeros(len(self), dtype=bool)
             kept[which] = True
@@ -203,6 +204,8 @@ class Schedule:
                     held[k] = held[before]
             before = np.array(held, dtype=np.int64)[which]
             parent = np.where(before >= 0, place[np.maximum(before, 0)], -1)
+            if think is not None:  # it was counted from the answer that is gone
+                think = np.where(before == self.parent[which], think, np.nan)
         return Schedule(
             self.name,
             self.index[which],
@@ -214,7 +217,7 @@ class Schedule:
             self.block_tokens,
             None if self.session is None else self.session[which],
             parent,
-            None if self.think_s is None else self.think_s[which],
+            think,
         )
 
 
