@@ -29,6 +29,7 @@ from advisor.cli import main
 from advisor.cli.trace_verbs import _spool
 from traces.errors import InputError
 from traces.formats import formats
+from traces.formats.spans import NESTED
 from traces.ingest import IngestReport, ingest
 from traces.store import Store, open_store
 
@@ -477,6 +478,60 @@ def test_spans_are_requests_where_they_count_tokens(store: Store, tmp_path: Path
     pretty = tmp_path / "pretty"
     pretty.mkdir()
     assert ingest(store, [_write(pretty / "p.json", json.dumps(OTLP, indent=1))], name="p").rows_kept == 1
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("decode_first", [False, True])
+def test_a_prefill_and_a_decode_span_are_one_request(
+    apart: bool, decode_first: bool, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In either order, in one file or two, in memory or written out: from the prefill's arrival to the decode's end, with the
+    decode's answer and first token, and its failure. In order of time by the arrivals of both."""
+    if apart:
+        monkeypatch.setattr(sys.modules["traces.ingest"], "PIECE", 1)
+
+    def span(name: str, start_ms: int, end_ms: int, output: int, failed: bool = False) -> dict[str, Any]:
+        tokens = {"gen_ai.usage.prompt_tokens": 374, "gen_ai.usage.completion_tokens": output}
+        more = {"gen_ai.request.id": name, "gen_ai.latency.time_to_first_token": 0.02}
+        start = {"startTimeUnixNano": str(1700000000_000_000_000 + start_ms * 10**6), "attributes": tokens | more}
+        end = {"endTimeUnixNano": str(1700000000_000_000_000 + end_ms * 10**6), "status": {"code": 2 if failed else 0}}
+        return start | end
+
+    prefill = [span("cmpl-2", 50, 60, 9), span("cmpl-1", 0, 100, 1), span("cmpl-3", 200, 300, 1)]
+    decode = [span("cmpl-1", 110, 900, 44), span("cmpl-3", 310, 400, 1, failed=True)]
+    both = [decode, prefill] if decode_first else [prefill, decode]
+    parts = [lines(*({"spans": [one]} for one in part)) for part in both]
+    parts = parts if apart else ["".join(parts)]
+    report = ingest(store, [_write(tmp_path / f"{k}.jsonl", part) for k, part in enumerate(parts)], name="t")
+    assert (report.rows_read, report.rows_kept, report.skipped["duplicate_request_id"].count) == (5, 3, 2)
+    assert (report.sum_prompt_tokens, report.sum_output_tokens, report.failed_rows) == (3 * 374, 54, 1)
+    assert (report.span_s, report.distinct_arrivals, report.replayable) == (0.2, 3, 2)
+    asked = store.schedule("t")
+    assert (asked.due_s.tolist(), asked.output_tokens.tolist()) == ([0.0, 0.05], [44, 9])
+    with sqlite3.connect(store.url.removeprefix("sqlite:///")) as connection:
+        found = connection.execute("SELECT source_ttft_us, source_e2e_us FROM traces ORDER BY seq").fetchall()
+    assert found == [(130_000, 900_000), (20_000, 10_000), (130_000, 200_000)]
+
+
+def test_an_agents_span_sums_those_below(store: Store, tmp_path: Path) -> None:
+    """What invoke_agent counts was counted by its chats: another event. Any other span above one that counts is said."""
+
+    def span(operation: str, own: str, above: str, n: int, m: int) -> dict[str, Any]:
+        tokens = {"gen_ai.usage.input_tokens": n, "gen_ai.usage.output_tokens": m, "gen_ai.operation.name": operation}
+        ids = {"spanId": own, "parentSpanId": above}
+        return {"startTimeUnixNano": "1700000001500000000", "attributes": tokens | ids} | ids
+
+    agent, chats = (
+        span("invoke_agent", "a", "", 113, 11),
+        [span("chat", "b", "a", 56, 5), span("chat", "c", "a", 57, 6)],
+    )
+    report = load(store, tmp_path, lines({"spans": [*chats, agent]}))
+    assert (report.rows_read, report.rows_kept, report.other_events, report.sum_prompt_tokens) == (3, 2, 1, 113)
+    store.delete_trace("t")
+    engine = [span("", "d", "b", 56, 5), *chats, span("", "e", "c", 57, 6)]  # below a client's, before and after it
+    said = load(store, tmp_path, lines({"spans": engine})).notes
+    assert any(f"2 rows {NESTED}" == note for note in said)
+    assert not any(NESTED in note for note in report.notes)
 
 
 def test_a_bad_line_among_documents_of_spans_costs_only_itself(store: Store, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_slice_is_counted_from_its_first_request() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 5), st.floats(0.05, 1.0), st.integers(0, 9))
 def test_a_thinned_session_stays_a_chain(n: int, users: int, share: float, seed: int) -> None:
-    """Whatever goes, a row continues the latest row of its session that is left; after a known time if that was the one before."""
+    """Whatever goes, a row continues the latest row of its session that is left; a think time is known of the one before."""
     kept = np.flatnonzero(np.random.default_rng(seed).random(n) < share)
     held = in_sessions(n, users).take(kept)
     assert held.parent is not None

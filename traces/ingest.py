@@ -229,8 +229,7 @@ _TIMED = {"turn": "turn", "think": "think_us", "ttft": "source_ttft_us", "e2e": 
 class _Loaded:
     """The rows of a source, 49 bytes each in a temporary file; a context manager.
 
-    Sums are kept while reading. A source in order of time is never held in memory; of one that is not, the arrivals are,
-    to sort them.
+    A source in order of time is never held in memory; of one that is not, the arrivals are, to sort them.
     """
 
     def __init__(self, reader: TraceFormat, zero_output: str, zone: ZoneInfo | None) -> None:
@@ -306,7 +305,8 @@ class _Loaded:
         if row.prompt_tokens == 0:
             self.skip("failed_zero_input", line, "a request without prompt tokens")
             return
-        if row.id is not None and row.id in self.seen:
+        twin = None if row.id is None else self.seen.get(row.id)
+        if row.id is not None and twin is not None and not getattr(self.reader, "joins", False):
             self.skip("duplicate_request_id", line, f"request {row.id[:40]!r} was there before")
             return
         output, status = row.output_tokens, row.status
@@ -318,9 +318,14 @@ class _Loaded:
         at = self.kept + len(self._held)
         arrival = row.arrival_us if self.zone is None else self._local(row.arrival_us, row.zoned)
         written = -1 if output is None else output
-        self._held.append(
-            (arrival, line, row.prompt_tokens, written, status, row.turn, row.think_us, row.ttft_us, row.e2e_us)
-        )
+        record = (arrival, line, row.prompt_tokens, written, status, row.turn, row.think_us, row.ttft_us, row.e2e_us)
+        if row.id is not None and twin is not None:
+            self.skip("duplicate_request_id", line, f"request {row.id[:40]!r} was there before: both are one row")
+            self._join(twin, record)
+            if row.session_key is not None:
+                self.session.setdefault(twin, row.session_key)
+            return
+        self._held.append(record)
         if row.id is not None:
             self.seen[row.id] = at
         if row.parent is not None:
@@ -352,6 +357,28 @@ class _Loaded:
             self.hits += min(leading * (self.block_tokens or 1), row.prompt_tokens)
         if len(self._held) >= PIECE:
             self._flush()
+
+    def _join(self, at: int, found: tuple[int, ...]) -> None:
+        """Another row of the request at a position: it lasts from the first arrival to the last end, with the larger counts.
+        How it ended, and when its first token came, the row says that ended last: of a prefill and a decode the decode's."""
+        place = at * _RECORD.itemsize
+        before = self._held[at - self.kept] if at >= self.kept else self._record(place)
+        last = max(found, before, key=lambda row: row[0] + max(row[8], 0))
+        arrival = min(before[0], found[0])
+        late = last[0] - arrival
+        _, _, prompt, output, _, turn, think, _, _ = map(max, before, found)
+        ttft, e2e = (-1 if lasted < 0 else late + lasted for lasted in last[7:])
+        joined = (arrival, before[1], prompt, output, last[4], turn, think, ttft, e2e)
+        if at >= self.kept:
+            self._held[at - self.kept] = joined
+            return
+        self._file.seek(place)
+        self._file.write(np.array([joined], dtype=_RECORD).tobytes())
+        self._file.seek(0, io.SEEK_END)
+
+    def _record(self, place: int) -> tuple[int, ...]:
+        self._file.seek(place)
+        return cast(tuple[int, ...], np.frombuffer(self._file.read(_RECORD.itemsize), dtype=_RECORD)[0].item())
 
     def keep_batch(self, batch: Batch) -> None:
         """Many rows of counts and times alone."""
@@ -396,11 +423,14 @@ class _Loaded:
             self._held.clear()
 
     def _put(self, rows: np.ndarray[Any, Any]) -> None:
-        """Write rows behind the others, and count."""
-        if not len(rows):
-            return
+        """Write rows behind the others."""
+        self.kept += len(rows)
+        self._file.write(rows.tobytes())
+
+    def _count(self, rows: np.ndarray[Any, Any]) -> None:
+        """What the report says of rows, in the order in which they were read; lines begin at 1."""
         arrival, line = rows["arrival_us"], rows["line"].astype(np.int64)
-        if not self.kept:
+        if not self._at_line:
             self.first_us = self.last_us = self._at_us = int(arrival[0])
             gaps, steps = np.diff(arrival), np.diff(line)
         else:
@@ -417,7 +447,6 @@ class _Loaded:
             self.least_us = min(int(ahead.min()), self.least_us or int(ahead.min()))
         self.first_us, self.last_us = min(self.first_us, int(arrival.min())), max(self.last_us, int(arrival.max()))
         self._at_us, self._at_line = int(arrival[-1]), int(line[-1])
-        self.kept += len(rows)
         self.failed += int((rows["status"] != _OK).sum())
         self.sum_prompt += int(rows["prompt"].sum(dtype=np.int64))
         self.sum_output += int(rows["output"][rows["output"] > 0].sum(dtype=np.int64))
@@ -428,7 +457,6 @@ class _Loaded:
         for name in _TIMED:
             if name not in self.timed and (rows[name] >= 0).any():
                 self.timed.add(name)
-        self._file.write(rows.tobytes())
 
     def check(self, paths: Sequence[Path], max_bad: float) -> None:
         """Refuse what is too bad; then put the rest in order."""
@@ -450,6 +478,8 @@ class _Loaded:
             if self.others:
                 why.append(f"{self.others} other events: {', '.join(sorted(self.other_kinds))}")
             raise InputError(f"{where}: no row can be kept ({', '.join(why)}). Nothing was stored.")
+        for rows, _ in self._pieces():  # not before: a row may still have been joined with a later one
+            self._count(rows)
         if not self.zones.keys() <= {None} and self.first_us >= YEAR_10000_US:
             raise InputError(f"{where}: its first time is after the year 9999: is its unit right? Nothing was stored.")
         self._file.flush()

@@ -23,9 +23,10 @@ class Row:
 
     zoned: False when the source's time carries no zone, None when it has no calendar. status: 0 ok, 1 failed, 2 cancelled.
     block_tokens: what one block id stands for, where the rows say it and not the format. id: the request's own, by which a
-    second row of the same request is known. parent: the id of the request whose answer this one continues, where the rows
-    say it; else it is the one before in the session. think_us: from the end of that answer to this arrival. ttft_us, e2e_us:
-    what the source measured. -1: not known, as with turn. odd: what is strange about a row that is kept all the same.
+    second row of the same request is known; it is skipped, or joined with the first (:class:`TraceFormat`). parent: the id of
+    the request whose answer this one continues, where the rows say it; else it is the one before in the session. think_us: from
+    the end of that answer to this arrival. ttft_us, e2e_us: what the source measured. -1: not known, as with turn. odd: what is
+    strange about a row that is kept all the same.
     """
 
     arrival_us: int
@@ -108,7 +109,8 @@ class TraceFormat(Protocol):
 
         BadFileError refuses the whole file. A format may have ``batches(lines)`` beside it, which gives the same and may give a
         :class:`Batch` instead of its rows. Formats that nobody here has seen a real file of say so: ``unseen = True``; those
-        whose lines may be whole documents say how many characters these may have: ``longest = 64 << 20``.
+        whose lines may be whole documents say how many characters these may have: ``longest = 64 << 20``;
+        those in which each part of a request leaves a row: ``joins = True``.
         """
 
 

@@ -3,8 +3,9 @@
 Two shapes: OTLP/JSON (``{"resourceSpans": [{"scopeSpans": [{"spans": [..]}]}]}``, one document or one a line, as a collector's
 file exporter writes it; times in nanoseconds as text, attributes as key-value lists), and flat exports
 (``{"spans": [{"name", "start_time", "attributes": {..}}]}``). Token counts: ``gen_ai.usage.prompt_tokens`` and
-``completion_tokens`` (vLLM, older clients) or ``input_tokens`` and ``output_tokens``. A request of a PD pair may leave a
-prefill and a decode span: the same request id counts once. Spans without token counts are other events.
+``completion_tokens`` (vLLM, older clients) or ``input_tokens`` and ``output_tokens``. A request of a PD pair leaves a
+prefill span, of one answer token, and a decode span: those of one request id are joined. Spans without token counts are other
+events, and so are an agent's: they sum those of the requests below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from traces.formats.jsonl import lapse_us, number_us, parse, stamp_us, whole
 MOST_BYTES = 64 << 20
 _PROMPT = ("gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens")
 _OUTPUT = ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
+_NONE = ("create_agent", "embeddings", "execute_tool", "invoke_agent", "invoke_workflow")
+"""Values of gen_ai.operation.name that are no request to a language model, whatever they count."""
+
+NESTED = "stand above or below another span with token counts: one request may be counted twice"
 _SESSION = ("gen_ai.conversation.id", "session.id", "exgentic.session.id")
 
 
@@ -30,6 +35,7 @@ class Spans:
     title = "OpenTelemetry spans as JSON (vLLM llm_request, OTel GenAI)"
     meta = Meta(clock="nanosecond")
     longest = MOST_BYTES
+    joins = True
 
     def sniff(self, head: str) -> str | None:
         """Spans stand somewhere near the start."""
@@ -41,6 +47,7 @@ class Spans:
     def rows(self, lines: IO[str]) -> Iterator[tuple[int, Event | BadRowError]]:
         """A span a row; the number is that of the line, or of the span where the file is one document."""
         held, lined = "", False
+        known: set[str] = set()
         for count, line in enumerate(lines, start=1):
             if held and len(held) + len(line) > MOST_BYTES:
                 raise BadFileError(f"a JSON document of more than {MOST_BYTES >> 20} MiB")
@@ -57,7 +64,7 @@ class Spans:
                 else:
                     lined = True
                     for span in _spans(document):
-                        yield count, _event(span)
+                        yield count, _event(span, known)
                     continue
             held += line
         if held.strip():
@@ -66,7 +73,7 @@ class Spans:
             except BadRowError as error:
                 raise BadFileError(str(error)) from error
             for number, span in enumerate(_spans(document), start=1):
-                yield number, _event(span)
+                yield number, _event(span, known)
 
 
 def _spans(document: dict[str, Any]) -> Iterator[Any]:
@@ -82,14 +89,15 @@ def _held(record: Any, key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _event(span: Any) -> Event | BadRowError:
+def _event(span: Any, known: set[str]) -> Event | BadRowError:
     try:
-        return _read(span)
+        return _read(span, known)
     except BadRowError as bad:
         return bad
 
 
-def _read(span: Any) -> Event:
+def _read(span: Any, known: set[str]) -> Event:
+    """known: ids of spans with token counts, and, behind a ^, of those that such a span is directly below."""
     if not isinstance(span, dict):
         raise BadRowError("bad_json", f"a span must be an object (got {span!r:.40})")
     held = span.get("attributes")
@@ -104,6 +112,9 @@ def _read(span: Any) -> Event:
     output = next((attributes[k] for k in _OUTPUT if attributes.get(k) is not None), None)
     if prompt is None or output is None:
         return OtherEvent("span without token counts")
+    operation = attributes.get("gen_ai.operation.name")
+    if operation in _NONE:
+        return OtherEvent(f"{operation} span")
     if "startTimeUnixNano" in span:
         nano = span["startTimeUnixNano"]
         nano = int(nano) if _digits(nano) else nano
@@ -121,6 +132,9 @@ def _read(span: Any) -> Event:
     request = attributes.get("gen_ai.request.id", attributes.get("gen_ai.response.id"))
     status = span.get("status")
     failed = isinstance(status, dict) and str(status.get("code")) in ("2", "STATUS_CODE_ERROR")
+    own, above = (str(span.get(key) or "")[:32] for key in ("spanId", "parentSpanId"))
+    nested = f"^{own}" in known or above in known
+    known |= {own, f"^{above}"} - {"", "^"}
     return Row(
         when,
         whole(prompt, "input_tokens"),
@@ -131,6 +145,7 @@ def _read(span: Any) -> Event:
         id=None if request is None else str(request)[:200],
         ttft_us=lapse_us(attributes.get("gen_ai.latency.time_to_first_token"), 1e6),
         e2e_us=max(-1, ended_us - when),
+        odd=NESTED if nested else None,
     )
 
 
