@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -527,13 +528,36 @@ def test_slo_text_of_a_run_reads_back() -> None:
     assert Slo.parse(a_run().slo) == Slo.parse("ttft<0.5s")
 
 
-def test_a_server_that_says_nothing_is_given_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every wait has a bound: a PostgreSQL that was stopped in the middle of a question is an error, and the next question goes
-    to a new connection."""
-    with open_store(postgres_url) as store:
-        monkeypatch.setattr(traces.store, "ANSWER_S", 0.5)
-        before = time.monotonic()
-        with pytest.raises(StoreError, match=r"has not answered for 0\.5 s"), store._begin() as connection:
-            connection.execute(sa.text("SELECT pg_sleep(20)"))
-        assert time.monotonic() - before < 5
+@pytest.mark.parametrize(
+    ("server", "asleep", "said"),
+    [
+        ("postgres", "SELECT pg_sleep(20)", r"has not answered for 0\.5 s"),
+        ("mariadb", "SELECT SLEEP(20)", r"Lost connection .*timed out"),
+    ],
+)
+def test_a_server_that_says_nothing_is_given_up(
+    server: str, asleep: str, said: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every wait has a bound: a server that was stopped in the middle of a question is an error, and the next question goes
+    to a new connection; one that has all rows to change or move is waited for."""
+    with open_store(request.getfixturevalue(f"made_{server}_url")) as store:
+        store._engine.dispose()
+        with monkeypatch.context() as patch:
+            patch.setattr(traces.store, "ANSWER_S", 0.5)
+            before = time.monotonic()
+            with store._begin() as connection, traces.store._at_work(connection):
+                connection.execute(sa.text(asleep.replace("20", "1")))
+            with pytest.raises(StoreError, match=said), store._begin() as connection:
+                connection.execute(sa.text(asleep))
+            assert time.monotonic() - before < 15
         assert store.runs() == []
+
+
+def test_a_mariadb_that_does_not_greet_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped server's system takes connections; that nobody speaks there ends the command."""
+    pytest.importorskip("pymysql")
+    monkeypatch.setitem(traces.store._TIMED, "pymysql", dict.fromkeys(traces.store._TIMED["pymysql"], 0.5))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"mariadb://root@127.0.0.1:{silent.getsockname()[1]}/x"
+        with pytest.raises(StoreError, match=r"timed out.*Check that the database is there"):
+            open_store(url)

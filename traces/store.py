@@ -524,6 +524,11 @@ def _upgrade(connection: sa.Connection, backup: Path | None = None) -> Path | No
 
     backup: where a SQLite file is copied to before; returned if it was.
     """
+    with _at_work(connection):
+        return _upgraded(connection, backup)
+
+
+def _upgraded(connection: sa.Connection, backup: Path | None) -> Path | None:
     from alembic import command
     from alembic.config import Config
 
@@ -599,9 +604,9 @@ def _engine(url: str, *, create: bool, ours: bool = True) -> sa.Engine:
                 pool_pre_ping=True,
                 # Every statement sees what is committed, and many writers do not lock gaps that they do not write.
                 isolation_level="READ COMMITTED",
-                connect_args={"connect_timeout": 10} if parsed.drivername in _TIMED else {},
+                connect_args=_TIMED.get(parsed.get_driver_name(), {}),
             )
-            if parsed.drivername == "postgresql+psycopg":
+            if parsed.get_driver_name() in _TIMED:
                 sa.event.listen(engine, "connect", _give_up_in_time)
     except NoSuchModuleError:
         raise StoreError(
@@ -614,32 +619,41 @@ def _engine(url: str, *, create: bool, ours: bool = True) -> sa.Engine:
     return engine
 
 
-_TIMED = ("postgresql+psycopg", "mariadb+pymysql")
+_TIMED: dict[str, dict[str, float]] = {
+    "psycopg": {"connect_timeout": 10},
+    "pymysql": {"connect_timeout": 10, "read_timeout": 10, "write_timeout": 10},  # its greeting is read as all else
+}
 
 
 ANSWER_S = 600.0
-"""A PostgreSQL that says nothing for this long while it is asked for something is given up. Its own statement_timeout does not
+"""A PostgreSQL or MariaDB that says nothing for this long while it is asked for something is given up. Its own time limits do not
 help where the server is stopped and not gone."""
+
+WORK_S = 24 * 3600.0
+"""The same, while it changes, moves or deletes all rows of a table (:func:`_at_work`): with a large one it takes hours."""
 
 
 def _give_up_in_time(connection: Any, _record: Any) -> None:
-    """Bound psycopg's waits: it looks up every tenth of a second, but for ever."""
-    wait = connection.wait
+    """Bound a driver's waits, which end by themselves only when the connection does."""
+    _bound(connection, ANSWER_S)
+    if type(connection).__module__.startswith("pymysql"):
+        return  # its sockets have a time limit
+    wait = connection.wait  # looks up every tenth of a second
 
     def within(steps: Any, *how: Any, **named: Any) -> Any:
         def bounded() -> Any:
-            until = time.monotonic() + ANSWER_S
+            until = time.monotonic() + connection.answer_s
             try:
                 step = next(steps)
                 while True:
                     ready = yield step
                     if ready:
-                        until = time.monotonic() + ANSWER_S
+                        until = time.monotonic() + connection.answer_s
                     elif time.monotonic() > until:
                         connection.pgconn.finish()  # what it is in the middle of is unknown
                         import psycopg
 
-                        raise psycopg.OperationalError(f"the server has not answered for {ANSWER_S:g} s")
+                        raise psycopg.OperationalError(f"the server has not answered for {connection.answer_s:g} s")
                     step = steps.send(ready)
             except StopIteration as done:
                 return done.value
@@ -647,6 +661,26 @@ def _give_up_in_time(connection: Any, _record: Any) -> None:
         return wait(bounded(), *how, **named)
 
     connection.wait = within
+
+
+def _bound(driver: Any, answer_s: float) -> None:
+    """How long a driver's connection waits for the next that its server says."""
+    room = type(driver).__module__.partition(".")[0]
+    if room == "pymysql":
+        driver._read_timeout = driver._write_timeout = answer_s
+    elif room == "psycopg":
+        driver.answer_s = answer_s
+
+
+@contextmanager
+def _at_work(connection: sa.Connection) -> Iterator[None]:
+    """Meanwhile the server may say nothing for WORK_S."""
+    driver: Any = connection.connection.driver_connection
+    _bound(driver, WORK_S)
+    try:
+        yield
+    finally:
+        _bound(driver, ANSWER_S)
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
@@ -1060,7 +1094,7 @@ class Store:
     def delete_trace(self, name: str) -> None:
         """Remove a trace and its rows; runs made from it stay."""
         info = self.trace(name)
-        with self._begin() as connection:
+        with self._begin() as connection, _at_work(connection):
             connection.execute(trace_rows.delete().where(trace_rows.c.source_id == info.id))
             connection.execute(trace_sources.delete().where(trace_sources.c.id == info.id))
 
@@ -1169,17 +1203,10 @@ class Store:
         self.run(id)
 
         def write(connection: sa.Connection) -> None:
-            for table in (
-                aggregates,
-                observations,
-                samples,
-                histograms,
-                fleet_changes,
-                decisions,
-                summaries,
-                recommendation_runs,
-            ):
-                connection.execute(table.delete().where(table.c.run_id == id))
+            with _at_work(connection):
+                for name in (*OF_A_RUN, "summaries", "recommendation_runs"):
+                    table = metadata.tables[name]
+                    connection.execute(table.delete().where(table.c.run_id == id))
             connection.execute(runs.delete().where(runs.c.id == id))
 
         self._write(write)
@@ -1266,7 +1293,7 @@ class Store:
     def vacuum(self) -> None:
         """Give the space of deleted rows back, on PostgreSQL to later rows, and let the database count what it holds."""
         kind = self._engine.dialect.name
-        with _said(self.url), self._engine.connect() as connection:
+        with _said(self.url), self._engine.connect() as connection, _at_work(connection):
             if kind in ("mysql", "mariadb"):
                 for table in metadata.sorted_tables:
                     name = connection.dialect.identifier_preparer.quote(table.name)
