@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from loadgen.client import Target
 from loadgen.control import Control, Endpoint, Keeper
 from loadgen.control.reference import Reference
+from loadgen.discover import discover
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
 from traces.errors import EndpointError, InputError
@@ -80,8 +81,9 @@ def sweep(
     """Replay each schedule (one a rate) on each fleet; returns (group, runs in order, drift of the anchor).
 
     A sweep that was broken off goes on: of a group that is there, complete and trusted runs of the same cell are taken as
-    they are, the rest is measured. control: how the fleet is set [``/fleet``]. The fleet that was in force is put back at the
-    end, whatever the end is; after a crash by ``steelyard control restore``. say gets a line when that does not succeed.
+    they are, the rest is measured; InputError where they are of another system or SLO. control: how the fleet is set
+    [``/fleet``]. The fleet that was in force is put back at the end, whatever the end is; after a crash by ``steelyard control
+    restore``. say gets a line when that does not succeed, and how many cells were measured before.
     factors: by what the recorded gaps of each schedule were divided, for its runs' ``rate_factor``.
     ``how`` goes to :func:`loadgen.replay.replay`.
     """
@@ -91,17 +93,20 @@ def sweep(
     group = group or time.strftime("sweep-%Y%m%d-%H%M%S", time.gmtime())
     order = plan(fleets, len(schedules), seed=seed, repeats=repeats, anchor=anchor)
     manner = {word for word, on in ((SHARED, how.get("prefixes")), (CAUSAL, how.get("sessions") == "causal")) if on}
-    held: dict[tuple[Fleet | None, str], list[Run]] = {}
+    held: dict[tuple[Fleet | None, str], list[Run]] = {(fleet, schedules[k].digest()): [] for fleet, k in order}
     for run in store.runs(group=group):
         if run.complete and run.verdict != "invalid" and run.manner == manner:
-            held.setdefault((run.fleet, run.schedule_digest), []).append(run)
+            held.get((run.fleet, run.schedule_digest), []).append(run)
+    if before := [run for cell in held.values() for run in cell]:
+        _alike(before, where, how)
+        say(f"group {group}: {min(len(before), len(order))} of {len(order)} cells were measured before")
     runs: list[Run] = []
     done = 0
     with keeping(control, where, "sweep", say) as keeper:
         for fleet, k in order:
             asked = schedules[k]
             what = f"{fleet}" + (f" at {asked.rate_per_s:.3g}/s" if len(schedules) > 1 else "")
-            known = held.get((fleet, asked.digest()))
+            known = held[fleet, asked.digest()]
             if known:
                 runs.append(known.pop(0))
             else:
@@ -117,6 +122,31 @@ def sweep(
                 runs.append(replay(store, swarm, asked, where, fleet=fleet, control=keeper, **named | how))
             done += len(asked)
     return group, runs, _drift(store, runs, order) if anchor else None
+
+
+def _alike(before: Sequence[Run], where: Target | Sequence[Target], how: Mapping[str, Any]) -> None:
+    """InputError unless runs were measured on the system that is there now, and in the way that is asked for now."""
+    servers = [where] if isinstance(where, Target) else where
+    server, slo = Endpoint(servers[0]), how.get("slo")
+    found = discover(server, engine=how.get("engine", "auto"), targets=how.get("targets"))
+    now = {
+        "endpoint": " ".join(one.shown for one in servers),
+        "engine": found.engine.name,
+        "model": server.choose_model(how.get("model"))[0],
+        "engine_version": found.version[:80],
+        "slo": str(slo) if slo else "",
+        "warmup_s": float(how.get("warmup_s", 0.0)),
+        "gpus_per_worker": tuple(how.get("gpus_per_worker", (1, 1))),
+    }
+    if found.engine.name == "reference":
+        del now["endpoint"]  # an embedded one has another port each time; its version says its profile
+    for run in before:
+        for name, value in now.items():
+            if (its := getattr(run, name)) != value:
+                raise InputError(
+                    f"group {run.group!r}: run {run.id} asked the same of {run.fleet} with another {name} "
+                    f"({its!r}, now {value!r}). Give another --group, or what it was measured with."
+                )
 
 
 def _drift(store: Store, runs: Sequence[Run], order: Sequence[tuple[Fleet, int]]) -> Drift:

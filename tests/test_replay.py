@@ -265,11 +265,25 @@ def test_a_token_file_holds_a_token(tmp_path: Path) -> None:
 
 
 def test_a_sweep_measures_every_fleet_and_puts_the_old_one_back(store: Store, swarm: Swarm) -> None:
-    """Each fleet once a repeat, in an order that the seed decides, under one group; then the fleet from before."""
-    with embedded("demo", Fleet(4, 4)) as url:
+    """Each fleet once a repeat, in an order that the seed decides, under one group; then the fleet from before. The same again
+    asks nothing, and is refused where another system, or another goal, would be said to have been measured."""
+    asked, said = schedule(3, 30.0, 2), list[str]()
+    with embedded("demo", Fleet(4, 4)) as url, embedded("demo", Fleet(3, 5)) as other:
         fleets = [Fleet(1, 7), Fleet(3, 5), Fleet(6, 2)]
-        group, runs, _ = sweep(store, swarm, schedule(3, 30.0, 2), target(url), fleets, seed=3, repeats=2, slo=SLO)
+        group, runs, _ = sweep(store, swarm, asked, target(url), fleets, seed=3, repeats=2, slo=SLO)
         assert Endpoint(target(url)).fleet() == Fleet(4, 4)
+        usual: dict[str, Any] = {"seed": 3, "repeats": 2, "slo": SLO, "group": group, "say": said.append}
+        again = sweep(store, swarm, asked, target(other), fleets, **usual)[1]  # the same profile at another port
+        assert [run.id for run in again] == [run.id for run in runs]
+        assert said == [f"group {group}: 6 of 6 cells were measured before"]
+        for changed in ({"slo": None}, {"warmup_s": 0.01}, {"gpus_per_worker": (2, 1)}, {"engine": "openai"}):
+            (name,) = changed
+            with pytest.raises(InputError, match=f"group '{group}': run 1 asked .* with another {name}"):
+                sweep(store, swarm, asked, target(url), fleets, **usual | changed)
+        store.end_run(replace(runs[0], engine="openai", endpoint="http://old"))
+        with pytest.raises(InputError, match=rf"another endpoint \('http://old', now '{url}'\). Give another --group"):
+            sweep(store, swarm, asked, target(url), fleets, **usual | {"engine": "openai"})
+        store.end_run(runs[0])
     assert sorted(run.fleet for run in runs[:3] if run.fleet) == fleets
     assert sorted(run.fleet for run in runs[3:] if run.fleet) == fleets
     assert {run.group for run in runs} == {group}

@@ -788,6 +788,7 @@ def sweep(
                     group=group,
                     factors=factors,
                     note=note,
+                    say=lambda line: None if quiet() else messages(as_json).print(line, markup=False),
                     **arguments,
                 )
         rows = [result(store, run) for run in runs]
