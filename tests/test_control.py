@@ -775,6 +775,34 @@ def test_sglang_flips_an_engine_in_place(routers: list[Router], tmp_path: Path) 
 
 def test_sglang_knows_what_it_cannot_reach(routers: list[Router]) -> None:
     router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
+def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
+    routers: list[Router], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is one of the fleet that was asked for, not one less for ever: a rule that moves meanwhile takes no second one away."""
+    router = Router([("any", "prefill"), ("any", "prefill"), ("any", "decode"), ("any", "decode")])
+    routers.append(router)
+    a, b, c, d = router.workers
+    control = control_of(router.file(tmp_path / "sglang.toml"), CONNECT)
+    assert isinstance(control, SGLang)
+    router.registered[a]["is_healthy"] = False
+    standing = control.get()
+    assert (standing.fleet, standing.aimed) == (Fleet(1, 2), Fleet(2, 2))
+    assert control.steps(Fleet(2, 2)) == []
+    assert main(["control", "get", "--control", str(tmp_path / "sglang.toml")]) == 0
+    assert "1:2 of 2:2" in capsys.readouterr().out
+    put(control, Fleet(2, 1))
+    assert {u: w["worker_type"] for u, w in router.registered.items()} == {b: "prefill", c: "decode", d: "prefill"}
+
+    spare = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode"), ("prefill", "")])
+    routers.append(spare)
+    control = control_of(spare.file(tmp_path / "spare.toml"), CONNECT)
+    assert isinstance(control, SGLang)
+    ill, _, _, free = spare.workers
+    spare.registered[ill]["is_healthy"] = False
+    put(control, Fleet(2, 1))
+    assert spare.log == [f"add {free} prefill 9000", f"remove {ill}"]
+
+
     routers.append(router)
     control = control_of(f"sglang:{router.url}", CONNECT)
     assert control is not None

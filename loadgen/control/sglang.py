@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,10 @@ class SGLang:
             role: tuple(w["url"] for w in listed if w.get("worker_type") == role and w.get("is_healthy"))
             for role in ROLES
         }
-        counts = [len(serving[role]) for role in ROLES]
-        fleet = Fleet(*counts) if min(counts) else None
-        return Standing(fleet, self._target if left else None, left, serving)
+        fleet = _fleet([len(serving[role]) for role in ROLES])
+        # A worker that is ill is still one of the fleet that was asked for: the rule and the way back count it.
+        target = self._target if left else _fleet([sum(w.get("worker_type") == r for w in listed) for r in ROLES])
+        return Standing(fleet, target, left, serving)
 
     def _listed(self) -> list[dict[str, Any]]:
         reply = self._router.fetch("GET", "/workers")
@@ -122,7 +123,7 @@ class SGLang:
         listed = self._listed()
         self._remember(listed)
         now = {str(w["url"]): str(w.get("worker_type")) for w in listed}
-        wanted = self._choose(fleet, now)
+        wanted = self._choose(fleet, now, {str(w["url"]) for w in listed if not w.get("is_healthy")})
         add, flip, remove = [], [], []
         for worker in self._pool:
             has, gets = now.get(worker.url), wanted.get(worker.url)
@@ -136,8 +137,8 @@ class SGLang:
                 flip += [self._remove(worker, has), self._add(worker, gets, switch=True)]
         return add + flip + remove
 
-    def _choose(self, fleet: Fleet, now: dict[str, str]) -> dict[str, str]:
-        """url -> role: those that have the role stay, then those that are free, then those that flip."""
+    def _choose(self, fleet: Fleet, now: dict[str, str], ill: Set[str]) -> dict[str, str]:
+        """url -> role: those that have the role stay, then those that are free, those that flip, and those that are ill."""
         fixed = {role: [w.url for w in self._pool if w.role == role] for role in ROLES}
         free = [w.url for w in self._pool if w.role == "any"]
         need = {
@@ -151,11 +152,16 @@ class SGLang:
             )
         wanted: dict[str, str] = {}
         for role, count in zip(ROLES, (fleet.prefill, fleet.decode), strict=True):
-            urls = sorted(fixed[role], key=lambda u: now.get(u) != role)
+            urls = sorted(fixed[role], key=lambda u: (u in ill, now.get(u) != role))
             wanted |= dict.fromkeys(urls[:count], role)
+        for role in ROLES:  # both, before one takes what the other would keep
+            stay = [u for u in free if now.get(u) == role and u not in ill][: need[role]]
+            wanted |= dict.fromkeys(stay, role)
+            need[role] -= len(stay)
         for role in ROLES:
-            urls = sorted((u for u in free if u not in wanted), key=lambda u, r=role: (now.get(u) != r, u in now))  # type: ignore[misc]
-            wanted |= dict.fromkeys(urls[: need[role]], role)
+            left = [u for u in free if u not in wanted]
+            left.sort(key=lambda u: (u in ill, now.get(u) != role, u in now))
+            wanted |= dict.fromkeys(left[: need[role]], role)
         return wanted
 
     # --- the steps
@@ -238,6 +244,11 @@ class SGLang:
                 except ValueError:
                     continue
         return sum(held.values())
+
+
+def _fleet(counts: Sequence[int]) -> Fleet | None:
+    """None where a role has no worker."""
+    return Fleet(*counts) if min(counts) else None
 
 
 def from_text(text: str, spec: str, connect: Connect) -> SGLang:
