@@ -55,22 +55,25 @@ class Queues:
     def of(cls, samples: Sequence[Sample], processed: float | None = None) -> Queues:
         """Sums of one reading of every worker; what a server does not report counts as 0.
 
-        Where it tells only how many it has in hand (Dynamo), those that do not run wait. processed: what stands for the prompt
-        tokens that the workers have counted, where the caller knows better.
+        Where it tells only how many it has in hand (Dynamo), those that do not run wait; of a decode worker that does not tell
+        how many run (a router's word alone), all do. processed: what stands for the prompt tokens that the workers have
+        counted, where the caller knows better.
         """
         prompts = waiting = waiting_tokens = waiting_answers = running = held = 0.0
         decode = counts = False
         for s in samples:
             prompts += s.prompt_tokens_total or 0
-            wait = s.waiting_requests
-            if wait is None:
-                wait = max(0.0, (s.inflight_requests or 0) - (s.running_requests or 0))
+            wait, runs = s.waiting_requests, s.running_requests
+            if wait is None and runs is None and s.role == "decode":
+                wait, runs = 0.0, s.inflight_requests
+            elif wait is None:
+                wait = max(0.0, (s.inflight_requests or 0) - (runs or 0))
             if s.role == "prefill":
                 waiting += wait
                 waiting_tokens += s.waiting_tokens or 0
             elif s.role == "decode":
                 waiting_answers += wait
-                running += s.running_requests or 0
+                running += runs or 0
                 held += s.kv_used_tokens or 0
                 decode = True
                 counts = counts or s.running_requests is not None or s.inflight_requests is not None
@@ -479,7 +482,8 @@ class EasyRule:
 
 class Steering:
     """A rule with its state: what :func:`loadgen.cluster.simulate` and a live run ask each tick. moves: what it did, why;
-    why: of its last answer, also where it moved nothing. The rule is shown the prompt tokens processed since the first tick."""
+    why: of its last answer, also where it moved nothing. The rule is shown the prompt tokens processed since the first tick, and
+    is not asked where :func:`untold` says why not."""
 
     def __init__(self, rule: OnlineRule) -> None:
         self.rule = rule
@@ -487,10 +491,13 @@ class Steering:
         self.moves: list[tuple[float, Fleet, Fleet, str]] = []
         self.why = ""
         self._processed = 0.0
-        self._counted: dict[str, tuple[float, float]] = {}
+        self._counted: dict[str, tuple[float, float, str]] = {}
 
     def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
         """The fleet to ask for, or None."""
+        self.why = untold(self.rule, samples, fleet)
+        if self.why:
+            return None
         queues = Queues.of(samples, self._processed_by(samples))
         self.state, target, self.why = self.rule.decide(self.state, queues, fleet, changing, now_s)
         if target is not None:
@@ -498,27 +505,65 @@ class Steering:
         return target
 
     def _processed_by(self, samples: Sequence[Sample]) -> int:
-        """Growth of each worker's own counter, less what it received: a decode engine counts every prompt again.
+        """Growth of each worker's own counter, less what it received: a decode engine counts every prompt again, and one that
+        does not tell what it received (SGLang) counts for nothing. The router's counts where no worker has one.
 
         A sum of counters would jump by a lifetime where a worker misses a page, or is found with what it did before.
         """
-        now: dict[str, tuple[float, float]] = {}
+        now: dict[str, tuple[float, float, str]] = {}
+        alone = not any(_counts(s) and s.role != "router" for s in samples)
         for s in samples:
-            if s.prompt_tokens_total is not None:
+            if s.prompt_tokens_total is not None and (s.role != "router" or alone):
                 prompt, received = s.prompt_tokens_total, s.received_tokens_total or 0.0
                 if s.worker in now:
                     prompt, received = now[s.worker][0] + prompt, now[s.worker][1] + received
-                now[s.worker] = prompt, received
+                now[s.worker] = prompt, received, "" if _counts(s) else s.role
         for worker, held in now.items():
             last = self._counted.get(worker, held)
             if last == held:
                 continue
-            (prompt, received), (before, got) = held, last
+            (prompt, received, again), (before, got, anew) = held, last
+            if again and anew:  # in the same role since the tick before
+                continue
             if prompt < before:  # the server began anew
                 before, got = 0.0, 0.0
             self._processed += max(0.0, prompt - before - (received - got))
         self._counted |= now
         return int(self._processed)
+
+
+def untold(rule: OnlineRule, samples: Sequence[Sample], fleet: Fleet) -> str:
+    """Why a rule cannot judge a reading, "" where it can: what nobody counts would look idle to it, and lose its workers.
+
+    A worker of which nothing came has a sample without values (:meth:`loadgen.scrape.Scraper.read`). It is missed where those
+    that tell are fewer than the fleet has: one that has left tells nothing either.
+    """
+    for role, workers in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+        told, waits, dark = 0, False, []
+        for s in samples:
+            if s.role == role:
+                runs, in_hand = s.running_requests is not None, s.inflight_requests is not None
+                wait = s.waiting_requests is not None or (in_hand and (runs or role == "prefill"))
+                waits = waits or wait
+                if wait or runs or in_hand or s.waiting_tokens is not None or s.kv_used_tokens is not None:
+                    told += 1
+                else:
+                    dark.append(s.worker)
+        if workers and not told:
+            return f"no {role} worker tells what it holds, nothing is moved"
+        if dark and told < workers:
+            names = ", ".join(dark[:3]) + (", .." if len(dark) > 3 else "")
+            return f"{len(dark)} of {told + len(dark)} {role} workers tell nothing ({names}), nothing is moved"
+        if workers and not waits and isinstance(rule, CountRule):
+            return f"nobody tells how many requests wait for {role}, nothing is moved"
+    if isinstance(rule, DemandRule) and not any(_counts(s) for s in samples):
+        return "nobody counts prompt tokens, nothing is moved"
+    return ""
+
+
+def _counts(s: Sample) -> bool:
+    """Does its counter tell prompts that arrived, and not those of another worker once more?"""
+    return s.prompt_tokens_total is not None and (s.role != "decode" or s.received_tokens_total is not None)
 
 
 # --- offline --------------------------------------------------------------------------------------------------------

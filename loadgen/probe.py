@@ -346,6 +346,22 @@ def _of_workers(found: Discovery, pages: tuple[Page, ...], settable: bool, known
         ):
             if not told & set(either):
                 lacks.append(Lack(f"{either[0]} in any metrics", costs, "look at the engine's flags for metrics"))
+        if "inflight_requests" in told and not told & {"waiting_requests", "running_requests"}:
+            lacks.append(
+                Lack(
+                    "how many of the requests in hand wait",
+                    "--policy online-report moves nothing, and backlog sees answers wait only above the largest batch",
+                    "look at the engine's flags for metrics (SGLang: --enable-metrics)",
+                )
+            )
+        if not any("prompt_tokens_total" in p.fields and _arrivals(p) for p in pages):
+            lacks.append(
+                Lack(
+                    "a counter of prompt tokens",
+                    "a rule by demand, as advise gives it, moves nothing",
+                    "look at the engine's flags for metrics, or give --targets FILE with the workers' pages",
+                )
+            )
     if not settable and not unlisted:
         lacks.append(
             Lack(
@@ -355,6 +371,11 @@ def _of_workers(found: Discovery, pages: tuple[Page, ...], settable: bool, known
             )
         )
     return lacks
+
+
+def _arrivals(page: Page) -> bool:
+    """Are prompts that its server counts new ones? A decode worker counts each again, and may say what it received."""
+    return page.worker.role != "decode" or "received_tokens_total" in page.fields
 
 
 def _ms(rows: list[Row]) -> str:

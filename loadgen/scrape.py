@@ -310,6 +310,7 @@ class Scraper:
         self._sources: dict[str, _Source] = {}
         self._workers: dict[str, Worker] = {}
         self._assigned: dict[str, str] = {}
+        self._serving: dict[str, str] = {}
         self._fields: dict[str, dict[str, str]] = {}
         self._counted: dict[tuple[str, str, str], Counted] = {}
         self._round_s = 0.0
@@ -336,7 +337,7 @@ class Scraper:
         named = {name: role for role, names in roles.items() for one in names for name in (one, address(one))}
         if named != self._assigned:
             with self._lock:
-                self._assigned = named
+                self._assigned, self._serving = named, {one: role for role, names in roles.items() for one in names}
                 read = [s.worker for s in self._sources.values() if s.worker.name in self._workers]
                 self._take([*self._workers.values(), *read])  # a worker may have two pages, its engine's and its GPUs'
 
@@ -364,7 +365,10 @@ class Scraper:
             self._sources[page] = _Source(own, self._server, path)
 
     def read(self) -> list[Sample]:
-        """One reading of every worker, now, whoever fetched it meanwhile. EndpointError when there is none."""
+        """One reading of every worker, now, whoever fetched it meanwhile. EndpointError when there is none.
+
+        A worker that ought to tell and does not has a sample without values.
+        """
         since = time.monotonic() - self._zero - self._period_s
         self._round(PAGE_S)
         with self._lock:
@@ -372,7 +376,20 @@ class Scraper:
             found = self._merged(fresh)
         if not found:
             raise EndpointError(f"{self._server.shown}: no metrics page of it or its workers answers.")
-        return found
+        now, told = time.monotonic() - self._zero, {s.worker for s in found}
+        return found + [Sample(now, name, role) for name, role in self._expected().items() if name not in told]
+
+    def _expected(self) -> dict[str, str]:
+        """Worker -> prefill or decode: those that serve by the word of whoever sets the fleet, where a name of theirs is known
+        here; otherwise all that are listed or ever told something."""
+        with self._lock:
+            ways = [(n, address(n), role) for n, role in self._serving.items()]
+            if any(way in self.names or way in self.last for *both, _ in ways for way in both):
+                return {self.names.get(n) or self.names.get(short) or short: role for n, short, role in ways}
+            found = {name: s.role for name, s in self.last.items()} | {
+                name: worker.role for name, worker in self._workers.items() if worker.role
+            }
+        return {name: role for name, role in found.items() if role in ("prefill", "decode")}
 
     def histograms(self) -> list[Histogram]:
         """What the servers' histograms counted between the first reading and the last."""
@@ -533,6 +550,8 @@ class Scraper:
         worker = self._workers.get(name)
         if worker is not None and worker.role:
             return worker.role
+        if worker is None and name in self._assigned:
+            return self._assigned[name]
         before = self.last.get(name)
         if sample is not None:
             for engine in engines().values():

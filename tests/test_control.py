@@ -47,7 +47,9 @@ from loadgen.control.journal import Journal
 from loadgen.control.online import Controller, Ledger, Planned, measured
 from loadgen.control.reference import Reference
 from loadgen.control.sglang import SGLang
+from loadgen.engines import Worker
 from loadgen.policy import BacklogRule, CountRule, Steering, table_of
+from loadgen.scrape import Scraper
 from tests.pages import Pages
 from tests.test_replay import rename
 from traces.errors import EndpointError, InputError, StoreError
@@ -773,8 +775,6 @@ def test_sglang_flips_an_engine_in_place(routers: list[Router], tmp_path: Path) 
     assert router.log == [f"remove {flipped}", f"switch {flipped[7:]} decode", f"add {flipped} decode None"]
 
 
-def test_sglang_knows_what_it_cannot_reach(routers: list[Router]) -> None:
-    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
 def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
     routers: list[Router], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -803,6 +803,8 @@ def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
     assert spare.log == [f"add {free} prefill 9000", f"remove {ill}"]
 
 
+def test_sglang_knows_what_it_cannot_reach(routers: list[Router]) -> None:
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
     routers.append(router)
     control = control_of(f"sglang:{router.url}", CONNECT)
     assert control is not None
@@ -1140,6 +1142,26 @@ def test_nothing_moves_on_stale_readings_and_it_is_said() -> None:
     decisions, _ = steer(control, read, 0.9, stale_s=0.2)
     assert [d.action for d in decisions] == ["hold", "stale", "hold"]
     assert "nothing is moved (http://x/metrics: connection refused.)" in decisions[1].reason
+
+
+def test_a_role_that_tells_nothing_is_not_taken_for_idle() -> None:
+    """The pages of an overloaded stage are the first that do not come: its workers stay."""
+    control = Fake(Fleet(2, 2))
+    page = "vllm:num_requests_waiting 9\n"
+    with Pages() as pages:
+        pages["/p/metrics"] = pages["/d/metrics"] = page
+        workers = [Worker(role[0], role, metrics=f"{pages.url}/{role[0]}/metrics") for role in ("prefill", "decode")]
+        with Scraper(endpoint(pages.url), time.monotonic(), lambda _: None, 0.1, workers=workers) as scraper:
+
+            def read() -> list[Sample]:
+                found = scraper.read()
+                if len(scraper.last) == 2:
+                    pages.pop("/p/metrics", None)
+                return found
+
+            decisions, _ = steer(control, read, 1.2)
+    assert control.asked == []
+    assert [d.reason for d in decisions][-1] == "no prefill worker tells what it holds, nothing is moved"
 
 
 def test_a_policy_that_wants_what_is_out_of_bounds_is_refused_and_goes_on() -> None:

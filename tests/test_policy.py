@@ -155,6 +155,8 @@ def test_queues_are_sums_by_role() -> None:
         Sample(0.0, "2", "decode", inflight_requests=5, waiting_requests=1, running_requests=4),
     ]
     assert Queues.of(in_hand) == Queues(13, 0, 7, 37)  # those in hand that do not run wait
+    alone = [Sample(0.0, "d", "decode", inflight_requests=50)]  # a router's word: nobody says how many run
+    assert Queues.of(alone) == Queues(0, 0, 0, 50)
 
 
 # --- offline --------------------------------------------------------------------------------------------------------
@@ -511,8 +513,10 @@ def test_the_reports_rule_says_why() -> None:
 def test_steering_keeps_what_it_did() -> None:
     """A rule's answer is asked of the readings, and every move is kept with its reason."""
     steering = Steering(CountRule())
-    assert steering(1.0, [Sample(1.0, "0", "decode", waiting_requests=3)], Fleet(2, 1), 0) == Fleet(1, 2)
-    assert steering(2.0, [], Fleet(1, 2), 0) is None
+    calm = [Sample(1.0, "1", "prefill", waiting_requests=0), Sample(1.0, "0", "decode", waiting_requests=0)]
+    busy = [calm[0], Sample(1.0, "0", "decode", waiting_requests=3)]
+    assert steering(1.0, busy, Fleet(2, 1), 0) == Fleet(1, 2)
+    assert steering(2.0, calm, Fleet(1, 2), 0) is None
     assert steering.moves == [(1.0, Fleet(2, 1), Fleet(1, 2), "0 prompts and 3 answers wait")]
     assert steering.why == "the queues are within the ratio"
 
@@ -536,8 +540,9 @@ def test_steering_counts_the_prompt_tokens_that_are_processed_while_it_looks() -
     kept = Kept()
     steering = Steering(kept)
 
-    def page(name: str, prompt: float, received: float | None = None, role: str = "prefill") -> Sample:
-        return Sample(0.0, name, role, prompt_tokens_total=prompt, received_tokens_total=received)
+    def page(name: str, prompt: float | None, received: float | None = None, role: str = "prefill") -> Sample:
+        told = {"prompt_tokens_total": prompt, "received_tokens_total": received}
+        return Sample(0.0, name, role, waiting_requests=0, **told)  # type: ignore[arg-type]
 
     for samples in (
         [page("a", 70e6), page("b", 5e6)],
@@ -548,7 +553,7 @@ def test_steering_counts_the_prompt_tokens_that_are_processed_while_it_looks() -
         [page("a", 40), page("b", 5e6 + 30), page("c", 1e9 + 2)],  # a began anew
         [page("a", 50, 0.0), page("b", 5e6 + 30), page("c", 1e9 + 2, role="decode")],
     ):
-        steering(0.0, samples, Fleet(2, 1), 0)
+        steering(0.0, [*samples, page("0", None, role="decode")], Fleet(2, 1), 0)
     assert kept.seen == [0, 110, 120, 330, 330, 372, 382]
 
     kept.seen.clear()
@@ -561,6 +566,57 @@ def test_steering_counts_the_prompt_tokens_that_are_processed_while_it_looks() -
         samples = [page("p", done, 0.0), page("d", 9e6 + done, 8e6 + done - done / 1000, "decode")]
         steering(0.0, samples, Fleet(1, 1), 0)
     assert kept.seen == [0, 1001, 2002]
+
+    for others, expected in (  # of a router and of a decode worker
+        (
+            [(0, 0), (1000, 1000), (2000, 2000)],
+            [0, 1000, 2000],
+        ),  # SGLang's counts each prompt again and does not say so
+        ([(0, 0), (9000, 1000), (9000, 9000)], [0, 1000, 2000]),  # the frontend's is not added to the workers' own
+    ):
+        kept.seen.clear()
+        steering = Steering(kept)
+        for done, (routed, again) in zip((0, 1000, 2000), others, strict=True):
+            samples = [page("p", done), page("d", again, None, "decode"), page("r", routed, None, "router")]
+            steering(0.0, samples, Fleet(1, 1), 0)
+        assert kept.seen == expected
+    kept.seen.clear()
+    steering = Steering(kept)
+    for routed in (5000, 6000):  # Dynamo's frontend, where no worker counts
+        samples = [page("p", None), page("d", None, None, "decode"), page("r", routed, None, "router")]
+        steering(0.0, samples, Fleet(1, 1), 0)
+    assert kept.seen == [0, 1000]
+
+
+def test_a_rule_moves_nothing_on_what_nobody_counts() -> None:
+    """It would look idle and lose its workers: a worker without a reading, a role without one, queues and prompts that nobody
+    counts. One that has left is not missed."""
+    demand = policy.DemandRule(LAWS, 200, 100)
+    busy = {"waiting_requests": 9.0, "running_requests": 9.0}
+    prefill, decode = Sample(0.0, "p", "prefill", **busy), Sample(0.0, "d", "decode", **busy)
+    calm = Sample(0.0, "p", "prefill", waiting_requests=0)
+    counted = replace(decode, prompt_tokens_total=5)
+    for rule, samples, fleet, why in (
+        (CountRule(), [calm, decode], Fleet(3, 1), "0 prompts and 9 answers wait"),
+        (CountRule(), [calm, decode, Sample(0.0, "q", "prefill")], Fleet(2, 1), "1 of 2 prefill workers tell nothing (q)"),
+        (CountRule(), [decode, Sample(0.0, "q", "prefill")], Fleet(2, 1), "no prefill worker tells what it holds"),
+        (CountRule(), [decode, Sample(0.0, "q", "prefill", gpu_busy_ratio=0.9)], Fleet(2, 1), "no prefill worker tells"),
+        (CountRule(), [prefill], Fleet(1, 2), "no decode worker tells what it holds"),
+        (CountRule(), [prefill, Sample(0.0, "e", "decode")], Fleet(1, 2), "no decode worker tells what it holds"),
+        (CountRule(), [prefill, decode, Sample(0.0, "e", "decode")], Fleet(1, 1), "the queues are within the ratio"),
+        (CountRule(), [prefill, Sample(0.0, "d", "decode", kv_used_tokens=9)], Fleet(1, 2), "requests wait for decode"),
+        (CountRule(), [prefill, Sample(0.0, "d", "decode", inflight_requests=9)], Fleet(1, 2), "wait for decode"),
+        (CountRule(), [decode, Sample(0.0, "p", "prefill", waiting_tokens=9)], Fleet(2, 1), "wait for prefill"),
+        (demand, [prefill, decode], Fleet(2, 1), "nobody counts prompt tokens, nothing is moved"),
+        (demand, [prefill, counted], Fleet(2, 1), "nobody counts prompt tokens"),  # each prompt once more
+        (demand, [prefill, replace(counted, received_tokens_total=5)], Fleet(2, 1), ""),
+        (demand, [replace(prefill, prompt_tokens_total=5), decode], Fleet(2, 1), ""),
+    ):  # fmt: skip
+        steering = Steering(rule)
+        target = steering(0.0, samples, fleet, 0)
+        assert why in steering.why
+        assert bool(why) or not steering.why
+        assert target == (Fleet(2, 2) if fleet == Fleet(3, 1) else None)
 
 
 def test_readings_are_summed_with_what_was_processed() -> None:
@@ -592,6 +648,7 @@ def test_sequences_that_nobody_counts_are_told_by_their_kv(rule: policy.OnlineRu
         steering = Steering(rule)
         for at in range(4):
             samples = [
+                Sample(at, "router", "router", prompt_tokens_total=0),
                 Sample(at, "p", "prefill", waiting_tokens=0),
                 Sample(at, "d", "decode", kv_used_tokens=60 * 250, **told),
             ]

@@ -15,7 +15,8 @@ from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.discover import again, discover, read_targets, with_told
-from loadgen.probe import Probe, clock, probe
+from loadgen.engines import Worker
+from loadgen.probe import Page, Probe, _of_workers, clock, probe
 from loadgen.scrape import Scraper
 from tests.pages import Pages, endpoint, stream
 from traces.errors import EndpointError, InputError
@@ -333,6 +334,12 @@ def test_a_pair_behind_vllm_router_is_known_with_its_facts() -> None:
     ]
     assert "no times" not in missing(found)
     assert "kv_used_ratio in any metrics" in missing(found)
+    assert "a counter of prompt tokens: a rule by demand, as advise gives it, moves nothing" in missing(found)
+    # As sglang-router alone tells it; a decode worker's counter tells of no new prompts.
+    router = Page(Worker("router", "router"), ("inflight_requests",))
+    again = Page(Worker("d", "decode"), ("prompt_tokens_total", "kv_used_ratio"))
+    said = [one.what for one in _of_workers(found.found, (router, again), True, [])]
+    assert said == ["how many of the requests in hand wait", "a counter of prompt tokens"]
 
 
 @pytest.mark.parametrize(

@@ -396,7 +396,12 @@ def test_who_reads_now_and_the_thread_take_nothing_from_each_other() -> None:
             del pages["/q"]
             until(lambda: [s.worker for s in scraper.silent()] == ["q"])
             time.sleep(0.05)
-            assert {s.worker for s in scraper.read()} == {"p"}
+            assert {s.worker: s.waiting_requests for s in scraper.read()} == {"p": 2, "q": None}
+            scraper.assign({"prefill": ["p", "new"]})  # by who sets the fleet, q has left and another ought to tell
+            assert {s.worker: (s.role, s.waiting_requests) for s in scraper.read()} == {
+                "p": ("prefill", 2),
+                "new": ("prefill", None),
+            }
     assert [s.at_s for s in found if s.worker == "p"] == sorted({s.at_s for s in found if s.worker == "p"})
 
 
@@ -464,7 +469,8 @@ def test_who_sets_the_fleet_says_the_roles_after_a_change(tmp_path: Path) -> Non
         scraper = scraper_of(pages, workers, found)
         assert {s.role for s in scraper.read()} == {"prefill"}
         scraper.assign({"prefill": ("http://elsewhere:1",), "decode": (pages.url,)})
-        (sample,) = scraper.read()
+        other, sample = sorted(scraper.read(), key=lambda s: s.worker == "a")
+        assert other == Sample(other.at_s, "elsewhere:1", "prefill")  # nothing came of it
         assert (sample.worker, sample.role, sample.waiting_requests, sample.gpu_busy_ratio) == ("a", "decode", 3, 0.5)
 
 

@@ -52,6 +52,7 @@ class Dynamo(Engine):
         ),
         Metric(f"{_F}queued_requests", "waiting_requests", role="router"),
         Metric(f"{_F}inflight_requests", "inflight_requests", role="router"),
+        Metric(f"{_F}input_sequence_tokens_sum", "prompt_tokens_total", role="router"),
         Metric(f"{_F}output_tokens_total", "output_tokens_total", role="router"),
         Metric(f"{_F}requests_total", "finished_total", role="router"),
         Metric(f"{_F}time_to_first_token_seconds", "ttft_s", role="router", histogram=True),
