@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 4 --dist loadfile -m paced
 	$(BIN)/python -m pytest -m timed
 
-# Kill, stop, cut, starve and fill what a replay stands on, 371 times, and count the rows: an hour on two crowded cores, less on
+# Kill, stop, cut, starve and fill what a replay stands on, 389 times, and count the rows: an hour on two crowded cores, less on
 # more. python -m tests.faults --keep FILE goes on where it was broken off.
 # Needs Linux; as root (for a small disk) and with Debian's libfaketime it tries everything, else it says what it did not try.
 test-faults: $(VENV)/.dev

@@ -408,21 +408,21 @@ def _health(server: Endpoint, query: str = "") -> Mapping[str, Any]:
     return held if isinstance(held, Mapping) else {}
 
 
-GRACE_S = 0.6
+GRACE_S = 0.25
 """A database that has not taken a batch after this long is one that went away: the batch goes to disk as well."""
 
 
 class Writer:
     """Stores rows, readings, role changes and decisions while the run goes on; a context manager.
 
-    Two threads. One gathers what came within about half a second; the other talks to the database, one transaction a
+    Two threads. One gathers what came within about a quarter of a second; the other talks to the database, one transaction a
     batch, and may wait there: on a lock, or on a server that was stopped and says nothing. What is not stored after GRACE_S
     waits in a :class:`loadgen.spool.Spool` on disk, so that a master that is killed then loses nothing either; it may be
     stored as well, since rows have keys. What waits is loaded as soon as the database answers; ``settle`` says what is to be done
     if it is still away at the end. Batches that neither database nor disk takes stay in memory and are tried again.
     """
 
-    def __init__(self, store: Store, run_id: int, steered: str = "", *, every_s: float = 0.5) -> None:
+    def __init__(self, store: Store, run_id: int, steered: str = "", *, every_s: float = 0.25) -> None:
         self.spool = Spool(store, run_id)
         self._steered = steered
         self.error: Exception | None = None

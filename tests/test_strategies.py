@@ -125,11 +125,11 @@ def test_a_mix_that_turns_is_worth_moving_for() -> None:
 
 @pytest.mark.timed
 def test_over_http_the_strategies_are_what_the_simulator_says(sqlite_url: str) -> None:
-    """Roles on demand, a controller, batches from the client: through Locust and SQL, at sixteen times speed."""
+    """Roles on demand, a controller, batches from the client: through Locust and SQL, at eight times speed."""
     question = small(4, requests=24, rate_per_s=3.0)
     with open_store(sqlite_url) as store:
         found = study.over_http(
-            store, question, 1, speed=16.0, group="t", arms=("baseline", "online-report", "offline-report", "colocated")
+            store, question, 1, speed=8.0, group="t", arms=("baseline", "online-report", "offline-report", "colocated")
         )
         assert set(found["arms"]) == {"baseline", "online-report", "offline-report", "colocated"}
         for name, row in found["arms"].items():

@@ -1,8 +1,9 @@
 """One replay of a small trace, with everything around it in processes of their own, and the count of what is left of it.
 
 The truth is what the reference endpoint logged: when it wrote the last byte of each answer. A row is *lost* when its answer
-was whole more than MARGIN_S before the fault and it is not in the database as ``ok`` after the next ``steelyard`` command; it is
-*twice* when the endpoint was asked for it twice, or when two rows have its number.
+was whole more than MARGIN_S before the fault and it is not in the database as ``ok`` after the next ``steelyard`` command (or as
+``failed``, where it came later than the request's timeout); it is *twice* when the endpoint was asked for it twice, or when two
+rows have its number.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import getpass
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,10 +91,13 @@ def wait_for(condition: Callable[[], bool], seconds: float, every: float = 0.05)
 
 
 class Proxy:
-    """A TCP proxy on loopback whose bytes can be delayed, held or dropped. ``delay_s`` each way; ``held``: nothing passes."""
+    """A TCP proxy on loopback whose bytes can be delayed, held or dropped. ``delay_s`` each way; ``held``: nothing passes.
 
-    def __init__(self, target: int) -> None:
+    reads_per_s: bytes a second that it takes of a client's connection, and no more: the rest stays with the client."""
+
+    def __init__(self, target: int, reads_per_s: float = 0.0) -> None:
         self.target = target
+        self.reads_per_s = reads_per_s
         self.delay_s = 0.0
         self.held = False
         self.port = 0
@@ -106,7 +112,10 @@ class Proxy:
         asyncio.set_event_loop(self._loop)
 
         async def listen() -> None:
-            server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            listening = socket.create_server(("127.0.0.1", 0))
+            if self.reads_per_s:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            server = await asyncio.start_server(self._serve, sock=listening, limit=2048 if self.reads_per_s else 65536)
             self.port = server.sockets[0].getsockname()[1]
             ready.set()
 
@@ -120,10 +129,10 @@ class Proxy:
             writer.close()
             return
         self._links |= {writer, forth}
-        await asyncio.gather(self._pump(reader, forth), self._pump(back, writer))
+        await asyncio.gather(self._pump(reader, forth, self.reads_per_s), self._pump(back, writer))
         self._links -= {writer, forth}
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, per_s: float = 0.0) -> None:
         loop = asyncio.get_running_loop()
         waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
@@ -141,8 +150,10 @@ class Proxy:
 
         task = asyncio.ensure_future(deliver())
         with contextlib.suppress(ConnectionError, OSError):
-            while data := await reader.read(65536):
+            while data := await reader.read(2048 if per_s else 65536):
                 waiting.put_nowait((loop.time() + self.delay_s, data))
+                if per_s:
+                    await asyncio.sleep(len(data) / per_s)
         waiting.put_nowait((loop.time() + self.delay_s, b""))
         with contextlib.suppress(ConnectionError, OSError):
             await task
@@ -225,6 +236,72 @@ class Postgres:
             self.process.wait(10)
 
 
+class Maria:
+    """A MariaDB of a trial's own, likewise; where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        install, self._program = self.programs() or ("", "")
+        self.folder, self.port = folder, free_port()
+        self._temporary = folder.with_name("maria-tmp")  # a server that starts clears it
+        self._temporary.mkdir()
+        self._user = getpass.getuser()
+        subprocess.run(
+            [install, "--no-defaults", f"--datadir={folder}", f"--user={self._user}", "--auth-root-authentication-method=normal"],
+            check=True, capture_output=True, env=os.environ | {"TMPDIR": str(self._temporary)},
+        )  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+        with contextlib.closing(self._connect(10)) as connection:
+            connection.cursor().execute("CREATE DATABASE steelyard")
+
+    @staticmethod
+    def programs() -> tuple[str, str] | None:
+        """(mariadb-install-db, mariadbd), None where they are not installed (Debian: mariadb-server-core)."""
+        path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+        install, server = (shutil.which(name, path=path) for name in ("mariadb-install-db", "mariadbd"))
+        return (install, server) if install and server else None
+
+    @property
+    def url(self) -> str:
+        return f"mariadb://root@127.0.0.1:{self.port}/steelyard"
+
+    def _connect(self, seconds: int) -> Any:
+        import pymysql
+
+        return pymysql.connect(
+            host="127.0.0.1", port=self.port, user="root", connect_timeout=seconds, read_timeout=seconds
+        )
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [self._program, "--no-defaults", f"--datadir={self.folder}", f"--user={self._user}",
+             "--bind-address=127.0.0.1", f"--port={self.port}", f"--socket={self.folder}/s"],
+            env=os.environ | {"TMPDIR": str(self._temporary)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        if not wait_for(self._answers, 60, 0.1):
+            raise RuntimeError("MariaDB did not start")
+
+    def _answers(self) -> bool:
+        import pymysql
+
+        try:
+            self._connect(2).close()
+        except pymysql.err.OperationalError:
+            return False
+        return True
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+
+
 @dataclass
 class Trial:
     """One replay. Files lie in ``folder``; ``close`` ends what was started."""
@@ -233,10 +310,13 @@ class Trial:
     rng: Any
     requests: int = 160
     rate_per_s: float = 40.0
-    postgres: bool = False
+    prompt: int = 20
+    server_of: type[Postgres] | type[Maria] | None = None
+    """The database server of the trial's own; None: a SQLite file."""
+
     db: str = ""
     url: str = ""
-    server: Postgres | None = None
+    server: Postgres | Maria | None = None
     endpoint: subprocess.Popen[bytes] | None = None
     master: subprocess.Popen[bytes] | None = None
     others: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -251,8 +331,8 @@ class Trial:
             "PYTHONPATH": str(ROOT),
             "STEELYARD_SWARM_SECRET": "of these trials alone",
         }
-        if self.postgres:
-            self.server = Postgres(self.folder / "pg")
+        if self.server_of is not None:
+            self.server = self.server_of(self.folder / "pg")
             self.db = self.server.url
         elif not self.db:
             self.db = f"sqlite:///{self.folder}/t.db"
@@ -260,7 +340,9 @@ class Trial:
         due = np.cumsum(gaps) - gaps[0]
         n = self.requests
         with _MIGRATING, open_store(self.db) as store:
-            store_schedule(store, Schedule("t", np.arange(n), due, np.full(n, 20), np.full(n, OUTPUT)), options={})
+            store_schedule(
+                store, Schedule("t", np.arange(n), due, np.full(n, self.prompt), np.full(n, OUTPUT)), options={}
+            )
 
     # --- processes
 
@@ -354,7 +436,8 @@ class Trial:
                 os.kill(pid, signal.SIGCONT)
 
     def count(self, at: float, *, hung: bool = False, whole: bool = True, look: bool = True) -> Outcome:
-        """What is left after the next command of the user. at: when the fault came. whole: every request has its row."""
+        """What is left after the next command of the user. at: when the fault came. whole: every request has its row;
+        without, the master was killed, and that command must call the run incomplete unless all of it is there."""
         if look:
             self.look()
         asked = time.monotonic()
@@ -388,6 +471,10 @@ class Trial:
         counts = {kind: n for kind, n in run.counts.items() if "." not in kind}
         if whole and counts != dict(told):
             outcome.wrong = f"the run says {counts}, the rows {dict(told)}"
+        if not whole and run.complete and len(stored) != self.requests:
+            outcome.wrong = f"the run is called complete with {len(stored)} of {self.requests} rows"
+        if not whole and not run.ended:
+            outcome.said += "; the next command: a run that has not ended"
         return outcome
 
     def said(self) -> str:
