@@ -24,18 +24,27 @@ from advisor.features import RunData
 from advisor.recommend import recommend
 from advisor.report import assemble, text_of, write_report
 from advisor.report import pdf as print_pdf
-from advisor.report.digest import BINS, POINTS, QUANTILES, _readings, digest, traffic
+from advisor.report.digest import BINS, POINTS, QUANTILES, _counted, _readings, digest, traffic, traffic_of
 from advisor.report.draw import NARROW, WIDE, Axis, svg
 from advisor.report.markdown import escape
 from advisor.report.page import asset, policy
 from advisor.report.parts import Mark, Plot, Report, Rule
 from advisor.report.pdf import BROWSERS, browser
 from advisor.report.reproduce import advise_command, replay_command
-from advisor.report.sections import _alike, _studied
+from advisor.report.sections import (
+    _alike,
+    _studied,
+    distributions,
+    lag,
+    over_time,
+    seconds,
+    traffic_sections,
+)
 from advisor.study import check_rate, quiet
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
+from traces.aggregate import Bins
 from traces.errors import InputError
 from traces.ingest import ingest
 from traces.measures import Slo
@@ -480,6 +489,90 @@ def test_a_digest_does_not_grow_with_the_run() -> None:
     middle = slice(20, -20)
     assert np.allclose(large.cdf["ttft"][middle], small.cdf["ttft"][middle], rtol=0.05)
     assert large.requests.values["rate_per_s"].mean() == pytest.approx(100, rel=0.01)
+
+
+def answers(n: int) -> Observations:
+    """A request every 0.1 s, each answered by ten tokens: the first after 0.1 s, the others 20 ms apart."""
+    rows = Observations.empty(n)
+    rows.index[:] = np.arange(n)
+    rows.due_s[:] = rows.sent_s[:] = rows.dispatch_s[:] = np.arange(n) * 0.1
+    rows.first_token_s[:] = rows.due_s + 0.1
+    rows.last_token_s[:] = rows.first_token_s + 9 * 0.02
+    rows.requested_tokens[:] = rows.output_tokens[:] = 10
+    rows.requested_prompt_tokens[:] = rows.prompt_tokens[:] = 100
+    rows.status[:] = "ok"
+    return rows
+
+
+def test_a_distributions_quantiles_are_the_runs_own() -> None:
+    """Not what lies between two steps of the drawn curve; and n counts the answers that have a figure."""
+    rows = answers(100)
+    rows.first_token_s[-1] = rows.due_s[-1] + 1.0
+    rows.output_tokens[:90] = 1
+    one = digest(RunData(run_of(Fleet(2, 2)), rows), SLO)
+    ttft, tpot, _ = distributions([one], SLO)
+    assert ttft.table is not None
+    assert tpot.table is not None
+    p99 = seconds(one.summary.ttft_p99_s)
+    assert p99 == "109 ms"
+    assert ttft.table.rows[0][1:5] == ["100", "100 ms", "100 ms", p99]
+    assert f"p99 {p99}" in ttft.text
+    assert tpot.table.rows[0][1] == "10"
+
+
+def test_latency_over_time_is_that_of_answers_that_finished() -> None:
+    """A stream that breaks off asked for more tokens than came: its TPOT would be next to nothing. From rows as from counts."""
+    rows = answers(100)
+    broken = np.arange(100) % 2 == 0
+    rows.status[broken], rows.error[broken] = "failed", "reset"
+    rows.output_tokens[broken], rows.requested_tokens[broken] = -1, 500
+    rows.first_token_s[broken] = rows.due_s[broken] + 5.0
+    rows.last_token_s[broken] = rows.first_token_s[broken] + 0.06
+    counts = Bins("")
+    counts.add(rows)
+    for over in (digest(RunData(run_of(Fleet(2, 2)), rows), SLO).requests, _counted(counts)):
+        for name, value in (("tpot", 0.02), ("ttft", 0.1)):
+            for word in ("p50", "p99"):
+                found = over.values[f"{name}_{word}_s"]
+                assert np.isfinite(found).any()
+                np.testing.assert_allclose(found[np.isfinite(found)], value, rtol=0.01)
+
+
+def test_requests_that_are_due_at_once_have_no_rate() -> None:
+    """They are not drawn as so many in a nanosecond, nor as one point: the text says it, in a run's page and a trace's."""
+    rows = answers(600)
+    rows.due_s[:] = 0.0
+    run = replace(run_of(Fleet(4, 4)), id=7, rate_per_s=float("inf"))
+    one = digest(RunData(run, rows), SLO)
+    assert one.name == "run 7: 4:4 at once"
+    counts = Bins("")
+    counts.add(rows)
+    counted = replace(one, requests=_counted(counts))
+    for held in (one, counted):
+        assert all(np.nanmax(v, initial=0.0) <= len(rows) for v in held.requests.values.values())
+        (arrivals,) = over_time(held)
+        assert arrivals.text == (
+            "All requests were due at once: there is no rate, and nothing to draw over due times. All finished."
+        )
+        told = lag([held], SLO)
+        assert arrivals.plot is told.plot is None
+    profile = Profile.load("demo")
+    batch = replace(lognormal(50, 5.0, 1), due_s=np.zeros(50))
+    said = traffic_sections(traffic(batch, profile, SLO), {})
+    assert [section.key for section in said] == ["rate", "lengths"]
+    assert "come at one instant" in said[0].text
+    assert said[0].plot is said[1].plot is None
+    assert traffic_sections(traffic_of([batch, batch]), {})[0].plot is None
+
+
+def test_the_last_slot_of_counts_may_be_an_instant() -> None:
+    """A request due just where a slot of time begins is one in that slot, not one in a nanosecond."""
+    rows = answers(129)
+    rows.due_s[:] = np.arange(129) * 1.0
+    counts = Bins("")
+    counts.add(rows)
+    assert counts.edges_s[-1] == counts.edges_s[-2]
+    assert np.nanmax(_counted(counts).values["rate_per_s"]) <= 1 / counts.width_s
 
 
 def test_readings_over_time_count_workers_by_role_and_their_work() -> None:

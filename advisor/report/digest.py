@@ -7,6 +7,7 @@ a digest no larger than a run of a thousand.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ METRICS = ("ttft", "tpot", "e2e")
 
 @dataclass(frozen=True, eq=False)
 class Over:
-    """Figures in bins of time. at_s: [k] middles. width_s: of a bin. values: name -> [k], NaN where nothing was."""
+    """Figures in bins of time. at_s: [k] middles. width_s: of a bin, 0 of the only one where all came at one instant: then there
+    are no rates. values: name -> [k], NaN where nothing was."""
 
     at_s: Floats
     width_s: float
@@ -50,8 +52,9 @@ class Fitting:
 
 @dataclass(frozen=True, eq=False)
 class Digest:
-    """One run. cdf: metric -> [len(QUANTILES)] seconds. within: metric -> share of ok requests within its SLO limit. exact: from
-    its rows, else from the counts that are kept of a long run.
+    """One run. cdf: metric -> [len(QUANTILES)] seconds. n: metric -> requests that have it: finished, for TPOT those of two
+    tokens or more. within: metric -> share of them within its SLO limit. exact: from its rows, else from the counts that are kept
+    of a long run.
 
     requests: arrivals, latencies and lag over time. readings: the servers' own, by role: ``prefill waiting_requests``,
     ``decode busy``, ``prefill workers``, .. tpot, ttft: the laws held against this run, where they can be.
@@ -61,6 +64,7 @@ class Digest:
     run: Run
     summary: Summary
     cdf: dict[str, Floats]
+    n: dict[str, int]
     within: dict[str, float]
     requests: Over
     readings: Over | None
@@ -74,8 +78,9 @@ class Digest:
     def name(self) -> str:
         """What the run is called in a legend."""
         fleet = self.run.fleet or "fleet unknown"
-        rate = f" at {self.run.rate_per_s:.3g}/s" if self.run.rate_per_s == self.run.rate_per_s else ""
-        return f"run {self.run.id}: {fleet}{rate}"
+        rate = self.run.rate_per_s
+        asked = "" if math.isnan(rate) else " at once" if math.isinf(rate) else f" at {rate:.3g}/s"
+        return f"run {self.run.id}: {fleet}{asked}"
 
 
 LAW_ROWS, LAW_WINDOWS = 40_000, 8
@@ -91,12 +96,13 @@ def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data:
         return digest(data, slo, changes, profile)
     if profile is not None:
         data = data or RunData.of(run, store.windows(run.id, LAW_ROWS, LAW_WINDOWS))
-    cdf, within = {}, {}
+    cdf, n, within = {}, {}, {}
     for metric in METRICS:
         counts = held.of(f"{metric}_s")
         if not counts.any():
             continue
         cdf[metric] = quantiles(counts, QUANTILES, held.quantile(f"{metric}_s", 1.0))
+        n[metric] = int(counts.sum())
         limit = slo.limit(metric)
         if limit is not None:
             within[metric] = held.share(f"{metric}_s", limit)
@@ -106,6 +112,7 @@ def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data:
         run=run,
         summary=held.summary(),
         cdf=cdf,
+        n=n,
         within=within,
         requests=_counted(held),
         readings=_readings(store.samples(run.id)),
@@ -118,9 +125,10 @@ def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data:
 
 
 def _counted(held: Bins) -> Over:
-    """As :func:`_requests`, from counts; latencies are those of finished requests."""
+    """As :func:`_requests`, from counts."""
     edges = held.edges_s
-    width = np.maximum(np.diff(edges), 1e-9)
+    width = np.diff(edges)  # of the last slot 0 where its only instant is its beginning
+    width = np.where(width > 0, width, held.width_s if held.last_due_s > held.first_due_s else np.nan)
     n = {name: counts[: held.slots].astype(float) for name, counts in held.counts.items()}
     values = {
         "rate_per_s": n["requests"] / width,
@@ -132,19 +140,19 @@ def _counted(held: Bins) -> Over:
         counts, most = held.over(f"{name}_s"), held.most(f"{name}_s")
         for word, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)) if name == "lag" else (("p50", 0.5), ("p99", 0.99)):
             values[f"{name}_{word}_s"] = quantile(counts, q, most)
-    return Over((edges[:-1] + edges[1:]) / 2, held.width_s, values)
+    return Over((edges[:-1] + edges[1:]) / 2, held.width_s if held.last_due_s > held.first_due_s else 0.0, values)
 
 
 def digest(data: RunData, slo: Slo, changes: Sequence[FleetChange] = (), profile: Profile | None = None) -> Digest:
     """The digest of a run. slo: what goodput is counted within. profile: laws to hold against the run."""
     rows = data.run.counted(data.observations)
     ok = rows.take(np.flatnonzero(rows.ok))
-    cdf, within = {}, {}
+    cdf, n, within = {}, {}, {}
     for metric in METRICS:
         values: Floats = getattr(ok, f"{metric}_s")
         values = values[np.isfinite(values)]
         if len(values):
-            cdf[metric] = np.quantile(values, QUANTILES)
+            cdf[metric], n[metric] = np.quantile(values, QUANTILES), len(values)
         limit = slo.limit(metric)
         if limit is not None and len(values):
             within[metric] = float((values <= limit).mean())
@@ -153,6 +161,7 @@ def digest(data: RunData, slo: Slo, changes: Sequence[FleetChange] = (), profile
         run=data.run,
         summary=summarise(rows, slo),
         cdf=cdf,
+        n=n,
         within=within,
         requests=_requests(data.observations),
         readings=_readings(data.samples),
@@ -182,7 +191,7 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
     over = _binned(schedule.due_s, max(4, min(BINS, len(schedule) // 10)))
     place, n, width = over
     k = len(n)
-    rate = n / width
+    rate = n / (width or np.nan)
     prompts = np.bincount(place, weights=schedule.prompt_tokens, minlength=k)
     outputs = np.bincount(place, weights=schedule.output_tokens, minlength=k)
     some = np.where(n > 0, n, np.nan)
@@ -193,7 +202,7 @@ def traffic(schedule: Schedule, profile: Profile | None, slo: Slo) -> Traffic:
         "ratio": prompts / np.where(outputs > 0, outputs, np.nan),
     }
     batch = float("nan")
-    if profile is not None and len(schedule):
+    if profile is not None and len(schedule) and width:
         mean = float(schedule.prompt_tokens.mean())
         each = profile.prompt_s(schedule.prompt_tokens.astype(float), profile.together(mean), mean)
         work = np.bincount(place, weights=each, minlength=k)
@@ -216,7 +225,7 @@ def traffic_of(windows: Sequence[Schedule]) -> Traffic:
     """The same of a trace too long to be read, from windows of it: a bin for each."""
     at = np.array([(w.due_s[0] + w.due_s[-1]) / 2 for w in windows])
     prompts, outputs = (np.array([getattr(w, c).mean() for w in windows]) for c in ("prompt_tokens", "output_tokens"))
-    rate = np.array([w.rate_per_s for w in windows])
+    rate = np.array([w.rate_per_s if w.span_s else np.nan for w in windows])
     values = {"rate_per_s": rate, "prompt_tokens": prompts, "output_tokens": outputs, "ratio": prompts / outputs}
     return Traffic(Over(at, float(np.mean([w.span_s for w in windows])), values), float("nan"))
 
@@ -225,11 +234,14 @@ def traffic_of(windows: Sequence[Schedule]) -> Traffic:
 
 
 def _binned(at_s: Floats, most: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], Floats, float]:
-    """(bin of each instant, instants in each bin, width in seconds) of equal bins from the first to the last."""
+    """(bin of each instant, instants in each bin, width in seconds) of equal bins from the first to the last; of one instant a
+    bin of no width."""
     if not len(at_s):
         return np.empty(0, np.int64), np.zeros(1), 1.0
     start, end = float(at_s.min()), float(at_s.max())
-    width = max((end - start) / most, 1e-9)
+    if end - start < 1e-9:
+        return np.zeros(len(at_s), np.int64), np.array([float(len(at_s))]), 0.0
+    width = (end - start) / most
     place = np.minimum(((at_s - start) / width).astype(np.int64), most - 1)
     return place, np.bincount(place, minlength=most).astype(float), width
 
@@ -253,15 +265,17 @@ def _quantiles(place: np.ndarray[tuple[int], np.dtype[np.int64]], values: Floats
 
 
 def _requests(rows: Observations) -> Over:
+    """Arrivals, latencies of finished requests and lag of all, by due time."""
     most = max(1, min(BINS, len(rows) // 5))
     place, n, width = _binned(rows.due_s, most)
     bins = len(n)
     good = rows.ok
+    second = width or np.nan  # at one instant nothing has a rate
     values = {
-        "rate_per_s": n / width,
-        "failed_per_s": np.bincount(place[~good], minlength=bins) / width,
-        "prompt_tokens_per_s": np.bincount(place, weights=rows.prompt_lengths, minlength=bins) / width,
-        "output_tokens_per_s": np.bincount(place[good], weights=rows.tokens[good], minlength=bins) / width,
+        "rate_per_s": n / second,
+        "failed_per_s": np.bincount(place[~good], minlength=bins) / second,
+        "prompt_tokens_per_s": np.bincount(place, weights=rows.prompt_lengths, minlength=bins) / second,
+        "output_tokens_per_s": np.bincount(place[good], weights=rows.tokens[good], minlength=bins) / second,
     }
     columns: list[tuple[str, Callable[[Observations], Floats]]] = [
         ("ttft", lambda r: r.ttft_s),
@@ -270,7 +284,8 @@ def _requests(rows: Observations) -> Over:
         ("lag", lambda r: r.lag_s),
     ]
     for name, column in columns:
-        held = column(rows)
+        # An answer that broke off has first and last token too, and asked for more tokens than came.
+        held = column(rows) if name == "lag" else np.where(good, column(rows), np.nan)
         for word, q in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)) if name == "lag" else (("p50", 0.5), ("p99", 0.99)):
             values[f"{name}_{word}_s"] = _quantiles(place, held, bins, q)
     start = float(rows.due_s.min()) if len(rows) else 0.0

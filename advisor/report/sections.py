@@ -445,15 +445,14 @@ def distributions(runs: Sequence[Digest], slo: Slo) -> list[Section]:
         limit = slo.limit(metric)
         marks = [Mark(d.name, d.cdf[metric] * 1e3, QUANTILES * 100, look=k) for k, d in enumerate(drawn)]
         rules = [Rule("x", limit * 1e3, f"limit {seconds(limit)}")] if limit else []
-        kept = np.array([0.5, 0.9, 0.99])
         rows, told = [], []
         for d in some:
-            p50, p90, p99 = np.interp(kept, QUANTILES, d.cdf[metric])
+            # Not from the curve: its steps pass 0.99 by.
+            p50, p90, p99 = (seconds(getattr(d.summary, f"{metric}_{word}_s")) for word in ("p50", "p90", "p99"))
             within = d.within.get(metric, math.nan)
-            rows.append([d.name, f"{d.summary.ok:,}", *(seconds(float(v)) for v in (p50, p90, p99)), _share(within, 1)])
+            rows.append([d.name, f"{d.n[metric]:,}", p50, p90, p99, _share(within, 1)])
             told.append(
-                f"{d.name}: p50 {seconds(float(p50))}, p99 {seconds(float(p99))}"
-                + (f", {_share(within, 1)} within the limit" if limit else "")
+                f"{d.name}: p50 {p50}, p99 {p99}" + (f", {_share(within, 1)} within the limit" if limit else "")
             )
         found.append(
             Section(
@@ -464,7 +463,7 @@ def distributions(runs: Sequence[Digest], slo: Slo) -> list[Section]:
                 Table(
                     ["run", "n", "p50", "p90", "p99", f"within {seconds(limit)}" if limit else "within (no limit)"],
                     rows,
-                    f"{label} of finished requests, from due.",
+                    f"{label} of finished requests, from due; n: those that have one.",
                 ),
             )
         )
@@ -635,12 +634,17 @@ def traffic_sections(traffic: Traffic, answer: Mapping[str, Any]) -> list[Sectio
         )
         return f"mean {mean}, {low} to {high}"
 
+    at_once = "All requests come at one instant: there is no rate, and nothing to draw over time."
     found = [
         Section(
             "rate",
             "Traffic: requests over time",
-            f"Arrivals per second in bins of {seconds(over.width_s)}: {told('rate_per_s')}.",
-            Plot("seconds from the first request", "req/s", [Mark("arrivals", at, v["rate_per_s"], "steps")]),
+            f"Arrivals per second in bins of {seconds(over.width_s)}: {told('rate_per_s')}."
+            if over.width_s
+            else at_once,
+            Plot("seconds from the first request", "req/s", [Mark("arrivals", at, v["rate_per_s"], "steps")])
+            if over.width_s
+            else None,
         ),
         Section(
             "lengths",
@@ -656,7 +660,9 @@ def traffic_sections(traffic: Traffic, answer: Mapping[str, Any]) -> list[Sectio
                     Mark("prompt tokens to one output token", at, v["ratio"], look=2),
                 ],
                 log_y=True,
-            ),
+            )
+            if over.width_s
+            else None,
         ),
     ]
     if "prefill_workers" in v:
@@ -788,7 +794,7 @@ def laws(runs: Sequence[Digest], answer: Mapping[str, Any]) -> list[Section]:
 def lag(runs: Sequence[Digest], slo: Slo) -> Section:
     """The generator's own lag and the verdicts."""
     limit = ttft_limit_s(slo)
-    drawn, note = _drawn([d for d in runs if np.isfinite(d.requests.values["lag_p99_s"]).any()])
+    drawn, note = _drawn([d for d in runs if d.requests.width_s and np.isfinite(d.requests.values["lag_p99_s"]).any()])
     marks = [Mark(d.name, d.requests.at_s, d.requests.values["lag_p99_s"] * 1e3, look=k) for k, d in enumerate(drawn)]
     rules = [Rule("y", 0.05 * limit * 1e3, f"degraded above {0.05 * limit * 1e3:.3g} ms (p99 of the run)")]
     verdicts = [f"run {d.run.id} {d.run.verdict or 'not ended'}" for d in runs]
@@ -844,6 +850,10 @@ def over_time(one: Digest) -> list[Section]:
         if failed
         else "All finished."
     )
+    table = Table(["how", "requests", "first seen"], rows, "What did not finish.") if rows else None
+    if not over.width_s:
+        text = f"All requests were due at once: there is no rate, and nothing to draw over due times. {told}"
+        return [Section("arrivals", "Requests over time", text, table=table)]
     latency = [
         Mark(f"{LABELS[m]} {q}", over.at_s, v[f"{m}_{q}_s"] * 1e3, look=2 * k + (q == "p99"))
         for k, m in enumerate(("ttft", "tpot"))
@@ -862,12 +872,12 @@ def over_time(one: Digest) -> list[Section]:
                     Mark("did not finish", over.at_s, v["failed_per_s"], "steps", look=1),
                 ],
             ),
-            Table(["how", "requests", "first seen"], rows, "What did not finish.") if rows else None,
+            table,
         ),
         Section(
             "latency",
             "Latency over time",
-            f"TTFT and TPOT by due time in {width}: TTFT p50 {seconds(one.summary.ttft_p50_s)}, p99 {seconds(one.summary.ttft_p99_s)} over all. A line that climbs to the end is a queue that grows.",
+            f"TTFT and TPOT of finished requests by due time in {width}: TTFT p50 {seconds(one.summary.ttft_p50_s)}, p99 {seconds(one.summary.ttft_p99_s)} over all. A line that climbs to the end is a queue that grows.",
             Plot("due time, s", "ms", latency, log_y=True),
         ),
     ]
