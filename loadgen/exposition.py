@@ -21,11 +21,13 @@ from loadgen.live import Histogram, Live
 from loadgen.ports import HERE, Door
 from traces.errors import InputError
 
+WARM = "The warm-up counts too, which the run's own figures leave out."
+
 HISTOGRAMS = {
-    "ttft": "From due to the first token.",
-    "tpot": "Per output token after the first.",
-    "e2e": "From due to the last token.",
-    "lag": "How late the generator sent.",
+    "ttft": f"From due to the first token. {WARM}",
+    "tpot": f"Per output token after the first. {WARM}",
+    "e2e": f"From due to the last token. {WARM}",
+    "lag": f"How late the generator sent. {WARM}",
 }
 
 
@@ -68,13 +70,17 @@ class Watched(Collector):
 
         figures, totals = live.figures(), live.totals
         yield gauge("requests_scheduled", "Requests of the schedule.", live.scheduled)
-        yield gauge("requests_in_flight", "Requests that were due and have not ended.", figures.pending)
+        pending = (
+            "Requests that were due and have not ended: in flight, late, or held back by an order or a conversation."
+        )
+        yield gauge("requests_in_flight", pending, figures.pending)
         left = live.left_s()
         yield gauge("schedule_left_seconds", "Until the last request is due.", left if left == left else 0.0)
         yield counter("requests_due", "Requests whose time has come.", live.due())
-        yield counter("requests_good", "Requests that met the SLO; without one, all that were ok.", totals.good)
-        yield counter("prompt_tokens", "Prompt tokens of ok requests.", totals.prompt_tokens)
-        yield counter("output_tokens", "Output tokens of ok requests.", totals.output_tokens)
+        good = f"Requests that met the SLO; without one, all that were ok. {WARM}"
+        yield counter("requests_good", good, totals.good)
+        yield counter("prompt_tokens", f"Prompt tokens of ok requests. {WARM}", totals.prompt_tokens)
+        yield counter("output_tokens", f"Output tokens of ok requests. {WARM}", totals.output_tokens)
         ended = CounterMetricFamily(
             "steelyard_requests", "Requests that ended, by how.", labels=["run", "status", "error"]
         )

@@ -61,14 +61,15 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of the last WINDOW_S. Rates per second, times in ms (p50, p99), NaN where there is none yet. pending: requests that
-    were due and have not ended: in flight, or late, or held back by the client's own order or by a conversation's turn."""
+    """Since the run began: done, pending and not_ok, requests. Of the last WINDOW_S: rates per second, times in ms (p50, p99),
+    NaN where there is none yet. pending: requests that were due and have not ended: in flight, or late, or held back by the
+    client's own order or by a conversation's turn."""
 
     done: int
     pending: int
+    not_ok: int
     ended_per_s: float
     good_per_s: float
-    not_ok: int
     ttft_ms: tuple[float, float]
     tpot_ms: tuple[float, float]
     lag_ms: tuple[float, float]
@@ -142,12 +143,13 @@ class Live:
         return left if left > 0 else math.nan
 
     def figures(self) -> Figures:
-        """What was found in the last WINDOW_S."""
+        """What was found."""
         now = time.monotonic()
         with self._lock:
             if self._made is not None and now - self._made[0] < FRESH_S:
                 return self._made[1]
             parts, done = [p for at, p in self._parts if now - at <= WINDOW_S], self._rows
+            not_ok = sum(n for (status, _), n in self.totals.ended.items() if status != "ok")
         rows = Observations.concat(parts)
         ok = rows.take(rows.ok)
         span = max(1.0, min(WINDOW_S, now - self._zero if now > self._zero else 1.0))
@@ -158,9 +160,9 @@ class Live:
         made = Figures(
             done,
             max(0, self.due() - done),
+            not_ok,
             len(rows) / span,
             int(met(ok, self._slo or Slo()).sum()) / span,
-            len(rows) - len(ok),
             spread(ok.ttft_s),
             spread(ok.tpot_s),
             spread(rows.lag_s[np.isfinite(rows.lag_s)]),
@@ -170,9 +172,9 @@ class Live:
         return made
 
     def line(self) -> str:
-        """The figures as one line: rate, in flight, TTFT, failures, lag, the servers' queues."""
+        """The figures as one line: rate, pending, TTFT, failures, lag, the servers' queues."""
         f = self.figures()
-        parts = [f"{f.ended_per_s:.1f}/s", f"{f.pending} in flight"]
+        parts = [f"{f.ended_per_s:.1f}/s", f"{f.pending} pending"]
         for name, (p50, p99) in (("TTFT", f.ttft_ms), ("TPOT", f.tpot_ms)):
             if p50 == p50:
                 parts.append(f"{name} p50 {p50:.0f} p99 {p99:.0f} ms")
@@ -188,19 +190,20 @@ class Live:
         return ", ".join(parts)
 
     def table(self) -> list[dict[str, str]]:
-        """Rows of {"name", "value"}: progress, TTFT, TPOT, goodput, failures, lag, then a row a server."""
+        """Rows of {"name", "value"}: progress, failures, TTFT, TPOT, goodput, lag, then a row a server."""
         f = self.figures()
-        held = [{"name": "Requests ended", "value": f"{f.done} of {self.scheduled}, {f.pending} in flight"}]
+        held = [{"name": "Requests ended", "value": f"{f.done} of {self.scheduled}, {f.pending} due and pending"}]
 
         def spread(name: str, values: tuple[float, float]) -> None:
             p50, p99 = values
             held.append({"name": name, "value": f"p50 {p50:.1f}  p99 {p99:.1f} ms" if p50 == p50 else "none yet"})
 
-        spread(f"TTFT, last {WINDOW_S:g} s", f.ttft_ms)
-        spread(f"TPOT, last {WINDOW_S:g} s", f.tpot_ms)
-        held.append({"name": f"Goodput within {self._slo or 'no limit'}", "value": f"{f.good_per_s:.2f}/s"})
-        held.append({"name": "Not ok", "value": str(f.not_ok)})
-        spread("Send lag of the generator", f.lag_ms)
+        last = f", last {WINDOW_S:g} s"
+        held.append({"name": "Requests not ok", "value": str(f.not_ok)})
+        spread(f"TTFT{last}", f.ttft_ms)
+        spread(f"TPOT{last}", f.tpot_ms)
+        held.append({"name": f"Goodput within {self._slo or 'no limit'}{last}", "value": f"{f.good_per_s:.2f}/s"})
+        spread(f"Send lag of the generator{last}", f.lag_ms)
         for s in self.readings:
             queue = "?" if s.waiting_requests is None else f"{s.waiting_requests:g}"
             running = "?" if s.running_requests is None else f"{s.running_requests:g}"

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from loadgen.swarm import Swarm
 from tests.test_tool import a_run
 from traces.errors import InputError
 from traces.measures import Slo, met
-from traces.records import Fleet, Schedule
+from traces.records import Fleet, Observations, Schedule
 from traces.store import open_store
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,7 @@ def test_the_dashboard_draws_only_what_is_there() -> None:
     watched = Watched()
     watched.live = Live(a_run(id=1), schedule(2, 1.0), None)
     families = {f.name: f.type for f in watched.collect()}
+    assert all("warm-up" in f.documentation for f in watched.collect() if f.type == "histogram")
     suffix = {"counter": "_total", "gauge": "", "info": "_info", "histogram": "_bucket"}
     exposed_names = {name + suffix[kind] for name, kind in families.items()}
     assert named <= exposed_names
@@ -145,6 +147,26 @@ def test_the_dashboard_draws_only_what_is_there() -> None:
     }
     for panel in board["panels"]:
         assert panel["type"] == "row" or panel["description"]
+
+
+def test_what_failed_long_ago_is_still_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred failed 30 s ago, fifty were answered since: the total stands in the line and the table, beside what is of the
+    last ten seconds; what is due and waits for its turn is not called in flight."""
+    clock = [100.0]
+    monkeypatch.setattr("loadgen.live.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    live = Live(a_run(id=1), schedule(2000, 10.0), None)
+    live.begin(clock[0])
+    rows = Observations.empty(150)
+    rows.status[:100], rows.status[100:] = "failed", "ok"
+    live.rows(rows.take(slice(0, 100)))
+    clock[0] += 30.05
+    live.rows(rows.take(slice(100, 150)))
+    told = {row["name"]: row["value"] for row in live.table()}
+    assert told["Requests ended"] == "150 of 2000, 151 due and pending"
+    assert told["Requests not ok"] == "100"
+    assert told["Goodput within no limit, last 10 s"] == "5.00/s"
+    assert told["Send lag of the generator, last 10 s"] == "none yet"
+    assert live.line() == "5.0/s, 151 pending, 100 not ok"
 
 
 # --- the same in a terminal and in a log ----------------------------------------------------------------------------
@@ -189,7 +211,7 @@ def test_a_terminal_sees_bars_with_what_was_found(replay_command: list[str]) -> 
     assert code in (0, 4), text
     bare = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     assert re.search(r"replay steady .*\d+ of 80 +0:0\d, 0:0\d left", bare)
-    assert re.search(r"\d/s, \d+ in flight, TTFT p50 \d+ p99 \d+ ms, .*not ok, lag p99 [\d.]+ ms", bare)
+    assert re.search(r"\d/s, \d+ pending, TTFT p50 \d+ p99 \d+ ms, .*not ok, lag p99 [\d.]+ ms", bare)
     assert "80 of 80 ok" in bare
     assert not re.search(r"\x1b\[[0-9;]*3[0-9](;|m)", text)
     assert text.count("\x1b[?25h") >= text.count("\x1b[?25l") > 0
@@ -207,7 +229,7 @@ def test_a_log_gets_lines_and_json_stays_alone(
     assert "\x1b" not in err
     lines = [line for line in err.splitlines() if line.startswith("steelyard: replay steady: ")]
     assert len(lines) >= 3
-    assert re.search(r": \d+ of 80, 0:0\d, about 0:0\d left; [\d.]+/s, \d+ in flight, TTFT", err)
+    assert re.search(r": \d+ of 80, 0:0\d, about 0:0\d left; [\d.]+/s, \d+ pending, TTFT", err)
     assert main([*replay_command, "--json", "--quiet", "--requests", "10"]) in (0, 4)
     out, err = capfd.readouterr()
     assert err == ""
