@@ -182,6 +182,7 @@ def advise(
     gpu_hour_usd: float | None = None,
     target_rate_per_s: float | None = None,
     audit: bool = False,
+    warnings: Sequence[str] = (),
 ) -> Answer:
     """Recommend a split from stored runs and store the answer.
 
@@ -189,6 +190,7 @@ def advise(
     :data:`advisor.choose.STRATEGIES`, whether it should ever move; None does not ask. deadline_s: how long after its arrival
     an answer may come, if requests can wait. gpu_hour_usd, target_rate_per_s: see :mod:`advisor.cost`.
     audit: leave runs out and say how far off the advisor is (:mod:`advisor.audit`); what spoils the data is said in any case.
+    warnings: what else is missing, to be kept with the answer.
     """
     chosen = choose_runs(store, ids=run_ids, group=group, endpoint=endpoint)
     means = [run for run in chosen if run.policy == CLOSED_LOOP]
@@ -246,6 +248,7 @@ def advise(
         )
     if not (slo or latest.slo):
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")
+    answer.warnings.extend(warnings)
     answer.warnings.extend(beside_means(store, means, answer.fit.profile))
     used = [one for one in data if one.run.id in set(answer.runs)]
     tpot = [one.get("tpot_p50_s", 0.0) for one in answer.fit.residuals]

@@ -864,8 +864,12 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, mon
             for change in changes:
                 store.add_fleet_change(run.id, change)
             store.end_run(run)
-        answer = advise(store, gpus=8, slo=str(SLO), schedule=schedule, attainment=0.5, target_rate_per_s=1e5)
-        assert "needed" not in store.recommendation(answer.id)
+        asked = {"gpus": 8, "slo": str(SLO), "attainment": 0.5, "target_rate_per_s": 1e5}
+        answer = advise(store, schedule=schedule, warnings=["the budget was spent"], **asked)
+        kept = store.recommendation(answer.id)
+        assert "needed" not in kept
+        assert kept["warnings"] == answer.recommendation.warnings
+        assert "the budget was spent" in kept["warnings"]
     assert any("no fleet of up to 8 GPUs keeps" in w for w in answer.recommendation.warnings)
     assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
     assert answer.recommendation.fit.laws[-1].stage == "role change"

@@ -264,6 +264,7 @@ def test_auto_measures_until_its_budget_and_puts_the_split_back(
         assert answer["cost"]["usd_per_m_output_tokens"]["low"] <= answer["cost"]["usd_per_m_output_tokens"]["value"]
         with open_store(url) as store:
             kept = store.recommendation(answer["recommendation"])
+        assert answer["probing"]["sure"] != any(w.startswith("--auto ended before") for w in kept["warnings"])
         assert kept["data_hash"] == answer["data_hash"]
         assert kept["laws"] == answer["laws"]
 

@@ -161,11 +161,11 @@ def advise(
     if typed("url") and not auto:
         raise click.UsageError("--endpoint belongs to --auto; to learn from the runs of one give --endpoint-name.")
     probing = measured(db, as_json, str(url), seconds(budget), options) if auto else None
+    if probing is not None and not probing.sure:
+        options["warnings"] = [f"--auto ended before the answer was sure: {probing.reason}"]
     answer = ask(db, as_json, **options)
     if probing is not None:
         answer.extra["probing"] = asdict(probing)
-        if not probing.sure:
-            answer.recommendation.warnings.append(f"--auto ended before the answer was sure: {probing.reason}")
     refused: InputError | None = None
     if profile_out or exported:
         from advisor.exports import export
