@@ -333,6 +333,11 @@ def against_first(runs: Sequence[Binned], *, seed: int = 0) -> list[Comparison]:
     return [compare(runs[0], other, seed=seed) for other in runs[1:]]
 
 
+def doubts(run: Run) -> list[str]:
+    """What makes a comparison with this run doubtful, though it can be made."""
+    return [f"run {run.id} is degraded: {run.reason}"] if run.verdict == "degraded" else []
+
+
 def as_table(one: Comparison) -> Table:
     """A comparison as a table of texts."""
     head = ["metric", f"run {one.base}", f"run {one.run}", "change", "between", "verdict"]

@@ -30,6 +30,7 @@ from advisor.report.page import report_body as body_of
 from advisor.report.parts import Section, Table
 from advisor.report.sections import distributions, lag, over_time, run_facts, servers, traffic_sections
 from loadgen.ports import HERE, LOOPBACK, Door
+from traces.aggregate import APPROXIMATE
 from traces.errors import EndpointError, InputError, SteelyardError
 from traces.measures import Slo
 from traces.records import Run
@@ -112,7 +113,7 @@ class Dash:
         run = self._store.run(number)
         slo = Slo.parse(run.slo) if run.slo else Slo()
         one = self._digest(run, slo)
-        counted = f"{one.summary.ok:,} of {run.scheduled:,} requests finished"
+        counted = f"{one.run.counts.get('ok', 0):,} of {run.scheduled:,} requests finished"
         state = run.verdict if run.ended else OPEN
         body = [
             f"<header><p>Run {run.id}: {e(run.name)}</p>",
@@ -172,6 +173,8 @@ class Dash:
                 f"90 % intervals from {one.blocks:.0f} independent stretches of {one.block_s:.3g} s (block bootstrap over time). "
                 "Each interval by itself misses in one case of ten; between repeats of a run there may be more."
             )
+            text += "".join(f" Note: {doubt}." for r in (runs[0], run) for doubt in study.doubts(r))
+            text += "" if all(h.figures.exact for h in held if h.run.id in (one.base, one.run)) else f" {APPROXIMATE}"
             title = f"Run {run.id} ({run.fleet}) against run {runs[0].id} ({runs[0].fleet})"
             parts.append(Section(f"run-{run.id}", title, text, table=study.as_table(one)))
         ids = " ".join(str(n) for n in numbers)

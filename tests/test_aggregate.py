@@ -28,12 +28,15 @@ from advisor import compare, model, report
 from advisor.cli import main
 from advisor.features import RunData, decode_rows, load_quantiles, quiet_rows
 from advisor.report.digest import QUANTILES, read
+from advisor.report.sections import distributions, over_time, seconds
+from advisor.report.sections import lag as lateness
 from advisor.splits import _between
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import lognormal
 from tests.test_features import run_of
 from tests.test_store import a_run, same, same_run, some_rows
 from traces import aggregate
+from traces.aggregate import APPROXIMATE
 from traces.errors import InputError
 from traces.measures import Figures, Slo, lag_by_worker, parts_of, summarise, ttft_parts
 from traces.records import Decision, Fleet, FleetChange, Histogram, Observations, Sample, Schedule
@@ -211,6 +214,13 @@ def test_reports_and_comparisons_of_counts_are_those_of_the_rows(
             assert found.tpot.error == pytest.approx(one.tpot.error)  # all rows fit in
             width = np.diff(np.append(found.requests.at_s, one.requests.at_s[-1]))
             assert len(width) > 100
+            for way in (found, one):
+                told = [*distributions([way], slo), over_time(way)[1], lateness([way], slo)]
+                assert [APPROXIMATE in section.text for section in told] == [not way.exact] * 5
+                for section in told[:3]:
+                    assert section.table is not None
+                    row = section.table.rows[0]
+                    assert row[1:2] + row[4:5] == ["3,960", seconds(getattr(way.summary, f"{section.key}_p99_s"))]
             rate = found.requests.values["rate_per_s"]
             assert np.nanmean(rate) == pytest.approx(8, rel=0.1)
         both = [compare.compare(*pair), compare.compare(*(compare.read(store, run, slo) for run in runs))]
@@ -238,7 +248,8 @@ def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
     """From counts as from rows: every status and kind of failure with the warm-up in it, the worst lag without."""
     rows, url, shown = some_rows(300, 3), f"sqlite:///{tmp_path}/a.db", []
     rows.error[:] = np.where(rows.status != "failed", "", np.where(rows.error == "", "other", rows.error))
-    rows.dispatch_s[:] = rows.due_s + np.where(rows.due_s < 30, 5.0, 0.01)
+    rows.dispatch_s[:] = rows.due_s + np.where(rows.due_s < 30, -500.0, 0.01)
+    rows.worker[:] = rows.index % 2
     with open_store(url) as store:
         run = store.begin_run(replace(a_run(), warmup_s=30.0, scheduled=400))
         store.add_observations(run.id, rows)
@@ -250,6 +261,16 @@ def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
     for name in ("ok", "failed", "unsent", "cancelled", "lost"):
         assert shown[1][name] == shown[0][name], name
     assert shown[1]["lag_ms"]["max"] == pytest.approx(shown[0]["lag_ms"]["max"])
+    for one in shown:  # the workers' lag is counted from the same time on
+        worst = max(worker["max_ms"] for worker in one["lag_by_worker"].values())
+        assert worst == pytest.approx(one["lag_ms"]["max"])
+    held = []
+    with open_store(url) as store:
+        for exact_rows in (10_000, 100):
+            monkeypatch.setattr(traces.store, "EXACT_ROWS", exact_rows)
+            held.append(read(store, run, Slo()).run)
+    assert [one.counts["ok"] for one in held] == [shown[0]["ok"]] * 2
+    assert [one.lag_max_ms for one in held] == pytest.approx([shown[0]["lag_ms"]["max"]] * 2)
 
 
 def test_the_last_rows_of_a_run_whose_master_was_killed_are_counted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import math
 import queue
 import re
 import signal
@@ -33,6 +34,7 @@ from tests.test_advise import SLO, busy_rate, lognormal, three_runs
 from tests.test_features import run_of
 from tests.test_replay import rename
 from tests.test_report import HOSTILE, add_trace, opened, stored
+from traces.aggregate import APPROXIMATE
 from traces.errors import InputError
 from traces.records import Fleet, Run
 from traces.store import Store, open_store
@@ -228,6 +230,38 @@ def test_a_run_with_the_number_of_one_that_was_deleted_is_another(growing: str) 
         made = store.begin_run(replace(run_of(Fleet(4, 4), 70), trace=HOSTILE, started_unix_s=2e9))
         assert made.id == 3
         assert ": 0 of 70 requests finished" in dash.run(3).body[1]
+
+
+def test_pages_say_what_the_command_line_says(
+    growing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up's answers finished as well; what goes on has a lag; what is not known is a dash; a degraded run is compared with
+    a note, a long one with how far its figures may be off. What the command line says of a run has what moved its fleet."""
+    with open_store(growing) as store:
+        rows, like = store.observations(1), store.run(1)
+        for more in ({"warmup_s": float(rows.due_s[40])}, {"verdict": "degraded", "reason": "no usage"}):
+            run = replace(like, id=0, **more)
+            begun = store.begin_run(replace(run, ended=False))
+            store.add_observations(begun.id, rows)
+            store.end_run(replace(run, id=begun.id))
+        store.begin_run(replace(like, ended=False, lag_p50_ms=math.nan, lag_p99_ms=math.nan, lag_max_ms=math.nan))
+        dash = Dash(store)
+        assert ": 80 of 80 requests finished" in dash.run(5).body[1]
+        (late,) = dash.run(4).data["sections"]["lag"]["table"]
+        assert re.fullmatch(r"[\d.]+ / [\d.]+ / [\d.]+", late["lag p50 / p99 / max, ms"])
+        for number in (4, 5, 7):
+            assert not re.search(r"\bnan\b", "".join(dash.run(number).body))
+        (told,) = dash.compare([1, 6]).data["sections"].values()
+        assert told["text"].endswith(" Note: run 6 is degraded: no usage.")
+        monkeypatch.setattr("traces.store.EXACT_ROWS", 50)
+        (told,) = dash.compare([1, 6]).data["sections"].values()
+        assert told["text"].endswith(APPROXIMATE)
+    assert main(["runs", "show", "7", "--db", growing]) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert main(["runs", "show", "3", "--json", "--db", growing]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [change["reason"] for change in shown["fleet_changes"]] == [HOSTILE]
+    assert shown["decisions"] == []
 
 
 def test_a_browser_shows_the_pages_and_a_run_that_grows(opened: Any, growing: str) -> None:

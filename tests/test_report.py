@@ -33,10 +33,13 @@ from advisor.report.pdf import BROWSERS, browser
 from advisor.report.reproduce import advise_command, replay_command
 from advisor.report.sections import (
     _alike,
+    _rests,
     _studied,
     distributions,
     lag,
     over_time,
+    run_facts,
+    runs_table,
     seconds,
     traffic_sections,
 )
@@ -47,7 +50,7 @@ from tests.test_features import run_of
 from traces.aggregate import Bins
 from traces.errors import InputError
 from traces.ingest import ingest
-from traces.measures import Slo
+from traces.measures import Slo, summarise
 from traces.records import Fleet, FleetChange, Observations, Sample, Schedule
 from traces.shape import head, to_rate
 from traces.shipped import shipped
@@ -556,6 +559,8 @@ def test_requests_that_are_due_at_once_have_no_rate() -> None:
         )
         told = lag([held], SLO)
         assert arrivals.plot is told.plot is None
+        assert told.table is not None
+        assert told.table.rows[0][3] == "at once"
     profile = Profile.load("demo")
     batch = replace(lognormal(50, 5.0, 1), due_s=np.zeros(50))
     said = traffic_sections(traffic(batch, profile, SLO), {})
@@ -573,6 +578,20 @@ def test_the_last_slot_of_counts_may_be_an_instant() -> None:
     counts.add(rows)
     assert counts.edges_s[-1] == counts.edges_s[-2]
     assert np.nanmax(_counted(counts).values["rate_per_s"]) <= 1 / counts.width_s
+
+
+def test_what_is_not_known_is_a_dash_and_who_was_in_time_is_told_by_the_lag() -> None:
+    """Degraded because the server named no usage is in time; a client that did not say when requests were due, nobody knows."""
+    rows = answers(10)
+    silent = replace(run_of(Fleet(2, 2)), verdict="degraded", lag_p50_ms=0.1, lag_p99_ms=0.5, lag_max_ms=1.0)
+    late = replace(silent, lag_p99_ms=40.0, slo="ttft<0.5s tpot<50ms")
+    held = [digest(RunData(run, rows), SLO) for run in (silent, late, run_of(Fleet(2, 2)))]
+    held[2] = replace(held[2], summary=summarise(Observations.empty(), SLO))
+    lines = _rests({}, held)
+    assert "The generator was in time in 1 of 2 (send lag p99 at most 40 ms)." in lines
+    assert "How late the client sent is not known of 1 of 3." in lines
+    assert "nan" not in " ".join(runs_table(held).rows[2])
+    assert "nan" not in " ".join(cell for row in run_facts(held[2]).table.rows[:6] for cell in row)  # type: ignore[union-attr]
 
 
 def test_readings_over_time_count_workers_by_role_and_their_work() -> None:

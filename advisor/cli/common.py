@@ -267,6 +267,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def or_dash(value: float | None, form: str) -> str:
+    """The figure as text; a dash where nothing is known."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def spread(ms: dict[str, float]) -> str:
+    """The median and the tail of a latency."""
+    return f"p50 {or_dash(ms['p50'], '.1f')}  p99 {or_dash(ms['p99'], '.1f')} ms"
+
+
 def emit_json(value: Any) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(plain(value), indent=2, allow_nan=False))

@@ -22,8 +22,10 @@ from advisor.cli.common import (
     example,
     json_option,
     messages,
+    or_dash,
     progress,
     quiet,
+    spread,
     tls_options,
     token_of,
     typed,
@@ -354,27 +356,7 @@ def replay(
                     )
             except Interrupted as stop:
                 run, interrupted = stop.run, True
-        found = result(store, run)
-        found["fleet_changes"] = [
-            {
-                "asked_s": c.asked_s,
-                "ready_s": c.ready_s,
-                "before": str(c.before),
-                "after": str(c.after),
-                "reason": c.reason,
-                "joined_s": c.joined_s,
-                "first_served_s": c.first_served_s,
-                "in_flight": None if c.in_flight < 0 else c.in_flight,
-                "failed": None if c.failed < 0 else c.failed,
-                "slowed": None if c.slowed < 0 else c.slowed,
-            }
-            for c in store.fleet_changes(run.id)
-        ]
-        found["decisions"] = [
-            {"at_s": d.at_s, "until_s": d.until_s, "action": d.action, "reason": d.reason, "repeats": d.repeats}
-            | {"before": str(d.before) if d.before else None, "after": str(d.after) if d.after else None}
-            for d in store.decisions(run.id)
-        ]
+        found = result(store, run) | history(store, run.id)
     if as_json:
         emit_json(found)
     else:
@@ -543,25 +525,45 @@ def watched(options: dict[str, Any], as_json: bool) -> Iterator[Any]:
         yield watch
 
 
+def history(store: Any, run_id: int) -> dict[str, Any]:
+    """What moved a run's fleet, and what a controller decided meanwhile."""
+    changes = [
+        {
+            "asked_s": c.asked_s,
+            "ready_s": c.ready_s,
+            "before": str(c.before),
+            "after": str(c.after),
+            "reason": c.reason,
+            "joined_s": c.joined_s,
+            "first_served_s": c.first_served_s,
+            "in_flight": None if c.in_flight < 0 else c.in_flight,
+            "failed": None if c.failed < 0 else c.failed,
+            "slowed": None if c.slowed < 0 else c.slowed,
+        }
+        for c in store.fleet_changes(run_id)
+    ]
+    decisions = [
+        {"at_s": d.at_s, "until_s": d.until_s, "action": d.action, "reason": d.reason, "repeats": d.repeats}
+        | {"before": str(d.before) if d.before else None, "after": str(d.after) if d.after else None}
+        for d in store.decisions(run_id)
+    ]
+    return {"fleet_changes": changes, "decisions": decisions}
+
+
 def show(found: dict[str, Any], run: Any) -> None:
     """Print one run for people."""
-
-    def spread(name: str) -> str:
-        values = found[name]
-        return f"p50 {values['p50']:.1f}  p99 {values['p99']:.1f} ms"
-
     console = messages()
     failed = ", ".join(f"{n} {kind}" for kind, n in found["failed"].items()) or "none"
     rest = "".join(f"; {word}: {found[word]}" for word in ("cancelled", "lost") if found[word])
     verdict = run.verdict + ("" if run.complete else ", INCOMPLETE") if run.ended else "running or broken off"
+    lag = [or_dash(found["lag_ms"][word], ".1f") for word in ("p50", "p99", "max")]
     lines = [
         f"run {run.id}: {run.trace} on {run.endpoint}" + (f", fleet {run.fleet}" if run.fleet else ""),
         f"  {found['ok']} of {found['scheduled']} ok; failed: {failed}; unsent: {found['unsent']}{rest}",
-        f"  TTFT {spread('ttft_ms')}   TPOT {spread('tpot_ms')}   E2E {spread('e2e_ms')}   (from due)",
-        f"  goodput {found['goodput_per_s']:.2f}/s"
+        f"  TTFT {spread(found['ttft_ms'])}   TPOT {spread(found['tpot_ms'])}   E2E {spread(found['e2e_ms'])}   (from due)",
+        f"  goodput {or_dash(found['goodput_per_s'], '.2f')}/s"
         + (f" within {run.slo}" if run.slo else " (no SLO given: every answer counts)"),
-        f"  generator: send lag p50 {found['lag_ms']['p50']:.1f}  p99 {found['lag_ms']['p99']:.1f}  "
-        f"max {found['lag_ms']['max']:.1f} ms -> {verdict}",
+        f"  generator: send lag p50 {lag[0]}  p99 {lag[1]}  max {lag[2]} ms -> {verdict}",
         *([f"  {run.reason}"] if run.reason else []),
     ]
     for change in found.get("fleet_changes", ()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import shlex
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +21,9 @@ from advisor.cli.common import (
     example,
     json_option,
     messages,
+    or_dash,
     plain,
+    spread,
     typed,
     warn,
 )
@@ -34,7 +35,7 @@ def figures(run: Any, held: Any) -> dict[str, Any]:
     held: ``store.figures(run)``.
     """
 
-    def spread(name: str) -> dict[str, float]:
+    def in_ms(name: str) -> dict[str, float]:
         return {word: value * 1e3 for word, value in held.quantiles[name].items()}
 
     return {
@@ -51,11 +52,11 @@ def figures(run: Any, held: Any) -> dict[str, Any]:
         "complete": run.complete,
         "reason": run.reason,
         "lag_ms": {"p50": run.lag_p50_ms, "p99": run.lag_p99_ms, "max": run.lag_max_ms},
-        "ttft_ms": spread("ttft_s"),
-        "tpot_ms": spread("tpot_s"),
-        "e2e_ms": spread("e2e_s"),
-        "ttft_sent_ms": spread("ttft_sent_s"),
-        "e2e_sent_ms": spread("e2e_sent_s"),
+        "ttft_ms": in_ms("ttft_s"),
+        "tpot_ms": in_ms("tpot_s"),
+        "e2e_ms": in_ms("e2e_s"),
+        "ttft_sent_ms": in_ms("ttft_sent_s"),
+        "e2e_sent_ms": in_ms("e2e_sent_s"),
         "goodput_per_s": held.goodput_per_s,
         "throughput_per_s": held.throughput_per_s,
         "output_tokens_per_s": held.output_tokens_per_s,
@@ -145,9 +146,9 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
             escape(run.name),
             escape(run.trace),
             str(run.fleet or "?"),
-            run.policy if run.policy == CLOSED_LOOP else _or_dash(run.rate_per_s, ".3g"),
+            run.policy if run.policy == CLOSED_LOOP else or_dash(run.rate_per_s, ".3g"),
             f"{run.counts.get('ok', 0) if run.ended else '-'}/{run.scheduled}",
-            _or_dash(run.lag_p99_ms, ".1f"),
+            or_dash(run.lag_p99_ms, ".1f"),
             state if run.complete or not run.ended else f"{state}, incomplete",
         )
     console = messages()
@@ -185,10 +186,6 @@ def _answers(store: Any, runs: set[int]) -> list[dict[str, Any]]:
     return found[:LATEST]
 
 
-def _or_dash(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
-
-
 def _short(run: Any) -> dict[str, Any]:
     held: dict[str, Any] = plain(run)
     held["run"] = held.pop("id")
@@ -200,7 +197,9 @@ def _short(run: Any) -> dict[str, Any]:
 @json_option
 @db_option
 def show_run(run_id: int, as_json: bool, db: str) -> None:
-    """Everything known of one run: also how late the generator was, by worker and over time."""
+    """Everything known of one run: also how late the generator was, by worker and over time, and what moved its fleet."""
+    from advisor.cli.replay_verbs import history, show
+    from traces.aggregate import APPROXIMATE, so_far
     from traces.measures import lag_by_worker, lag_over_time, parts_of, ttft_parts
     from traces.store import open_store
 
@@ -212,16 +211,19 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         histograms = store.histograms(run.id)
         counts = store.bins(run)
         rows = store.observations(run.id) if counts is None else None
+        past = history(store, run.id)
     if rows is not None:
-        parts, late, lags = ttft_parts(run.counted(rows), histograms), lag_by_worker(rows), lag_over_time(rows)
+        kept = run.counted(rows)
+        parts, late, lags = ttft_parts(kept, histograms), lag_by_worker(kept), lag_over_time(rows)
+        run = so_far(run, rows)
     elif counts is not None:
         parts, late, lags = parts_of(counts.mean, histograms), counts.lag_by_worker(), counts.lag_over_time()
-    if not run.ended:
-        run = _so_far(run, rows, counts)
+        run = so_far(run, counts)
     found = {"run": run.id} | figures(run, said)
     if mean is not None:
         _show_mean(found, mean, as_json)
         return
+    found |= past
     workers = {str(w): plain(lag) | run.costs.get(str(w), {}) for w, lag in late.items()}
     stretches = [{"from_s": a, "to_s": b} | plain(lag) for a, b, lag in lags]
     if as_json:
@@ -246,13 +248,10 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         }
         emit_json(found | held | {"lag_by_worker": workers, "lag_over_time": stretches})
         return
-    from advisor.cli.replay_verbs import show
-
     show(found, run)
     console = messages()
     console.print(
-        f"  from sent: TTFT p50 {found['ttft_sent_ms']['p50']:.1f}  p99 {found['ttft_sent_ms']['p99']:.1f} ms   "
-        f"E2E p50 {found['e2e_sent_ms']['p50']:.1f}  p99 {found['e2e_sent_ms']['p99']:.1f} ms",
+        f"  from sent: TTFT {spread(found['ttft_sent_ms'])}   E2E {spread(found['e2e_sent_ms'])}",
         markup=False,
     )
     console.print(
@@ -267,35 +266,22 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         for p in parts[:-1]:
             console.print(f"    {p.name.removesuffix('_s')}: {p.source}, n = {p.n}", markup=False)
     for worker, lag in workers.items():
-        p50, p99, worst = (lag[q] or 0.0 for q in ("p50_ms", "p99_ms", "max_ms"))
+        p50, p99, worst = (or_dash(lag[q], ".2f") for q in ("p50_ms", "p99_ms", "max_ms"))
         cost = ""
         if "cpu_s" in lag:
             cost = f"; loop stood still {lag['max_stall_s'] * 1e3:.1f} ms at most, {lag['cpu_s']:.2f} CPU-s"
         if "clock_drift_s" in lag:
             cost += f", its clock drifted {lag['clock_drift_s'] * 1e3:+.2f} ms"
         console.print(
-            f"  worker {worker}: {lag['requests']} requests, send lag p50 {p50:.2f}  p99 {p99:.2f}  max {worst:.2f} ms{cost}",
+            f"  worker {worker}: {lag['requests']} requests, send lag p50 {p50}  p99 {p99}  max {worst} ms{cost}",
             markup=False,
         )
-    told = ", ".join(f"{s['p99_ms']:.1f}" if s["p99_ms"] is not None else "-" for s in stretches)
-    console.print(f"  send lag p99 over time, {len(stretches)} equal stretches: {told} ms", markup=False)
+    told = ", ".join(or_dash(s["p99_ms"], ".1f") for s in stretches)
+    equal = "equal " if said.exact else ""  # of counts they end where a slot of time does
+    warm = ", the warm-up too" if run.warmup_s else ""
+    console.print(f"  send lag p99 over time, {len(stretches)} {equal}stretches{warm}: {told} ms", markup=False)
     if not said.exact:
         console.print(f"  {APPROXIMATE}", markup=False)
-
-
-def _so_far(run: Any, rows: Any, bins: Any) -> Any:
-    """A run that goes on or was broken off, with what its rows say: its own counts and lag are written when it ends."""
-    from traces.measures import Lag, counts
-    from traces.records import STATUSES
-
-    if rows is not None:
-        lag = Lag.of(run.counted(rows))
-        p50, p99, most, held = lag.p50_ms, lag.p99_ms, lag.max_ms, counts(rows)
-    else:
-        p50, p99, most = (bins.quantile("lag_s", q) * 1e3 for q in (0.5, 0.99, 1.0))
-        held = {"ok": int(bins.counts["ok"].sum())}  # as of rows, with the warm-up in it
-        held |= {kind if kind in STATUSES else f"failed.{kind}": n for kind, (n, *_) in bins.failures.items()}
-    return replace(run, counts=held, lag_p50_ms=p50, lag_p99_ms=p99, lag_max_ms=most)
 
 
 def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:
@@ -636,9 +622,6 @@ def recover(as_json: bool, db: str) -> int:
     return 1 if homeless else 0
 
 
-APPROXIMATE = "Of runs of more than 100,000 requests quantiles come from bins 1 % wide, half a per cent off at most."
-
-
 def _guarded(value: Any) -> Any:
     """Text that a spreadsheet would run as a formula gets an apostrophe: details come from servers."""
     return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
@@ -665,6 +648,7 @@ def compare(
     from concurrent.futures import ThreadPoolExecutor
 
     from advisor import compare as study
+    from traces.aggregate import APPROXIMATE
     from traces.errors import InputError
     from traces.measures import Slo
     from traces.store import open_store
@@ -686,8 +670,7 @@ def compare(
                 raise InputError(f"run {run.id} {why}: it cannot be compared.{more}")
             if why:
                 warnings.append(f"run {run.id} {why}")
-            if run.verdict == "degraded":
-                warnings.append(f"run {run.id} is degraded: {run.reason}")
+            warnings.extend(study.doubts(run))
         counted = limits or (Slo.parse(found[0].slo) if found[0].slo else Slo())
         with ThreadPoolExecutor(2) as pool:  # what the database counts, it counts beside us; two runs' rows at a time
             held = list(pool.map(lambda run: study.read(store, run, counted), found))

@@ -15,7 +15,7 @@ import numpy as np
 
 from advisor.features import RunData, decode_rows, quiet_rows
 from loadgen.cluster import Profile
-from traces.aggregate import Bins, quantile, quantiles
+from traces.aggregate import Bins, quantile, quantiles, so_far
 from traces.measures import Slo, Summary, summarise
 from traces.records import FleetChange, Floats, Observations, Run, Sample, Schedule
 from traces.store import Store
@@ -52,7 +52,7 @@ class Fitting:
 
 @dataclass(frozen=True, eq=False)
 class Digest:
-    """One run. cdf: metric -> [len(QUANTILES)] seconds. n: metric -> requests that have it: finished, for TPOT those of two
+    """One run; what goes on has counts and lag of the rows so far. cdf: metric -> [len(QUANTILES)] seconds. n: metric -> requests that have it: finished, for TPOT those of two
     tokens or more. within: metric -> share of them within its SLO limit. exact: from its rows, else from the counts that are kept
     of a long run.
 
@@ -109,7 +109,7 @@ def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data:
     tpot, ttft = _laws(data, profile) if data is not None else (None, None)
     failures = sorted(((kind, n, seen) for kind, (n, _, seen) in held.failures.items()), key=lambda f: -f[1])
     return Digest(
-        run=run,
+        run=so_far(run, held),
         summary=held.summary(),
         cdf=cdf,
         n=n,
@@ -158,7 +158,7 @@ def digest(data: RunData, slo: Slo, changes: Sequence[FleetChange] = (), profile
             within[metric] = float((values <= limit).mean())
     tpot, ttft = _laws(data, profile)
     return Digest(
-        run=data.run,
+        run=so_far(data.run, data.observations),
         summary=summarise(rows, slo),
         cdf=cdf,
         n=n,

@@ -18,8 +18,9 @@ from advisor.report.digest import METRICS, QUANTILES, Digest, Over, Traffic
 from advisor.report.draw import short
 from advisor.report.parts import How, Mark, Plot, Report, Rule, Section, Table
 from advisor.report.whatif import Case, turning_points
-from traces.measures import Slo, ttft_limit_s
-from traces.records import Fleet, Floats
+from traces.aggregate import APPROXIMATE
+from traces.measures import Slo, late_word, ttft_limit_s
+from traces.records import Fleet, Floats, Run
 
 DRAWN = 12
 """Runs in one plot at most; tables have all."""
@@ -176,10 +177,13 @@ def _rests(answer: Mapping[str, Any], runs: Sequence[Digest]) -> list[str]:
         lines.append(
             f"{len(runs)} run{'s' * (len(runs) > 1)} ({ids}) with {n:,} finished requests, on {', '.join(fleets) or 'a fleet not known'}."
         )
-        good = sum(d.run.verdict == "valid" for d in runs)
-        worst = max((d.run.lag_p99_ms for d in runs if math.isfinite(d.run.lag_p99_ms)), default=math.nan)
-        late = f" (send lag p99 at most {worst:.3g} ms)" if math.isfinite(worst) else ""
-        lines.append(f"The generator was in time in {good} of {len(runs)}{late}.")
+        known = [d.run for d in runs if math.isfinite(d.run.lag_p99_ms)]
+        if known:
+            good = sum(_in_time(r) for r in known)
+            worst = max(r.lag_p99_ms for r in known)
+            lines.append(f"The generator was in time in {good} of {len(known)} (send lag p99 at most {worst:.3g} ms).")
+        if len(known) < len(runs):
+            lines.append(f"How late the client sent is not known of {len(runs) - len(known)} of {len(runs)}.")
     if answer.get("trace"):
         changes = f" ({'; '.join(answer['schedule_changes'])})" if answer.get("schedule_changes") else ""
         lines.append(
@@ -189,6 +193,12 @@ def _rests(answer: Mapping[str, Any], runs: Sequence[Digest]) -> list[str]:
         parts = [f"{law['stage']} {_share(num(law['error']))}" for law in answer["laws"][:2]]
         lines.append(f"Laws fitted by regression, median error: {', '.join(parts)}; every split simulated with them.")
     return lines or ["Nothing: no run can be used."]
+
+
+def _in_time(run: Run) -> bool:
+    """By the lag alone: a run can be degraded for what the servers did not say."""
+    late = late_word(run.lag_p99_ms / 1e3, Slo.parse(run.slo) if run.slo else None)
+    return late == "valid" and not run.counts.get("unsent")
 
 
 def _next(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> list[str]:
@@ -458,7 +468,7 @@ def distributions(runs: Sequence[Digest], slo: Slo) -> list[Section]:
             Section(
                 metric,
                 f"{label} by run",
-                f"Share of finished requests at or below each {label}, counted from the due time. {_more(told, 4)}.{note}",
+                f"Share of finished requests at or below each {label}, counted from the due time. {_more(told, 4)}.{note}{_approximate(some)}",
                 Plot(f"{label}, ms", "% of requests", marks, rules, log_x=True, top=100.0),
                 Table(
                     ["run", "n", "p50", "p90", "p99", f"within {seconds(limit)}" if limit else "within (no limit)"],
@@ -802,10 +812,20 @@ def lag(runs: Sequence[Digest], slo: Slo) -> Section:
         "lag",
         "The generator's own lag, and each run's verdict",
         f"How late requests left against their due times, p99 in bins of time. A run counts only while this stays far below the TTFT "
-        f"limit. {_more(verdicts, 8)}.{note}",
+        f"limit. {_more(verdicts, 8)}.{note}{_approximate(runs)}",
         Plot("due time, s", "send lag p99, ms", marks, rules) if marks else None,
         runs_table(runs),
     )
+
+
+def _cell(*values: float, form: str) -> str:
+    """``12 / 30``; a dash for what is not known."""
+    return " / ".join(format(v, form) if math.isfinite(v) else "–" for v in values)
+
+
+def _approximate(runs: Sequence[Digest]) -> str:
+    """Where a figure of one of these comes from bins: how far it may be off."""
+    return "" if all(d.exact for d in runs) else f" {APPROXIMATE}"
 
 
 def runs_table(runs: Sequence[Digest]) -> Table:
@@ -830,9 +850,12 @@ def runs_table(runs: Sequence[Digest]) -> Table:
         verdict = (r.verdict or "not ended") + ("" if r.complete or not r.ended else ", incomplete")
         rows.append(
             [
-                str(r.id), str(r.fleet or "?"), r.trace, f"{r.rate_per_s:.3g}", f"{s.n:,}", f"{s.ok:,}", f"{s.goodput_per_s:.3g}",
-                f"{s.ttft_p50_s * 1e3:.0f} / {s.ttft_p99_s * 1e3:.0f}", f"{s.tpot_p50_s * 1e3:.1f} / {s.tpot_p99_s * 1e3:.1f}",
-                f"{s.e2e_p50_s:.2f} / {s.e2e_p99_s:.2f}", f"{r.lag_p50_ms:.1f} / {r.lag_p99_ms:.1f} / {r.lag_max_ms:.1f}", verdict,
+                str(r.id), str(r.fleet or "?"), r.trace,
+                "at once" if math.isinf(r.rate_per_s) else _cell(r.rate_per_s, form=".3g"),
+                f"{s.n:,}", f"{s.ok:,}", _cell(s.goodput_per_s, form=".3g"),
+                _cell(s.ttft_p50_s * 1e3, s.ttft_p99_s * 1e3, form=".0f"),
+                _cell(s.tpot_p50_s * 1e3, s.tpot_p99_s * 1e3, form=".1f"), _cell(s.e2e_p50_s, s.e2e_p99_s, form=".2f"),
+                _cell(r.lag_p50_ms, r.lag_p99_ms, r.lag_max_ms, form=".1f"), verdict,
             ]
         )  # fmt: skip
     return Table(head, rows, "Latencies count from due times; goodput in requests per second within the SLO.")
@@ -877,7 +900,7 @@ def over_time(one: Digest) -> list[Section]:
         Section(
             "latency",
             "Latency over time",
-            f"TTFT and TPOT of finished requests by due time in {width}: TTFT p50 {seconds(one.summary.ttft_p50_s)}, p99 {seconds(one.summary.ttft_p99_s)} over all. A line that climbs to the end is a queue that grows.",
+            f"TTFT and TPOT of finished requests by due time in {width}: TTFT p50 {seconds(one.summary.ttft_p50_s)}, p99 {seconds(one.summary.ttft_p99_s)} over all. A line that climbs to the end is a queue that grows.{_approximate([one])}",
             Plot("due time, s", "ms", latency, log_y=True),
         ),
     ]
@@ -891,7 +914,7 @@ def run_facts(one: Digest) -> Section:
         ["asked of", f"{r.engine} serving {r.model or '?'} at {r.endpoint}"],
         ["fleet, policy", f"{r.fleet or '?'}, {r.policy}"],
         ["SLO", r.slo or "none"],
-        ["goodput", f"{s.goodput_per_s:.4g} req/s, {_share(s.attainment, 1)} of requests within the SLO"],
+        ["goodput", f"{_cell(s.goodput_per_s, form='.4g')} req/s, {_share(s.attainment, 1)} of requests within the SLO"],
         ["latency p50 / p99", f"TTFT {seconds(s.ttft_p50_s)} / {seconds(s.ttft_p99_s)}, TPOT {seconds(s.tpot_p50_s)} / {seconds(s.tpot_p99_s)}, E2E {seconds(s.e2e_p50_s)} / {seconds(s.e2e_p99_s)}"],
         ["generator", f"{r.verdict or 'not judged yet'}; {r.reason or '–'}; {r.workers} load workers"],
         ["seed, version", f"{r.seed}, steelyard {r.version or '?'}"],
