@@ -64,6 +64,7 @@ _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOT
 """Errors of connecting that are this machine's: out of file handles, memory or ports."""
 
 MAX_HEADER_BYTES = 256 * 1024
+"""In a row that bring nothing of a body: headers, interim answers, trailers. The parser keeps a header until it is whole."""
 
 FOLD_PIECES = 96
 """Pieces of an answer kept unread at most."""
@@ -358,7 +359,6 @@ class _Connection(asyncio.Protocol):
         self.packed = 0
         self.complete = False
         self.keep = False
-        self.header_bytes = 0
         self.between = False
 
     # --- asyncio
@@ -404,14 +404,20 @@ class _Connection(asyncio.Protocol):
         k = len(self.parts) - len(stamps)
         if k:
             stamps.extend([at] * k)
+            self.header_bytes = 0
             if len(stamps) > FOLD_PIECES or len(data) > FOLD_BYTES:
                 self.digest(flight)
+        else:
+            self.header_bytes += len(data)
         if self.complete:
             self.client._answered(flight, self, whole=True)
             if self.keep:
                 self.client._release(self)
             else:
                 self.close()
+        elif self.header_bytes > MAX_HEADER_BYTES:
+            self.client._end(flight, "failed", "malformed", f"HTTP: headers of more than {MAX_HEADER_BYTES} bytes")
+            self.close()
 
     def eof_received(self) -> bool:
         return False
@@ -427,9 +433,6 @@ class _Connection(asyncio.Protocol):
     # --- httptools
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.header_bytes += len(name) + len(value)
-        if self.header_bytes > MAX_HEADER_BYTES:
-            raise ValueError("headers too large")
         name = name.lower()
         if name == b"content-type":
             self.content_type = value.lower()
@@ -526,6 +529,7 @@ class _Connection(asyncio.Protocol):
     def start(self, flight: _Flight, head: bytes, body: bytes) -> None:
         """Write a request."""
         self.reset()
+        self.header_bytes = 0
         # The parser puts body pieces straight into the answer's list: no Python runs for a token but data_received.
         self.parts, self.stamps = flight.answer.parts, flight.answer.stamps
         self.on_body = self.parts.append

@@ -18,7 +18,7 @@ import pytest
 
 from loadgen.client import target
 from loadgen.control import Endpoint
-from tests.test_client import one
+from tests.test_client import EVENTS, SSE, chunked, one
 from traces.errors import EndpointError
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
@@ -99,6 +99,42 @@ def test_an_endless_answer_ends_as_one_line(what: Callable[[socket.socket], None
     assert time.monotonic() - began < 15
     assert "\n" not in str(caught.value)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100 * 1024
+
+
+HEADERS = SSE.partition(b"\r\n")[0] + b"\r\n"
+LAST = SSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*EVENTS, end=False) + b"0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"HTTP/1.1 200 ", b"x" * 65536),
+        (HEADERS + b"X: ", b"x" * 65536),
+        (HEADERS, b"x" * 65536),  # the name of a header
+        (HEADERS, b"X-N: y\r\n" * 8192),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 2048),
+        (LAST, b"X-N: y\r\n" * 8192),
+        (LAST + b"X: ", b"x" * 65536),
+        (SSE + b"Transfer-Encoding: chunked\r\n\r\n5;", b"x" * 65536),
+    ],
+    ids=["reason", "header", "name", "headers", "continue", "trailers", "trailer", "extension"],
+)
+def test_headers_without_end_end_as_one_failed_request(head: bytes, piece: bytes) -> None:
+    """Whatever a server says that is no body, under load it is heard for 256 KiB in a row and not for the request's time."""
+    sent = 0
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _request: bytes) -> None:
+        nonlocal sent
+        writer.write(head)
+        while sent < 1 << 30:
+            writer.write(piece)
+            await writer.drain()
+            sent += len(piece)
+
+    row = one(answer, timeout_s=15.0)
+    assert (row.status, row.error) == ("failed", "malformed")
+    assert "headers of more than" in row.detail
+    assert sent < 64 << 20  # more than buffers of the kernel hold
 
 
 @cache
