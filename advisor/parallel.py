@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,9 @@ import joblib
 
 A = TypeVar("A")
 R = TypeVar("R")
+
+PATIENCE_S, PATIENCE_TIMES = 30.0, 10.0
+"""Forks may take so much longer than the share done here: one made while another thread held a lock may wait for ever."""
 
 _CORES: ContextVar[int] = ContextVar("cores", default=1)
 
@@ -53,8 +57,8 @@ def at_once() -> int:
 def shared(work: Callable[[A], R], items: Iterable[A]) -> list[R]:
     """``[work(item) for item in items]``, shared among the cores; work must not change what others look at.
 
-    A fork sees what this process sees, so nothing is sent but the results. Where a fork cannot be made, or dies, its share is
-    done here.
+    A fork sees what this process sees, so nothing is sent but the results. Where a fork cannot be made, dies or stands still, its
+    share is done here.
     """
     held = list(items)
     n = min(_CORES.get(), len(held))
@@ -76,13 +80,16 @@ def shared(work: Callable[[A], R], items: Iterable[A]) -> list[R]:
         there.close()
         others.append((k, here, child))
     found: dict[int, R] = {}
+    began = time.monotonic()
     try:
         for k in {*range(n)} - {k for k, _, _ in others}:
             found.update(zip(range(k, len(held), n), [work(item) for item in held[k::n]], strict=True))
+        until = time.monotonic() + PATIENCE_S + PATIENCE_TIMES * (time.monotonic() - began)
         for k, here, _ in others:
             done: list[R] | None = None
             with suppress(EOFError, OSError):
-                done = here.recv()
+                if here.poll(max(0.0, until - time.monotonic())):
+                    done = here.recv()
             if done is None:
                 done = [work(item) for item in held[k::n]]
             found.update(zip(range(k, len(held), n), done, strict=True))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
+import time
 
 import pytest
 
+from advisor import parallel
 from advisor.parallel import cores, shared, shares
 
 
@@ -33,13 +34,17 @@ def test_every_core_has_its_share() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked elsewhere")
-def test_a_killed_fork_costs_time_not_results(tmp_path: Path) -> None:
-    """Its share is done here, once more."""
+@pytest.mark.parametrize("how", ["killed", "stuck"])
+def test_a_fork_that_fails_costs_time_not_results(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, or standing still for ever: its share is done here, once more."""
     me = os.getpid()
+    monkeypatch.setattr(parallel, "PATIENCE_S", 0.2 if how == "stuck" else 60.0)
 
     def work(x: int) -> int:
         if os.getpid() != me:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
         return x + 1
 
     with cores(3):
