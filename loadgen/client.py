@@ -17,6 +17,8 @@ import ctypes
 import errno
 import gc
 import heapq
+import html
+import json
 import math
 import os
 import re
@@ -36,7 +38,7 @@ import httptools
 
 from loadgen import engines
 from loadgen.engines import Prompts
-from loadgen.stream import FOLD_BYTES, Answer, printable
+from loadgen.stream import FOLD_BYTES, SECRET_CHARS, Answer, masked, printable
 from traces.errors import InputError
 
 TIMEOUT_S = 600.0
@@ -65,6 +67,20 @@ _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOT
 
 MAX_HEADER_BYTES = 256 * 1024
 """In a row that bring nothing of a body: headers, interim answers, trailers. The parser keeps a header until it is whole."""
+
+_NO_SECRETS = {
+    "accept",
+    "accept-encoding",
+    "accept-language",
+    "connection",
+    "content-type",
+    "host",
+    "user-agent",
+    "x-request-id",
+}
+"""Headers whose values anybody may read; of any other that the user gives nobody knows."""
+
+_SCHEMES = {"apikey", "basic", "bearer", "key", "negotiate", "token"}
 
 FOLD_PIECES = 96
 """Pieces of an answer kept unread at most."""
@@ -115,6 +131,27 @@ class Target:
     def shown(self) -> str:
         """The URL without anything secret."""
         return f"{self.scheme}://{self.netloc}{self.prefix}"
+
+    def secrets(self) -> tuple[str, ...]:
+        """What a server is told and may quote, the longest first: values of headers, of Basic ones user and password too; each
+        as it is and as JSON, HTML and URLs write it."""
+        found: set[str] = set()
+        for name, value in (*self.headers.items(), ("Proxy-Authorization", self.proxy_auth)):
+            if name.lower() in _NO_SECRETS:
+                continue
+            scheme, _, rest = value.strip().partition(" ")
+            token = rest.strip() if scheme.lower() in _SCHEMES else value.strip()
+            found.add(token)
+            if name.lower() == "cookie":
+                found |= {one.partition("=")[2].strip() for one in token.split(";")}
+            if scheme.lower() == "basic":
+                with contextlib.suppress(ValueError):
+                    pair = base64.b64decode(token).decode("utf-8", "replace")
+                    found |= {pair, *pair.split(":", 1)}
+        for one in tuple(found):
+            quoted = json.dumps(one)[1:-1]
+            found |= {quoted, quoted.replace("/", "\\/"), html.escape(one), quote(one, safe="")}
+        return tuple(sorted((one for one in found if len(one) >= SECRET_CHARS), key=lambda one: (-len(one), one)))
 
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context, or None for plain HTTP."""
@@ -286,14 +323,21 @@ class _Flight:
         "task",
     )
 
-    def __init__(self, position: int, sent: float, body: bytes | None, keep: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        position: int,
+        sent: float,
+        body: bytes | None,
+        keep: tuple[str, ...] = (),
+        secrets: tuple[str, ...] = (),
+    ) -> None:
         self.position = position
         self.sent = sent
         self.body = body
         self.first_byte = math.nan
         self.dispatch = math.nan
         self.http_status = 0
-        self.answer = Answer(keep)
+        self.answer = Answer(keep, secrets)
         self.headers: dict[str, str] = {}
         self.body_bytes = 0
         self.connection: _Connection | None = None
@@ -301,13 +345,14 @@ class _Flight:
 
 
 class _Route:
-    """One of the base URLs: what a request to it begins with, its kept connections, its address."""
+    """One of the base URLs: what a request to it begins with, what of that nobody may read, its kept connections, its address."""
 
-    __slots__ = ("address", "head", "idle", "tls", "where")
+    __slots__ = ("address", "head", "idle", "secrets", "tls", "where")
 
     def __init__(self, where: Target, path: str, key: str) -> None:
         self.where = where
         self.head = where.head(path, key)
+        self.secrets = where.secrets()
         self.tls = _tls(where)
         self.address: tuple[str, int] | None = None
         self.idle: list[_Connection] = []
@@ -441,7 +486,7 @@ class _Connection(asyncio.Protocol):
         elif name in (b"content-length", b"transfer-encoding"):
             self.framed = True
         elif name in self.client.fact_headers and self.flight is not None:
-            self.flight.headers[name.decode("latin-1")] = printable(value.decode("latin-1"))
+            self.flight.headers[name.decode("latin-1")] = printable(value.decode("latin-1"), self.route.secrets)
 
     def on_headers_complete(self) -> None:
         flight = self.flight
@@ -452,7 +497,8 @@ class _Connection(asyncio.Protocol):
             self.inflate, self.packed = zlib.decompressobj(47 if self.encoding != b"deflate" else 15), 0
         elif self.encoding not in (b"", b"identity") and not flight.answer.error:
             flight.answer.error = "malformed"
-            flight.answer.detail = printable(f"Content-Encoding {self.encoding.decode('latin-1')} was not asked for")
+            words = f"Content-Encoding {self.encoding.decode('latin-1')} was not asked for"
+            flight.answer.detail = printable(words, self.route.secrets)
 
     def on_chunk_header(self) -> None:
         self.between = False
@@ -514,7 +560,7 @@ class _Connection(asyncio.Protocol):
         if answer.error:
             return
         if status // 100 != 2:
-            answer.detail = printable(start.decode("utf-8", "replace"))
+            answer.detail = printable(start.decode("utf-8", "replace"), self.route.secrets)
             return
         if self.content_type.startswith(b"text/event-stream"):
             return
@@ -522,7 +568,8 @@ class _Connection(asyncio.Protocol):
             return
         kind = (self.content_type or b"no content type").decode("latin-1").split(";")[0]
         answer.error = "stream_error" if b'"error"' in start and b"json" in self.content_type else "malformed"
-        answer.detail = printable(f"not an event stream but {kind}: {start.decode('utf-8', 'replace')}")
+        words = f"not an event stream but {kind}: {start.decode('utf-8', 'replace')}"
+        answer.detail = printable(words, self.route.secrets)
 
     # --- use
 
@@ -888,12 +935,12 @@ class Client:
         while idle:
             connection = idle.pop()
             if connection.transport is not None and not connection.transport.is_closing():
-                flight = _Flight(position, self.clock(), None, self._keep)
+                flight = _Flight(position, self.clock(), None, self._keep, route.secrets)
                 flight.dispatch = dispatch
                 self._flights[position] = flight
                 connection.start(flight, route.head, body)
                 return
-        flight = _Flight(position, self.clock(), body, self._keep)
+        flight = _Flight(position, self.clock(), body, self._keep, route.secrets)
         flight.dispatch = dispatch
         self._flights[position] = flight
         flight.task = self._loop.create_task(self._send_fresh(flight, route))
@@ -960,7 +1007,8 @@ class Client:
                     raise ConnectionResetError("the proxy closed the connection")
                 said += piece
             if said.partition(b" ")[2][:1] != b"2":
-                raise OSError(f"the proxy says {printable(said.split(bytes([13]))[0].decode('latin-1'))}")
+                line = printable(said.split(bytes([13]))[0].decode("latin-1"), where.secrets())
+                raise OSError(f"the proxy says {line}")
         except BaseException:
             made.close()
             raise
@@ -1064,7 +1112,7 @@ class Client:
         if self._engine is None or not (flight.answer.kept or flight.headers):
             return None
         try:
-            return self._engine.facts(flight.answer.kept, flight.headers) or None
+            return _without(self._engine.facts(flight.answer.kept, flight.headers), flight.answer.secrets) or None
         except Exception:
             return None
 
@@ -1114,6 +1162,15 @@ class Client:
         with contextlib.suppress(OSError):
             self._release(await self._connect(route))
         self._spare = None
+
+
+def _without(value: Any, secrets: tuple[str, ...]) -> Any:
+    """What was read from JSON, with no secret in its texts."""
+    if isinstance(value, str):
+        return masked(value, secrets)
+    if isinstance(value, dict):
+        return {_without(name, secrets): _without(one, secrets) for name, one in value.items()}
+    return [_without(one, secrets) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _connect_error(error: OSError) -> tuple[str, str]:

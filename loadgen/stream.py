@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from operator import sub
 from typing import Any
 
@@ -24,15 +25,32 @@ MAX_EVENT_BYTES = 8 * 1024 * 1024
 
 DETAIL_CHARS = 200
 
+SECRET_CHARS = 6
+"""A shorter secret is not looked for in texts: it may be part of any word, and the gap would tell it."""
+
 _BLANK = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE = re.compile(rb"\r\n|\n|\r")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _SECRETS = re.compile(r"(?i)(bearer\s+)[^\s\"',;]+|\b(sk-)[A-Za-z0-9_-]{6,}|(://)[^/\s@]+@")
 
 
-def printable(text: str) -> str:
-    """At most 200 printable characters on one line; terminal escapes and anything like a credential removed."""
+def masked(text: str, secrets: Sequence[str]) -> str:
+    """The text with *** for each of these secrets, and for what its end holds of one that was cut."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+        begin = secret[:SECRET_CHARS]
+        at = text.find(begin, max(0, len(text) - len(secret)))
+        while at >= 0 and not secret.startswith(text[at:]):
+            at = text.find(begin, at + 1)
+        if at >= 0:
+            text = text[:at] + "***"
+    return text
+
+
+def printable(text: str, secrets: Sequence[str] = ()) -> str:
+    """At most 200 printable characters on one line; terminal escapes, these secrets and anything like a credential removed."""
     text = _ESCAPES.sub("", text[:4000])
+    text = masked(text, secrets)
     text = _SECRETS.sub(lambda m: "".join(g for g in m.groups() if g) + "***", text)
     text = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(text.split())[:DETAIL_CHARS]
@@ -62,7 +80,7 @@ class Answer:
     said_end: the stream said that it had ended (``[DONE]``, a finish reason, or usage after content). aborted: the finish
     reason of an engine that gave the answer up, an error once the stream has ended (its usage comes after it).
     error: "", "malformed" or "stream_error"; detail: what was seen. kept: the members named in ``keep``, as last seen in the
-    first event with content, one that finishes, or one without content.
+    first event with content, one that finishes, or one without content. secrets: what detail must not hold.
     """
 
     __slots__ = (
@@ -83,11 +101,13 @@ class Answer:
         "parts",
         "prompt_tokens",
         "said_end",
+        "secrets",
         "stamps",
     )
 
-    def __init__(self, keep: tuple[str, ...] = ()) -> None:
+    def __init__(self, keep: tuple[str, ...] = (), secrets: tuple[str, ...] = ()) -> None:
         self.keep = keep
+        self.secrets = secrets
         self.kept: dict[str, Any] = {}
         self.first_token = math.nan
         self.last_token = math.nan
@@ -335,7 +355,7 @@ class Answer:
 
     def _fail(self, kind: str, detail: str) -> None:
         self.error = kind
-        self.detail = printable(detail)
+        self.detail = printable(detail, self.secrets)
 
 
 def _template(piece: bytes) -> tuple[bytes, bytes] | None:

@@ -26,6 +26,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import loadgen.client
+from loadgen import engines
 from loadgen.client import Client, Row, Target, _Connection, target
 from loadgen.engines import Measure, Prompts, dialect
 from traces.errors import InputError
@@ -77,7 +78,8 @@ async def ask(
     due: list[float] | None = None,
     timeout_s: float = 5.0,
     idle_s: float = 4.0,
-    tls: tuple[ssl.SSLContext, Target] | None = None,
+    tls: tuple[ssl.SSLContext | None, Target] | None = None,
+    engine: Any = None,
     act: Callable[[Client], Awaitable[None]] | None = None,
 ) -> tuple[list[Row], list[bytes], int]:
     """(rows, requests as they arrived, connections) of ``n`` requests to a server that answers as told."""
@@ -105,7 +107,8 @@ async def ask(
     where = replace(where, port=port)
     rows: list[Row] = []
     kind = dialect("openai")
-    client = Client(where, kind.path, Prompts(kind, "m", 100, 1), rows.append, timeout_s=timeout_s, idle_s=idle_s)
+    prompts = Prompts(kind, "m", 100, 1)
+    client = Client(where, kind.path, prompts, rows.append, timeout_s=timeout_s, idle_s=idle_s, engine=engine)
     times = due if due is not None else [0.0] * n
     count = len(times)
     run = asyncio.ensure_future(client.run(range(count), times, [5] * count, [2] * count, time.monotonic() + 0.01))
@@ -613,6 +616,38 @@ def test_a_given_header_replaces_our_own() -> None:
     assert len(set(names)) == len(names)
     assert given.items() <= dict(lines).items()
     assert "content-type" in names
+
+
+@pytest.mark.parametrize("how", ["page", "json", "event", "cut", "header"])
+def test_what_a_server_quotes_of_our_credentials_is_in_no_row(how: str) -> None:
+    """Values of headers, as they are or as JSON has them, a part of one where the detail ends, user and password."""
+    given = {"X-Token": 'tok"en/7f3ab2', "Cookie": "a=1; session=c00kie77", "Accept": "text/event-stream"}
+    where = target("http://someone:pass%2Fword@127.0.0.1", headers=given)
+    quoted = ("Basic c29tZW9uZTpwYXNzL3dvcmQ=", "someone:pass/word", *given.values())
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        assert all(f": {one}\r\n".encode() in request for one in quoted if "someone" not in one)
+        page = "; ".join(quoted)
+        told = json.dumps({"error": {"message": page}}).encode()
+        cut = b"-" * 175 + quoted[0].split()[1].encode()
+        answers = {
+            "page": typed(b"text/plain", page.encode()).replace(b"200 OK", b"401 No"),
+            "json": typed(b"application/json", told),
+            "event": CHUNKED + chunked(b"data: %s\n\n" % told),
+            "cut": CHUNKED + chunked(b"data: %s\n\n" % cut),
+            "header": SSE
+            + b"X-Went-Into-Resp-Headers: %s\r\n" % page.encode()
+            + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY),
+        }
+        writer.write(answers[how])
+
+    rows, _, _ = asyncio.run(ask(answer, tls=(None, where), engine=engines.engine("llm-d")))
+    said = f"{rows[0].detail} {rows[0].facts}"
+    assert rows[0].status == ("ok" if how == "header" else "failed")
+    assert "***" in said
+    for secret in ("c29tZW", "pass/word", "someone", "7f3ab2", "c00kie77"):
+        assert secret not in said
+    assert "text/event-stream" in said or how == "cut"  # no secret
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -285,3 +285,18 @@ def test_a_stream_broken_off_keeps_what_was_measured() -> None:
 def test_details_are_fit_to_print(given_text: str, shown: str) -> None:
     """What a server says is shown without terminal escapes, control characters or credentials, 200 characters long."""
     assert printable(given_text) == shown
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("invalid key 7f3ab2c9d0!", "invalid key ***!"),
+        ("x" * 195 + "7f3ab2c9d0", "x" * 195 + "***"),  # where the text is cut
+        ("invalid key 7f3ab2c9", "invalid key ***"),  # where it was cut before
+        ("7f3ab27f3ab2c", "7f3ab2***"),  # the beginning is there twice
+        ("invalid key 7f3ab", "invalid key 7f3ab"),
+    ],
+)
+def test_a_secret_that_is_known_is_not_shown(said: str, shown: str) -> None:
+    """Whole, or as much of its beginning as is left where the text ends, from six characters on."""
+    assert printable(said, ("7f3ab2c9d0",)) == shown

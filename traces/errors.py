@@ -32,7 +32,7 @@ class SteelyardError(Exception):
     def __init__(self, message: str) -> None:
         said = " ".join(message.split()).translate(CONTROLS)
         if len(said) > MOST_CHARACTERS:  # what was got may be a whole file; the end says what to do
-            said = f"{said[: MOST_CHARACTERS - 500]} … {said[-500:]}"
+            said = f"{said[: MOST_CHARACTERS - 503]} … {said[-500:]}"
         super().__init__(said)
 
 

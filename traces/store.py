@@ -454,10 +454,13 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
 
 def redact(url: str) -> str:
     """The URL without user, password and parameters that are secrets, for messages and rows."""
+    # The name of a file is none: without it the command that a message tells would not run.
+    named = r"\w*(?:pass|pwd|secret|token|key)(?!\w*file=)\w*"
+    # An @ behind such a parameter: where its value or the password before the host ends nobody knows.
+    url = re.sub(rf"(?i)(?<=:)//(?!/)\S*[?&]{named}=[^&\s]*@\S*", "//***", url)
     # Up to the last @: a password that was not percent-encoded may hold / and @ itself. sqlite:///a@b has no host.
     url = re.sub(r"(?<=:)//(?!/)\S*@", "//", url)
-    # The name of a file is none: without it the command that a message tells would not run.
-    return re.sub(r"(?i)([?&\w]*(?:pass|pwd|secret|token|key)(?!\w*file=)\w*)=[^&\s]*", r"\1=***", url)
+    return re.sub(rf"(?i)({named})=[^&\s]*", r"\1=***", url)
 
 
 def told(url: str) -> str:

@@ -510,11 +510,9 @@ def members(table: Mapping[str, Any], where: str, **wanted: tuple[type, Any]) ->
 
 def refused(reply: Any, where: str, what: str) -> LostError:
     """The error for an HTTP answer that is no success, in one line."""
-    from loadgen.stream import printable
-
     if reply.status in (401, 403):
         return LostError(
             f"{where}: HTTP {reply.status} when asked to {what}: the token is missing, expired or not allowed. "
             "Set STEELYARD_API_KEY or pass --api-key-file FILE."
         )
-    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {printable(reply.text[:200]) or 'no text'}).")
+    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {reply.words or 'no text'}).")

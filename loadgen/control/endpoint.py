@@ -17,7 +17,7 @@ from typing import Any
 from loadgen.client import Target, tls_words
 from loadgen.engines import EXACT, Dialect, Measure, Prompts, trial_sizes
 from loadgen.ports import shown
-from loadgen.stream import Answer, printable
+from loadgen.stream import Answer, masked, printable
 from traces.errors import EndpointError
 from traces.records import Fleet
 
@@ -32,12 +32,18 @@ MOST_WORKERS = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer as a whole. headers: names in lower case."""
+    """An answer as a whole. headers: names in lower case. secrets: what it may quote of the request."""
 
     status: int
     content_type: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def words(self) -> str:
+        """How the body begins, for messages."""
+        return printable(self.text[:4000], self.secrets)
 
     @property
     def text(self) -> str:
@@ -99,6 +105,7 @@ class Endpoint:
     def __init__(self, where: Target) -> None:
         self.where = where
         self.shown = where.shown
+        self._secrets = where.secrets()
 
     def fetch(
         self,
@@ -142,7 +149,7 @@ class Endpoint:
                 if len(held) > most_bytes:
                     raise EndpointError(f"{self.shown}{path}: the answer is larger than {most_bytes} bytes.")
             told = {name.lower(): value for name, value in answer.getheaders()}
-            return Reply(answer.status, told.get("content-type", "").lower(), bytes(held), told)
+            return Reply(answer.status, told.get("content-type", "").lower(), bytes(held), told, self._secrets)
         except ConnectionRefusedError:
             proxy = f"--proxy {shown(host)}:{port}", "proxy", "--proxy"
             asked, what, other = proxy if where.proxy else (self.shown, "server", "--endpoint")
@@ -160,7 +167,7 @@ class Endpoint:
                 "Check the URL and the name server."
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            words = printable(str(error) or type(error).__name__)
+            words = printable(str(error) or type(error).__name__, self._secrets)
             # A server that asks for a client's certificate hangs up without a word after the handshake of TLS 1.3.
             why = (
                 "does the port speak https?"
@@ -184,7 +191,7 @@ class Endpoint:
             return None
         if reply.status == 503:
             raise EndpointError(
-                f"{self.shown}/v1/models: HTTP 503: {printable(reply.text[:200])} A server without workers does not serve; "
+                f"{self.shown}/v1/models: HTTP 503: {reply.words} A server without workers does not serve; "
                 "vllm-router with --vllm-discovery-address serves all the same: name the model with --model."
             )
         self._must_be_json(reply, "/v1/models")
@@ -205,8 +212,9 @@ class Endpoint:
                 )
             return names[0], owners[names[0]]
         if names and model not in names:
+            listing = masked(", ".join(names[:10]), self._secrets)
             raise EndpointError(
-                f"{self.shown} does not serve the model {model!r}. It serves: {', '.join(names[:10])}. Pass one as --model."
+                f"{self.shown} does not serve the model {model!r}. It serves: {listing}. Pass one as --model."
             )
         return model, owners.get(model, "")
 
@@ -252,7 +260,7 @@ class Endpoint:
         return Measure.fit(sizes, found)
 
     def _problem(self, reply: Reply, dialect: Dialect) -> str:
-        words = printable(reply.text[:400])
+        words = reply.words
         if reply.status in (401, 403):
             return f"HTTP {reply.status}, it wants credentials. Set STEELYARD_API_KEY or pass --api-key-file FILE."
         if reply.status // 100 == 3:
@@ -263,7 +271,7 @@ class Endpoint:
             return f"HTTP {reply.status}: {words or 'no text'}. Look at the server's log."
         if "html" in reply.content_type or reply.body[:512].lstrip()[:1] == b"<":
             return "it answers with a web page, not with an event stream. Check the URL and the port."
-        answer = Answer()
+        answer = Answer(secrets=self._secrets)
         answer.push(0.0, reply.body)
         answer.finish(whole=True)
         if answer.error or not answer.chunks:
@@ -282,7 +290,7 @@ class Endpoint:
                 f"{self.shown}{path}: HTTP {reply.status} with a web page, not JSON. Check the URL and the port."
             )
         if reply.status // 100 != 2:
-            words = printable(reply.text[:400]) or "no text"
+            words = reply.words or "no text"
             raise EndpointError(f"{self.shown}{path}: HTTP {reply.status}: {words}. Look at the server's log.")
         if reply.json() is None:
             raise EndpointError(f"{self.shown}{path}: the answer is not JSON. Check the URL and the port.")
@@ -324,7 +332,7 @@ class Endpoint:
             said = held.get("error") if isinstance(held, dict) else None
             if isinstance(said, dict):
                 said = said.get("message")
-            words = printable(str(said or reply.text[:400]))
+            words = printable(str(said), self._secrets) if said else reply.words
             raise EndpointError(f"{self.shown}/fleet: it refused the fleet {fleet} (HTTP {reply.status}: {words}).")
 
 
