@@ -14,7 +14,7 @@ from advisor.choose import Choice, choose, known_by_windows
 from advisor.features import RunData
 from advisor.moves import flip_law
 from advisor.recommend import Recommendation, recommend
-from advisor.splits import POINT_REQUESTS
+from advisor.splits import POINT_REQUESTS, TRACE_WINDOWS
 from advisor.telling import Note, silent
 from advisor.windows import Question
 from loadgen.cluster import Profile
@@ -54,8 +54,8 @@ def _merged(answer: Recommendation, choice: Choice | None, extra: dict[str, Any]
 ROWS, WINDOW_ROWS = 300_000, 5_000
 """Rows of all runs together that are read, if they have more; rows of a window at least."""
 
-LONG_TRACE, TRACE_WINDOWS = 500_000, 8
-"""Requests of a trace that is not read whole; windows of it that are asked about."""
+LONG_TRACE = 500_000
+"""Requests of a trace that is not read whole."""
 
 
 def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
@@ -240,11 +240,6 @@ def advise(
         answer.warnings.append(
             "no stored run changed roles, so a change is taken to cost its drain and no more: measure one with "
             "steelyard replay --control --change"
-        )
-    if parts > 1:
-        answer.warnings.append(
-            f"of the traffic {parts} windows of {len(schedule) // parts} requests were simulated, spread over all of it; how "
-            "much they differ is in the intervals"
         )
     if not (slo or latest.slo):
         answer.warnings.append(f"SLO {DEFAULT_SLO!r} is a default: give your own with --slo")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from advisor.splits import excerpt
 from advisor.telling import Note, silent
 from advisor.thresholds import Found, find, pays
 from advisor.windows import LASTS, Question, Study, balance, study
@@ -27,8 +28,6 @@ EPS = 0.02
 
 OFFLINE_REQUESTS = 3000
 """Requests of which orders and splits are tried; the makespan of more is in proportion to the work."""
-
-COLOCATED_REQUESTS = 20_000
 
 STRATEGIES = ("auto", "static", "online", "offline")
 
@@ -263,8 +262,7 @@ def _late(offline: Offline, deadline_s: float | None) -> str:
 
 
 def _standing(schedule: Schedule, fleet: Fleet, question: Question) -> float:
-    part = schedule.take(np.arange(min(len(schedule), COLOCATED_REQUESTS)))
-    return goodput_per_s(simulate(part, fleet, question.profile).observations, question.limits)
+    return goodput_per_s(simulate(excerpt(schedule)[0], fleet, question.profile).observations, question.limits)
 
 
 def _colocated(

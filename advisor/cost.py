@@ -9,7 +9,7 @@ from typing import Any
 
 from advisor.recommend import Interval, Recommendation
 from advisor.screen import Traffic, strain
-from advisor.splits import POINT_REQUESTS, piece
+from advisor.splits import excerpt
 from advisor.study import splits_of
 from loadgen import policy
 from loadgen.cluster import simulate
@@ -53,7 +53,7 @@ def cost(answer: Recommendation, gpu_hour_usd: float, gpus_per_worker: tuple[int
     """Of the recommended split. Which answers are within the SLO, and so how long these are, is simulated."""
     gpus = answer.best.fleet.gpus(gpus_per_worker)
     prompt, output = float(answer.schedule.prompt_tokens.mean()), float(answer.schedule.output_tokens.mean())
-    rows = simulate(piece(answer.schedule, POINT_REQUESTS), answer.best.fleet, answer.fit.profile).observations
+    rows = simulate(excerpt(answer.schedule)[0], answer.best.fleet, answer.fit.profile).observations
     within = rows.tokens[met(rows, answer.slo)]
 
     def usd(served: Interval, tokens: float) -> Interval:
@@ -82,7 +82,7 @@ def needed(
 ) -> Needed:
     """The fewest GPUs whose best split keeps the SLO at a rate, by doubling and halving; NoFleetError where none does."""
     whole = to_rate(answer.schedule, rate_per_s)
-    schedule, traffic, limits = piece(whole, POINT_REQUESTS), Traffic(whole), answer.slo.as_limits
+    schedule, traffic, limits = excerpt(whole)[0], Traffic(whole), answer.slo.as_limits
 
     def split(gpus: int) -> Fleet | None:  # not every number of GPUs makes a fleet
         near = _near(whole, gpus, answer, gpus_per_worker)

@@ -22,7 +22,7 @@ import numpy as np
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
 from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
-from advisor.splits import Simulated, Splits, piece, simulated
+from advisor.splits import Simulated, Splits, excerpt, piece, simulated
 from advisor.study import check_rate, proposals, quiet, reason, sized, splits_of, values
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
@@ -254,7 +254,8 @@ def recommend(
 ) -> Recommendation:
     """Fit the runs, simulate every split of ``gpus`` on the schedule, decide. current: the fleet in production, if any.
 
-    parts: of how many windows of a longer one the schedule is made; how much they differ widens the intervals.
+    parts: of how many windows of a longer one the schedule is made; how much they differ widens the intervals. One of more than
+    :data:`advisor.splits.POINT_REQUESTS` is simulated by windows in any case.
 
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
     the SLO, InputError when there is no split. refuse=False: of these only where no law can be fitted or there is no split; what
@@ -285,9 +286,14 @@ def recommend(
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
-    splits = simulated(
-        fit, schedule, fleets, slo, attainment=attainment, seed=seed, draws=draws, parts=parts, note=note
-    )
+    some, windows = excerpt(schedule)
+    parts = max(parts, windows)
+    if parts > 1:
+        warnings.append(
+            f"of the traffic {parts} windows of {len(some) // parts} requests were simulated, spread over all of it; how much "
+            "they differ is in the intervals"
+        )
+    splits = simulated(fit, some, fleets, slo, attainment=attainment, seed=seed, draws=draws, parts=parts, note=note)
     points, likely, laws, window = splits.points, splits.likely, splits.laws, splits.window
     rivals = _rivals(splits, slo)
     goodputs = splits.goodputs()[:, [likely.index(fleet) for fleet in rivals]]

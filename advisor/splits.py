@@ -18,9 +18,10 @@ from advisor.telling import Note
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.measures import Slo, Summary, kept, meets, summarise
 from traces.records import Fleet, Floats, Observations, Schedule
+from traces.shape import joined
 
-POINT_REQUESTS = 20_000
-"""Requests of the trace that the point estimate simulates at most."""
+POINT_REQUESTS, TRACE_WINDOWS = 20_000, 8
+"""Requests of the trace that the point estimate simulates at most; windows of a longer one that stand for it."""
 
 DRAW_REQUESTS = 2000
 """Requests of the trace that a draw simulates."""
@@ -109,16 +110,15 @@ def simulated(
     parts: int,
     note: Note,
 ) -> Splits:
-    """Simulate every split, find those that may be the best, and simulate these under every draw. parts: of how many windows
-    the schedule is made."""
-    whole = piece(schedule, POINT_REQUESTS)
-    window = piece(whole, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
+    """Simulate every split, find those that may be the best, and simulate these under every draw. schedule: at most
+    POINT_REQUESTS. parts: of how many windows it is made."""
+    window = piece(schedule, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
     check_rate(window)
     points: dict[Fleet, Simulated] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
 
     def point(fleet: Fleet) -> tuple[Simulated, dict[str, float]]:
-        result = simulate(whole, fleet, fit.profile)
+        result = simulate(schedule, fleet, fit.profile)
         return Simulated.of(result, slo, attainment), _between(result.observations, slo, parts)
 
     for done in range(0, len(fleets), at_once()):
@@ -135,7 +135,7 @@ def simulated(
     windows = {fleet: window if fleet in likely else short for fleet in fleets}
     anchors = {
         fleet: points[fleet]
-        if len(windows[fleet]) == len(whole)
+        if len(windows[fleet]) == len(schedule)
         else Simulated.of(simulate(windows[fleet], fleet, fit.profile), slo, attainment)
         for fleet in fleets
     }
@@ -190,6 +190,19 @@ def _contenders(points: dict[Fleet, Simulated]) -> list[Fleet]:
     fleets, top = list(points), _top(points)
     good = {i for i, fleet in enumerate(fleets) if points[fleet].worth_per_s >= 0.9 * top}
     return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]
+
+
+def excerpt(schedule: Schedule) -> tuple[Schedule, int]:
+    """(what is simulated of a schedule, of how many windows it is made): all of a short one, as one.
+
+    A longer one is represented as a trace that is too long to be read: a piece at its mean rate would be without its busy hours.
+    """
+    if len(schedule) <= POINT_REQUESTS:
+        return schedule, 1
+    width = POINT_REQUESTS // TRACE_WINDOWS
+    starts = [(len(schedule) - width) * k // (TRACE_WINDOWS - 1) for k in range(TRACE_WINDOWS)]
+    windows = [schedule.take(np.arange(start, start + width)) for start in starts]
+    return joined(windows, schedule.name, len(schedule), schedule.rate_per_s), TRACE_WINDOWS
 
 
 def piece(schedule: Schedule, most: int) -> Schedule:

@@ -126,6 +126,23 @@ def test_the_draws_judge_all_the_requests_though_they_simulate_a_window(tmp_path
     assert answer.best.fleet == max(true, key=true.__getitem__)
 
 
+def test_a_long_trace_is_judged_by_its_busy_hours_too() -> None:
+    """A third slow, a third at the mean rate, a third that no split keeps up with: a piece at the mean rate showed 95 %."""
+    demo = Profile.load("demo")
+    rate, n = busy_rate(demo), 22_000
+    asked = lognormal(3 * n, rate, 9)
+    gaps = np.diff(asked.due_s, prepend=0.0) * np.repeat([5 / 3, 1.0, 1 / 3], n)
+    asked = replace(asked, due_s=np.cumsum(gaps))
+    answer = recommend(three_runs(demo, rate), asked, gpus=8, slo=SLO, draws=4, attainment=0.0, refuse=False)
+    true = summarise(simulate(asked, answer.best.fleet, demo).observations, SLO)
+    assert true.attainment < 0.75
+    assert answer.best.attainment == pytest.approx(true.attainment, abs=0.1)
+    goodput = answer.best.figures["goodput_per_s"]
+    assert goodput.low < true.goodput_per_s < goodput.high
+    assert any(line.startswith("of the traffic 8 windows of 2500 requests were simulated") for line in answer.warnings)
+    assert answer.as_json()["requests"] == 3 * n
+
+
 def test_the_sentence_says_more_less_or_as_much() -> None:
     rate = busy_rate(demo := Profile.load("demo"))
     data, asked = three_runs(demo, rate), lognormal(400, 6.0, 9)
