@@ -204,7 +204,7 @@ def advise(
             raise InputError(
                 "the fleet of the latest run is not known, so neither is its number of GPUs: give --gpus N."
             )
-        gpus = latest.fleet.gpus(per_worker)
+        gpus = latest.fleet.gpus(latest.gpus_per_worker)
     if gpus < 2:
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)

@@ -216,7 +216,6 @@ def confounders(data: Sequence[RunData], residuals: Mapping[int, float] | None =
         ("engine versions", {one.run.engine_version for one in data if one.run.engine_version and not one.run.profile}),
         ("models", {one.run.model for one in data}),
         ("reference profiles", {one.run.profile for one in data if one.run.profile}),
-        ("sizes of worker", {"{},{} GPUs".format(*one.run.gpus_per_worker) for one in data}),
     ):
         if len(values) > 1:
             found.append(f"mixed {word}: {', '.join(sorted(values))}; laws of one do not hold for the other")

@@ -25,7 +25,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from advisor.features import RunData, answers, decode_rows
+from advisor.features import RunData, answers, decode_rows, served
 from advisor.parallel import shared
 from loadgen.cluster import Profile, SimResult, simulate, stage_times
 from traces.measures import Places, Slo, between, places
@@ -95,7 +95,7 @@ class Replay:
 
     @classmethod
     def of(cls, one: RunData, most: int) -> Replay:
-        """The first ``most`` requests of a run that were sent, and all of its warm-up: queues begin empty where the run did.
+        """The first ``most`` requests of a run that were served, and all of its warm-up: queues begin empty where the run did.
 
         Those of the warm-up are in the queues that the others meet, and count no more. Of a longer run the last quarter only
         keeps the others company, too: what came after them is not simulated. Of windows the first one in which anybody counts,
@@ -105,9 +105,7 @@ class Replay:
         def counts(rows: Observations) -> Mask:
             return rows.ok & (rows.due_s >= one.run.warmup_s) & one.known(rows.sent_s, rows.last_token_s)
 
-        pieces = [rows.take(np.flatnonzero(np.isfinite(rows.sent_s))) for rows in one.pieces]
-        rows = max(pieces, key=lambda rows: (bool(counts(rows).any()), len(rows) > 0))
-        rows = rows.take(np.argsort(rows.sent_s, kind="stable"))
+        rows = max(map(served, one.pieces), key=lambda rows: (bool(counts(rows).any()), len(rows) > 0))
         ok = counts(rows)
         early = int(ok.argmax())
         if len(rows) > early + most:

@@ -118,6 +118,16 @@ class Rows:
         return len(self.y)
 
 
+def served(rows: Observations) -> Observations:
+    """The rows that servers had work with, in order of sending: all that were sent, less those that were turned away.
+
+    Whose connection was refused, or who got an HTTP error instead of a first token, was in no queue and no batch.
+    """
+    away = np.isnan(rows.first_token_s) & ((rows.error == "refused") | (rows.error == "status"))
+    rows = rows.take(np.flatnonzero(np.isfinite(rows.sent_s) & ~away))
+    return rows.take(np.argsort(rows.sent_s, kind="stable"))
+
+
 def time_block(observations: Observations, at_s: Floats) -> Ints:
     """The block (0..BLOCKS-1) of the run's arrival span that each instant falls in; later ones are in the last."""
     start, end = float(observations.due_s.min()), float(observations.due_s.max())

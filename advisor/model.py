@@ -31,6 +31,7 @@ from advisor.features import (
     prefill_reading_rows,
     quiet_rows,
     reading_max,
+    served,
 )
 from advisor.parallel import shared
 from loadgen.cluster import Profile, simulate
@@ -306,8 +307,7 @@ def _misses(one: RunData, profile: Profile, slo: Slo | None = None) -> list[dict
         ]
     found = []
     for rows in one.windows[:: math.ceil(len(one.windows) / CHECKED)]:
-        rows = rows.take(np.flatnonzero(np.isfinite(rows.sent_s)))
-        rows = rows.take(np.argsort(rows.sent_s, kind="stable"))
+        rows = served(rows)
         # The simulation begins empty: that the beginning of a window is left out serves it as well.
         inner = one.known(rows.sent_s, rows.last_token_s) & (rows.due_s >= one.run.warmup_s)
         if inner.sum() < LEAST_CHECKED:
@@ -334,9 +334,8 @@ def log_ratios(ours: object, theirs: object) -> dict[str, float]:
 
 
 def asked(observations: Observations) -> Schedule:
-    """What reached the server: every request that was sent, due when it was sent, with the lengths the server saw."""
-    rows = observations.take(np.flatnonzero(np.isfinite(observations.sent_s)))
-    return sent(rows.take(np.argsort(rows.sent_s, kind="stable")))
+    """What the servers had work with, due when it was sent, with the lengths they saw."""
+    return sent(served(observations))
 
 
 def predicted_load(fit: Fit, schedule: Schedule, fleet: Fleet) -> Load:
@@ -370,7 +369,7 @@ def load_of(profile: Profile, schedule: Schedule, fleet: Fleet) -> Load:
 def _space(data: Sequence[RunData], decode: Floats, knee: int, bend: int, line: Floats) -> tuple[Space, str]:
     """The prior: narrow where a regression or a reading speaks, broad where only simulation can."""
     first = float(decode[0] + decode[1])
-    prompts = np.concatenate([one.observations.prompt_lengths for one in data]).astype(float)
+    prompts = np.concatenate([served(one.observations).prompt_lengths for one in data]).astype(float)
     per_token = float((prompts * prompts).sum() / prompts.sum())
     slope = max(float(line[1]), 1e-8)
     # A curvature that was not seen may still be there: up to about a tenth of the slope at the mean of n^2 over n.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -277,7 +278,7 @@ def recommend(
     if current is not None and current not in fleets:
         warnings.append(f"today's {current} is no split of {used} GPUs, so it was not compared")
     first = quiet(schedule, used, per_worker=gpus_per_worker)
-    usable = _usable(data, first, warnings)
+    usable = _usable(data, first, warnings, gpus_per_worker)
     note("fit", 0, 1)
     try:
         fit = fit_laws(usable, slo=slo)
@@ -564,20 +565,34 @@ def data_hash(data: Sequence[RunData]) -> str:
     return h.hexdigest()
 
 
-def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str]) -> list[RunData]:
-    """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid or of unknown fleet.
+FAILED, TOO_MANY_FAILED = 0.01, 0.10
+"""Shares of failed requests from which on a run is named, and beyond which no law rests on it."""
+
+
+def _usable(
+    data: Sequence[RunData], first: dict[str, Any], warnings: list[str], per_worker: tuple[int, int]
+) -> list[RunData]:
+    """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid, of unknown fleet, or of workers
+    of another size than ``per_worker``, which are another stage.
 
     first: the run to begin with, where there is none.
     """
     usable = []
     for one in data:
         run = one.run
+        failed, kinds = _failed(one)
         if run.verdict not in ("valid", "degraded"):
             warnings.append(f"run {run.id} left out: its verdict is {run.verdict or 'missing'} ({run.reason})")
         elif run.fleet is None:
             warnings.append(f"run {run.id} left out: its fleet is not known (replay with --fleet P:D)")
         elif run.fleet.mixed:
             warnings.append(f"run {run.id} left out: {run.fleet.mixed} of its workers were mixed, not of one stage")
+        elif run.gpus_per_worker != per_worker:
+            had, wanted = ("{},{}".format(*pair) for pair in (run.gpus_per_worker, per_worker))
+            warnings.append(
+                f"run {run.id} left out: it is stored with {had} GPUs a worker, {wanted} are asked about, whose laws are others "
+                f"(--gpus-per-worker {had} asks about this run's)"
+            )
         elif run.policy.startswith(("baseline", "online", "offline", "planned")):
             warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
         elif run.sped:
@@ -591,7 +606,17 @@ def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str])
             warnings.append(
                 f"run {run.id} left out: {int(one.counted.ok.sum())} finished requests{warm}, fewer than 20"
             )
+        elif failed > TOO_MANY_FAILED:
+            warnings.append(
+                f"run {run.id} left out: {failed:.0%} of its requests failed ({kinds}), more than {TOO_MANY_FAILED:.0%}: see "
+                f"steelyard runs show {run.id}"
+            )
         else:
+            if failed >= FAILED:
+                warnings.append(
+                    f"{failed:.1%} of the requests of run {run.id} failed ({kinds}): the laws know no failures, so a split may "
+                    "serve as much less than is said here"
+                )
             if run.verdict == "degraded":
                 warnings.append(f"run {run.id} is degraded: {run.reason}")
             if not run.complete:
@@ -601,6 +626,12 @@ def _usable(data: Sequence[RunData], first: dict[str, Any], warnings: list[str])
         why = f" ({warnings[0]})" if warnings else ""
         raise NotEnoughDataError(f"no stored run can be used{why}. Measure one first: {first['command']}", first)
     return usable
+
+
+def _failed(one: RunData) -> tuple[float, str]:
+    """(share of a run's requests that failed, how many of which kind): "40 status, 2 reset"."""
+    kinds = Counter(str(kind) for kind in one.counted.error[one.counted.status == "failed"])
+    return kinds.total() / max(1, len(one.counted)), ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
 def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:

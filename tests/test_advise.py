@@ -25,7 +25,7 @@ from advisor.cli import main
 from advisor.cli.advise_verbs import show
 from advisor.cost import cost, needed
 from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
-from advisor.features import RunData
+from advisor.features import RunData, served
 from advisor.model import fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
 from advisor.recommend import (
@@ -33,6 +33,7 @@ from advisor.recommend import (
     Interval,
     _regret,
     _stands,
+    _usable,
     data_hash,
     enough,
     rank,
@@ -314,6 +315,31 @@ def test_runs_that_are_no_steady_split_are_left_out_and_said() -> None:
         assert any(line.startswith(f"run {90 + k} left out") and words in line for line in answer.warnings), words
 
 
+def test_requests_that_were_turned_away_are_no_load() -> None:
+    """One in five got a 503 at once: the laws are those of the others to the last digit. It is said, or the run left out."""
+    data = three_runs(demo := Profile.load("demo"), busy_rate(demo))
+
+    def with_failed(one: RunData, share: float, **how: Any) -> RunData:
+        rows = one.observations
+        again = rows.take(np.arange(5, 5 + round(share * len(rows))))
+        never = np.full(len(again), np.nan)
+        columns = {"status": "failed", "error": "status", "http_status": 503} | how
+        held = {k: np.full(len(again), v, dtype=getattr(again, k).dtype) for k, v in columns.items()}
+        gone = replace(again, index=again.index + 10_000, first_token_s=never, last_token_s=never, **held)
+        return replace(one, observations=Observations.concat([rows, gone]))
+
+    alone, beside = (fit_laws(d, residuals=False) for d in (data, [with_failed(one, 0.25) for one in data]))
+    assert beside.profile == alone.profile
+    assert beside.seen == alone.seen
+    assert len(served(with_failed(data[0], 0.1, error="reset").observations)) == 88  # those may have been computed
+    warnings: list[str] = []
+    usable = _usable([with_failed(data[0], 0.05), with_failed(data[1], 0.25), data[2]], {}, warnings, (1, 1))
+    assert [one.run.id for one in usable] == [1, 3]
+    assert warnings[0].startswith("4.8% of the requests of run 1 failed (4 status)")
+    assert warnings[1].startswith("run 2 left out: 20% of its requests failed (75 status), more than 10%")
+    assert len(warnings) == 2
+
+
 def test_one_quiet_run_is_not_enough_for_a_busy_question() -> None:
     """Low load alone cannot say how stages behave when loaded: exit 5 and the run that would show it."""
     profile = Profile.load("demo")
@@ -450,8 +476,9 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
     profile = Profile.load("demo")
     rate, two = busy_rate(profile), (2, 2)
     schedule = lognormal(150, rate * 0.3, 5)
+    runs = three_runs(profile, rate)
     answer = recommend(
-        three_runs(profile, rate),
+        [*(replace(one, run=replace(one.run, gpus_per_worker=two)) for one in runs), runs[2]],
         schedule,
         gpus=11,
         gpus_per_worker=two,
@@ -462,6 +489,9 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
     )
     assert [str(c.fleet) for c in answer.candidates] == ["1:4", "2:3", "3:2", "4:1"]
     assert any("fleets of 10 were compared" in w for w in answer.warnings)
+    assert any(
+        w.startswith("run 3 left out: it is stored with 1,1 GPUs a worker, 2,2 are asked") for w in answer.warnings
+    )
     assert "today's 1:2 is no split of 10 GPUs, so it was not compared" in answer.warnings
     probe = answer.next_probe
     assert Fleet(probe["prefill"], probe["decode"]).gpus(two) <= 11
@@ -887,6 +917,9 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, mon
         assert "needed" not in kept
         assert kept["warnings"] == answer.recommendation.warnings
         assert "the budget was spent" in kept["warnings"]
+        # Workers of two GPUs are another stage: none was measured, of the eight GPUs that the latest run had.
+        with pytest.raises(NotEnoughDataError, match=r"stored with 1,1 GPUs.*--fleet 2:2 .*--gpus-per-worker 2,2"):
+            advise(store, slo=str(SLO), schedule=schedule, gpus_per_worker=(2, 2))
     assert any("no fleet of up to 8 GPUs keeps" in w for w in answer.recommendation.warnings)
     assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
     assert answer.recommendation.fit.laws[-1].stage == "role change"
