@@ -61,8 +61,12 @@ LOADED = 0.7
 """A role was loaded in a run that kept it busier than this: below it, requests hardly meet each other."""
 
 KNOWN = 1.5
-"""Decode is known up to this multiple of the output tokens a second that one of its workers was seen to give. A slope cannot be
-told from runs that never asked as much of the stage, however well it fits them."""
+"""Decode is known up to this multiple of the output tokens a second that one of its workers was seen to give, and a length up to
+this multiple of those that were measured. A slope cannot be told from runs that never asked as much of the stage, however well it
+fits them."""
+
+LONG = 0.99
+"""Quantile of the lengths of a run, and of what is asked, that are held against each other."""
 
 PREFILL_HIDDEN = ("a", "b", "tokens", "requests")
 DECODE_HIDDEN = ("batch", "kv")
@@ -139,13 +143,16 @@ class Seen:
     """How far the runs went. quiet_rows: requests that met no queue. prefill: highest utilisation of the prefill role.
 
     batch: 95th percentile of sequences per decode worker in the run that had most. tokens_per_s: output tokens a second that a
-    decode worker gave over the run in which it gave most.
+    decode worker gave over the run in which it gave most. prompt_tokens, context_tokens: that 1 % of the answered requests of all
+    runs exceed, of the prompt and of prompt and answer together.
     """
 
     quiet_rows: int
     prefill: float
     batch: float
     tokens_per_s: float
+    prompt_tokens: float
+    context_tokens: float
 
     def decode_loaded(self, tokens_per_s: float) -> bool:
         """Did a run ask of a decode worker what is asked of it now, or nearly?"""
@@ -201,6 +208,17 @@ class Fit:
             )
         if load.prefill > LOADED > self.seen.prefill:
             return f"extrapolated: prefill {load.prefill:.0%} busy, the runs showed at most {self.seen.prefill:.0%}"
+        return ""
+
+    def longer(self, schedule: Schedule) -> str:
+        """Which lengths of a schedule lie beyond what the runs have shown, by more than KNOWN; "" if none do."""
+        prompts = schedule.prompt_tokens
+        for what, tokens, most in (
+            ("prompts", prompts, self.seen.prompt_tokens),
+            ("prompts with their answers", prompts + schedule.output_tokens, self.seen.context_tokens),
+        ):
+            if (asked := float(np.quantile(tokens, LONG))) > KNOWN * most:
+                return f"extrapolated: {what} of {asked:,.0f} tokens, the runs had at most {most:,.0f} (99 % quantiles)"
         return ""
 
 
@@ -579,7 +597,12 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
             given = summarise(_from_sent(rows), Slo()).output_tokens_per_s / one.decode
             tokens = max(tokens, given if math.isfinite(given) else 0.0)
         batch = max(batch, load_quantiles(one, 0.95)[0])
-    return Seen(quiet_rows=quiet, prefill=prefill, batch=batch, tokens_per_s=tokens)
+    answered = [one.counted.take(one.counted.ok) for one in data]
+    prompts, answers = (
+        np.concatenate(held) for held in zip(*((a.prompt_lengths, a.tokens) for a in answered), strict=True)
+    )
+    longest = (float(np.quantile(n, LONG)) if len(n) else math.inf for n in (prompts, prompts + answers))
+    return Seen(quiet, prefill, batch, tokens, *longest)
 
 
 def _from_sent(observations: Observations) -> Observations:

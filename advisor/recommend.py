@@ -299,7 +299,7 @@ def recommend(
     rivals = _rivals(splits, slo)
     goodputs = splits.goodputs()[:, [likely.index(fleet) for fleet in rivals]]
     best_of_draw = np.argmax(goodputs, axis=1) if draws else np.zeros(0, dtype=int)
-    candidates = []
+    candidates, longer = [], fit.longer(schedule)
     for fleet in fleets:
         held = points[fleet]
         load = predicted_load(fit, schedule, fleet)
@@ -315,7 +315,7 @@ def recommend(
                 prefill_load=load.prefill,
                 decode_batch=load.batch,
                 decode_tokens_per_s=splits.decode_tokens_per_s(fleet),
-                extrapolated=fit.outside(load),
+                extrapolated="; ".join(filter(None, (fit.outside(load), longer))),
                 stressed=stressed(window, fleet, fit.profile, slo) if fleet in likely else math.nan,
                 kept=_kept(held, splits.anchors[fleet], splits.drawn[fleet]),
             )
@@ -326,7 +326,7 @@ def recommend(
     regret = _regret(goodputs, rivals.index(best.fleet))
     unseen = _unseen(fit, candidates, best, laws, window)
     excess = fit.calibration.excess
-    sure = enough(regret, unseen, excess, len(usable))
+    sure = enough(regret, unseen, excess, len(usable)) and not longer
     if excess > EXPLAINED:
         warnings.append(
             f"the laws do not explain the runs: they miss them by {math.sqrt(excess):.1f} times what chance does, so a mechanism "

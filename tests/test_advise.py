@@ -231,6 +231,16 @@ def test_where_enough_is_known_nothing_is_said_to_be_measured_next() -> None:
     assert answer.sure
     assert answer.best.wins < 0.8
     assert not any("measure next" in line for line in answer.warnings)
+    # The same requests with prompts six times as long, a sixth as often: no run had any of such a length.
+    asked = lognormal(150, 0.5 * rate / 6, 9)
+    longer = replace(asked, prompt_tokens=6 * asked.prompt_tokens)
+    beyond = recommend(three_runs(demo, rate), longer, gpus=8, slo=Slo.parse("ttft<60s"), draws=6, refuse=False)
+    assert not beyond.sure
+    assert all("extrapolated: prompts of" in c.extrapolated for c in beyond.candidates)
+    assert any(line.startswith(f"{beyond.best.fleet}: extrapolated: prompts of") for line in beyond.warnings)
+    answers = replace(asked, output_tokens=20 * asked.output_tokens)
+    assert answer.fit.longer(answers).startswith("extrapolated: prompts with their answers of")
+    assert answer.fit.longer(asked) == ""
 
 
 def test_every_figure_lies_in_its_interval_and_every_split_is_there() -> None:
