@@ -27,9 +27,6 @@ from traces.records import Fleet, Run, Schedule
 from traces.shape import to_rate
 from traces.store import Store
 
-SURE = 0.8
-"""Share of the draws that the answer must win, or its rival lose too little to matter."""
-
 PROBE_S = 45.0
 """How long the requests of a probe are spread over at most."""
 
@@ -93,7 +90,7 @@ def probe(
             answer = _assessed(store, runs, schedule, gpus, slo, gpus_per_worker, attainment, seed)
             if answer is not None:
                 note(_known(answer))
-            if answer is not None and _sure(answer) and len(runs) >= 3:
+            if _sure(answer):
                 return Probing(group, [r.id for r in runs], True, "the answer is sure", budget_s - left)
             if left < LEAST_S:
                 return Probing(group, [r.id for r in runs], False, "the budget is spent", budget_s - left)
@@ -163,13 +160,9 @@ def _known(answer: Recommendation) -> str:
     return f"{text}; not sure: {answer.refused}" if answer.refused else text
 
 
-def _sure(answer: Recommendation) -> bool:
-    """Nothing unseen, and the answer wins most draws, or its rival is worth within 3 % of it anyway."""
-    if answer.refused:
-        return False
-    if answer.best.wins >= SURE or answer.runner_up is None:
-        return True
-    return abs(answer.gap) <= 0.03
+def _sure(answer: Recommendation | None) -> bool:
+    """Is there an answer that calls itself sure? What ends the probing is what stands in it."""
+    return answer is not None and answer.sure
 
 
 def _next(

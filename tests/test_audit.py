@@ -261,6 +261,7 @@ def test_auto_measures_until_its_budget_and_puts_the_split_back(
         assert set(answer["audit"]["schemes"]) == {"run", "ratio", "rate"}
         needed = answer["needed"]
         assert needed["prefill"] + needed["decode"] == needed["gpus"] <= needed["high"]
+        assert answer["sure"] or not answer["probing"]["sure"]
         assert answer["cost"]["usd_per_m_output_tokens"]["low"] <= answer["cost"]["usd_per_m_output_tokens"]["value"]
         with open_store(url) as store:
             kept = store.recommendation(answer["recommendation"])
