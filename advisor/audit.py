@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from advisor.model import METRICS, asked, fit_laws
 from advisor.parallel import each
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
+from loadgen.ports import loopback
 from traces.errors import NotEnoughDataError
 from traces.measures import Slo, quantile, summarise, worth_per_s
 from traces.records import Fleet, Observations
@@ -205,7 +207,7 @@ def _decisions(data: Sequence[RunData], slo: Slo) -> list[dict[str, Any]]:
 
 
 def confounders(data: Sequence[RunData], residuals: Mapping[int, float] | None = None) -> list[str]:
-    """Drift, mixed systems, prefix hits, a late generator and closed loops, each in one line; [] where none is seen.
+    """Drift, mixed systems and hosts, prefix hits, a late generator and closed loops, each in one line; [] where none is seen.
 
     residuals: of each run by id, log(predicted / measured) TPOT p50 by laws of all of them; without, these laws are fitted now.
     """
@@ -219,9 +221,24 @@ def confounders(data: Sequence[RunData], residuals: Mapping[int, float] | None =
     ):
         if len(values) > 1:
             found.append(f"mixed {word}: {', '.join(sorted(values))}; laws of one do not hold for the other")
+    hosts = {where for one in data if (where := _hosts(one.run.endpoint))}
+    if len(hosts) > 1:
+        found.append(
+            f"mixed hosts: {', '.join(sorted(hosts))}; where these are different machines, laws of one do not hold "
+            "for the other: learn from one with --endpoint-name URL"
+        )
     for one in data:
         found += _of_run(one)
     return found + _drift(data, residuals)
+
+
+def _hosts(endpoint: str) -> str:
+    """Whom the URLs of a run's endpoint name, ports aside, this machine by one name; "" where it is no URL."""
+    try:
+        named = {urlsplit(url).hostname or "" for url in endpoint.split()}
+    except ValueError:  # who imports rows may call the place what they like
+        return ""
+    return " and ".join(sorted({"this machine" if loopback(host) else host for host in named if host}))
 
 
 def _of_run(one: RunData) -> list[str]:

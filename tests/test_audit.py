@@ -141,6 +141,20 @@ def test_what_spoils_the_data_is_named(runs: list[RunData]) -> None:
     assert any("mixed engines" in line for line in confounders(mixed))
     said = [replace(one, run=replace(one.run, engine_version=f"0.{31 + k}")) for k, one in enumerate(runs[:2])]
     assert any("mixed engine versions: 0.31, 0.32" in line for line in confounders([*said, runs[2]]))
+    for urls, words in (
+        (
+            ("http://a:8000", "https://b:8000 https://c:8000"),
+            "mixed hosts: a, b and c; where these are different machines",
+        ),
+        (("http://127.0.0.1:8001", "http://localhost:8002"), ""),
+        (("http://a:8000", "http://a:8001"), ""),
+        (("http://a:8000", "H100"), ""),
+        (("http://a:8000", "http://[b"), ""),
+    ):
+        two = [replace(one, run=replace(one.run, endpoint=url)) for one, url in zip(runs[:2], urls, strict=True)]
+        (told,) = confounders(two) or [""]
+        assert told.startswith(words), urls
+        assert bool(told) == bool(words), urls
     late = replace(runs[0], run=replace(runs[0].run, lag_p99_ms=400.0))
     assert any("late at p99" in line for line in confounders([late]))
     half = float(runs[0].observations.prompt_lengths.sum()) / 2
