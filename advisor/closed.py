@@ -280,7 +280,7 @@ def advise_closed(
             "another --gpus or --gpus-per-worker."
         )
     mine = [p for p in points if p.system == last.system]
-    _enough(points, mine, asked, splits)
+    _enough(points, mine, asked, splits, widths)
     errors, spreads = _spreads(points)
     model = Closed.fit(points)
     told = model.predict([Point(f, widths, last.system, asked) for f in splits])
@@ -295,6 +295,8 @@ def advise_closed(
             "Lower --concurrency, loosen --slo, or give more --gpus."
         )
     best, *rest = ranked
+    apart = max(SAME, errors["throughput_per_s"])
+    close = next((c for c in rest[:1] if _close(best, c, apart)), None)
     unseen = next((c for c in ranked[:2] if not c.measured), None) or best
     beyond = _beyond(mine, asked)
     answer = ClosedAnswer(
@@ -308,8 +310,8 @@ def advise_closed(
         errors,
         len({p.split for p in points}),
         _probe(unseen.fleet, concurrency, "it is the answer" if unseen is best else "it is the closest rival"),
-        not beyond and not (rest and _close(best, rest[0])),
-        _words(best, rest, known, wanted, errors, near, candidates) + beyond,
+        not beyond and not close,
+        _words(best, close, known, wanted, errors, near, candidates) + beyond,
     )
     digest = hashlib.sha256("".join(sorted(run.schedule_digest for run in known)).encode()).hexdigest()
     said = answer.as_json() | {"version": __version__}
@@ -327,8 +329,19 @@ def _probe(fleet: Fleet, concurrency: float, why: str) -> dict[str, Any]:
     }
 
 
-def _enough(points: Sequence[Point], mine: Sequence[Point], asked: Aggregate, splits: Sequence[Fleet]) -> None:
+def _enough(
+    points: Sequence[Point], mine: Sequence[Point], asked: Aggregate, splits: Sequence[Fleet], widths: tuple[int, int]
+) -> None:
     """NotEnoughDataError, with the measurement that is missing."""
+    known = sorted({p.widths for p in mine})
+    if widths not in known:
+        had = " or ".join("{},{}".format(*pair) for pair in known)
+        raise NotEnoughDataError(
+            f"the aggregates were measured with {had} GPUs a worker, which does not tell what workers of "
+            f"{widths[0]},{widths[1]} do. Measure next: {_probe(splits[len(splits) // 2], asked.concurrency, '')['command']}, "
+            f"prefill_gpus {widths[0]} and decode_gpus {widths[1]}; or ask about those measured: "
+            f"--gpus-per-worker {known[0][0]},{known[0][1]}"
+        )
     seen = Counter(p.fleet for p in points)
     if len(seen) < SPLITS:
         other = [f for f in splits if f not in seen] or list(splits)
@@ -428,9 +441,12 @@ def _candidate(
     return Candidate(fleet, figures, meets, bool(same), outside)
 
 
-def _close(best: Candidate, rival: Candidate) -> bool:
-    """May the rival serve more, by the interval of the one of them that is predicted?"""
+def _close(best: Candidate, rival: Candidate, apart: float) -> bool:
+    """May the rival serve more, by the interval of one of them? Of two that were measured once each nobody knows how they would
+    repeat: those that differ by less than ``apart``, as splits left out are missed, are not told from each other."""
     a, b = (c.figures["throughput_per_s"] for c in (best, rival))
+    if math.isnan(a["low"]) and math.isnan(b["low"]):
+        return b["value"] > a["value"] * (1 - apart)
     return b["value"] > a["low"] or b["high"] > a["value"]
 
 
@@ -446,7 +462,7 @@ def _same(one: Aggregate, asked: Aggregate) -> bool:
 
 def _words(
     best: Candidate,
-    rest: Sequence[Candidate],
+    close: Candidate | None,
     runs: Sequence[Run],
     slo: Slo,
     errors: dict[str, float],
@@ -457,8 +473,8 @@ def _words(
         "these are means of closed loops: they say nothing about queueing at an open-loop rate, and nothing about percentiles. "
         "For that measure: steelyard replay TRACE --endpoint URL --fleet " + str(best.fleet)
     ]
-    if rest and _close(best, rest[0]):
-        found.append(f"{rest[0].fleet} is within the interval: measure both before you rely on the difference")
+    if close:
+        found.append(f"{close.fleet} may serve as much: measure both before you rely on the difference")
     if errors["ttft_s"] > 0.15 or errors["tpot_s"] > 0.05:
         found.append(
             f"splits left out are missed by {errors['tpot_s']:.0%} (TPOT), {errors['ttft_s']:.0%} (TTFT) and "

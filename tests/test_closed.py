@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from advisor.advise import beside_means
 from advisor.cli import main
-from advisor.closed import Point, left_out
+from advisor.closed import Candidate, Point, _close, left_out
 from loadgen.cluster import Profile, simulate_batches
 from loadgen.imports import Mean, read_aggregates, store_aggregates
 from traces.records import CLOSED_LOOP, Aggregate, Fleet, Schedule
@@ -128,6 +129,9 @@ def test_a_rate_is_no_question_for_means(tmp_path: Path, capsys: pytest.CaptureF
     code, _, err = run(["advise", "--concurrency", "1000", *db], capsys)
     assert code == 5
     assert "at 1000 requests in flight" in err
+    code, _, err = run(["advise", "--concurrency", "64", "--gpus", "16", "--gpus-per-worker", "2,2", *db], capsys)
+    assert code == 5
+    assert "measured with 1,1 GPUs a worker, which does not tell what workers of 2,2 do. Measure next: " in err
     code, _, err = run(["advise", "--concurrency", "64", "--slo", "ttft<1ms", *db], capsys)
     assert code == 3
     code, _, err = run(["advise", "--concurrency", "64", "--run", "1", "--run", "5", *db], capsys)
@@ -158,6 +162,27 @@ def test_lengths_that_were_not_measured_are_said_and_far_ones_refused(
             noted = [line for line in said["warnings"] if "lengths" in line]
             assert bool(noted) == (name != "same"), name
             assert not (noted and said["sure"])
+
+
+def test_of_splits_measured_once_each_the_better_by_a_hair_is_not_sure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody knows how 2:6 and 3:5 would repeat: the rival is named, unless they differ by more than the laws miss."""
+    db, path = ["--db", f"sqlite:///{tmp_path}/c.db"], tmp_path / "means.csv"
+    header, *rows = DATA.read_text().splitlines()
+    kept = [row for row in rows if row.split(",")[1] in "236"]
+    path.write_text("\n".join([header, *kept]).replace("140.45,30.129", "140.45,27.9") + "\n")
+    run(["runs", "import", str(path), *IMPORT[3:], *db], capsys)
+    code, said, _ = run(["advise", "--concurrency", "64", "--slo", "tpot<50ms", *db], capsys)
+    rival = said["runner_up"]
+    assert (code, said["prefill"], rival["prefill"], rival["measured"]) == (0, 2, 3, True)
+    assert not said["sure"]
+    assert any(line.startswith("3:5 may serve as much: measure both") for line in said["warnings"])
+    once = {"low": math.nan, "high": math.nan}
+    best, near, far = (
+        Candidate(Fleet(1, 1), {"throughput_per_s": {"value": value} | once}, True, True, "") for value in (10, 9, 7)
+    )
+    assert [_close(best, other, 0.112) for other in (near, far)] == [True, False]
 
 
 ROW = {
