@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -137,6 +138,29 @@ def test_a_steady_load_moves_nothing_back_and_forth() -> None:
         moves[name] = len(steering.moves)
     assert moves["ours"] == 0
     assert moves["report"] >= moves["ours"]
+
+
+@pytest.mark.parametrize("kv_tokens", [0, 50_000])
+def test_a_simulated_rule_sees_the_context_that_is_in_place(kv_tokens: int) -> None:
+    """Ten answers of 1,000 tokens to prompts of 200, evenly through: 700 each, as engines tell it, also where 1,200 are reserved.
+
+    As many are admitted as before: where 1,200 each have room, ten; where not, nine.
+    """
+    laws = Profile(name="t", c0_s=0.01, kv_tokens=kv_tokens)
+    schedule = Schedule("s", np.arange(10), np.arange(10.0), np.full(10, 200), np.full(10, 1000))
+    seen: list[Sample] = []
+
+    def watch(now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> None:
+        seen.extend(s for s in samples if s.role == "decode")
+
+    simulate(schedule, Fleet(1, 1), laws, controller=watch, tick_s=9.5)
+    sample = seen[0]
+    assert sample.running_requests == 10
+    assert (sample.kv_used_tokens or 0) / 10 == pytest.approx(700, abs=10)
+    assert sample.kv_used_ratio == (pytest.approx((sample.kv_used_tokens or 0) / kv_tokens) if kv_tokens else None)
+    seen.clear()
+    simulate(schedule, Fleet(1, 1), replace(laws, kv_tokens=11_999), controller=watch, tick_s=9.5)
+    assert (seen[0].running_requests, seen[0].waiting_requests) == (9, 1)
 
 
 def test_queues_are_sums_by_role() -> None:

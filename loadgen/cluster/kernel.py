@@ -1051,7 +1051,9 @@ class Cluster:
             tokens = sum(j.prompt_tokens - j.done for j in queued) + sum(j.prompt_tokens for j in waiting)
             if cut is not None and not cut.gone:
                 tokens += cut.prompt_tokens - cut.done
-            used = (w.base + w.size * (w.step + done) if self._preempts else w.kv_used) if answers else 0
+            # What is in place, as engines tell it, also where whole answers are reserved: a rule is tuned on what it will meet.
+            # The share is of the same tokens: the capacity is learned from the two.
+            used = w.base + w.size * (w.step + done) if answers else 0
             yield Sample(
                 at,
                 str(w.id),

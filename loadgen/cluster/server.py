@@ -70,7 +70,7 @@ METRICS: dict[str, tuple[Any, str]] = {
     "waiting_requests": (GaugeMetricFamily, "requests queued (prefill) or waiting to be admitted (decode)"),
     "running_requests": (GaugeMetricFamily, "requests in the current batch"),
     "waiting_tokens": (GaugeMetricFamily, "prompt tokens queued"),
-    "kv_used_tokens": (GaugeMetricFamily, "tokens of KV cache in use or reserved"),
+    "kv_used_tokens": (GaugeMetricFamily, "tokens of KV cache in place"),
     "kv_used_ratio": (GaugeMetricFamily, "the same as a share of the capacity"),
     "busy_s_total": (CounterMetricFamily, "seconds with work in hand"),
     "steps_total": (CounterMetricFamily, "forward passes"),
