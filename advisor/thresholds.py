@@ -121,9 +121,9 @@ def backlog_thresholds(rule: policy.DemandRule | policy.BacklogRule, fleet: Flee
     """What a rule's numbers mean in seconds of backlog and in a server's own units, at the fleet it starts from.
 
     prefill: ``up_backlog_s``, seconds of work before each prefill worker at which one more is asked for when nothing arrives
-    (arrivals lower it in proportion); ``down_backlog_s``, below which it may give one away; ``waiting_tokens`` a worker: the
-    same. decode: sequences a worker, running and waiting, at which the step or the batch reaches its limit, and those below
-    which it may give one.
+    (arrivals lower it in proportion); ``down_backlog_s``, below which it may give one away, the others then having its backlog
+    (0 where there is one worker); ``waiting_tokens`` a worker: the same. decode: sequences a worker, running and waiting, at
+    which the step or the batch reaches its limit, and those below which it may give one.
     """
     if isinstance(rule, policy.BacklogRule):
         demand = policy.DemandRule(rule.laws, rule.mean_prompt, rule.mean_output, rule.slo, tpot_share=rule.tpot_share)
@@ -133,6 +133,7 @@ def backlog_thresholds(rule: policy.DemandRule | policy.BacklogRule, fleet: Flee
         demand, share = rule, max(0.0, 1 - rule.gain / rule.up)
         up = rule.up * rule.target * rule.clear_s
         down = up * share
+    down *= (fleet.prefill - 1) / fleet.prefill  # so far what the move may leave before each of those that stay
     level = demand.up if isinstance(rule, policy.DemandRule) else 1.0
     batch = _batch_at(demand, level)
     return {

@@ -17,6 +17,7 @@ from advisor.thresholds import (
     CONSTANT_DRAWS,
     Found,
     Score,
+    backlog_thresholds,
     constant,
     defaults,
     find,
@@ -170,6 +171,23 @@ def test_the_table_of_thresholds_is_the_rule(found: Found) -> None:
     assert table["decode"]["up_running_requests"] > table["decode"]["down_running_requests"] > 0
     fronts = [(p["switches_per_h"], p["goodput_per_s"]) for p in table["pareto"]]
     assert fronts == sorted(fronts)
+
+
+@pytest.mark.parametrize("backlog", [False, True])
+def test_prefill_gives_a_worker_below_the_threshold_that_is_told(backlog: bool) -> None:
+    """With decode in want, a move is made just below it and none just above: the others have to take on what is left."""
+    laws = Profile(name="t", b_s_per_token=1e-4, c0_s=0.01, max_batch=10)
+    rule = policy.BacklogRule(laws, 1000, 100) if backlog else policy.DemandRule(laws, 1000, 100)
+    for workers in range(1, 5):
+        fleet = Fleet(workers, 4)
+        told = backlog_thresholds(rule, fleet)["prefill"]["down_waiting_tokens"] * workers
+        assert (told == 0) == (workers == 1)
+        for share in (0.95, 1.05):
+            waiting = round(told * share)
+            seen = policy.Queues(round(waiting / 1000), waiting, 41 if backlog else 0, 40)
+            state = rule.decide(policy.State(), seen, fleet, 0, 0.0)[0]
+            target = rule.decide(state, seen, fleet, 0, 60.0)[1]
+            assert target == (Fleet(workers - 1, 5) if share < 1 < workers else None)
 
 
 def test_the_same_seed_gives_the_same_thresholds() -> None:
