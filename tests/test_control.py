@@ -16,16 +16,19 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import msgpack
+import numpy as np
 import pytest
 import zmq
 
 import loadgen.control
 from advisor.cli import main
+from advisor.cli.steering import rule_of
 from loadgen.client import target
 from loadgen.cluster import Profile
 from loadgen.cluster.embedded import embedded
@@ -48,12 +51,13 @@ from loadgen.control.online import Controller, Ledger, Planned, measured
 from loadgen.control.reference import Reference
 from loadgen.control.sglang import SGLang
 from loadgen.engines import Worker
-from loadgen.policy import BacklogRule, CountRule, Steering, table_of
+from loadgen.policy import CountRule, DemandRule, Forecast, Steering, table_of
 from loadgen.scrape import Scraper
 from tests.pages import Pages
 from tests.test_replay import rename
 from traces.errors import EndpointError, InputError, StoreError
-from traces.records import Decision, Fleet, FleetChange, Observations, Sample
+from traces.records import Decision, Fleet, FleetChange, Observations, Sample, Schedule
+from traces.shape import scale_rate
 from traces.store import open_store
 
 
@@ -1122,6 +1126,31 @@ def test_every_decision_has_its_reason_and_repeats_are_counted() -> None:
     assert all(c.asked_s < c.joined_s <= c.ready_s for c in changes)
 
 
+def test_a_change_is_seen_before_the_next_tick(server: str) -> None:
+    """What a move took is not rounded up to whole ticks; the rule is asked at ticks alone."""
+    control, seen = Reference(endpoint(server)), threading.Event()
+    before = control.get().fleet
+    changes: list[FleetChange] = []
+
+    def on_change(change: FleetChange) -> None:
+        changes.append(change)
+        seen.set()
+
+    reads = []
+
+    def read() -> list[Sample]:
+        reads.append(1)
+        return queues(0, 0)
+
+    with Keeper(control, "run") as keeper:
+        zero = time.monotonic() - 59.9  # a tick is near, the next one a minute later
+        with Controller(keeper, read, Planned([(0.0, Fleet(2, 4))]), zero, on_change, tick_s=60.0):
+            assert seen.wait(40)
+    assert control.get().fleet == before == Fleet(3, 3)
+    assert len(reads) == 1
+    assert changes[0].asked_s < changes[0].joined_s <= changes[0].ready_s
+
+
 def test_no_more_moves_an_hour_than_allowed() -> None:
     control = Fake(Fleet(1, 5))
     decisions, _ = steer(control, lambda: queues(9, 0), 0.6, most_per_hour=2)
@@ -1301,16 +1330,36 @@ def test_decisions_and_costs_are_rows(made_db_url: str) -> None:
 def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By thresholds, at the tick that is typed instead of theirs."""
+    """By thresholds, at the tick that is typed instead of theirs, and without a forecast by a clock that live traffic has not."""
     db, file = f"sqlite:///{tmp_path / 'a.db'}", tmp_path / "t.json"
-    file.write_text(json.dumps(table_of(BacklogRule(Profile.load("constant"), 100.0, 10.0)) | {"tick_s": 3600.0}))
+    rule = DemandRule(Profile.load("constant"), 100.0, 10.0, forecast=Forecast((9.0,) * 12, (9.0,) * 12, 60.0))
+    file.write_text(json.dumps(table_of(rule) | {"tick_s": 3600.0}))
     how = ["--policy", "online", "--thresholds", str(file), "--for", "1.2", "--tick", "0.2"]
     assert main(["control", "run", server, *how, "--json", "--db", db]) == 0
-    said = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert f"{file}: the rule moves without its forecast" in told.err
+    said = json.loads(told.out)
     assert said["moves"] == 0
     assert {d["action"] for d in said["decisions"]} == {"hold"}
     with open_store(db) as store:
         assert sum(d.repeats for d in store.decisions(None)) >= 4
+
+
+def test_a_forecast_with_a_clock_is_kept_for_the_traffic_it_was_learned_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its phase is that of the schedule: at another rate, or on live traffic, it would move for turns that do not come."""
+    n = np.arange(4)
+    schedule = Schedule("s", n, n * 1.0, n + 1, n + 1)
+    rule = DemandRule(Profile.load("constant"), 100.0, 10.0, forecast=Forecast((9.0,) * 12, (9.0,) * 12, 60.0))
+    known = table_of(rule) | {"where": "recommendation 1", "schedule_digest": schedule.digest()}
+    assert rule_of({}, known, None, None, None, schedule) == rule
+    plain = replace(rule, forecast=Forecast((9.0,) * 6, (9.0,) * 6))
+    assert rule_of({}, known | table_of(plain), None, None, None) == plain
+    assert capsys.readouterr().err == ""
+    for other in (None, scale_rate(schedule, 2.0)):
+        assert rule_of({}, known, None, None, None, other) == replace(rule, forecast=None)
+        assert "recommendation 1: the rule moves without its forecast" in capsys.readouterr().err
 
 
 def test_a_controller_reads_the_workers_of_a_targets_file(

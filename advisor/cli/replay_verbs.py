@@ -413,7 +413,7 @@ def _strategy(
         if kind == "static":
             return schedule, {}
         prompt, output = (float(np.mean(tokens)) for tokens in (schedule.prompt_tokens, schedule.output_tokens))
-        rule = rule_of(options, known, slo, prompt, output)
+        rule = rule_of(options, known, slo, prompt, output, schedule)
         tick_s = seconds_between(options["tick"], known)
         return schedule, {"steering": policy.Steering(rule), "policy": kind} | limits | {"tick_s": tick_s}
     if kind != "static":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from advisor.cli.common import typed
+from advisor.cli.common import typed, warn
 
 LAWS = click.option(
     "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
@@ -69,7 +70,7 @@ def thresholds(store: Any, options: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(
             f"{where} holds no thresholds: its answer is to stand still. Ask for some: steelyard advise --strategy online"
         )
-    return found | {"where": where}
+    return found | {"where": where, "schedule_digest": held.get("schedule_digest")}
 
 
 def seconds_between(tick_s: float, known: dict[str, Any] | None) -> float:
@@ -83,8 +84,13 @@ def rule_of(
     slo: Any,
     mean_prompt: float | None,
     mean_output: float | None,
+    schedule: Any = None,
 ) -> Any:
-    """The rule of --policy online or online-report. known: of :func:`thresholds`. mean_prompt, mean_output: tokens (--laws)."""
+    """The rule of --policy online or online-report. known: of :func:`thresholds`. mean_prompt, mean_output: tokens (--laws).
+
+    schedule: what is replayed; None for live traffic. Only that of the answer has the clock that a forecast was learned by; any
+    other gets the rule without the forecast.
+    """
     from loadgen import policy
     from loadgen.cluster import Profile
     from traces.errors import InputError
@@ -96,7 +102,17 @@ def rule_of(
         rule = "the 1.5x counts of --policy online-report" if known is None else f"the thresholds of {known['where']}"
         raise click.UsageError(f"{given} would not count: {rule} are a whole rule. Leave it out.")
     if known is not None:
-        return policy.rule_of(known, str(known["where"]))
+        found = policy.rule_of(known, str(known["where"]))
+        if not isinstance(found, policy.DemandRule) or found.forecast is None or not found.forecast.period_s:
+            return found
+        if schedule and schedule.digest() == known.get("schedule_digest"):
+            return found
+        warn(
+            f'{known["where"]}: the rule moves without its forecast (scored as "online, reactive"), whose clock, a period of '
+            f"{found.forecast.period_s:.4g} s, counts from the first second of the traffic it was learned from: "
+            + ("this replay asks otherwise." if schedule else "live traffic has another beginning.")
+        )
+        return replace(found, forecast=None)
     if options["policy"] == "online-report":
         return policy.CountRule()
     if not options["laws"]:
