@@ -19,6 +19,9 @@ from loadgen.control import Control, FailedError, LostError, Standing, has_grown
 from traces.errors import EndpointError, InputError, StoreError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 
+LOOK = 0.05
+"""A change that is not in force yet is looked for after that share of its age, and not sooner than as many seconds."""
+
 
 class Steering(Protocol):
     """A rule with its state, asked each tick (:class:`loadgen.policy.Steering`). why: of the last answer, also of None."""
@@ -86,6 +89,7 @@ class Controller:
     change when it is in force, or with ``ready_s`` NaN at the end, when it failed or another
     overtook it. on_decision gets every decision, those that repeat
     counted together; on_said a line when the decision is another one; on_standing what the control says at every tick.
+    Between ticks a change on its way is looked for (:data:`LOOK`): what it took is known finer than the ticks are apart.
     Nothing is moved while the last reading is older than stale_s seconds, nor when ``most_per_hour`` moves were made
     within the last hour. missed: ticks without a reading.
     """
@@ -137,11 +141,19 @@ class Controller:
 
     def _main(self) -> None:
         when = self._zero + self._tick_s
-        while not self._stop.wait(max(0.0, when - time.monotonic())):
+        while not self._stop.wait(max(0.0, min(when - time.monotonic(), self._look_s()))):
+            tick = time.monotonic() >= when
             try:
-                self._tick()
+                if tick:
+                    self._tick()
+                else:
+                    self._arrived()
             except (EndpointError, InputError) as error:
-                self.missed += 1
+                if not tick and not isinstance(
+                    error, FailedError
+                ):  # said at the tick, if it lasts; that it failed is said once
+                    continue
+                self.missed += tick
                 age = self._now() - self._fresh_s
                 if isinstance(error, LostError):
                     self._decide("refused", None, str(error))
@@ -149,7 +161,12 @@ class Controller:
                     self._decide("stale", None, f"no reading for {age:.0f} s, nothing is moved ({error})")
             except Exception as error:  # a fault of the rule or of an engine's answer must not end this thread unseen
                 self._decide("hold", None, f"this tick failed ({type(error).__name__}: {error}), nothing is moved")
-            when = max(when + self._tick_s, time.monotonic())
+            if tick:
+                when = max(when + self._tick_s, time.monotonic())
+
+    def _look_s(self) -> float:
+        """Seconds until a change on its way is looked for again."""
+        return LOOK * max(1.0, self._now() - self._pending[-1].asked_s) if self._pending else math.inf
 
     def _arrived(self) -> tuple[Fleet | None, int]:
         """(fleet asked for, workers on their way) as the endpoint says; changes that are in force now are handed on."""
