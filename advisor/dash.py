@@ -31,7 +31,7 @@ from advisor.report.parts import Section, Table
 from advisor.report.sections import distributions, lag, over_time, run_facts, servers, traffic_sections
 from loadgen.ports import HERE, LOOPBACK, Door
 from traces.aggregate import APPROXIMATE
-from traces.errors import EndpointError, InputError, SteelyardError
+from traces.errors import EndpointError, InputError, SteelyardError, understood
 from traces.measures import Slo
 from traces.records import Run
 from traces.store import Store
@@ -153,8 +153,9 @@ class Dash:
             body = [f"<header><p>{e(row['kind'])}</p><h1>Stored {e(row['created_at'])}</h1></header>"]
             return Page(f"Answer {number}", [*body, f"<pre><code>{e(text)}</code></pre>"], data=row["answer"])
         answer = dict(row["answer"]) | {k: row[k] for k in ("id", "created_at", "version", "seed", "run_ids")}
-        report = gather(self._store, answer, commands=[f"steelyard report --recommendation {number}"])
-        return Page(report.title, body_of(report), figures(report.sections), report.as_json())
+        with understood(f"recommendation {number}", "Make another: steelyard advise"):
+            report = gather(self._store, answer, commands=[f"steelyard report --recommendation {number}"])
+            return Page(report.title, body_of(report), figures(report.sections), report.as_json())
 
     def compare(self, numbers: Sequence[int]) -> Page:
         """Every run against the first, with what makes the comparison doubtful."""
@@ -235,7 +236,7 @@ def _minute(stamp: str) -> str:
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for a in answers:
-        said = a["answer"].get("sentence") or f"{a['kind']} on {a['answer'].get('source', '?')}"
+        said = str(a["answer"].get("sentence") or f"{a['kind']} on {a['answer'].get('source', '?')}")
         rows.append(
             [f"answer {a['id']}", said, ", ".join(map(str, a["run_ids"][:12])) or "–", _minute(a["created_at"])]
         )

@@ -11,25 +11,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import io
+import json
+import math
 import random
 import re
 import resource
+import sqlite3
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from loadgen.cluster import simulate
 from loadgen.cluster.laws import Profile, shipped_profiles
 from loadgen.discover import Worker, read_targets
 from loadgen.imports import observations
 from loadgen.imports import read as read_results
 from loadgen.scrape import read as read_metrics
 from loadgen.stream import Answer
-from traces.errors import CONTROLS, SteelyardError
+from traces import store
+from traces.errors import CONTROLS, SteelyardError, StoreError
 from traces.ingest import ingest
 from traces.profiles import servegen
+from traces.records import Decision, Fleet, FleetChange, Histogram, Run, Sample
 from traces.store import open_store
 
 DATA = Path(__file__).parent / "data"
@@ -152,6 +163,114 @@ def answer(data: bytes, folder: Path) -> None:
         raise AssertionError(f"{found.error} {found.detail} {found.chunks}")
 
 
+ODD: list[Any] = [
+    None, 0, -1, 2**40, -(2**62), 0.5, 9e999, -1e300, "", "{}", "[]", "null", "5", '"x"', "1e999", "NaN", '{"a": null}',
+    '{"a": "b"}', '{"0": 1}', "[null]", "[[]]", '[{"a": 1}]', "[" * 3000,
+]  # fmt: skip
+
+
+def spoiled_json(text: str, rng: random.Random) -> str:
+    """The same with one of its values another, or gone."""
+    held = whole = json.loads(text)
+    while held:
+        key = rng.choice(list(held) if isinstance(held, dict) else range(len(held)))
+        if isinstance(held[key], (dict, list)) and rng.random() < 0.8:
+            held = held[key]
+        elif rng.random() < 0.3:
+            del held[key]
+            break
+        else:
+            held[key] = rng.choice(["", "x", None, -1, 0, 1e300, 2**70, True, [], {}, [None], {"a": "b"}])
+            break
+    return json.dumps(whole)
+
+
+def database(data: bytes, folder: Path) -> None:
+    """A column of a database with a trace, three runs and an answer gets another value; the bytes say which, and what value."""
+    from advisor.cli import main as steelyard
+
+    rng = random.Random(data)
+    store.EXACT_ROWS = rng.choice([10, 100_000])  # from kept counts, or from rows
+    (folder / "odd.db").write_bytes(whole_database())
+    with contextlib.closing(sqlite3.connect(folder / "odd.db")) as connection, connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
+        table = rng.choice(sorted(name for (name,) in tables))
+        column = rng.choice([name for _, name, *_ in connection.execute(f'PRAGMA table_info("{table}")')])
+        (was,) = connection.execute(f'SELECT "{column}" FROM "{table}"').fetchone() or ("",)
+        text = data.decode("utf-8", "replace")
+        odd = rng.choice([*ODD, text, data])
+        if str(was)[:1] in ("{", "["):
+            odd = rng.choice([odd, spoiled_json(was, rng), spoiled_json(was, rng)])
+        with contextlib.suppress(sqlite3.IntegrityError):
+            connection.execute(f'UPDATE "{table}" SET "{column}" = ?', [odd])
+    db = ["--db", f"sqlite:///{folder / 'odd.db'}"]
+    few = ["--requests", "20", "--trace", "t", "--rate", "5", "--gpus", "3"]
+    refused = ""
+    for verb in (
+        [], ["traces"], ["traces", "show", "t"], ["runs"], ["runs", "show", "1"], ["compare", "1", "2"], ["runs", "export", "1"],
+        ["report", "--recommendation", "latest"], ["advise", *few],
+    ):  # fmt: skip
+        out = ["--out", str(folder / "out")] if verb[:1] == ["report"] or "export" in verb else []
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = steelyard([*verb, *out, *db] if verb else db)
+        if code == 1:  # what comes before the last line is what was found until then
+            refused = said.getvalue().strip().rpartition("\n")[2]
+    if refused:
+        raise StoreError(refused)
+
+
+@functools.cache
+def whole_database() -> bytes:
+    """A SQLite file with something in every table that a reader asks."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "whole.db"
+        store.EXACT_ROWS = 10
+        make_database(path)
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=DELETE")  # one file
+        return path.read_bytes()
+
+
+def make_database(path: Path) -> None:
+    from advisor.cli import main as steelyard
+
+    profile = Profile.load("demo")
+    with open_store(f"sqlite:///{path}") as held:
+        times = "".join(f"2023-11-16 18:15:{46 + k / 10:09.6f}0,{200 + k % 7},{20 + k % 5}\n" for k in range(80))
+        (path.parent / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + times)
+        ingest(held, [path.parent / "t.csv"], name="t")
+        schedule = held.schedule("t")
+        for prefill in (1, 2, 1):
+            fleet = Fleet(prefill, 3 - prefill)
+            rows = simulate(schedule, fleet, profile).observations
+            run = held.begin_run(
+                Run("r", "t", schedule.digest(), len(rows), "http://h", "reference", "m", fleet, 1e9, 1, slo="ttft<0.5s",
+                    rate_per_s=10.0)
+            )  # fmt: skip
+            held.add_observations(run.id, rows)
+            held.add_samples(run.id, [Sample(at, "w", "decode", running_requests=1.0) for at in (0.5, 1.5)])
+            held.add_histograms(
+                run.id, [Histogram("w", "prefill", "queue_s", "q", 2.0, 0.2, ((0.1, 1.0), (math.inf, 2.0)))]
+            )
+            change = FleetChange(1.0, 2.0, fleet, Fleet(3 - prefill, prefill), "why")
+            held.add_fleet_change(run.id, change)
+            held.add_decision(run.id, Decision(1.0, 2.0, "hold", fleet, None, "why", 3), "c", 1e9)
+            lag = {"lag_p50_ms": 0.1, "lag_p99_ms": 0.2, "lag_max_ms": 0.3}
+            more = {"costs": {"0": {"cpu_s": 1.0, "max_stall_s": 0.1}}, "sources": {"w": {"role": "decode"}}}
+            more |= {"counts": {"ok": len(rows)}}
+            held.end_run(replace(run, complete=True, verdict="valid", **lag, **more))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if steelyard(["advise", "--requests", "20", "--gpus", "3", "--db", f"sqlite:///{path}"]):
+            raise AssertionError("no advice")
+
+
+def odd_values() -> list[bytes]:
+    whole_database()
+    return ANSWERS + CONFIGURATION
+
+
 def files(*names: str) -> list[bytes]:
     found = [p.read_bytes()[:60_000] for name in names for p in sorted(DATA.glob(name)) if p.is_file()]
     assert found, names
@@ -188,6 +307,7 @@ KINDS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes, Path], None],
     "configuration (TOML)": (lambda: CONFIGURATION, configuration, 0.5),
     "metrics pages": (lambda: [d for d in files("samples/*/*") if b"# " in d[:200]], metrics, 1.0),
     "streamed answers": (lambda: ANSWERS, answer, 2.0),
+    "what a database holds": (odd_values, database, 0.1),
 }
 
 
@@ -242,7 +362,7 @@ def main() -> int:
                 if why:
                     wrong += 1
                     (kept / f"{name.split()[0]}-{number}").write_bytes(data)
-                    if wrong < 4:
+                    if wrong < 14:
                         print(f"BAD {name} {number}: {why}", file=sys.stderr, flush=True)
         grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         wrong += grew > MEMORY_MIB

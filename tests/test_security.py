@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import math
 import re
 import socket
 import sqlite3
@@ -16,7 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -31,8 +35,9 @@ from loadgen.cluster.embedded import embedded
 from loadgen.engines import dialect
 from loadgen.swarm import Job, Swarm
 from tests import advisories
+from tests.test_store import a_run, some_rows
 from traces.errors import MOST_CHARACTERS, InputError
-from traces.records import Fleet, Observations, Schedule
+from traces.records import Fleet, Histogram, Observations, Schedule
 from traces.store import open_store, redact
 
 ROOT = Path(__file__).parent.parent
@@ -430,10 +435,6 @@ def test_a_report_of_hostile_names_runs_no_script(
     made_url: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Script in the names that a database holds is text on the command line's JSON, and control codes do not reach a terminal."""
-    from dataclasses import replace
-
-    from tests.test_store import a_run, some_rows
-
     odd = "<script>alert(1)</script>\x1b[2J\x1b]0;pwned\x07"
     with open_store(made_url) as store:
         for _ in range(2):
@@ -450,6 +451,57 @@ def test_a_report_of_hostile_names_runs_no_script(
         assert "\x1b[2J" not in said, arguments
     assert main(["runs", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["runs"][0]["name"] == odd
+
+
+def test_what_others_wrote_into_the_database_is_one_line(
+    made_url: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Text in a column of numbers, JSON of another shape, an infinite time: refused in one line, or computed again."""
+    with open_store(made_url) as store:
+        run = store.begin_run(replace(a_run(), scheduled=20))
+        store.add_observations(run.id, some_rows(20))
+        store.add_histograms(run.id, [Histogram("w", "decode", "queue_s", "q", 1.0, 0.1, ((math.inf, 1.0),))])
+        costs = {"0": {"cpu_s": 1.0, "max_stall_s": 0.1}}
+        store.figures(store.end_run(replace(run, verdict="valid", complete=True, costs=costs)))
+        store.add_recommendation("static", {"candidates": [5], "sentence": ["x"], "slo": {}}, [run.id], "h", 1)
+    monkeypatch.setenv("STEELYARD_DB", made_url)
+
+    def put(table: str, column: str, value: Any) -> Any:
+        with closing(sqlite3.connect(made_url.removeprefix("sqlite:///"))) as connection, connection:
+            (was,) = connection.execute(f"SELECT {column} FROM {table}").fetchone()
+            connection.execute(f"UPDATE {table} SET {column} = ?", [value])
+        return was
+
+    shown, answered = ("runs", "show", "1"), ("report", "--recommendation", "latest", "--out", str(tmp_path / "r.html"))
+    capfd.readouterr()
+    for table, column, odd, code, verb in (
+        ("summaries", "figures", "{}", 0, shown),
+        ("summaries", "figures", '{"n": "x", "quantiles": {}}', 0, shown),
+        ("summaries", "figures", "[", 1, shown),
+        ("runs", "costs", '{"0": 5}', 0, shown),
+        ("runs", "counts", "null", 1, shown),
+        ("runs", "counts", '{"ok": "x"}', 1, shown),
+        ("runs", "changes", '[["x"]]', 1, shown),
+        ("runs", "warmup_s", "x", 1, shown),
+        ("runs", "scheduled", 2**40, 1, shown),
+        ("runs", "name", b"\xff", 1, ("runs",)),
+        ("runs", "started_unix_s", 9e999, 1, ("runs", "--json")),
+        ("observations", "due_s", "x", 1, shown),
+        ("observations", "sent_s", -9e999, 1, shown),
+        ("observations", "chunks", 2**62, 1, shown),
+        ("observations", "status", b"ok", 1, shown),
+        ("histograms", "buckets", "[1]", 1, shown),
+        ("recommendations", "kind", "static", 1, answered),
+        ("recommendations", "answer", "[]", 1, ("runs",)),
+    ):
+        was = put(table, column, odd)
+        assert main(list(verb)) == code, (table, column, odd)
+        put(table, column, was)
+        said = capfd.readouterr().err
+        if code:
+            assert "holds what no steelyard of this version wrote" in said, (table, column, said)
+            assert said.strip().count("\n") == 0, said
+    assert main(["runs", "show", "1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ class Bins:
             for limits, good in held.get("others", {}).items():
                 made.others[str(limits)] = {int(slot): int(n) for slot, n in good.items()}
             made.failures = {str(kind): list(seen) for kind, seen in held["failures"].items()}
-        except (KeyError, TypeError, ValueError, IndexError, zlib.error):
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, zlib.error):
             return None
         return made
 

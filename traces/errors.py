@@ -14,6 +14,8 @@ A message says what, where, got and next step, on one line, and never holds a se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
@@ -65,3 +67,13 @@ class NotEnoughDataError(SteelyardError):
     def __init__(self, message: str, next_probe: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.next_probe = next_probe
+
+
+@contextmanager
+def understood(what: str, do: str) -> Iterator[None]:
+    """Others may have written what is read here: where that fails, StoreError says so on one line. do: the next step."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise StoreError(f"{what} holds what no steelyard of this version wrote ({why}). {do}") from error

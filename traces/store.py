@@ -41,7 +41,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -57,11 +57,11 @@ from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from traces import __version__, pgcopy
-from traces.aggregate import COLUMNS, SLOTS, Bins
+from traces.aggregate import COLUMNS, MEASURES, SLOTS, Bins
 from traces.credentials import read_secret
-from traces.errors import InputError, StoreError
+from traces.errors import InputError, StoreError, understood
 from traces.formats.blocks import unpack
-from traces.measures import Figures, Slo
+from traces.measures import QUANTILES, Figures, Slo
 from traces.records import (
     Aggregate,
     Decision,
@@ -823,8 +823,12 @@ class Store:
 
     @contextmanager
     def _begin(self) -> Iterator[sa.Connection]:
-        with _said(self.url), self._engine.begin() as connection:
+        with self._understood(), _said(self.url), self._engine.begin() as connection:
             yield connection
+
+    def _understood(self) -> AbstractContextManager[None]:
+        """Rows are read meanwhile."""
+        return understood(self.url, "Restore a backup, or delete the run or trace that it is in.")
 
     def _write(self, work: Callable[[sa.Connection], T]) -> T:
         """One transaction that may be done again, because what it writes has a key: see RETRIES_S."""
@@ -859,7 +863,7 @@ class Store:
         summary: called after the last batch; gives (summary dict, origin_utc, block_size, hash_scope). InputError when the
         name is taken.
         """
-        with self._begin() as connection:
+        with _said(self.url), self._engine.begin() as connection:
             if connection.execute(sa.select(trace_sources.c.id).where(trace_sources.c.name == name)).first():
                 raise InputError(f"a trace named {name!r} is already stored with other content. Give another --name.")
             values = {
@@ -925,7 +929,8 @@ class Store:
     def traces(self) -> list[TraceInfo]:
         """All stored traces, by name."""
         with self._begin() as connection:
-            return [_info(row) for row in connection.execute(sa.select(trace_sources).order_by(trace_sources.c.name))]
+            rows = connection.execute(sa.select(trace_sources).order_by(trace_sources.c.name)).all()
+            return [_info(row) for row in _sound(trace_sources, rows)]
 
     def trace(self, name: str) -> TraceInfo:
         """One trace. InputError, with the nearest name, when there is none."""
@@ -939,7 +944,8 @@ class Store:
             raise InputError(
                 f"no trace is named {name!r}. {hint} See: steelyard traces; add one: steelyard ingest FILE"
             )
-        return _info(row)
+        with self._understood():
+            return _info(*_sound(trace_sources, [row]))
 
     def trace_windows(self, name: str, most: int, parts: int) -> list[Schedule]:
         """About ``most`` of a long trace's successful requests in ``parts`` windows spread evenly over it, at the recorded times.
@@ -999,7 +1005,8 @@ class Store:
         held: dict[str, Any] = {}
         if blocks and info.block_size and any(row[4] for row in rows):
             ids = np.empty(len(rows), dtype=object)
-            ids[:] = [tuple(unpack(row[4])) if row[4] else () for row in rows]
+            with self._understood():
+                ids[:] = [tuple(unpack(row[4])) if row[4] else () for row in rows]
             held = {"blocks": ids, "block_tokens": info.block_size}
         if sessions:
             held |= self._sessions(info.id, table[:, 0])
@@ -1046,7 +1053,8 @@ class Store:
                     if not self._patiently(same):
                         raise StoreError(f"the trace {name!r} was removed or replaced while it was read. Start anew.")
                     return
-                table = _table(rows)
+                with self._understood():
+                    table = _table(rows)
                 after = int(table[-1, 0])
                 due = (table[:, 1] - first) / 1e6 / rate_factor
                 yield Schedule(name, table[:, 0], due, table[:, 2], table[:, 3])
@@ -1173,7 +1181,7 @@ class Store:
         with self._begin() as connection:
             for at in range(0, len(ids), ROWS_A_STATEMENT):
                 query = sa.select(aggregates).where(aggregates.c.run_id.in_(list(ids[at : at + ROWS_A_STATEMENT])))
-                for row in connection.execute(query):
+                for row in _sound(aggregates, connection.execute(query).all()):
                     found[int(row.run_id)] = Aggregate(*(getattr(row, f.name) for f in fields(Aggregate)))
         return found
 
@@ -1185,7 +1193,7 @@ class Store:
         if ids is not None:
             query = query.where(runs.c.id.in_(list(ids)))
         with self._begin() as connection:
-            return [_run(row) for row in connection.execute(query)]
+            return [_run(row) for row in _sound(runs, connection.execute(query).all())]
 
     def key(self, id: int) -> str:
         """What tells a run from another that had, or will have, its number; "" where there is none."""
@@ -1351,9 +1359,10 @@ class Store:
         query = sa.select(sa.func.min(t.index), sa.func.max(t.index)).where(t.run_id == run_id)
         with self._begin() as connection:
             first, last = connection.execute(query).one()
+            short = first is None or last - first < most
         if first is None:
             return []
-        if last - first < most:
+        if short:
             return [self.observations(run_id)]
         width = max(1, most // parts)
         starts = [first + (last + 1 - first - width) * k // max(1, parts - 1) for k in range(parts)]
@@ -1382,10 +1391,16 @@ class Store:
                     column = getattr(part, name)
                     if column.dtype == object:
                         column[:] = ["" if v is None else v for v in values]
+                        if not set(map(type, values)) <= {str, type(None)}:
+                            raise TypeError(f"observations.{name} is no text")
                     elif column.dtype == np.float64:
                         column[:] = np.array(values, dtype=np.float64)  # None is NaN
+                        if np.isinf(column).any():
+                            raise ValueError(f"observations.{name} is infinite")
                     else:
                         column[:] = [-1 if v is None else v for v in values]
+                        if name != "index" and column.max() >= 2**31:
+                            raise ValueError(f"observations.{name} is too large")
                 yield part
 
     def figures(self, run: Run) -> Figures:
@@ -1396,8 +1411,8 @@ class Store:
         query = sa.select(summaries.c.figures).where(summaries.c.run_id == run.id)
         with self._begin() as connection:
             kept = connection.execute(query).scalar()
-        if kept is not None and run.ended:
-            return _figures(kept)
+        if run.ended and (known := _figures(kept)) is not None:
+            return known
         if (counted := self.bins(run)) is not None:
             return counted.figures()
         rows = self.observations(run.id)
@@ -1499,7 +1514,7 @@ class Store:
         def write(connection: sa.Connection) -> None:
             _alone(connection, [run_id])
             held = connection.execute(sa.select(s.bins).where(s.run_id == run_id)).scalar()
-            if held and held["rows"] == counted.rows:
+            if isinstance(held, dict) and held.get("rows") == counted.rows:
                 kept = counted.keep_other(limits, good)
                 connection.execute(summaries.update().where(s.run_id == run_id), {"bins": held | {"others": kept}})
 
@@ -1545,7 +1560,7 @@ class Store:
         if step > 1:
             query = query.where((held.c.place - 1) % step == 0)
         with self._begin() as connection:
-            return [Sample(*row) for row in connection.execute(query)]
+            return [Sample(*row) for row in _sound(samples, connection.execute(query).all())]
 
     def readings(self, run_id: int) -> int:
         """How many server readings a run has."""
@@ -1582,9 +1597,9 @@ class Store:
                     row.source,
                     row._mapping["count"],  # a row has a method of that name
                     row.total,
-                    tuple((math.inf if bound is None else bound, n) for bound, n in row.buckets),
+                    tuple((math.inf if bound is None else float(bound), float(n)) for bound, n in row.buckets),
                 )
-                for row in connection.execute(query)
+                for row in _sound(histograms, connection.execute(query).all())
             ]
 
     def add_fleet_change(
@@ -1633,7 +1648,7 @@ class Store:
                     _count(row.failed),
                     _count(row.slowed),
                 )
-                for row in connection.execute(query)
+                for row in _sound(fleet_changes, connection.execute(query).all())
             ]
 
     def add_decision(self, run_id: int | None, decision: Decision, control: str, zero_unix_s: float) -> None:
@@ -1679,7 +1694,9 @@ class Store:
                     row.reason,
                     row.repeats,
                 )
-                for row in connection.execute(query.order_by(decisions.c.unix_s, decisions.c.id))
+                for row in _sound(
+                    decisions, connection.execute(query.order_by(decisions.c.unix_s, decisions.c.id)).all()
+                )
             ]
 
     # --- recommendations -------------------------------------------------------------------------------------------
@@ -1722,6 +1739,7 @@ class Store:
                 raise InputError(
                     "no recommendation is stored" + (f" with id {id}" if id else "") + ". Run: steelyard advise"
                 )
+            _sound(recommendations, [row])
             used = connection.execute(
                 sa.select(recommendation_runs.c.run_id).where(recommendation_runs.c.recommendation_id == row.id)
             ).scalars()
@@ -1744,7 +1762,7 @@ class Store:
             query = query.where(recommendations.c.id == id)
         used: dict[int, list[int]] = {}
         with self._begin() as connection:
-            rows = connection.execute(query).all()
+            rows = _sound(recommendations, connection.execute(query).all())
             links = sa.select(recommendation_runs).where(
                 recommendation_runs.c.recommendation_id.in_([row.id for row in rows])
             )
@@ -1804,11 +1822,44 @@ def _once(connection: sa.Connection, table: sa.Table) -> Any:
     return sqlite.insert(table).on_conflict_do_nothing()
 
 
-def _figures(kept: Mapping[str, Any]) -> Figures:
-    """Figures from their JSON, in which NaN is null."""
-    held: dict[str, Any] = {k: math.nan if v is None else v for k, v in kept.items() if k != "quantiles"}
-    spread = {m: {w: math.nan if v is None else v for w, v in q.items()} for m, q in kept["quantiles"].items()}
-    return Figures(**held, quantiles=spread)
+def _figures(kept: Any) -> Figures | None:
+    """Figures from their JSON, in which NaN is null; None where it is not theirs: they are computed again."""
+    try:
+        held: dict[str, Any] = {k: math.nan if v is None else v for k, v in kept.items() if k != "quantiles"}
+        spread = {
+            m: {w: math.nan if v is None else float(v) for w, v in q.items()} for m, q in kept["quantiles"].items()
+        }
+        found = Figures(**held, quantiles=spread)
+        wanted = {measure: QUANTILES.keys() for measure in MEASURES[:5]}
+        numbers = all(isinstance(value, (int, float)) for value in held.values())
+        return found if numbers and {m: q.keys() for m, q in spread.items()} == wanted else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+_LISTS = ("files", "changes", "buckets")
+"""JSON columns that hold a list; the others hold an object."""
+
+
+def _sound(table: sa.Table, rows: Sequence[Any]) -> Sequence[Any]:
+    """The rows, if each value is of its column's kind: SQLite takes anything anywhere, and JSON may be of any shape. TypeError or
+    ValueError names the first that is not."""
+    kinds = {"integer": int, "real": float, "boolean": bool, "text": str}
+    for name, values in zip(rows[0]._fields, zip(*rows, strict=True), strict=True) if rows else ():
+        column = table.c[name]
+        wanted = {(list if name in _LISTS else dict) if isinstance(column.type, sa.JSON) else kinds[_kind(column)]}
+        if wanted == {float}:
+            wanted |= {int}
+        if column.nullable:
+            wanted |= {type(None)}
+        for odd in set(map(type, values)) - wanted:
+            raise TypeError(f"{table.name}.{name} is of the kind {odd.__name__}")
+        if float in wanted and any(v is not None and not math.isfinite(v) for v in values):
+            raise ValueError(f"{table.name}.{name} is no finite number")
+        bits = 63 if isinstance(column.type, sa.BigInteger) else 31
+        if int in wanted and float not in wanted and any(v is not None and abs(v) >> bits for v in values):
+            raise ValueError(f"{table.name}.{name} is too large")
+    return rows
 
 
 def _kind(column: sa.Column[Any]) -> str:
@@ -1989,6 +2040,13 @@ def _run(row: Any) -> Run:
     values = {f.name: getattr(row, f.name) for f in fields(Run) if f.name not in ("fleet", "gpus_per_worker")}
     for name in ("rate_per_s", "lag_p50_ms", "lag_p99_ms", "lag_max_ms"):
         values[name] = math.nan if values[name] is None else values[name]
+    for name, kind, held in (("changes", str, row.changes), ("counts", int, row.counts.values())):
+        if not all(type(one) is kind for one in held):
+            raise TypeError(f"runs.{name} does not hold {kind.__name__} alone")
+    values["costs"] = {
+        w: c for w, c in row.costs.items() if type(c) is dict and set(map(type, c.values())) <= {int, float}
+    }
+    values["sources"] = {w: held for w, held in row.sources.items() if type(held) is dict}
     values["changes"] = tuple(row.changes)
     values["fleet"] = None if row.prefill is None else Fleet(row.prefill, row.decode, row.mixed)
     values["gpus_per_worker"] = (row.prefill_gpus, row.decode_gpus)

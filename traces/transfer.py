@@ -84,6 +84,9 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
                         passed.update(piece["run_id"])
         for piece in begun:
             store.end_restored(piece)
+            for run in store.runs(ids=[ids[i] for i in piece["id"]]):
+                if run.ended:
+                    store.count(run)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:

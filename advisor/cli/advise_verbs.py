@@ -499,7 +499,7 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
     import sys
 
     from advisor import report as made
-    from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError
+    from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError, understood
     from traces.store import open_store, redact, told
 
     out = out or Path(f"report.{form}")
@@ -514,7 +514,9 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
             if given:
                 raise click.UsageError(f"--{given[0].replace('_', '-')} asks anew: leave out --recommendation.")
             answer = _stored(store, number)
-            page = made.gather(store, answer, run_ids=options["run_ids"], commands=commands)
+            with understood(f"recommendation {answer['id']}", "Make another: steelyard advise"):
+                page = made.gather(store, answer, run_ids=options["run_ids"], commands=commands)
+                content = made.text_of(page, "html" if form == "pdf" else form)
         else:
             try:
                 found = ask(db, as_json, **options)
@@ -528,7 +530,8 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
                 answer = found.as_json() | {"version": __version__, "seed": options["seed"]}
                 schedule = found.recommendation.schedule
                 page = made.gather(store, answer, data=found.data, schedule=schedule, commands=commands)
-    made.write_report(out, made.pdf(made.render(page)) if form == "pdf" else made.text_of(page, form))
+            content = made.text_of(page, "html" if form == "pdf" else form)
+    made.write_report(out, made.pdf(content) if form == "pdf" else content)
     if refusal is not None:
         messages(as_json).print(f"Written: {out} (what was measured, and why that is no answer)", markup=False)
         raise refusal

@@ -177,8 +177,8 @@ def _answers(store: Any, runs: set[int]) -> list[dict[str, Any]]:
             "created_at": row["created_at"],
             "kind": row["kind"],
             "runs": row["run_ids"],
-            "data_hash": row["answer"].get("data_hash") or "",
-            "sentence": row["answer"].get("sentence") or "",
+            "data_hash": str(row["answer"].get("data_hash") or ""),
+            "sentence": str(row["answer"].get("sentence") or ""),
         }
         for row in store.recommendations()
         if runs.intersection(row["run_ids"])

@@ -92,8 +92,8 @@ def _next(traces: Any, ended: Any, recommended: dict[str, Any] | None, option: s
             "no recommendation yet" if recommended is None else f"run {trusted[-1].id} is newer than the recommendation"
         )
         return {"command": f"steelyard advise{option}", "why": why}
-    probe = recommended.get("next_probe") or {}
-    if probe.get("command"):
+    probe = recommended.get("next_probe")
+    if isinstance(probe, dict) and probe.get("command"):
         return {"command": f"{probe['command']}{option}", "why": str(probe.get("why", ""))}
     return {"command": f"steelyard report --out report.html{option}", "why": "to show the answer and its evidence"}
 

@@ -112,7 +112,7 @@ def laws_of(answer: Mapping[str, Any]) -> Profile | None:
 
     try:
         return Profile.from_table(tomllib.loads(answer["profile"]), "the answer's profile")
-    except (KeyError, TypeError, tomllib.TOMLDecodeError, InputError):
+    except (AttributeError, KeyError, TypeError, tomllib.TOMLDecodeError, InputError):
         return None
 
 
