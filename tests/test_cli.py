@@ -413,6 +413,16 @@ def test_an_online_replay_stores_every_move_with_its_reason(
     assert (code, "--ratio would not count: the 1.5x counts" in err) == (2, True), err
 
 
+@pytest.mark.parametrize("verb", ["replay", "sweep"])
+def test_a_group_that_no_database_could_hold_is_refused_before_anything_moves(
+    db: str, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The URL is nobody's: it would be asked for its fleet first."""
+    how = ("t", "--endpoint", "http://127.0.0.1:9", "--group", "g" * 201, "--db", db)
+    code, _, err = run(capsys, verb, *how)
+    assert (code, "at most 200 characters (got 201)" in err) == (2, True), err
+
+
 def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Found by tests.faults: a program that is denied memory says so, without a traceback."""
     laws = ("--prompt", "lognormal:median=9,sigma=1", "--output", "lognormal:median=9,sigma=1", "--rate", "1")

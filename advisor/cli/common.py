@@ -180,10 +180,21 @@ class RunId(_Named):
         ]
 
 
+MOST_GROUP = 200
+"""Characters of a group's name that every database holds."""
+
+
 class GroupName(_Named):
     """The name of a group of runs, completed from the database."""
 
     name = "group"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name; before anything is moved or sent it is clear that a database can hold it."""
+        text = str(value)
+        if len(text) > MOST_GROUP:
+            self.fail(f"a group's name has at most {MOST_GROUP} characters (got {len(text)}). Shorten it.", param, ctx)
+        return text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The stored groups, the latest first."""
