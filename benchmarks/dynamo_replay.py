@@ -66,6 +66,7 @@ BURST = 240
 
 NAMES = {
     "due_s": "arrival_time_ms",
+    "sent_s": "arrival_time_ms",
     "first_token_s": "first_token_ms",
     "last_token_s": "last_token_ms",
     "prompt_tokens": "input_length",

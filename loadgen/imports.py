@@ -1,7 +1,8 @@
 """What other clients measured, as observations of a run: aiperf, guidellm, ``vllm bench serve``, any CSV or JSONL.
 
 Each reader gives one :class:`Measured` a run. A file that cannot be read whole is refused with its line; nothing is guessed:
-a client that does not write when its requests were due leaves the run without a send lag, and its verdict says so.
+a client that does not write when its requests were due, or when they were sent, leaves the run without a send lag, and its
+verdict says so.
 Texts of prompts and answers are passed over.
 """
 
@@ -49,8 +50,17 @@ MEASURED = ("first_token_s", "last_token_s", "output_tokens")
 MOST_BYTES = 1 << 30
 """Largest result that is read; a document is parsed as a whole."""
 
-_OK = ("ok", "success", "successful", "completed", "true", "1", "200")
+_OK = ("ok", "success", "successful", "succeeded", "completed", "true", "1")
+_FAILED = ("failed", "failure", "error", "errored", "timeout", "false", "0")
+"""Words of a status, beside an HTTP status and our own :data:`STATUSES`."""
+
 NO_DUE = "the client does not say when requests were due: its own lateness is not known"
+NO_SENT = "the client does not say when requests were sent: its own lateness is not known"
+UNSTREAMED = "no first token"
+"""Detail of a request that did not fail, and of which no time of a token is known."""
+
+SLACK_S = 0.001
+"""By how much times of one request may contradict each other: clients round, some to the millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +81,42 @@ class One:
     """Prompt and output tokens that were asked for, -1 where the client does not say."""
 
     def checked(self, what: str) -> One:
-        """Itself. BadRowError for an ok row of unknown length: it would count as one token, and within any TPOT."""
+        """Itself, failed where it is ok without a first and a last token. BadRowError for a row that was due at no time, and for
+        an ok one of unknown length (it would count as one token, and within any TPOT) or with times out of order."""
+        if not math.isfinite(self.due):
+            raise BadRowError("bad_row", f"{what}: says neither when it was due nor when it was sent")
+        if self.status != "ok":
+            return self
+        if not (math.isfinite(self.first_token) and math.isfinite(self.last_token)):
+            return replace(self, status="failed", detail=UNSTREAMED)
+        begun = self.due if math.isnan(self.sent) else max(self.due, self.sent)
+        for name, later, earlier, words in (
+            (COLUMNS[2], self.first_token, begun, "the request was due or sent"),
+            (COLUMNS[3], self.last_token, self.first_token, COLUMNS[2]),
+        ):
+            if later < earlier - SLACK_S:
+                raise BadRowError(
+                    "bad_row",
+                    f"{what}: {name} ({later:.10g}) is before {words} ({earlier:.10g}): times are instants on one clock, in one "
+                    "unit, no durations",
+                )
         for name, *held in zip(COLUMNS[4:6], (self.prompt_tokens, self.output_tokens), self.requested, strict=True):
-            if self.status == "ok" and max(held) < 1:
+            if max(held) < 1:
                 raise BadRowError("bad_row", f"{what}: an ok request needs {name} of 1 or more")
         return self
 
 
 @dataclass(slots=True)
 class Measured:
-    """One run of another client. due_known: whether it wrote when requests were due. unix: whether its clock is the wall's."""
+    """One run of another client. due_known, sent_known: whether it wrote when requests were due, and when they were sent. unix:
+    whether its clock is the wall's."""
 
     client: str
     rows: list[One] = field(default_factory=list)
     model: str = ""
     endpoint: str = ""
     due_known: bool = True
+    sent_known: bool = True
     unix: bool = False
 
 
@@ -100,6 +130,11 @@ def read(path: Path, names: Mapping[str, str] | None = None, unit: str = "s") ->
     for one in found:
         if not one.rows:
             raise InputError(f"{path}: holds a run without a request. Nothing was stored.")
+        if UNSTREAMED in {row.detail for row in one.rows} and not any(row.status == "ok" for row in one.rows):
+            raise InputError(
+                f"{path}: no request has a first token: measure answers that are streamed (aiperf: --streaming). "
+                "Nothing was stored."
+            )
     return found
 
 
@@ -136,7 +171,7 @@ def _read(text: str, names: Mapping[str, str] | None, unit: str) -> list[Measure
             document = parse(text)
             return [_guidellm(b, at(document, "config.spec.backend")) for b in document["benchmarks"]]
         if "ttfts" in head and "input_lens" in head:
-            return [_vllm(parse(text))]
+            return [_vllm(result, f"line {n}: " if n > 1 else "") for n, result in _documents(text)]
         if "input_lens" not in head and "request_throughput" in head:
             raise BadRowError(
                 "no_rows", "a vllm bench result without requests: run it with --save-result --save-detailed"
@@ -144,12 +179,21 @@ def _read(text: str, names: Mapping[str, str] | None, unit: str) -> list[Measure
     return [_lines(text, names or {}, unit)]
 
 
+def _documents(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One document over any number of lines, or one a line."""
+    try:
+        yield 1, parse(text)
+    except BadRowError:
+        yield from _records(text)
+
+
 # --- the clients -----------------------------------------------------------------------------------------------------
 
 
 def _aiperf(text: str) -> Measured:
-    """``profile_export.jsonl`` of aiperf (seen: 0.13): a request a line, wall clock in ns, metrics with their units."""
-    found = Measured("aiperf", unix=True)
+    """``profile_export.jsonl`` of aiperf (seen: 0.13): a request a line, wall clock in ns, metrics with their units. The credit
+    is when its timer let a request go, which may be late: when it was wanted is not written."""
+    found = Measured("aiperf", unix=True, due_known=False)
     for number, record in _records(text):
         meta, metrics = record.get("metadata"), record.get("metrics") or {}
         if not isinstance(meta, dict) or not isinstance(metrics, dict):
@@ -166,7 +210,7 @@ def _aiperf(text: str) -> Measured:
         gaps = [g for g in gaps if isinstance(g, (int, float))] if isinstance(gaps, list) else []
         first = sent + _number(value("time_to_first_token"), 1e3, number, "time_to_first_token")
         last = sent + _number(value("request_latency"), 1e3, number, "request_latency")
-        status = "ok" if record.get("error") is None and math.isfinite(first) else "failed"
+        status = "ok" if record.get("error") is None else "failed"
         if meta.get("was_cancelled"):
             status = "cancelled"
         found.rows.append(
@@ -203,6 +247,7 @@ def _guidellm(benchmark: Any, backend: Any) -> Measured:
             def stamp(*names: str, timings: dict[str, Any] = timings) -> float:
                 return next((float(timings[n]) for n in names if isinstance(timings.get(n), (int, float))), math.nan)
 
+            found.due_known &= isinstance(timings.get("targeted_start"), (int, float))
             tokens = record.get("output_tokens")
             chunks = timings.get("token_iterations")
             found.rows.append(
@@ -221,23 +266,25 @@ def _guidellm(benchmark: Any, backend: Any) -> Measured:
     return found
 
 
-def _vllm(result: dict[str, Any]) -> Measured:
+def _vllm(result: dict[str, Any], where: str) -> Measured:
     """``vllm bench serve --save-result --save-detailed``: columns, one clock that starts anywhere. From its source (0.33)."""
     columns = {
         name: result.get(name) for name in ("start_times", "ttfts", "itls", "input_lens", "output_lens", "errors")
     }
     if not isinstance(columns["start_times"], list):
         raise BadRowError(
-            "no_times", "has no start_times, so the load is not known: measure with a newer vllm bench serve"
+            "no_times",
+            f"{where}has no start_times, so the load is not known: measure with a newer vllm bench serve (or, where SGLang's "
+            "bench_serving wrote this, with aiperf or guidellm)",
         )
     lengths = {len(c) for c in columns.values() if isinstance(c, list)}
     if len(lengths) != 1 or not all(isinstance(c, list) for c in columns.values()):
-        raise BadRowError("bad_row", f"its columns {', '.join(columns)} must be equally long lists")
+        raise BadRowError("bad_row", f"{where}its columns {', '.join(columns)} must be equally long lists")
     found = Measured("vllm bench", model=str(result.get("model_id") or ""), due_known=False)
     for number, row in enumerate(zip(*columns.values(), strict=True), start=1):
         start, ttft, itl, n, m, error = row
         if not all(isinstance(v, (int, float)) for v in (start, ttft, n, m)) or not isinstance(itl, list):
-            raise BadRowError("bad_row", f"a request's times and counts must be numbers (got {str(row)[:80]})")
+            raise BadRowError("bad_row", f"{where}a request's times and counts must be numbers (got {str(row)[:80]})")
         ok = not error and ttft > 0
         first = start + ttft if ok else math.nan
         found.rows.append(
@@ -248,11 +295,11 @@ def _vllm(result: dict[str, Any]) -> Measured:
                 first + sum(itl) if ok else math.nan,
                 int(n),
                 int(m),
-                "ok" if ok else "failed",
+                "failed" if error else "ok",
                 printable(str(error or ""))[:200],
                 len(itl) + 1 if ok else 0,
                 max(itl, default=math.nan) if ok else math.nan,
-            ).checked(f"request {number}")
+            ).checked(f"{where}request {number}")
         )
     return found
 
@@ -308,7 +355,7 @@ def _rows(
         missing.insert(0, f"{known['due_s']} or {known['sent_s']}")
     if missing:
         raise BadRowError("no_column", f"no column {', '.join(missing)}: rename with --map, e.g. --map due_s=COLUMN")
-    found = Measured("rows", due_known="due_s" in present)
+    found = Measured("rows", due_known="due_s" in present, sent_known="sent_s" in present)
     per_s = 1e6 / UNITS[unit]
     for number, record in records():
 
@@ -318,9 +365,10 @@ def _rows(
 
         due, sent = time_of("due_s"), time_of("sent_s")
         first, last = time_of("first_token_s"), time_of("last_token_s")
-        status = at(record, known["status"]) if "status" in present else None
-        word = str(status).strip().lower() if status is not None else ("ok" if math.isfinite(last) else "failed")
-        word = "ok" if word in _OK else word if word in STATUSES else "failed"
+        status = _plain(at(record, known["status"])) if "status" in present else None
+        word = (
+            ("ok" if math.isfinite(last) else "failed") if status is None else _status(status, number, known["status"])
+        )
         if word == "ok" and not (math.isfinite(first) and math.isfinite(last)):
             raise BadRowError("bad_row", f"line {number}: an ok request without first and last token")
         prompt, output = (_count(_plain(at(record, known[c]))) for c in COLUMNS[4:6])
@@ -332,6 +380,22 @@ def _rows(
         one = One(due, sent, first, last, prompt, output, word, requested=(requested[0], requested[1]))
         found.rows.append(one.checked(f"line {number}"))
     return found
+
+
+def _status(value: Any, number: int, what: str) -> str:
+    """One of our words for a client's, or for an HTTP status."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    word = str(value).strip().lower()
+    if word in _OK or word in _FAILED:
+        return "ok" if word in _OK else "failed"
+    if isinstance(value, (int, float)) and 100 <= value < 600:
+        return "ok" if value // 100 == 2 else "failed"
+    if word not in STATUSES:
+        said = ", ".join(dict.fromkeys((*_OK, *_FAILED, *STATUSES)))
+        raise BadRowError(
+            "bad_row", f"line {number}: {what} must be an HTTP status or one of {said} (got {str(value)[:40]!r})"
+        )
+    return word
 
 
 def _records(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -570,9 +634,9 @@ def store_run(
             )
         return known, True
     judged = verdict(rows, slo)
-    word, why = judged.word, f"measured by {measured.client}; {judged.reason}"
-    if not measured.due_known:
-        word, why = "degraded", f"measured by {measured.client}; {NO_DUE}"
+    unknown = NO_DUE if not measured.due_known else NO_SENT if not measured.sent_known else ""
+    word, why = ("degraded", unknown) if unknown else (judged.word, judged.reason)
+    lag_ms = (math.nan,) * 3 if unknown else (judged.lag_p50_ms, judged.lag_p99_ms, judged.lag_max_ms)
     run = Run(
         name=name,
         trace=name,
@@ -598,10 +662,10 @@ def store_run(
         run,
         complete=True,
         verdict=word,
-        reason=why,
-        lag_p50_ms=judged.lag_p50_ms if measured.due_known else math.nan,
-        lag_p99_ms=judged.lag_p99_ms if measured.due_known else math.nan,
-        lag_max_ms=judged.lag_max_ms if measured.due_known else math.nan,
+        reason=f"measured by {measured.client}; {why}",
+        lag_p50_ms=lag_ms[0],
+        lag_p99_ms=lag_ms[1],
+        lag_max_ms=lag_ms[2],
         counts=counts(rows),
     )
     return store.end_run(ended), False

@@ -56,6 +56,7 @@ def test_aiperf_rows_are_what_its_own_figures_say() -> None:
         assert rows.prompt_tokens[k] == metrics["usage_prompt_tokens"]
         assert rows.output_tokens[k] == metrics["usage_completion_tokens"]
     assert 0 < float(rows.lag_s.max()) < 0.1
+    assert not one.due_known  # the credit is when aiperf's timer let a request go: how late that was, it does not say
 
 
 def test_guidellm_rows_are_what_its_own_figures_say() -> None:
@@ -65,7 +66,7 @@ def test_guidellm_rows_are_what_its_own_figures_say() -> None:
     report = json.loads((DATA / "guidellm.json").read_text())
     records = report["benchmarks"][0]["requests"]["successful"]
     records.sort(key=lambda r: r["info"]["timings"]["targeted_start"])
-    assert (one.model, one.endpoint) == ("demo", "http://127.0.0.1:8431")
+    assert (one.model, one.endpoint, one.due_known) == ("demo", "http://127.0.0.1:8431", True)
     for k, record in enumerate(records):
         assert rows.ttft_sent_s[k] * 1e3 == pytest.approx(record["time_to_first_token_ms"], abs=1e-2)
         assert rows.tpot_s[k] * 1e3 == pytest.approx(record["inter_token_latency_ms"], abs=1e-2)
@@ -87,6 +88,8 @@ def test_vllm_columns_become_rows(tmp_path: Path) -> None:
     np.testing.assert_allclose(rows.max_gap_s[[0, 2]], [0.02, 0.03])
     assert rows.output_tokens.tolist() == [4, 0, 3]
     assert math.isnan(rows.first_token_s[1])
+    path.write_text(json.dumps(VLLM) + "\n" + json.dumps(VLLM | {"model_id": "n"}))  # --append-result
+    assert [(run.model, len(run.rows)) for run in read(path)] == [("m", 3), ("n", 3)]
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_a_report_of_dynamos_simulator_by_a_map(tmp_path: Path, capsys: pytest.C
     """TTFT, TPOT and end to end of every request equal what dynamo.replay derived itself; the run is valid."""
     file, url = DATA / "dynamo_replay.jsonl", f"sqlite:///{tmp_path}/a.db"
     names = (
-        "due_s=arrival_time_ms,first_token_s=first_token_ms,last_token_s=last_token_ms,"
+        "due_s=arrival_time_ms,sent_s=arrival_time_ms,first_token_s=first_token_ms,last_token_s=last_token_ms,"
         "prompt_tokens=input_length,output_tokens=output_length,status=terminal_status"
     )
     command = [
@@ -184,6 +187,12 @@ def test_a_report_of_dynamos_simulator_by_a_map(tmp_path: Path, capsys: pytest.C
     assert main(command) == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]
     assert found["verdict"] == "valid"
+    assert (
+        main([*command[:-1], "--map", names.replace("sent_s=arrival_time_ms,", ""), "--group", "other", "--json"]) == 0
+    )
+    (late,) = json.loads(capsys.readouterr().out)["runs"]  # a client of whom it is not known when it sent
+    assert (late["verdict"], late["lag_ms"]["p99"]) == ("degraded", None)
+    assert "does not say when requests were sent" in late["reason"]
     records = [json.loads(line) for line in file.read_text().splitlines()]
     records.sort(key=lambda r: r["arrival_time_ms"])
     with open_store(url) as store:
@@ -232,9 +241,69 @@ def test_two_fleets_that_were_asked_the_same_are_two_runs(tmp_path: Path, capsys
     assert "the same rows are run 1 already, as measured on 3:5 (got --fleet 5:3)" in capsys.readouterr().err
 
 
+ROWS = "sent_s,first_token_s,last_token_s,prompt_tokens,output_tokens,status\n"
+
+
+def test_every_word_for_an_end_is_known(tmp_path: Path) -> None:
+    """Also as pandas writes a column with a gap; one that is not known is not taken for a failure."""
+    path = tmp_path / "r.csv"
+    words = {
+        "200.0": "ok",
+        "succeeded": "ok",
+        "": "ok",
+        "500": "failed",
+        "Error": "failed",
+        "0.0": "failed",
+        "unsent": "unsent",
+    }
+    path.write_text(ROWS + "".join(f"1,2,3,4,5,{word}\n" for word in words))
+    assert [row.status for row in read(path)[0].rows] == list(words.values())
+
+
+def test_a_request_without_a_token_failed_where_others_have_some(tmp_path: Path) -> None:
+    """Of aiperf and guidellm alike."""
+    path = tmp_path / "r.json"
+    first = (DATA / "aiperf.jsonl").read_text().splitlines()[0]
+    path.write_text(first + "\n" + json.dumps(AIPERF | {"metrics": {"request_latency": {"value": 9.0}}}))
+    silent = {"info": {"timings": GUIDE | {"first_token_iteration": None}}, "prompt_tokens": 5, "output_tokens": 2}
+    requests = {"successful": [silent, silent | {"info": {"timings": GUIDE}}]}
+    guide = tmp_path / "g.json"
+    guide.write_text(json.dumps({"benchmarks": [{"requests": requests}]}))
+    (other,) = read(guide)
+    assert not other.due_known  # no targeted_start
+    for one in (read(path)[0], other):
+        assert sorted((row.status, row.detail) for row in one.rows) == [("failed", "no first token"), ("ok", "")]
+
+
 @pytest.mark.parametrize(
     ("text", "how", "words"),
     [
+        # durations for instants, two units, an end before its beginning
+        (
+            ROWS + "1795481904,0.2,0.9,4,5,ok\n",
+            [],
+            "line 2: first_token_s (0.2) is before the request was due or sent (1795481904): times are",
+        ),
+        (ROWS + "1,2,3,4,5,ok\n1,2,1.5,4,5,ok\n", [], "line 3: last_token_s (1.5) is before first_token_s (2)"),
+        (
+            ROWS.replace("sent_s", "due_s") + "3,2,4,4,5,ok\n",
+            [],
+            "line 2: first_token_s (2) is before the request was due",
+        ),
+        (ROWS + "1,2,3,4,5,stop\n", [], "line 2: status must be an HTTP status or one of ok, success"),
+        (json.dumps(AIPERF | {"metrics": {}}), [], "no request has a first token: measure answers that are streamed"),
+        (
+            json.dumps({"benchmarks": [{"requests": {"successful": [{"info": {"timings": {"request_start": 1.0}}}]}}]}),
+            [],
+            "no request has a first token",
+        ),
+        (json.dumps(AIPERF | {"metadata": {}}), [], "line 1: says neither when it was due nor when it was sent"),
+        (
+            json.dumps({"benchmarks": [{"requests": {"incomplete": [{"info": {"timings": {}}}]}}]}),
+            [],
+            "incomplete request 1: says neither when it was due",
+        ),
+        (json.dumps(VLLM) + "\n" + json.dumps(VLLM | {"ttfts": [1.0]}), [], "line 2: its columns"),
         ("", [], "the file is empty"),
         ("due_s,sent_s\n1,2\n", [], "no column first_token_s, last_token_s, prompt_tokens, output_tokens"),
         ("first_token_s,last_token_s,prompt_tokens,output_tokens\n1,2,3,4\n", [], "no column due_s or sent_s"),

@@ -377,7 +377,7 @@ def import_runs(
     JSON, or any CSV or JSONL of requests.
 
     A CSV or JSONL names due_s, sent_s, first_token_s, last_token_s, prompt_tokens, output_tokens, status (--map for other
-    names). A run without due times is degraded: its client's lateness is not known. The same file again changes nothing.
+    names). A run without due or sent times is degraded: its client's lateness is not known. The same file again changes nothing.
 
     --aggregate: a line a run, its means: concurrency, prompt_tokens, output_tokens, ttft_s, tpot_s, and where they differ
     prefill, decode, prefill_gpus, decode_gpus, engine, engine_version, model, endpoint (where it ran). advise --concurrency
