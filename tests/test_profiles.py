@@ -126,3 +126,28 @@ def test_the_verb_makes_traces_from_profiles(tmp_path: Path, capsys: pytest.Capt
     assert "servegen servegen, clients 5, window_s 3600-7200" in made["notes"][0]
     assert main(["synth", "--name", "x", "--usage", str(tmp_path / "no.json"), *db]) == 1
     assert np.isfinite(made["span_s"])
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (
+            ["--servegen", str(DATA)],
+            ["--rate 2", "--requests 9", "--arrivals gamma", "--cv 3", "--lengths mixture", "--output x"],
+        ),
+        (["--usage", "u.json"], ["--rate 2", "--requests 9", "--arrivals gamma", "--output x", "--rate-factor 2"]),
+        (["--like", "m"], ["--cv 3", "--output x", "--rate-factor 2"]),
+        (["--preset", "origin"], ["--output x", "--lengths mixture", "--rate-factor 2", "--cv 3"]),
+        (["--prompt", "x"], ["--lengths mixture", "--rate-factor 2", "--cv 3"]),
+    ],
+    ids=["servegen", "usage", "like", "preset", "prompt"],
+)
+def test_an_option_that_would_not_count_is_refused(
+    source: list[str], options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is read or stored."""
+    for option in options:
+        name, value = option.split()
+        assert main(["synth", "--name", "r1", *source, name, value, "--db", f"sqlite:///{tmp_path}/p.db"]) == 2
+        assert f"{name} would not count" in capsys.readouterr().err
+    assert not (tmp_path / "p.db").exists()

@@ -66,7 +66,7 @@ def _say(report: Any) -> None:
     if report.inversions or report.equal_times:
         console.print(f"  {report.inversions} out of order, {report.equal_times} at the time of the row before")
     if report.failed_rows:
-        console.print(f"  {report.failed_rows} without answer tokens: kept as failed, not replayed")
+        console.print(f"  {report.failed_rows} failed or without answer tokens: kept as failed, not replayed")
     if report.prefix_hit_tokens is not None:
         console.print(f"  {report.prefix_hit_tokens} prompt tokens are shared prefixes (unlimited cache, from cold)")
     for note in report.notes:
@@ -230,6 +230,31 @@ def ingest(
         _say(report)
 
 
+NOT_OF = {
+    "servegen": (
+        ("rate", "requests", "arrivals", "cv", "lengths", "output"),
+        "its clients say it; --rate-factor and --window",
+    ),
+    "usage": (
+        ("rate", "requests", "arrivals", "cv", "lengths", "output", "rate_factor"),
+        "its buckets say it; --time-scale and --output-scale",
+    ),
+    "like": (("cv", "output", "rate_factor"), "the trace says it; --rate, --arrivals and --output-scale"),
+    "preset": (("output", "lengths", "rate_factor"), "it says lengths; --rate and --output-scale"),
+    "prompt": (("lengths", "rate_factor"), "lengths are drawn; --rate"),
+}
+"""What a trace is made from -> options that it has no use for, and what there is instead."""
+
+
+def _used(source: str, arrivals: str | None) -> None:
+    """UsageError for an option that was typed and would not count."""
+    names, instead = NOT_OF[source]
+    for name in filter(typed, names):
+        raise click.UsageError(f"--{name.replace('_', '-')} would not count beside --{source}: {instead} would.")
+    if typed("cv") and arrivals != "gamma":
+        raise click.UsageError("--cv would not count: it is of --arrivals gamma.")
+
+
 @click.command(
     **example(
         "steelyard synth --name chat --requests 500 --rate 8 --arrivals poisson \\\n"
@@ -292,8 +317,12 @@ def synth(
     from traces.ingest import store_schedule
     from traces.store import open_store
 
-    if sum(x is not None for x in (preset, like, servegen, usage, prompt)) > 1:
+    sources = {"servegen": servegen, "usage": usage, "like": like, "preset": preset, "prompt": prompt}
+    given = [source for source, value in sources.items() if value is not None]
+    if len(given) > 1:
         raise InputError("give one of --preset, --like, --servegen, --usage and --prompt with --output.")
+    if given:
+        _used(given[0], arrivals)
     options: dict[str, Any]
     if servegen is not None or usage is not None:
         if servegen is not None:
