@@ -22,16 +22,16 @@ def export(store: Store, name: str, format: str, out: Path) -> dict[str, Any]:
     """Write the trace's successful requests; returns {"name", "format", "out", "rows", "notes"}. The file is whole or not there.
 
     mooncake: JSONL, times in whole milliseconds, hash_ids where the trace has them. azure: the three columns, times from
-    the recorded origin (2000-01-01 where there is none). csv: arrival_s, prompt_tokens, output_tokens, exactly.
+    the recorded ones (from 2000-01-01 where there is no date). csv: arrival_s, prompt_tokens, output_tokens, exactly.
     """
-    schedule = store.schedule(name, blocks=format == "mooncake")
+    schedule = store.schedule(name, blocks=format == "mooncake", sessions=True)
     info = store.trace(name)
     notes: list[str] = []
     with whole(out) as file:
         if format == "mooncake":
             _mooncake(file, schedule, notes)
         elif format == "azure":
-            _azure(file, schedule, info.origin_utc, notes)
+            _azure(file, schedule, info.origin_utc, store.first_asked_s(name), notes)
         else:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("arrival_s", "prompt_tokens", "output_tokens"))
@@ -39,6 +39,8 @@ def export(store: Store, name: str, format: str, out: Path) -> dict[str, Any]:
     left = info.summary["rows_kept"] - len(schedule)
     if left:
         notes.append(f"{left} failed requests of the trace are left out")
+    if schedule.parent is not None and (turns := int((schedule.parent >= 0).sum())):
+        notes.append(f"conversations are left out: {turns} turns that waited for an answer are requests of their own")
     return {"name": name, "format": format, "out": str(out), "rows": len(schedule), "notes": notes}
 
 
@@ -62,8 +64,11 @@ def _mooncake(file: TextIO, schedule: Schedule, notes: list[str]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _azure(file: TextIO, schedule: Schedule, origin: str | None, notes: list[str]) -> None:
-    start = datetime.fromisoformat(origin) if origin else datetime(2000, 1, 1, tzinfo=UTC)
+def _azure(file: TextIO, schedule: Schedule, origin: str | None, first_s: float, notes: list[str]) -> None:
+    """origin: of the trace's first row; first_s: from there to the first that is written."""
+    start = (datetime.fromisoformat(origin) if origin else datetime(2000, 1, 1, tzinfo=UTC)) + timedelta(
+        seconds=first_s
+    )
     if origin is None:
         notes.append("the trace has no date: times count from 2000-01-01 UTC")
     writer = csv.writer(file, lineterminator="\n")

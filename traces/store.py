@@ -1012,6 +1012,15 @@ class Store:
             held |= self._sessions(info.id, table[:, 0])
         return Schedule(name, table[:, 0], due, table[:, 2], table[:, 3], **held)
 
+    def first_asked_s(self, name: str) -> float:
+        """Seconds from the trace's first row to the first successful one, at which its schedule begins."""
+        t = trace_rows.c
+        first = sa.select(sa.func.min(t.arrival_us)).where(
+            t.source_id == self.trace(name).id, t.status == 0, t.output_tokens >= 1
+        )
+        with self._begin() as connection:
+            return (connection.scalar(first) or 0) / 1e6
+
     def feed(self, name: str, *, rate_factor: float = 1.0, rate_per_s: float | None = None) -> Feed:
         """The trace's successful requests, read piece by piece while they are replayed; nothing of them is held.
 
