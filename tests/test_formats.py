@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from advisor.cli import main
-from advisor.cli.trace_verbs import _spool
+from advisor.cli.trace_verbs import _say, _spool
 from traces.errors import InputError
+from traces.export import export
 from traces.formats import formats
 from traces.formats.spans import NESTED
 from traces.ingest import IngestReport, ingest
@@ -559,6 +560,42 @@ def test_a_span_with_an_odd_number_is_a_bad_row(odd: str, store: Store, tmp_path
     assert report.rows_kept == 1
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_row_may_hold_a_long_prompt(mapped: bool, store: Store, tmp_path: Path) -> None:
+    """More characters than the csv module takes for a field unless it is told: the longest prompts are not the ones that go."""
+    head = "request_id,call_type,prompt_tokens,completion_tokens,startTime,messages\n"
+    rows = (f'r{k},acompletion,{n},9,2025-03-01T10:00:0{k},"{"x, " * n}"\n' for k, n in enumerate((7, 70_000)))
+    how = {"columns": "arrival=startTime,input=prompt_tokens,output=completion_tokens", "time_unit": "iso"}
+    report = load(store, tmp_path, head + "".join(rows), ".csv", **how if mapped else {})
+    assert (report.rows_kept, report.skipped, report.longest_prompt_tokens) == (2, {}, 70_000)
+
+
+def test_an_hour_that_comes_twice_is_said(store: Store, tmp_path: Path) -> None:
+    """In autumn a zone has an hour twice: what its times are taken for stands in a note, and nothing is said of other hours."""
+    times = (
+        "2024-10-27 01:59:59",
+        "2024-10-27 02:30:00",
+        "2024-10-27 02:10:00",
+        "2024-10-27 03:00:00",
+        "2024-03-31 02:30:00",
+    )
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{time},1,1\n" for time in times)
+    report = load(store, tmp_path, text, ".csv", tz="Europe/Berlin")
+    (said,) = (note for note in report.notes if "twice" in note)
+    assert said.startswith("2 times are of the hour that Europe/Berlin has twice")
+    assert not any("twice" in note for note in ingest(store, [tmp_path / "t.csv"], name="utc").notes)
+
+
+def test_a_bad_row_is_of_the_shard_that_it_is_in(store: Store, tmp_path: Path) -> None:
+    """The file of the first one is named, in a refusal and in what was skipped."""
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    files = [_write(tmp_path / f"{k}.csv", head + f"2024-05-10 00:00:0{k},{n},1\n") for k, n in enumerate(("1", "x"))]
+    with pytest.raises(InputError, match=r"1\.csv:2: ContextTokens must be an integer"):
+        ingest(store, files)
+    skipped = ingest(store, files, max_bad=1).skipped["ContextTokens_not_a_number"]
+    assert skipped.example.endswith("(got 'x') (1.csv)")
+
+
 def test_times_that_no_calendar_has_are_refused(store: Store, tmp_path: Path) -> None:
     """Milliseconds taken for seconds: one line, and nothing is stored."""
     meta = {"out": {"meta_info": {"prompt_tokens": 9, "completion_tokens": 2}}}
@@ -606,7 +643,9 @@ def test_a_gateways_own_answers_never_reached_an_engine(store: Store, tmp_path: 
     assert "taken as UTC" in report.notes[0]
 
 
-def test_an_access_log_without_counts_skips_that_row(store: Store, tmp_path: Path) -> None:
+def test_an_access_log_without_counts_skips_that_row(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Envoy: a dash is an unknown count; a status other than 200 is a failure."""
     rows = [
         {"start_time": "2025-03-01T10:00:00.123Z", "response_code": 200, "gen_ai.usage.input_tokens": 5,
@@ -618,6 +657,8 @@ def test_an_access_log_without_counts_skips_that_row(store: Store, tmp_path: Pat
     ]  # fmt: skip
     report = load(store, tmp_path, lines(*rows), max_bad=0.5)
     assert (report.format, report.rows_kept, report.failed_rows) == ("envoy", 2, 1)
+    _say(report)
+    assert "1 failed or without answer tokens: kept as failed" in capsys.readouterr().out
     assert report.skipped["tokens_unknown"].first_lines == [2]
 
 
@@ -769,12 +810,19 @@ def test_formats_say_whether_a_real_file_was_seen(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("source", ["synthetic_trace.first.jsonl", "trace_0043.json"])
-def test_what_is_exported_as_mooncake_is_read_back(source: str, store: Store, tmp_path: Path) -> None:
+def test_what_is_exported_as_mooncake_is_read_back(
+    source: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Times, lengths and shared blocks survive, for any reader of the common format."""
     ingest(store, [DATA / source], name="t")
     out = tmp_path / "out.jsonl"
-    assert main(["traces", "export", "t", "--out", str(out), "--db", store.url]) == 0
-    before = store.schedule("t", blocks=True)
+    capsys.readouterr()
+    assert main(["traces", "export", "t", "--out", str(out), "--db", store.url, "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    before = store.schedule("t", blocks=True, sessions=True)
+    turns = 0 if before.parent is None else int((before.parent >= 0).sum())
+    said = f"conversations are left out: {turns} turns that waited for an answer are requests of their own"
+    assert (said in notes) == (turns > 0) == (source == "trace_0043.json")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["input_length"] for r in rows] == before.prompt_tokens.tolist()
     assert [r["timestamp"] / 1e3 for r in rows] == pytest.approx(before.due_s.tolist(), abs=5e-4)
@@ -794,6 +842,14 @@ def test_what_is_exported_as_csv_is_the_same_schedule(kind: str, store: Store, t
     ingest(store, [out], name="again", **how)  # type: ignore[arg-type]
     assert store.schedule("again").digest() == store.schedule("t").digest()
     assert main(["traces", "export", "t", "--out", str(tmp_path / "no" / "x"), "--db", store.url]) == 1
+
+
+def test_an_export_keeps_its_dates_where_the_first_request_failed(store: Store, tmp_path: Path) -> None:
+    """The file begins with the first that is written, at the time at which that was recorded."""
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.5,5,0\n2024-05-10 00:00:40.25,5,2\n"
+    load(store, tmp_path, text, ".csv")
+    export(store, "t", "azure", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().splitlines()[1:] == ["2024-05-10 00:00:40.2500000,5,2"]
 
 
 # --- hostile input ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import json
 import sqlite3
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import traces.store
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import pack, unpack
-from traces.ingest import ingest
+from traces.ingest import LINE_LIMIT, ingest
 from traces.shipped import NAMES, shipped
 from traces.store import Store, open_store
 
@@ -227,12 +228,13 @@ def test_a_file_that_cannot_be_used_is_refused_whole(content: bytes, words: str,
 )
 def test_a_field_too_large_to_read_is_a_skipped_row(header: str, row: str, made_url: str, tmp_path: Path) -> None:
     """In every CSV format a field beyond the reader's limit costs its row, not the load."""
-    path = tmp_path / "a.csv"
-    path.write_text(header + row * 50 + "x" * 200_000 + row + row * 50)
+    path, limit = tmp_path / "a.csv", csv.field_size_limit()
+    path.write_text(header + row * 50 + "x" * (LINE_LIMIT + 1) + row + row * 50)
     with open_store(made_url) as store:
         report = ingest(store, [path])
     assert report.rows_kept == 100
     assert report.skipped["unreadable_line"].count == 1
+    assert csv.field_size_limit() == limit
 
 
 def test_what_is_no_file_is_refused(made_url: str, tmp_path: Path) -> None:

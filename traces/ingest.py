@@ -6,6 +6,7 @@ no-op that says so; the same name with other bytes is refused.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -247,6 +248,9 @@ class _Loaded:
         self.others = 0
         self.other_kinds: set[str] = set()
         self.skipped: dict[str, Skipped] = {}
+        self._path = Path()
+        self._first_in: dict[str, Path] = {}  # reason -> the file of the first row skipped for it
+        self.twice = 0  # times that the user's zone has twice
         self.read_rows = 0
         self.zones: Counter[bool | None] = Counter()
         self.odd: Counter[str] = Counter()
@@ -269,17 +273,21 @@ class _Loaded:
 
     def skip(self, reason: str, line: int, detail: str, count: int = 1) -> None:
         held = self.skipped.setdefault(reason, Skipped())
+        self._first_in.setdefault(reason, self._path)
         held.count += count
         if len(held.first_lines) < 5:
             held.first_lines.append(line)
-        held.example = held.example or detail
+        held.example = held.example or (detail if self.files == 1 else f"{detail} ({self._path.name})")
 
     def read(self, path: Path, progress: Callable[[int], None] | None) -> None:
         self.files += 1
+        self._path = path
+        longest = getattr(self.reader, "longest", LINE_LIMIT)
+        limit = csv.field_size_limit(longest)  # logs hold prompts: one of half a megabyte is no bad row
         read: Callable[[Any], Iterator[Any]] = getattr(self.reader, "batches", self.reader.rows)
         try:
             with _open(path, getattr(self.reader, "columns", ())) as lines:
-                for item in read(_Bounded(lines, progress, getattr(self.reader, "longest", LINE_LIMIT))):
+                for item in read(_Bounded(lines, progress, longest)):
                     if isinstance(item, Batch):
                         self.keep_batch(item)
                         continue
@@ -299,6 +307,8 @@ class _Loaded:
             raise InputError(f"{path}: cannot be read to its end ({error}). Nothing was stored.") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Nothing was stored.") from error
+        finally:
+            csv.field_size_limit(limit)
 
     def keep(self, line: int, row: Row) -> None:
         """One row; what it has beside counts (session, blocks, id) is looked at here."""
@@ -414,8 +424,13 @@ class _Loaded:
         """A time without a zone, in the zone that the user named."""
         if self.zone is None or zoned is not False:
             return arrival_us
-        naive = datetime(1970, 1, 1) + timedelta(microseconds=arrival_us)
-        return (naive.replace(tzinfo=self.zone) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+        local = (datetime(1970, 1, 1) + timedelta(microseconds=arrival_us)).replace(tzinfo=self.zone)
+        first, second = (
+            (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+            for time in (local, local.replace(fold=1))
+        )
+        self.twice += second > first
+        return first
 
     def _flush(self) -> None:
         if self._held:
@@ -470,8 +485,8 @@ class _Loaded:
         if counted > max_bad * self.read_rows:
             reason, worst = max(wrong.items(), key=lambda item: item[1].count)
             raise InputError(
-                f"{where}:{worst.first_lines[0]}: {worst.example} ({reason}); {counted} of {self.read_rows} rows are bad, "
-                f"more than {max_bad:.0%}. Mend the file or pass --max-bad. Nothing was stored."
+                f"{self._first_in[reason]}:{worst.first_lines[0]}: {worst.example} ({reason}); {counted} of "
+                f"{self.read_rows} rows are bad, more than {max_bad:.0%}. Mend the file or pass --max-bad. Nothing was stored."
             )
         if not self.kept:
             why = [f"{s.count} {reason}" for reason, s in self.skipped.items()]
@@ -542,6 +557,11 @@ class _Loaded:
             notes.append(f"times carry no zone: taken as {self.zone.key if self.zone else 'UTC'}")
         if {True, False} <= self.zones.keys():
             notes.append(f"{self.zones[True]} times carry a zone and {self.zones[False]} do not")
+        if self.twice:
+            notes.append(
+                f"{self.twice} times are of the hour that {self.zone} has twice, in autumn: all taken as of the first, so that "
+                "an hour may hold the requests of two. Times with their offset, or in UTC, say which"
+            )
         notes += [f"{count} rows {what}" for what, count in self.odd.items()]
         distinct, gap, least = kept - self.equal, self.gap_us, self.least_us
         if self._order is not None:
