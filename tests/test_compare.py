@@ -167,19 +167,21 @@ def test_the_command_says_better_worse_or_cannot_tell(tmp_path: Path, capsys: An
     db = f"sqlite:///{tmp_path}/a.db"
     with open_store(db) as store:
         for rows, more in ((queue(1), {}), (queue(2, 1.3), {}), (queue(3), {"seed": 9}), (queue(4), {"ended": False})):
-            begun = store.begin_run(run(0, counts={"ok": 3000}, **more))
+            begun = store.begin_run(run(0, counts={"ok": 3000}, fleet=Fleet(0, 0, 8), **more))
             store.add_observations(begun.id, rows)
             if begun.ended:
                 store.end_run(begun)
     assert main(["compare", "1", "2", "--db", db, "--json"]) == 0
     held = json.loads(capsys.readouterr().out)
     assert (held["base"], held["best"], held["slo"]) == (1, 1, str(SLO))
+    assert held["runs"][0]["fleet"] == {"prefill": 0, "decode": 0, "mixed": 8}
     (one,) = held["comparisons"]
     found = {d["metric"]: d["verdict"] for d in one["differences"]}
     assert found["ttft_p50_s"] == "worse"
     assert main(["compare", "1", "2", "--db", db]) == 0
     text = capsys.readouterr().out
     assert "TTFT p50 ms" in text
+    assert text.count("0:0+8") == text.count("0:0") == 4
     assert "worse" in text
     assert main(["compare", "1", "3", "--db", db]) == 1
     assert "run 3 was made with another seed than run 1 (9, not 0)" in capsys.readouterr().err

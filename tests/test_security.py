@@ -434,8 +434,8 @@ def test_a_message_is_one_short_line() -> None:
 def test_a_report_of_hostile_names_runs_no_script(
     made_url: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Script in the names that a database holds is text on the command line's JSON, and control codes do not reach a terminal."""
-    odd = "<script>alert(1)</script>\x1b[2J\x1b]0;pwned\x07"
+    """Script and markup in the names that a database holds are text, and control codes do not reach a terminal."""
+    odd = "<script>alert(1)</script>\x1b[2J\x1b]0;pwned\x07[/b][red]"
     with open_store(made_url) as store:
         for _ in range(2):
             run = store.begin_run(replace(a_run(), name=odd, model=odd, trace=odd))
@@ -447,6 +447,7 @@ def test_a_report_of_hostile_names_runs_no_script(
         code, said = main(arguments), "".join(capfd.readouterr())
         assert code == 0, said
         assert "scriptalert" in re.sub(r"\W", "", said), said
+        assert "[/b][red]" in said, said  # no markup of our own tables either
         assert "\x1b]0" not in said, arguments
         assert "\x1b[2J" not in said, arguments
     assert main(["runs", "--json"]) == 0

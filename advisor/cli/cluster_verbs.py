@@ -17,6 +17,7 @@ from advisor.cli.common import (
     tls_options,
     token_of,
     warn,
+    workers_of,
 )
 from advisor.cli.replay_verbs import pair
 from advisor.cli.shaping import shape_options, shaped
@@ -175,12 +176,7 @@ def simulate(
                 "slo": str(wanted),
                 "requests": len(schedule),
                 "rate_per_s": schedule.rate_per_s,
-                "fleets": [
-                    {"prefill": one.prefill, "decode": one.decode}
-                    | ({"mixed": one.mixed} if one.mixed else {})
-                    | {"summary": summary, "utilisation": busy}
-                    for one, summary, busy in rows
-                ],
+                "fleets": [workers_of(one) | {"summary": summary, "utilisation": busy} for one, summary, busy in rows],
             }
         )
         return

@@ -288,6 +288,12 @@ def spread(ms: dict[str, float]) -> str:
     return f"p50 {or_dash(ms['p50'], '.1f')}  p99 {or_dash(ms['p99'], '.1f')} ms"
 
 
+def workers_of(fleet: Any) -> dict[str, int]:
+    """The workers of a fleet as JSON says them: prefill, decode, and mixed where there are some."""
+    mixed = {"mixed": fleet.mixed} if fleet.mixed else {}
+    return {"prefill": fleet.prefill, "decode": fleet.decode} | mixed
+
+
 def emit_json(value: Any) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(plain(value), indent=2, allow_nan=False))

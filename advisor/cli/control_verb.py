@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, warn
+from advisor.cli.common import db_option, emit_json, example, json_option, messages, warn, workers_of
 from advisor.cli.reaching import connect_of, credentials, watching
 from advisor.cli.steering import rule_of, seconds_between, steering, thresholds
 
@@ -128,7 +128,7 @@ def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any
 
 
 def _fleet(fleet: Any) -> Any:
-    return None if fleet is None else {"prefill": fleet.prefill, "decode": fleet.decode}
+    return None if fleet is None else workers_of(fleet)
 
 
 @control.command(name="set", **example("steelyard control set 3:5 http://127.0.0.1:8080 --dry-run"))

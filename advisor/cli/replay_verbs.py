@@ -30,6 +30,7 @@ from advisor.cli.common import (
     token_of,
     typed,
     warn,
+    workers_of,
 )
 from advisor.cli.control_verb import chosen, control_options, keeper_of, printed
 from advisor.cli.reaching import reached, reaching
@@ -832,7 +833,7 @@ def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as
     if as_json:
         emit_json({"group": group, "slo": str(slo), "attainment": attainment, "fleets": [
             {
-                "fleet": {"prefill": f.fleet.prefill, "decode": f.fleet.decode}, "held_per_s": f.held_per_s,
+                "fleet": workers_of(f.fleet), "held_per_s": f.held_per_s,
                 "failed_per_s": f.failed_per_s, "goodput_per_s": f.goodput_per_s, "runs": f.runs,
                 "reason": f.reason,
             }

@@ -26,6 +26,7 @@ from advisor.cli.common import (
     spread,
     typed,
     warn,
+    workers_of,
 )
 
 
@@ -63,7 +64,7 @@ def figures(run: Any, held: Any) -> dict[str, Any]:
         "attainment": held.attainment,
         "quantiles": "exact" if held.exact else "from bins 1 % wide",
         "slo": run.slo,
-        "fleet": {"prefill": run.fleet.prefill, "decode": run.fleet.decode} if run.fleet else None,
+        "fleet": workers_of(run.fleet) if run.fleet else None,
         "rate_per_s": run.rate_per_s,
         "endpoint": run.endpoint,
         "engine": run.engine,
@@ -77,9 +78,12 @@ def figures(run: Any, held: Any) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], title: str) -> None:
     """Runs side by side, one line a run, by fleet."""
+    from rich.markup import escape
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    from traces.records import Fleet
+
+    made = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     columns = (
         "run",
         "P:D",
@@ -98,7 +102,7 @@ def table(rows: list[dict[str, Any]], title: str) -> None:
         made.add_column(column, justify="left" if column in ("P:D", "") else "right")
     best = max((r["goodput_per_s"] or 0.0 for r in rows), default=0.0)
     for r in sorted(rows, key=lambda r: (r["fleet"]["prefill"] if r["fleet"] else 0, r["run"])):
-        fleet = f"{r['fleet']['prefill']}:{r['fleet']['decode']}" if r["fleet"] else "?"
+        fleet = str(Fleet(**r["fleet"])) if r["fleet"] else "?"
         word = r["verdict"] if r["verdict"] != "valid" or r["complete"] else ""
         word = "incomplete" if not r["complete"] else word
         made.add_row(
@@ -287,11 +291,12 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
 def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:
     """A run that is means: it has no rows to say more of."""
     from advisor.closed import as_dict
+    from traces.records import Fleet
 
     if as_json:
         emit_json(found | {"aggregate": as_dict(mean)})
         return
-    fleet = f"{found['fleet']['prefill']}:{found['fleet']['decode']}" if found["fleet"] else "?"
+    fleet = Fleet(**found["fleet"]) if found["fleet"] else "?"
     messages().print(
         f"run {found['run']} {found['name']} ({fleet}): means with {mean.concurrency:g} requests in flight, "
         f"{mean.prompt_tokens:g} prompt and {mean.output_tokens:g} output tokens: TTFT {mean.ttft_s * 1e3:.4g} ms, TPOT "
@@ -464,7 +469,7 @@ def _store_aggregates(
                 imports.store_aggregates(store, rows, name=name or path.stem, **options), rows, strict=True
             ):
                 held = {"client": "aggregate", "already": run.id in before, "run": run.id, "name": run.name}
-                fleet = {"prefill": run.fleet.prefill, "decode": run.fleet.decode} if run.fleet else None
+                fleet = workers_of(run.fleet) if run.fleet else None
                 told = {"verdict": run.verdict, "reason": run.reason, "group": run.group, "fleet": fleet}
                 found.append(held | told | as_dict(one.held))
     if as_json:

@@ -204,6 +204,7 @@ def _roles(row: dict[str, Any]) -> str:
 
 
 def _show(console: Any, name: str, answer: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     modes = {
@@ -213,9 +214,8 @@ def _show(console: Any, name: str, answer: dict[str, Any]) -> None:
     for mode, title in modes.items():
         if mode not in answer:
             continue
-        table = Table(
-            box=None, pad_edge=False, title=f"{name}: {answer['requests']} requests, {answer['gpus']} GPUs, {title}"
-        )
+        asked = f"{name}: {answer['requests']} requests, {answer['gpus']} GPUs, {title}"
+        table = Table(box=None, pad_edge=False, title=escape(asked))
         table.title_justify = "left"
         titles = "|P99 s|mean s|P99 to baseline|TTFT s|TPOT ms|req/s|goodput/s|busy, P/D|switches|/h"
         for column in titles.split("|"):
