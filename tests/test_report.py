@@ -221,6 +221,22 @@ def test_a_stored_answer_is_named_or_the_known_ones_are(db: str, capsys: Any) ->
     assert main(["report", "--recommendation", "1", "--gpus", "4", "--db", db]) == 2
 
 
+def test_an_answer_is_found_behind_a_hundred_newer_ones(tmp_path: Path, capsys: Any) -> None:
+    """By its number, and as the latest of its kind; one of another kind has no report, and is said to be there."""
+    url, out = f"sqlite:///{tmp_path / 'runs.db'}", tmp_path / "report.json"
+    split = {"prefill": 2, "decode": 6}
+    answer = {"sentence": "Run 2:6.", "gpus": 8, **split, "candidates": [split]}
+    with open_store(url) as store:
+        for kind in ("static", *["strategies"] * 100):
+            store.add_recommendation(kind, answer | {"source": "another trace"}, [], "", 0)
+    for number, code in (("1", 0), ("latest", 0), ("2", 1), ("102", 1), ("9" * 30, 1)):
+        words = ["report", "--recommendation", number, "--format", "json", "--out", str(out), "--db", url]
+        assert main(words) == code, number
+    err = capsys.readouterr().err
+    assert "recommendation 2 answers another question (strategies)" in err
+    assert err.count("Known: 1. Make one") == 2
+
+
 def test_an_answer_of_an_older_version_still_makes_a_report(db: str) -> None:
     """What an older answer does not hold is left out; nothing breaks."""
     profile = Profile.load("demo")

@@ -543,12 +543,19 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
 
 def _stored(store: Any, number: str) -> dict[str, Any]:
     """A stored answer about a split, by number or the latest. InputError when there is none."""
-    known = [row for row in store.recommendations() if row["answer"].get("candidates") and row["kind"] == "static"]
-    wanted = [row for row in known if number in ("latest", str(row["id"]))]
+    known = store.recommendations(kind="static", limit=10)
+    wanted = known[:1] if number == "latest" else []
+    if number.isdecimal() and len(number) < 19:  # what a database can be asked for
+        wanted = store.recommendations(id=int(number))
     if not wanted:
-        ids = ", ".join(str(row["id"]) for row in known[:10]) or "none"
+        ids = ", ".join(str(row["id"]) for row in known) or "none"
         raise InputError(f"no recommendation {number!r} is stored. Known: {ids}. Make one: steelyard advise")
     row = wanted[0]
+    if row["kind"] != "static":
+        raise InputError(
+            f"recommendation {number} answers another question ({row['kind']}), of which there is no report. Read it: "
+            "steelyard dash"
+        )
     return dict(row["answer"]) | {name: row[name] for name in ("id", "created_at", "version", "seed", "run_ids")}
 
 
