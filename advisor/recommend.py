@@ -29,7 +29,7 @@ from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, worth_per_s
-from traces.records import SHARED, Fleet, Floats, Schedule
+from traces.records import FEWEST, Fleet, Floats, Schedule
 from traces.shape import scale_rate, scale_tokens
 
 DRAWS = 30
@@ -581,30 +581,18 @@ def _usable(
     for one in data:
         run = one.run
         failed, kinds = _failed(one)
-        if run.verdict not in ("valid", "degraded"):
-            warnings.append(f"run {run.id} left out: its verdict is {run.verdict or 'missing'} ({run.reason})")
-        elif run.fleet is None:
-            warnings.append(f"run {run.id} left out: its fleet is not known (replay with --fleet P:D)")
-        elif run.fleet.mixed:
-            warnings.append(f"run {run.id} left out: {run.fleet.mixed} of its workers were mixed, not of one stage")
+        if run.unfit:
+            warnings.append(f"run {run.id} left out: {run.unfit}")
         elif run.gpus_per_worker != per_worker:
             had, wanted = ("{},{}".format(*pair) for pair in (run.gpus_per_worker, per_worker))
             warnings.append(
                 f"run {run.id} left out: it is stored with {had} GPUs a worker, {wanted} are asked about, whose laws are others "
                 f"(--gpus-per-worker {had} asks about this run's)"
             )
-        elif run.policy.startswith(("baseline", "online", "offline", "planned")):
-            warnings.append(f"run {run.id} left out: policy {run.policy} moved roles or held requests back")
-        elif run.sped:
-            warnings.append(f"run {run.id} left out: it ran at another speed than life")
-        elif SHARED in run.changes:
-            warnings.append(
-                f"run {run.id} left out: its prompts shared prefixes, so the servers may not have computed them whole"
-            )
-        elif one.counted.ok.sum() < 20:
+        elif one.counted.ok.sum() < FEWEST:
             warm = " after its warm-up" if run.warmup_s > 0 else ""
             warnings.append(
-                f"run {run.id} left out: {int(one.counted.ok.sum())} finished requests{warm}, fewer than 20"
+                f"run {run.id} left out: {int(one.counted.ok.sum())} finished requests{warm}, fewer than {FEWEST}"
             )
         elif failed > TOO_MANY_FAILED:
             warnings.append(

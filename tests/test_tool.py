@@ -75,18 +75,32 @@ def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: py
         assert status(capsys)["runs"] == {"count": 1, "latest": None, "unfinished": [broken.id]}
         store.end_run(Run(**{f: getattr(broken, f) for f in broken.__dataclass_fields__} | {"verdict": "invalid"}))
         assert status(capsys)["next"]["why"] == "no run can be trusted so far"
-        good = store.end_run(store.begin_run(a_run(complete=True, verdict="valid", counts={"ok": 2})))
+        whole: dict[str, Any] = {"complete": True, "verdict": "valid", "counts": {"ok": 20}}
+        store.end_run(store.begin_run(a_run(**whole | {"counts": {"ok": 2}})))  # advise would leave it out
+        assert status(capsys)["next"]["why"] == "no run can be trusted so far"
+        good = store.end_run(store.begin_run(a_run(**whole)))
         assert status(capsys)["next"] == {"command": "steelyard advise", "why": "no recommendation yet"}
         probe = {"command": "steelyard replay conv --endpoint URL --fleet 2:2", "why": "nearest rival"}
         store.add_recommendation("static", {"sentence": "Run 1:3.", "next_probe": probe}, [good.id], "h", 0)
         assert status(capsys)["next"] == probe
-        store.end_run(store.begin_run(a_run(complete=True, verdict="valid")))
+        for change in ({"policy": "online"}, {"policy": "offline-groups"}, {"changes": ("prefixes shared",)}):
+            store.end_run(store.begin_run(a_run(**whole, **change)))  # nor does it learn from these
+        assert status(capsys)["next"] == probe
+        store.end_run(store.begin_run(a_run(**whole)))
     found = status(capsys)
-    assert found["next"] == {"command": "steelyard advise", "why": "run 3 is newer than the recommendation"}
+    assert found["next"] == {"command": "steelyard advise", "why": "run 7 is newer than the recommendation"}
     assert found["recommendation"]["sentence"] == "Run 1:3."
     text = said(capsys)
-    for part in ("azure-2023-conv (9754 requests)", "Run 1:3.", "the latest, 3", "Next:     steelyard advise"):
+    for part in ("azure-2023-conv (9754 requests)", "Run 1:3.", "the latest, 7", "Next:     steelyard advise"):
         assert part in text
+    with open_store("sqlite:///steelyard.db") as store:  # asked again, for a reason that the rows of run 7 tell
+        warned = {
+            "sentence": "Run 1:3.",
+            "next_probe": probe,
+            "warnings": ["run 7 left out: 40% of its requests failed"],
+        }
+        store.add_recommendation("static", warned, [good.id], "h", 0)
+    assert status(capsys)["next"] == probe
     assert " --db sqlite:///steelyard.db" in status(capsys, "--db", "sqlite:///steelyard.db")["next"]["command"]
 
 

@@ -603,6 +603,10 @@ SHARED, CAUSAL = "prefixes shared", "sessions causal"
 """Words in :attr:`Run.changes` of a run that asked the same schedule in another manner: no part of its digest."""
 
 
+FEWEST = 20
+"""Finished requests of a run that laws are fitted to, at least."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One replay of one schedule against one fleet; what is known before, and, when it has ended, what came of it.
@@ -660,6 +664,25 @@ class Run:
     def sped(self) -> bool:
         """Did its server's clock run at another speed than life?"""
         return any(change.startswith(SPED) for change in self.changes)
+
+    @property
+    def unfit(self) -> str:
+        """Why the laws of a steady split may not be fitted to its rows, as far as it says so itself; "" if they may."""
+        if self.verdict not in ("valid", "degraded"):
+            return f"its verdict is {self.verdict or 'missing'} ({self.reason})"
+        if self.fleet is None:
+            return "its fleet is not known (replay with --fleet P:D)"
+        if self.fleet.mixed:
+            return f"{self.fleet.mixed} of its workers were mixed, not of one stage"
+        if self.policy == CLOSED_LOOP:
+            return "it is means of a closed loop, which say nothing about a rate"
+        if self.policy.startswith(("baseline", "online", "offline", "planned")):
+            return f"policy {self.policy} moved roles or held requests back"
+        if self.sped:
+            return "it ran at another speed than life"
+        if SHARED in self.changes:
+            return "its prompts shared prefixes, so the servers may not have computed them whole"
+        return ""
 
     @property
     def manner(self) -> frozenset[str]:

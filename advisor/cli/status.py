@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
@@ -13,6 +14,7 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
     that cannot be used: that is what is said then. named: the database was asked for, so that the next command names it."""
     from loadgen.spool import folder
     from traces.errors import StoreError
+    from traces.records import CLOSED_LOOP, FEWEST
     from traces.store import open_store, option, redact
 
     found: dict[str, Any] = {
@@ -27,13 +29,16 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
     try:
         with open_store(db, create=False) as store:
             traces, runs = store.traces(), store.runs()
-            recommended = _latest(store)
+            ended = [run for run in runs if run.ended]
+            trusted = [r for r in ended if r.complete and not r.unfit and r.counts.get("ok", 0) >= FEWEST]
+            means = [] if trusted else [run for run in ended if run.policy == CLOSED_LOOP]
+            recommended = _latest(store, "closed loop" if means else "static")
+            asked = _concurrency(store, means) if means else ""
     except StoreError as error:
         found["problem"] = str(error)
         found["next"] = _without(str(error), named_db)
         return found
     found["traces"] = [{"name": t.name, "requests": t.summary.get("rows_kept")} for t in traces]
-    ended = [run for run in runs if run.ended]
     if ended:
         run = ended[-1]
         found["runs"]["latest"] = {
@@ -55,18 +60,25 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
             "sentence": recommended.get("sentence"),
             "runs": recommended["run_ids"],
         }
-    found["next"] = _next(traces, ended, recommended, named_db)
+    found["next"] = _next(traces, ended, trusted or means, recommended, asked, named_db)
     return found
 
 
-def _latest(store: Any) -> dict[str, Any] | None:
+def _latest(store: Any, kind: str) -> dict[str, Any] | None:
     from traces.errors import InputError
 
     try:
-        held: dict[str, Any] = store.recommendation(kind="static")
+        held: dict[str, Any] = store.recommendation(kind=kind)
     except InputError:
         return None
     return held
+
+
+def _concurrency(store: Any, means: Any) -> str:
+    """The option that asks means of closed loops, with the most requests in flight that the latest system was measured with."""
+    system = (means[-1].engine, means[-1].model, means[-1].endpoint)
+    held = store.aggregates([run.id for run in means if (run.engine, run.model, run.endpoint) == system])
+    return f" --concurrency {max((one.concurrency for one in held.values()), default=1.0):g}"
 
 
 def _without(problem: str, option: str) -> dict[str, str]:
@@ -78,23 +90,31 @@ def _without(problem: str, option: str) -> dict[str, str]:
     return {"command": f"steelyard doctor{option}", "why": "the database cannot be used"}
 
 
-def _next(traces: Any, ended: Any, recommended: dict[str, Any] | None, option: str) -> dict[str, str]:
-    """The next sensible command."""
-    if not traces and not ended:
-        return {"command": f"steelyard ingest FILE{option}", "why": "no trace is stored"}
-    trusted = [run for run in ended if run.complete and run.verdict != "invalid"]
-    if not trusted:
-        name = shlex.quote(traces[-1].name if traces else ended[-1].trace)
-        why = "nothing was measured yet" if not ended else "no run can be trusted so far"
-        return {"command": f"steelyard replay {name} --endpoint URL --fleet P:D{option}", "why": why}
-    if recommended is None or trusted[-1].id > max(recommended["run_ids"], default=0):
+def _next(
+    traces: Any, ended: Any, trusted: Any, recommended: dict[str, Any] | None, asked: str, option: str
+) -> dict[str, str]:
+    """The next sensible command. trusted: runs that an answer can rest on. asked: the option that asks them, where they are means
+    of closed loops."""
+    known: list[int] = []
+    if recommended is not None:  # those too that it left out for a reason that their rows tell
+        left = re.findall(r"\brun (\d{1,18}) left out", str(recommended.get("warnings")))
+        known = [*recommended["run_ids"], *map(int, left)]
+    if trusted and trusted[-1].id > max(known, default=0):
         why = (
             "no recommendation yet" if recommended is None else f"run {trusted[-1].id} is newer than the recommendation"
         )
-        return {"command": f"steelyard advise{option}", "why": why}
-    probe = recommended.get("next_probe")
+        return {"command": f"steelyard advise{asked}{option}", "why": why}
+    if not traces and (asked or not ended):
+        return {"command": f"steelyard ingest FILE{option}", "why": "no trace is stored"}
+    if asked or not trusted:
+        name = shlex.quote(traces[-1].name if traces else ended[-1].trace)
+        why = "no run can be trusted so far" if ended else "nothing was measured yet"
+        why = "means of closed loops say nothing about a rate" if asked else why
+        return {"command": f"steelyard replay {name} --endpoint URL --fleet P:D{option}", "why": why}
+    probe = (recommended or {}).get("next_probe")
     if isinstance(probe, dict) and probe.get("command"):
-        return {"command": f"{probe['command']}{option}", "why": str(probe.get("why", ""))}
+        command = str(probe["command"]).replace(" && steelyard ", f"{option} && steelyard ")
+        return {"command": f"{command}{option}", "why": str(probe.get("why", ""))}
     return {"command": f"steelyard report --out report.html{option}", "why": "to show the answer and its evidence"}
 
 
