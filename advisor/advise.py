@@ -249,7 +249,14 @@ def advise(
     tpot = [one.get("tpot_p50_s", 0.0) for one in answer.fit.residuals]
     residuals = dict(zip(answer.runs, tpot, strict=True))
     answer.warnings.extend(confounders(used, residuals))
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {
+        "asked": {
+            "strategy": strategy or "static",
+            "deadline_s": deadline_s,
+            "gpu_hour_usd": gpu_hour_usd,
+            "target_rate_per_s": target_rate_per_s,
+        }
+    }
     if audit:
         checked = audit_of(used, wanted, note, residuals)
         extra["audit"] = checked.as_json()

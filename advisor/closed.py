@@ -17,12 +17,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from advisor.table import Table
 from traces import __version__
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo
@@ -177,7 +178,8 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class ClosedAnswer:
-    """Which split serves most at a concurrency. errors: median relative error at splits left out."""
+    """Which split serves most at a concurrency. errors: median relative error at splits left out. trace: whose mean lengths were
+    asked about, "" for those of the last run."""
 
     best: Candidate
     runner_up: Candidate | None
@@ -191,6 +193,8 @@ class ClosedAnswer:
     next_probe: dict[str, Any]
     sure: bool
     warnings: list[str] = field(default_factory=list)
+    gpus_per_worker: tuple[int, int] = (1, 1)
+    trace: str = ""
     id: int = 0
 
     @property
@@ -240,7 +244,37 @@ class ClosedAnswer:
             "warnings": self.warnings,
             "slo": str(self.slo),
             "gpus": self.gpus,
+            "gpus_per_worker": list(self.gpus_per_worker),
+            "trace": self.trace or None,
         }
+
+
+def as_table(answer: Mapping[str, Any]) -> Table:
+    """The splits of an answer's JSON, as it stands in the database too."""
+    head = ("P:D", "req/s", "mean TTFT s", "mean TPOT ms", "mean E2E s", "within SLO", "measured", "note")
+    rows, strong = [], []
+    for k, c in enumerate(answer["candidates"]):
+        row = [f"{c['prefill']}:{c['decode']}"]
+        for name, unit in (("throughput_per_s", 1.0), ("ttft_s", 1.0), ("tpot_s", 1e3), ("e2e_s", 1.0)):
+            value, low, high = (c[name][part] for part in ("value", "low", "high"))
+            known = low is not None and low == low  # of one measurement there is no interval
+            row.append(f"{value * unit:.3g}" + (f" [{low * unit:.3g}, {high * unit:.3g}]" if known else ""))
+        ranks = ((answer, "recommended"), (answer["runner_up"] or {}, "runner-up"))
+        word = next((w for one, w in ranks if _fleet(one) == _fleet(c)), "")
+        strong += [k] if word == "recommended" else []
+        row += ["yes" if c["meets_slo"] else "no", "yes" if c["measured"] else "no", word or c["extrapolated"]]
+        rows.append(row)
+    return Table(head, rows, strong=strong)
+
+
+def _fleet(one: Mapping[str, Any]) -> tuple[Any, Any]:
+    return one.get("prefill"), one.get("decode")
+
+
+def evidence(answer: Mapping[str, Any]) -> str:
+    """What an answer rests on, and how far splits that were left out are missed."""
+    errors = ", ".join(f"{name} {error:.1%}" for name, error in answer["left_out_errors"].items())
+    return f"{len(answer['runs'])} means of {answer['splits']} splits; left-out splits are missed by (median): {errors}"
 
 
 def advise_closed(
@@ -252,12 +286,15 @@ def advise_closed(
     slo: Slo | None = None,
     gpus_per_worker: tuple[int, int] | None = None,
     lengths: tuple[float, float] | None = None,
+    trace: str = "",
     seed: int = 0,
 ) -> ClosedAnswer:
     """The split of ``gpus`` that serves most with so many requests in flight, from stored aggregates; kept as a row.
 
     The system asked about is that of the last run; rows of others help to tell how splits matter. lengths: mean prompt and
-    answer [those of the last run]. NotEnoughDataError names what is missing, NoFleetError when no split keeps the limits.
+    answer [those of the last run]; trace: where they come from.
+
+    NotEnoughDataError names what is missing, NoFleetError when no split keeps the limits.
     """
     known = [run for run in runs if run.policy == CLOSED_LOOP]
     found = store.aggregates([run.id for run in known])
@@ -312,6 +349,8 @@ def advise_closed(
         _probe(unseen.fleet, concurrency, "it is the answer" if unseen is best else "it is the closest rival"),
         not beyond and not close,
         _words(best, close, known, wanted, errors, near, candidates) + beyond,
+        widths,
+        trace,
     )
     digest = hashlib.sha256("".join(sorted(run.schedule_digest for run in known)).encode()).hexdigest()
     said = answer.as_json() | {"version": __version__}

@@ -16,24 +16,26 @@ import signal
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from aiohttp import web
 
+from advisor import closed
 from advisor import compare as study
 from advisor.report import gather
 from advisor.report.digest import BINS, Digest, Traffic, read, traffic, traffic_of
 from advisor.report.page import contents, document, e, figures, policy, safe_json, section, table
 from advisor.report.page import report_body as body_of
 from advisor.report.parts import Section, Table
-from advisor.report.sections import distributions, lag, over_time, run_facts, servers, traffic_sections
+from advisor.report.reproduce import advise_command, on
+from advisor.report.sections import distributions, lag, over_time, run_facts, seconds, servers, traffic_sections
 from loadgen.ports import HERE, LOOPBACK, Door
 from traces.aggregate import APPROXIMATE
 from traces.errors import EndpointError, InputError, SteelyardError, understood
 from traces.measures import Slo
-from traces.records import Run
+from traces.records import CLOSED_LOOP, Aggregate, Run
 from traces.store import Store
 
 KEPT = 32
@@ -111,6 +113,8 @@ class Dash:
     def run(self, number: int) -> Page:
         """One run: what was asked, how it ended, its latencies, servers and lag; what there is so far while it goes on."""
         run = self._store.run(number)
+        if mean := self._store.aggregates([run.id] if run.policy == CLOSED_LOOP else []).get(run.id):
+            return _means(run, mean)
         slo = Slo.parse(run.slo) if run.slo else Slo()
         one = self._digest(run, slo)
         counted = f"{one.run.counts.get('ok', 0):,} of {run.scheduled:,} requests finished"
@@ -148,14 +152,43 @@ class Dash:
         if not found:
             raise InputError(f"no recommendation is stored with id {number}.")
         row = found[0]
+        if row["answer"].get("question") == "closed loop":
+            with understood(f"recommendation {number}", "Make another: steelyard advise"):
+                return self._closed(row)
         if not row["answer"].get("candidates"):
             text = json.dumps(row["answer"], indent=2)
             body = [f"<header><p>{e(row['kind'])}</p><h1>Stored {e(row['created_at'])}</h1></header>"]
             return Page(f"Answer {number}", [*body, f"<pre><code>{e(text)}</code></pre>"], data=row["answer"])
         answer = dict(row["answer"]) | {k: row[k] for k in ("id", "created_at", "version", "seed", "run_ids")}
+        command = on(f"steelyard report --recommendation {number}", self._store.told)
         with understood(f"recommendation {number}", "Make another: steelyard advise"):
-            report = gather(self._store, answer, commands=[f"steelyard report --recommendation {number}"])
+            report = gather(self._store, answer, commands=[command])
             return Page(report.title, body_of(report), figures(report.sections), report.as_json())
+
+    def _closed(self, row: Mapping[str, Any]) -> Page:
+        """A stored answer about a closed loop, which holds means of every split and nothing about a rate."""
+        answer = row["answer"] | {"seed": row["seed"]}
+        body = [f"<header><p>Which split serves most</p><h1>{e(answer['sentence'])}</h1></header>"]
+        notes = [[note] for note in answer["warnings"]]
+        probe = answer["next_probe"]
+        traces = [trace.name for trace in self._store.traces()]
+        parts = [
+            Section("splits", "Every split", f"{closed.evidence(answer)}.", table=closed.as_table(answer)),
+            Section(
+                "next",
+                "What is not known",
+                f"Measure next: {probe['command']} ({probe['why']}).",
+                table=Table(["note"], notes),
+            ),
+            Section(
+                "reproduce",
+                "How to get this again",
+                "Same rows, same seed: same answer.",
+                code=[("The answer", advise_command(answer, traces, self._store.told))],
+            ),
+        ]
+        page = _sections(f"Answer {row['id']}", body, parts)
+        return replace(page, data=page.data | {"recommendation": answer})
 
     def compare(self, numbers: Sequence[int]) -> Page:
         """Every run against the first, with what makes the comparison doubtful."""
@@ -200,6 +233,25 @@ def _sections(title: str, body: Sequence[str], parts: Sequence[Section], live: b
     return Page(title, [*body, contents(parts), *(section(s) for s in parts)], figures(parts), data, live)
 
 
+def _means(run: Run, mean: Aggregate) -> Page:
+    """A run that is means of a closed loop: it has no requests."""
+    body = [
+        f"<header><p>Run {run.id}: {e(run.name)}</p>",
+        f"<h1>{e(str(run.fleet or 'fleet unknown'))}: means with {mean.concurrency:g} requests in flight</h1></header>",
+    ]
+    rows = [
+        ["mean lengths", f"{mean.prompt_tokens:g} prompt and {mean.output_tokens:g} output tokens"],
+        ["mean TTFT", seconds(mean.ttft_s)],
+        ["mean TPOT", seconds(mean.tpot_s)],
+        ["mean E2E", seconds(mean.e2e_s)],
+        ["throughput", f"{mean.throughput_per_s:.4g} req/s by Little's law"],
+        ["asked of", f"{run.engine} {run.engine_version} serving {run.model or '?'} at {run.endpoint or '?'}"],
+        ["what it tells", run.reason],
+    ]
+    text = "No request of it is known, so there is nothing to draw."
+    return _sections(f"Run {run.id}", body, [Section("facts", "The run", text, table=Table(["what", "value"], rows))])
+
+
 OPEN = "running or broken off"
 """What is known of a run that has not ended: who was killed cannot say so."""
 
@@ -218,7 +270,7 @@ def _runs(runs: Sequence[Run]) -> Table:
                 r.name,
                 r.trace,
                 str(r.fleet or "?"),
-                f"{r.rate_per_s:.3g}",
+                r.policy if r.policy == CLOSED_LOOP else f"{r.rate_per_s:.3g}" if math.isfinite(r.rate_per_s) else "–",
                 ok,
                 f"{r.lag_p99_ms:.1f}" if math.isfinite(r.lag_p99_ms) else "–",
                 state,

@@ -826,6 +826,7 @@ def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys
     assert not (tmp_path / "keda.yaml").exists()
     answer = json.loads(said.out)  # it is given all the same, in one object
     assert answer["exit_code"] == 1
+    assert answer["asked"]["strategy"] == "static"
     assert answer["error"] in said.err
     assert main(["runs", "--db", url, "--json"]) == 0
     (kept,) = json.loads(capsys.readouterr().out)["recommendations"]

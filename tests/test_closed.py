@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from advisor.advise import beside_means
 from advisor.cli import main
 from advisor.closed import Candidate, Point, _close, left_out
+from advisor.dash import Dash
 from loadgen.cluster import Profile, simulate_batches
 from loadgen.imports import Mean, read_aggregates, store_aggregates
 from traces.records import CLOSED_LOOP, Aggregate, Fleet, Schedule
@@ -110,6 +113,35 @@ def test_means_are_stored_asked_and_measured_again(made_db_url: str, capsys: pyt
         kept = store.recommendations()[0]
         assert (kept["id"], kept["kind"]) == (said["recommendation"], "closed loop")
         assert len(kept["run_ids"]) == 20
+
+
+def test_means_and_what_they_answer_are_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that is printed about them is taken, and no page holds a figure that is none."""
+    url = f"sqlite:///{tmp_path}/c.db"
+    db = ["--db", url]
+    run([*IMPORT, *db], capsys)
+    command = run(db, capsys)[1]["next"]["command"]
+    assert command == f"steelyard advise --concurrency 128 --db {url}"
+    code, said, _ = run(shlex.split(command)[1:], capsys)
+    assert code == 0
+    found = run(db, capsys)[1]
+    assert found["recommendation"]["sentence"] == said["sentence"]
+    assert found["next"]["command"] == f"steelyard ingest FILE --db {url}"  # to measure at a rate
+    assert main(["runs", *db]) == 0
+    assert f"read one: steelyard dash --db {url}\n" in capsys.readouterr().out
+    code, _, err = run(["report", "--recommendation", str(said["recommendation"]), *db], capsys)
+    assert (code, "(closed loop)" in err, "steelyard dash" in err) == (1, True, True)
+    with open_store(url) as store:
+        dash = Dash(store)
+        pages = [dash.recommendation(said["recommendation"]), dash.run(7), dash.overview()]
+    answer, mean, overview = ("".join(page.body) for page in pages)
+    assert not re.search(r"\bnan\b", answer + mean + overview)
+    assert f"{said['candidates'][0]['throughput_per_s']['value']:.3g}" in answer
+    assert "means with 64 requests in flight" in mean
+    assert ">closed-loop</td>" in overview
+    (line,) = (one["text"] for one in pages[0].data["sections"]["reproduce"]["code"])
+    code, again, _ = run(shlex.split(line)[1:], capsys)
+    assert (code, again | {"recommendation": 0}) == (0, said | {"recommendation": 0})
 
 
 def test_a_rate_is_no_question_for_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

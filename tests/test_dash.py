@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote as quoted
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -133,6 +134,11 @@ def test_pages_as_data_say_what_the_database_holds(url: str, db: str) -> None:
     told = json.loads(ask(url, "/recommendations/1?format=json")[2])
     with open_store(db) as store:
         assert told["sentence"] == store.recommendation(1)["sentence"]
+    code = [one["text"] for part in told["sections"].values() for one in part.get("code", ())]
+    lines = [line for text in code for line in text.split("\n") if line.startswith("steelyard ")]
+    lines += told["cards"][2]["command"].split(" && ")
+    assert {line.split()[1] for line in lines} >= {"report", "advise", "replay", "strategies"}
+    assert all(f" --db {quoted(db)}" in line for line in lines), lines
     assert "rate" in json.loads(ask(url, f"/traces/{quote(HOSTILE, safe='')}?format=json")[2])["sections"]
 
 

@@ -424,6 +424,10 @@ def test_the_command_of_an_answer_says_what_was_asked() -> None:
     assert held["attainment"] == 0.5
     assert held["current"] == "4:4"
     assert held["db"] == "sqlite:///other.db"
+    assert held["strategy"] == "static"  # which no strategies were asked about
+    asked = {"strategy": "online", "deadline_s": 90.5, "gpu_hour_usd": None, "target_rate_per_s": 12.0}
+    held = parsed(advise_command(made.as_json() | {"asked": asked}))
+    assert {name: held[name] for name in asked} == asked
 
 
 def test_a_name_with_spaces_is_one_word_of_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

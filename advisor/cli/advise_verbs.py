@@ -219,6 +219,7 @@ def ask_closed(db: str, as_json: bool, concurrency: float, options: dict[str, An
             slo=Slo.parse(options["slo"]) if options["slo"] else None,
             gpus_per_worker=pair(options["gpus_per_worker"]) if options["gpus_per_worker"] else None,
             lengths=lengths,
+            trace=options["trace"] or "",
             seed=options["seed"],
         )
     if as_json:
@@ -232,26 +233,17 @@ def show_closed(answer: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from advisor.closed import as_table, evidence
+
     console = messages()
     console.print(f"[bold]{escape(answer.sentence)}[/bold]")
-    table = Table(box=None, pad_edge=False)
-    for name in ("P:D", "req/s", "mean TTFT s", "mean TPOT ms", "mean E2E s", "within SLO", "measured", ""):
-        table.add_column(name, justify="left" if name in ("P:D", "") else "right")
-    for c in answer.candidates:
-        cells = []
-        for name, unit in (("throughput_per_s", 1.0), ("ttft_s", 1.0), ("tpot_s", 1e3), ("e2e_s", 1.0)):
-            f = c.figures[name]
-            between = f" \\[{f['low'] * unit:.3g}, {f['high'] * unit:.3g}]" if f["low"] == f["low"] else ""
-            cells.append(f"{f['value'] * unit:.3g}{between}")
-        word = "recommended" if c is answer.best else "runner-up" if c is answer.runner_up else ""
-        said = ("yes" if c.meets else "no", "yes" if c.measured else "no", word or c.extrapolated)
-        table.add_row(str(c.fleet), *cells, *said, style="bold" if word == "recommended" else None)
+    table, shown = Table(box=None, pad_edge=False), as_table(answer.as_json())
+    for name in shown.head:
+        table.add_column(name, justify="left" if name in ("P:D", "note") else "right")
+    for k, row in enumerate(shown.rows):
+        table.add_row(*row, style="bold" if k in shown.strong else None)
     console.print(table)
-    errors = ", ".join(f"{name} {error:.1%}" for name, error in answer.errors.items())
-    console.print(
-        f"Evidence: {len(answer.runs)} means of {answer.splits} splits; left-out splits are missed by (median): {errors}",
-        markup=False,
-    )
+    console.print(f"Evidence: {evidence(answer.as_json())}", markup=False)
     for warning in answer.warnings:
         console.print(f"note: {warning}", markup=False)
     console.print(f"Next: {answer.next_probe['command']}  ({answer.next_probe['why']})", markup=False)

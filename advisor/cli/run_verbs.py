@@ -132,7 +132,7 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
     from rich.table import Table
 
     from traces.records import CLOSED_LOOP
-    from traces.store import open_store
+    from traces.store import open_store, option
 
     with open_store(db, create=False) as store:
         found = store.runs(group=group)
@@ -160,7 +160,14 @@ def runs(context: click.Context, group: str | None, db: str, as_json: bool) -> N
     if not found:
         console.print("No runs yet. Make one: steelyard replay --help")
     if answers:
-        console.print("Answers that rest on them, the latest first; read one: steelyard report --recommendation ID")
+        split = next((a["recommendation"] for a in answers if a["kind"] == "static"), None)
+        how = [] if split is None else [f"steelyard report --recommendation {split}"]
+        how += ["steelyard dash"] if any(a["kind"] != "static" for a in answers) else []
+        named = option(db) if typed("db") else ""
+        console.print(
+            f"Answers that rest on them, the latest first; read one: {', or '.join(f'{one}{named}' for one in how)}",
+            markup=False,
+        )
     for one in answers:
         on = ", ".join(map(str, one["runs"]))
         console.print(
@@ -182,7 +189,7 @@ def _answers(store: Any, runs: set[int]) -> list[dict[str, Any]]:
             "kind": row["kind"],
             "runs": row["run_ids"],
             "data_hash": str(row["answer"].get("data_hash") or ""),
-            "sentence": str(row["answer"].get("sentence") or ""),
+            "sentence": str(row["answer"].get("sentence") or f"{row['kind']} on {row['answer'].get('source', '?')}"),
         }
         for row in store.recommendations()
         if runs.intersection(row["run_ids"])

@@ -93,7 +93,30 @@ def advise_command(answer: Mapping[str, Any], traces: Container[str] | None = No
         words += ["--run", str(run)]
     if "seed" in answer:
         words += ["--seed", str(answer["seed"])]
-    return shlex.join(words + (["--db", db] if db else []))
+    if answer.get("concurrency"):
+        words += ["--concurrency", f"{answer['concurrency']:.12g}"]
+    else:
+        # An answer of an older version does not say what was asked, but what came of it.
+        asked = answer.get("asked") or {"strategy": answer.get("strategy")}
+        for name, option in ASKED.items():
+            if value := asked.get(name):
+                words += [option, value if isinstance(value, str) else f"{value:.12g}"]
+    return on(shlex.join(words), db)
+
+
+def on(command: str, db: str) -> str:
+    """A command that is printed, and those that && joins to it, on that database; "" stays so."""
+    named = f" --db {shlex.quote(db)}" if db else ""
+    return command.replace(" && steelyard ", f"{named} && steelyard ") + named if command else ""
+
+
+ASKED = {
+    "strategy": "--strategy",
+    "deadline_s": "--deadline",
+    "gpu_hour_usd": "--gpu-hour-usd",
+    "target_rate_per_s": "--target-rate",
+}
+"""What an answer says that it was asked besides -> the option that asks it."""
 
 
 OPTIONS = {

@@ -17,6 +17,7 @@ import numpy as np
 from advisor.report.digest import METRICS, QUANTILES, Digest, Over, Traffic
 from advisor.report.draw import short
 from advisor.report.parts import How, Mark, Plot, Report, Rule, Section, Table
+from advisor.report.reproduce import on
 from advisor.report.whatif import Case, turning_points
 from traces.aggregate import APPROXIMATE
 from traces.measures import Slo, late_word, ttft_limit_s
@@ -39,8 +40,10 @@ def build(
     cases: Sequence[Case] = (),
     strategies: Mapping[str, Any] | None = None,
     reproduce: Section | None = None,
+    db: str = "",
 ) -> Report:
-    """The report of an answer. runs: what it rests on. An answer without candidates is a refusal: its sentence says why."""
+    """The report of an answer. runs: what it rests on. An answer without candidates is a refusal: its sentence says why. db: the
+    URL that its commands name."""
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     held = bool(answer.get("candidates"))
     sections = [
@@ -51,13 +54,13 @@ def build(
         *(traffic_sections(traffic, answer) if traffic else ()),
         *laws(runs, answer),
         lag(runs, slo),
-        *_strategies(strategies, answer),
+        *_strategies(strategies, answer, db),
         *((_what_if(cases, answer),) if held else ()),
         *((_cost(answer),) if answer.get("cost") or answer.get("needed") else ()),
         *((reproduce,) if reproduce else ()),
     ]
     title = f"Run {answer['prefill']}:{answer['decode']}" if held else "No recommendation yet"
-    return Report(title, answer["sentence"], _cards(answer, runs, strategies), sections, dict(answer))
+    return Report(title, answer["sentence"], _cards(answer, runs, strategies, db), sections, dict(answer))
 
 
 # --- small words ----------------------------------------------------------------------------------------------------
@@ -126,13 +129,13 @@ def _more(lines: list[str], most: int) -> str:
 
 
 def _cards(
-    answer: Mapping[str, Any], runs: Sequence[Digest], strategies: Mapping[str, Any] | None
+    answer: Mapping[str, Any], runs: Sequence[Digest], strategies: Mapping[str, Any] | None, db: str
 ) -> list[tuple[str, list[str], str]]:
     probe = answer.get("next_probe") or {}
     return [
         ("How sure", _sure(answer), ""),
         ("What it rests on", _rests(answer, runs), ""),
-        ("What to do next", _next(answer, probe), str(probe.get("command") or "")),
+        ("What to do next", _next(answer, probe), on(str(probe.get("command") or ""), db)),
         ("What was not measured", _unmeasured(answer, runs, strategies), ""),
     ]
 
@@ -926,10 +929,10 @@ def run_facts(one: Digest) -> Section:
 # --- strategies, other worlds ---------------------------------------------------------------------------------------
 
 
-def _strategies(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> list[Section]:
+def _strategies(study: Mapping[str, Any] | None, answer: Mapping[str, Any], db: str) -> list[Section]:
     found = [_chosen(answer)] if answer.get("strategies") else []
     if study is not None or not found:
-        found.append(_studied(study, answer))
+        found.append(_studied(study, answer, db))
     return found
 
 
@@ -977,20 +980,16 @@ def _chosen(answer: Mapping[str, Any]) -> Section:
     )
 
 
-def _studied(study: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> Section:
+def _studied(study: Mapping[str, Any] | None, answer: Mapping[str, Any], db: str = "") -> Section:
     if study is None:
-        trace = answer.get("trace") or "TRACE"
+        trace = shlex.quote(answer.get("trace") or "TRACE")
+        command = f"steelyard strategies --trace {trace} --requests 200 --gpus {answer.get('gpus', 8)}"
         return Section(
             "strategies",
             "Strategies side by side",
             "Baseline, online, offline and static were not compared on this traffic, so whether a split that moves would do better is "
             "not known. The command below compares them.",
-            code=[
-                (
-                    "Compare them",
-                    f"steelyard strategies --trace {shlex.quote(trace)} --requests 200 --gpus {answer.get('gpus', 8)}",
-                )
-            ],
+            code=[("Compare them", on(command, db))],
             missing=True,
         )
     name, scale = next(iter(study["scales"].items()))
