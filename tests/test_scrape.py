@@ -453,6 +453,10 @@ def test_the_role_of_a_vllm_worker_follows_where_its_kv_comes_from() -> None:
     assert vllm.role(prefill, decode) == "decode"
     alone = sample(prompt_tokens_total=1000, received_tokens_total=0, finished_total=10, output_tokens_total=500)
     assert vllm.role(None, alone) == "mixed"
+    kept = {"prompt_tokens_total": 10000.0, "received_tokens_total": 7000.0, "finished_total": 10.0}
+    # From a KV store, one token a request: a prefill worker that is listed as one did no decode.
+    assert vllm.role(None, sample(**kept, output_tokens_total=10)) == ""
+    assert vllm.role(None, sample(**kept, output_tokens_total=300)) == "decode"
     assert vllm.role(prefill, prefill) == ""  # nothing moved
     assert vllm.role(None, sample(prompt_tokens_total=1000)) == ""  # an older release does not say
 

@@ -71,9 +71,11 @@ TABLE = (
 
 
 def role_by_source(before: Sample | None, now: Sample) -> str:
-    """Prefill, decode or mixed, by where the KV of the prompts came from since the reading before, or ever.
+    """Prefill, decode or mixed, by where the KV of the prompts came from since the reading before, or ever; "" for not sure.
 
-    A decode worker's came from another worker; a prefill worker makes one token a request, because its router asks for one.
+    A decode worker's came from another worker; a prefill worker makes one token a request, because its router asks for one. One
+    that makes one token of prompts that came from elsewhere may be either: a prefill worker with a KV store, or a decode worker
+    of answers of one token.
     """
 
     def moved(name: str) -> float:
@@ -85,12 +87,11 @@ def role_by_source(before: Sample | None, now: Sample) -> str:
     prompt = moved("prompt_tokens_total")
     if prompt <= 0:
         return ""
-    if moved("received_tokens_total") > prompt / 2:
-        return "decode"
     finished, made = moved("finished_total"), moved("output_tokens_total")
-    if not finished:
-        return ""
-    return "prefill" if made <= 1.5 * finished else "mixed"
+    one = finished > 0 and made <= 1.5 * finished
+    if moved("received_tokens_total") > prompt / 2:
+        return "" if one else "decode"
+    return "prefill" if one else "mixed" if finished else ""
 
 
 def routed_workers(seen: Glance) -> list[Worker]:
