@@ -15,7 +15,7 @@ from advisor.recommend import Recommendation, recommend
 from advisor.study import check_rate, quiet, splits_of
 from advisor.telling import Note, silent
 from loadgen.client import Target
-from loadgen.control import Endpoint
+from loadgen.control import Control, Endpoint
 from loadgen.live import Live
 from loadgen.replay import replay
 from loadgen.swarm import Swarm
@@ -42,13 +42,15 @@ LEAST = 24
 
 @dataclass(frozen=True, slots=True)
 class Probing:
-    """What was measured and why it ended. sure: the answer can be relied on. spent_s: of the budget."""
+    """What was measured and why it ended. sure: the answer can be relied on. spent_s: of the budget. put_back: the split that was
+    in force is so again."""
 
     group: str
     runs: list[int]
     sure: bool
     reason: str
     spent_s: float
+    put_back: bool = True
 
 
 def probe(
@@ -84,7 +86,8 @@ def probe(
     group = group or time.strftime("auto-%Y%m%d-%H%M%S", time.gmtime())
     runs: list[Run] = []
     done: list[tuple[Fleet, float]] = []
-    with keeping(None, where, "auto", note) as keeper:
+
+    def rounds(keeper: Control | None) -> Probing:
         while True:
             left = budget_s - (time.monotonic() - began)
             answer = _assessed(store, runs, schedule, gpus, slo, gpus_per_worker, attainment, seed)
@@ -121,6 +124,10 @@ def probe(
                     on_progress=partial(progress, step),
                 )
             )
+
+    with keeping(None, where, "auto", note) as keeper:
+        found = rounds(keeper)
+    return replace(found, put_back=not getattr(keeper, "stranded", False))
 
 
 def _piece(schedule: Schedule, rate: float, seconds: float, seed: int, spread: bool = False) -> Schedule:

@@ -1217,6 +1217,29 @@ def test_a_move_that_the_endpoint_refuses_is_told_with_the_fleet_that_was_wanted
     assert changes == []
 
 
+def test_the_way_back_is_awaited_as_long_as_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C or an error a minute at most, at a good end as long as --settle says: pods with weights take longer."""
+    monkeypatch.setattr(loadgen.control, "BACK_S", 0.05)
+
+    class Late(Fake):
+        since_s = 0.0
+
+        def ask(self, fleet: Fleet) -> None:
+            super().ask(fleet)
+            self.since_s = time.monotonic()
+
+        def get(self) -> Standing:
+            return Standing(self.fleet, self.fleet, int(time.monotonic() - self.since_s < 0.4))
+
+    for error in (False, True):
+        keeper = Keeper(Late(Fleet(2, 2)), "sweep", timeout_s=30.0)
+        with contextlib.suppress(ZeroDivisionError), keeper:
+            keeper.put(Fleet(1, 3))
+            print(1 / int(not error))
+        assert keeper.stranded is error
+        keeper.journal.forget()
+
+
 def test_planned_changes_come_at_their_time() -> None:
     control = Fake(Fleet(1, 3))
     _, changes = steer(control, lambda: queues(0, 0), 1.6, steering=Planned([(0.8, Fleet(3, 1)), (0.1, Fleet(2, 2))]))

@@ -35,6 +35,7 @@ from advisor.cli import main
 from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
+from loadgen.control.journal import Journal
 from loadgen.engines import WORDS, single_token_words
 from loadgen.replay import Writer, read_api_key, replay
 from loadgen.spool import Spool, Steered, folder
@@ -364,8 +365,18 @@ def test_a_search_ends_where_the_warm_up_would_leave_no_request(store: Store, sw
     assert "at least --requests 200" in found.reason
 
 
-def test_a_search_ramps_at_every_rate_alike(db: str, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The trace is scaled to each rate and then ramped; the rate is that after the ramp, its factor stands with the run."""
+def test_a_search_ramps_at_every_rate_alike(
+    db: str, endpoint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trace is scaled to each rate and then ramped; the rate is that after the ramp, its factor stands with the run.
+    The fleet that a crash left here does not come back: exit code 1."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    file = tmp_path / "control.toml"
+    file.write_text('kind = "command"\nset = ["false", "{prefill}", "{decode}"]\nget = ["echo", "4:4"]\n')
+    journal = Journal(str(file), "x")
+    journal.lock("sweep")
+    journal.begin("sweep", Fleet(3, 5), Fleet(4, 4))
+    journal.unlock()
     command = [
         "sweep",
         "azure-2023-conv",
@@ -380,8 +391,10 @@ def test_a_search_ramps_at_every_rate_alike(db: str, endpoint: str, capsys: pyte
         "--json",
     ]
     few = ["--requests", "12", "--slo", "ttft<0.25s", "--attainment", "0.1"]
-    main([*command, *few, "--saturate", "--rate", "10", "--ramp", "0.5"])
-    tried = said(capsys)["fleets"][0]["runs"]
+    assert main([*command, *few, "--saturate", "--rate", "10", "--ramp", "0.5", "--control", str(file)]) == 1
+    found = said(capsys)
+    assert found["put_back"] is False
+    tried = found["fleets"][0]["runs"]
     with open_store(db) as store:
         recorded = store.schedule("azure-2023-conv").take(np.arange(12)).rate_per_s
         runs = [store.run(n) for n in tried]

@@ -23,7 +23,7 @@ from advisor.cli.common import (
     warn,
 )
 from advisor.cli.replay_verbs import pair
-from traces.errors import InputError
+from traces.errors import EndpointError, InputError, SteelyardError
 
 
 def question(f: Any) -> Any:
@@ -166,7 +166,9 @@ def advise(
     answer = ask(db, as_json, **options)
     if probing is not None:
         answer.extra["probing"] = asdict(probing)
-    refused: InputError | None = None
+    refused: SteelyardError | None = None
+    if probing is not None and not probing.put_back:
+        refused = EndpointError(f"{url}: the split that was in force is not put back. Run: steelyard control restore")
     if profile_out or exported:
         from advisor.exports import export
         from advisor.report import write_report
@@ -491,7 +493,7 @@ def report(db: str, as_json: bool, out: Path | None, number: str | None, form: s
     import sys
 
     from advisor import report as made
-    from traces.errors import NoFleetError, NotEnoughDataError, SteelyardError, understood
+    from traces.errors import NoFleetError, NotEnoughDataError, understood
     from traces.store import open_store, redact, told
 
     out = out or Path(f"report.{form}")

@@ -777,29 +777,33 @@ def sweep(
                         )
                         for fleet in wanted
                     ]
-                    return _saturated(found, group, slo, attainment, as_json)
-                seed = arguments.pop("seed")
-                group, runs, drift = measure(
-                    store,
-                    swarm,
-                    schedules,
-                    where,
-                    wanted,
-                    seed=seed,
-                    repeats=repeats,
-                    anchor=anchored,
-                    group=group,
-                    factors=factors,
-                    note=note,
-                    say=lambda line: None if quiet() else messages(as_json).print(line, markup=False),
-                    **arguments,
-                )
+                else:
+                    seed = arguments.pop("seed")
+                    group, runs, drift = measure(
+                        store,
+                        swarm,
+                        schedules,
+                        where,
+                        wanted,
+                        seed=seed,
+                        repeats=repeats,
+                        anchor=anchored,
+                        group=group,
+                        factors=factors,
+                        note=note,
+                        say=lambda line: None if quiet() else messages(as_json).print(line, markup=False),
+                        **arguments,
+                    )
+        put_back = keeping is None or not keeping.stranded  # why not is said already
+        if saturate:
+            code = _saturated(found, group, slo, attainment, as_json, put_back)
+            return code if put_back else 1
         rows = [result(store, run) for run in runs]
     if as_json:
         anchor_said = None if drift is None else {"runs": drift.runs, "largest": drift.largest} | {
             "ttft_p50_ms": [v * 1e3 for v in drift.ttft_p50_s], "tpot_p50_ms": [v * 1e3 for v in drift.tpot_p50_s],
         }  # fmt: skip
-        emit_json({"group": group, "runs": rows, "anchor": anchor_said})
+        emit_json({"group": group, "runs": rows, "anchor": anchor_said, "put_back": put_back})
     else:
         shown = ", ".join(f"{s.rate_per_s:.3g}" for s in schedules)
         table(rows, f"group {group}: {trace}, {n} requests at {shown}/s, goodput within {slo}")
@@ -809,6 +813,8 @@ def sweep(
                 f"anchor {order_name(runs, drift)}: TTFT p50 {medians} ms; largest difference {drift.largest:.0%}",
                 markup=False,
             )
+    if not put_back:
+        return 1
     return 0 if all(run.complete and run.verdict != "invalid" for run in runs) else 4
 
 
@@ -828,7 +834,7 @@ def _rates(text: str) -> list[float]:
     return found
 
 
-def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as_json: bool) -> int:
+def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as_json: bool, put_back: bool) -> int:
     """Print what each fleet sustains; 3 if none holds the SLO at any rate."""
     if as_json:
         emit_json({"group": group, "slo": str(slo), "attainment": attainment, "fleets": [
@@ -838,7 +844,7 @@ def _saturated(found: Sequence[Any], group: str, slo: Any, attainment: float, as
                 "reason": f.reason,
             }
             for f in found
-        ]})  # fmt: skip
+        ], "put_back": put_back})  # fmt: skip
     else:
         within = f"within {slo}" if slo.constraints else f"with {attainment:.0%} within {slo}"
         for f in found:

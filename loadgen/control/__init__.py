@@ -34,7 +34,8 @@ STEP_S = 60.0
 not wait for it."""
 
 BACK_S = 60.0
-"""How long the way back is awaited after Ctrl-C, or what the control needs; the note on disk stays when it takes longer."""
+"""How long the way back is awaited after Ctrl-C or an error, or what the control needs; the note on disk stays when it takes
+longer. At a good end it is awaited like any other change."""
 
 ROLES = ("prefill", "decode")
 
@@ -352,7 +353,7 @@ class Keeper:
             if self.before is None:
                 return
             if self._put_back or (kind is not None and not self._keep_note):
-                self.back()
+                self._back(self.timeout_s if kind is None else min(self.timeout_s, BACK_S))
                 return
             if kind is None:
                 self._finish()
@@ -370,12 +371,12 @@ class Keeper:
             while time.monotonic() < until and self.control.get().changing:
                 time.sleep(0.05)
 
-    def back(self) -> None:
+    def _back(self, timeout_s: float) -> None:
         """Put the old fleet back and drop the note. Says so instead of raising when that does not succeed: the note stays."""
         if self.before is None:
             return
         try:
-            put(self.control, self.before, min(self.timeout_s, BACK_S))
+            put(self.control, self.before, timeout_s)
             self.journal.done(self._verb)
             self.before = None
         except (EndpointError, InputError) as error:
