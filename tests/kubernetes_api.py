@@ -55,8 +55,8 @@ class ApiServer:
     """objects: plural -> name -> object. start_s, drain_s: how long a pod takes. deny: (verb, plural) that RBAC refuses.
 
     status: of every answer, 0 for what is right. conflicts: patches that another change overtakes; below 0: all. stuck: new pods
-    do not get ready. cut, hold_s: a watch ends after so many events or seconds. gone: how a version that is too old is told, by
-    "http" or an "event".
+    do not get ready. admission: why a webhook refuses every change. cut, hold_s: a watch ends after so many events or seconds.
+    gone: how a version that is too old is told, by "http" or an "event".
     """
 
     def __init__(self, **groups: str) -> None:
@@ -70,6 +70,7 @@ class ApiServer:
         self.wrong: list[str] = []
         self.deny: set[tuple[str, str]] = set()
         self.status = 0
+        self.admission = ""
         self.conflicts = 0
         self.stuck = False
         self.start_s = self.drain_s = 0.05
@@ -182,6 +183,8 @@ class ApiServer:
                 plural, name, sub, _ = found
                 if ("patch", plural) in outer.deny:
                     return self.refuse(403)
+                if outer.admission:
+                    return self.answer(403, failure(403) | {"message": outer.admission})
                 if self.headers["Content-Type"] != MERGE:
                     return self.refuse(415)
                 with outer.changed:
@@ -341,4 +344,8 @@ def without_counts(spec: Any) -> Any:
 
 def failure(status: int) -> dict[str, Any]:
     held = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": status}
-    return held | {"reason": "Expired" if status == 410 else "X", "message": "secret detail"}
+    words = 'deployments.apps "secret" is forbidden: User "x" cannot patch resource "deployments"'  # as RBAC says it
+    return held | {
+        "reason": "Expired" if status == 410 else "X",
+        "message": words if status == 403 else "secret detail",
+    }

@@ -286,12 +286,44 @@ def test_a_workload_that_somebody_holds_is_given_up(api: ApiServer) -> None:
         (500, "HTTP 500"),
     ],
 )
-def test_a_refusal_is_one_clear_line_without_secrets(api: ApiServer, status: int, said: str) -> None:
+def test_a_refusal_is_one_clear_line_without_secrets(
+    api: ApiServer, status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes, "AGAIN_S", (0.01,))
     api.status = status
-    with pytest.raises(LostError, match=said) as caught:
+    with pytest.raises(EndpointError, match=said) as caught:
         made().get()
+    assert isinstance(caught.value, LostError) is (status < 500)  # that passes, and is awaited
     assert "PLANTED" not in str(caught.value)
     assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_api_server_that_cannot_answer_for_a_while_ends_nothing(api: ApiServer) -> None:
+    """It is upgraded, or its leader changes, while the fleet changes and as the way back begins."""
+
+    def away(for_s: float) -> None:
+        api.status = 503
+        threading.Timer(for_s, lambda: setattr(api, "status", 0)).start()
+
+    control = made()
+    with Keeper(control, "sweep", timeout_s=20) as keeper:
+        api.start_s = 0.6
+        threading.Timer(0.2, away, (0.5,)).start()
+        keeper.put(Fleet(1, 2))
+        away(0.3)
+    assert not keeper.stranded
+    assert counts(api) == {"pre": 2, "dec": 1}
+
+
+def test_a_change_that_admission_refuses_says_why(api: ApiServer) -> None:
+    """A webhook answers 403, too: who reads of a verb that lacks would look for RBAC that is right."""
+    api.admission = "spec.services[X].replicas cannot be modified directly when scaling adapter is enabled\n"
+    with pytest.raises(
+        LostError, match=r"refused to scale it .HTTP 403.*cannot be modified directly when scaling"
+    ) as caught:
+        put(made(), Fleet(2, 2), 10)
+    assert "verb" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -15,16 +15,20 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loadgen.client import unsaid
 from loadgen.control import ROLES, Bounds, Connect, LostError, Standing, members
+from loadgen.discover import pod_page
+from loadgen.stream import printable
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
 
@@ -81,6 +85,9 @@ BROKEN = 3
 """A watch that broke so often in a row is not gone on with: what it missed is listed."""
 
 GONE = 410
+
+AGAIN_S = (0.5, 1.0, 2.0, 4.0)
+"""Pauses before an API server that cannot answer now (429, 5xx: it is upgraded, its leader changes) is asked again."""
 
 EXPIRED = "the token is missing or expired. Log in again (kubectl auth whoami)"
 
@@ -414,7 +421,7 @@ class Kubernetes:
         from urllib3.exceptions import HTTPError
 
         try:
-            return call()
+            return _patient(call)
         except ApiException as error:
             if error.status == 403:
                 self._blind = True
@@ -424,7 +431,8 @@ class Kubernetes:
                 )
                 return None
             said = EXPIRED if error.status == 401 else f"HTTP {error.status}"
-            raise LostError(f"{self.namespace}: its pods cannot be listed: {said}.") from None
+            kind = EndpointError if _passes(error) else LostError
+            raise kind(f"{self.namespace}: its pods cannot be listed: {said}.") from None
         except HTTPError as error:
             raise EndpointError(f"{self.namespace}: the API server does not answer ({type(error).__name__}).") from None
 
@@ -565,9 +573,8 @@ class Kubernetes:
         versions = [known] if known else list(w.of.versions)
         for version in versions:
             try:
-                found: dict[str, Any] = call(
-                    w.of.group, version, self.namespace, w.of.plural, w.name, *body, _request_timeout=ASK_S, **more
-                )
+                asks = partial(call, w.of.group, version, self.namespace, w.of.plural, w.name, *body, **more)
+                found: dict[str, Any] = _patient(partial(asks, _request_timeout=ASK_S))
                 self._versions[w.kind] = version
                 return found
             except ApiException as error:
@@ -576,17 +583,52 @@ class Kubernetes:
                 if error.status == 409:
                     raise _ConflictError(f"{where}: changed meanwhile (409).") from None
                 scale = f" and {w.of.plural}/scale" if w.of.scaled else ""
-                said = {
-                    401: EXPIRED,
-                    403: f"not allowed to {what} it. Its role needs the verb {verb} on {w.of.plural}{scale} of {w.of.group!r}",
-                    404: "there is no such workload, or its kind is not installed in the cluster",
-                }.get(error.status, f"HTTP {error.status} {error.reason or ''}".strip())
-                raise LostError(f"{where}: {said}.") from None
+                why = _message(error)
+                http = f"HTTP {error.status} {error.reason or ''}".strip()
+                # RBAC says "cannot patch resource"; other refusals are admission's.
+                if error.status == 403 and (not why or re.search(r"cannot \w+ resource", why)):
+                    said = f"not allowed to {what} it. Its role needs the verb {verb} on {w.of.plural}{scale} of {w.of.group!r}"
+                elif error.status in (401, 404):
+                    gone = "there is no such workload, or its kind is not installed in the cluster"
+                    said = EXPIRED if error.status == 401 else gone
+                elif _passes(error):
+                    raise EndpointError(f"{where}: {http}, asked {len(AGAIN_S) + 1} times.") from None
+                else:
+                    said = f"refused to {what} it ({http}): {why or 'no reason is given'}"
+                raise LostError(f"{where}: {said.rstrip('.')}.") from None
             except HTTPError as error:
                 raise EndpointError(
                     f"{where}: the API server does not answer ({type(error).__name__}). Check the context."
                 ) from None
         raise LostError(f"{where}: its kind has no version.")
+
+
+def _passes(error: Any) -> bool:
+    """Is this an answer for now only?"""
+    return bool(error.status == 429 or (error.status or 0) >= 500)
+
+
+def _patient(call: Callable[[], Any]) -> Any:
+    """The answer, after some pauses where the server cannot give it now."""
+    from kubernetes.client.exceptions import ApiException
+
+    for pause in AGAIN_S:
+        try:
+            return call()
+        except ApiException as error:
+            if not _passes(error):
+                raise
+        time.sleep(pause)
+    return call()
+
+
+def _message(error: Any) -> str:
+    """Why the API server, or a webhook of the cluster, refused something."""
+    try:
+        said = json.loads(error.body)["message"]
+    except (TypeError, ValueError, KeyError):
+        return ""
+    return printable(str(said)[:200])
 
 
 def _count(held: Mapping[str, Any], path: Sequence[str | int]) -> int:
