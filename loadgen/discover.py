@@ -172,34 +172,38 @@ def _worker(held: Any, where: str) -> Worker:
     return Worker(name, texts["role"], texts["url"], texts["metrics"], weight, texts["id"])
 
 
-def _pods(items: Sequence[Any], path: Path) -> tuple[Worker, ...]:
-    """Workers from a list of Kubernetes pods: role by label, page by annotation or port. A group's leader stands for it."""
+def pod_page(pod: Any) -> str:
+    """URL of a Kubernetes pod's metrics, by annotation or port; "" where it has no address or no port."""
 
     def listed(held: Any, name: str) -> list[Any]:
         found = member(held, name)
         return found if isinstance(found, list) else []
 
+    notes, address = member(member(pod, "metadata"), "annotations"), member(member(pod, "status"), "podIP")
+    ports = [
+        (str(p.get("name", "")), p["containerPort"])
+        for container in listed(member(pod, "spec"), "containers")
+        for p in listed(container, "ports")
+        if isinstance(member(p, "containerPort"), int)
+    ]
+    by_name = dict(ports)
+    port = member(notes, "prometheus.io/port") or next((by_name[n] for n in PORT_NAMES if n in by_name), None)
+    port = port or (ports[0][1] if ports else None)
+    host = f"[{address}]" if ":" in str(address) else address
+    return f"http://{host}:{port}{member(notes, 'prometheus.io/path') or '/metrics'}" if port and host else ""
+
+
+def _pods(items: Sequence[Any], path: Path) -> tuple[Worker, ...]:
+    """Workers from a list of Kubernetes pods: role by label, page by annotation or port. A group's leader stands for it."""
     found = []
     for pod in items:
-        meta, spec, status = (member(pod, key) for key in ("metadata", "spec", "status"))
-        labels, notes = (member(meta, key) for key in ("labels", "annotations"))
+        meta, status = member(pod, "metadata"), member(pod, "status")
+        labels = member(meta, "labels")
         role = next((POD_WORDS[word] for k in POD_ROLES if (word := str(member(labels, k))) in POD_WORDS), "")
-        address = member(status, "podIP")
         leader = member(labels, "leaderworkerset.sigs.k8s.io/worker-index") in (None, "0")
-        if not role or not address or not leader or member(status, "phase") != "Running":
+        if not role or not member(status, "podIP") or not leader or member(status, "phase") != "Running":
             continue
-        ports = [
-            (str(p.get("name", "")), p["containerPort"])
-            for container in listed(spec, "containers")
-            for p in listed(container, "ports")
-            if isinstance(member(p, "containerPort"), int)
-        ]
-        by_name = dict(ports)
-        port = member(notes, "prometheus.io/port") or next((by_name[n] for n in PORT_NAMES if n in by_name), None)
-        port = port or (ports[0][1] if ports else None)
-        host = f"[{address}]" if ":" in str(address) else address
-        page = f"http://{host}:{port}{member(notes, 'prometheus.io/path') or '/metrics'}" if port else ""
-        found.append(Worker(str(member(meta, "name")), role, metrics=page))
+        found.append(Worker(str(member(meta, "name")), role, metrics=pod_page(pod)))
     if not found:
         raise InputError(
             f"--targets {path}: no running pod has a role. Its label must be one of {', '.join(POD_ROLES)}, "

@@ -284,7 +284,7 @@ def replay(
                 scraper = Scraper(
                     server, zero, on_samples, scrape_s, workers=found.workers, engine=dialect.name, find=find
                 )
-                scraper.assign(standing.workers)
+                scraper.assign(standing.workers, standing.pages)
                 scrapers.append(stack.enter_context(scraper))
                 if steering is not None and control is not None:
                     stack.enter_context(
@@ -295,7 +295,7 @@ def replay(
                             zero,
                             writer.put,
                             on_decision=lambda decision: on_decision(decision, unix),
-                            on_standing=lambda standing: scraper.assign(standing.workers),
+                            on_standing=lambda standing: scraper.assign(standing.workers, standing.pages),
                             tick_s=tick_s,
                             speed=speed,
                             stale_s=stale_s,

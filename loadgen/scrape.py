@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,7 +41,7 @@ FIND_S = 5.0
 """How often it is asked which workers there are."""
 
 GIVE_UP = 5
-"""A page that failed so often in a row, and never came, is asked for every FIND_S only: its worker may start yet."""
+"""A page that failed so often in a row is asked for every FIND_S only: its worker may start yet."""
 
 FAILING = 3
 """A page that came, and then failed so often in a row, has stopped."""
@@ -311,6 +312,8 @@ class Scraper:
         self._workers: dict[str, Worker] = {}
         self._assigned: dict[str, str] = {}
         self._serving: dict[str, str] = {}
+        self._gone: set[str] = set()
+        self._alike = False
         self._fields: dict[str, dict[str, str]] = {}
         self._counted: dict[tuple[str, str, str], Counted] = {}
         self._round_s = 0.0
@@ -331,15 +334,21 @@ class Scraper:
         self._thread.join(10)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def assign(self, roles: Mapping[str, Sequence[str]]) -> None:
+    def assign(self, roles: Mapping[str, Sequence[str]], pages: Mapping[str, str] = MappingProxyType({})) -> None:
         """role -> names or URLs of workers, by the word of whoever sets the fleet. It comes before a list's or a targets file's,
-        which tell of the beginning."""
+        which tell of the beginning. pages: name -> URL, read where the list, too, named one of them so: elsewhere pods,
+        say, may be out of reach."""
         named = {name: role for role, names in roles.items() for one in names for name in (one, address(one))}
         if named != self._assigned:
             with self._lock:
                 self._assigned, self._serving = named, {one: role for role, names in roles.items() for one in names}
                 read = [s.worker for s in self._sources.values() if s.worker.name in self._workers]
-                self._take([*self._workers.values(), *read])  # a worker may have two pages, its engine's and its GPUs'
+                new = [Worker(name, named[name], metrics=page) for name, page in pages.items() if name in named]
+                self._alike = self._alike or any(worker.name in named for worker in read)
+                new = [worker for worker in new if self._alike and worker.name not in self.names]
+                self._take(
+                    [*self._workers.values(), *read, *new]
+                )  # a worker may have two pages, its engine's and its GPUs'
 
     def _take(self, workers: Sequence[Worker]) -> None:
         """These are the workers now; pages of those that went away are read on, for what they say of their end."""
@@ -357,6 +366,10 @@ class Scraper:
                     self._sources[worker.metrics] = _Source(worker, *page_of(self._server, worker))
                 except SteelyardError:
                     self.failures += 1
+        here = {w.name for w in self._workers.values() if w.names & self._assigned.keys()}
+        self._gone = (
+            {w.name for w in self._workers.values() if w.role in ("prefill", "decode")} - here if here else set()
+        )
         routed = any(w.role == "router" and w.metrics for w in self._workers.values())
         path = engines()[self._engine].page if self._engine in engines() else Engine.page
         page = f"{self._server.shown}{path}"
@@ -430,6 +443,10 @@ class Scraper:
             found = [s for s in self.last.values() if s.at_s < late or s.worker in failing]
         return sorted(found, key=lambda s: s.at_s)
 
+    def unheard(self) -> dict[str, str]:
+        """Worker -> role, of those that ought to have told something and never did."""
+        return {name: role for name, role in self._expected().items() if name not in self.last}
+
     def _main(self) -> None:
         when = time.monotonic()
         while not self._stop.is_set():
@@ -480,14 +497,21 @@ class Scraper:
             raise EndpointError(f"{source.endpoint.shown}{source.path}: not Prometheus text") from None
 
     def _round(self, patience_s: float) -> None:
-        """Ask every page that is not asked already, wait a while, take what came; a slow page comes in a later round."""
+        """Ask every page that is not asked already, wait a while, take what came; a slow page comes in a later round.
+
+        Nobody waits for a page that fails all the time, or whose worker serves no longer: that may be gone with its address.
+        """
         with self._lock:
             self._came()
+            asked = []
             for source in self._sources.values():
-                seldom = not source.readings and source.failures >= GIVE_UP
-                if source.busy is None and not (seldom and time.monotonic() - source.failed_at < FIND_S):
+                gone, failing = source.worker.name in self._gone, source.failures >= GIVE_UP
+                seldom = failing or (gone and source.failures > 0)
+                late = not seldom or (time.monotonic() - source.failed_at >= FIND_S and not (gone and failing))
+                if source.busy is None and late:
                     source.busy = self._pool.submit(self._page, source)
-            asked = [s.busy for s in self._sources.values() if s.busy is not None]
+                if source.busy is not None and not (gone or failing):
+                    asked.append(source.busy)
         wait(asked, timeout=patience_s)
         with self._lock:
             self._came()

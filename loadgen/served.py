@@ -103,6 +103,13 @@ class Served:
             else ("degraded", "it went away, or its metrics did")
         )
         found = [(word, f"the {s.role} worker {s.worker} told nothing after {s.at_s:.1f} s: {why}") for s in silent]
+        unheard = scraper.unheard() if any(s.role in ("prefill", "decode") for s in scraper.last.values()) else {}
+        for role in sorted(set(unheard.values())):
+            names = sorted(name for name in unheard if unheard[name] == role)
+            shown = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+            found.append(
+                ("valid", f"no metrics of {role} came from {shown}: what is read of the role is of the others")
+            )
         for name, listed in {} if moved else scraper.listed().items():
             first, last = scraper.first.get(name), scraper.last.get(name)
             if first is None or last is None or listed not in ("prefill", "decode"):

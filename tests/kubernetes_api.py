@@ -289,7 +289,12 @@ class ApiServer:
             {
                 "metadata": {"name": f"pod-{self.version}", "labels": labels},
                 "at": time.monotonic(),
-                "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": str(ready)}]},
+                "spec": {"containers": [{"ports": [{"name": "metrics", "containerPort": 8200}]}]},
+                "status": {
+                    "phase": "Running",
+                    "podIP": f"10.0.0.{self.version}",
+                    "conditions": [{"type": "Ready", "status": str(ready)}],
+                },
             },
             "ADDED",
         )
@@ -318,7 +323,7 @@ class ApiServer:
                     waits = pod["status"]["conditions"][0]["status"] == "False" and not self.stuck
                     if waits and now - pod["at"] >= self.start_s:
                         condition = {"type": "Ready", "status": "True"}
-                        self.store("pods", pod | {"status": {"phase": "Running", "conditions": [condition]}})
+                        self.store("pods", pod | {"status": pod["status"] | {"conditions": [condition]}})
                 pods = [
                     p for p in self.objects["pods"].values()
                     if p["metadata"]["labels"] == labels and "deletionTimestamp" not in p["metadata"]

@@ -140,7 +140,11 @@ def test_a_pod_that_terminates_does_not_serve_and_keeps_the_change_open(api: Api
     cost = put(control, Fleet(1, 2), 20)
     assert 0.1 <= cost.joined_s < cost.ready_s
     assert cost.ready_s >= 2.0
-    assert len(control.get().workers["decode"]) == 2
+    standing = control.get()
+    assert len(standing.workers["decode"]) == 2
+    # Also of the pods that the change brought.
+    pods = [name for names in standing.workers.values() for name in names]
+    assert standing.pages == {name: f"http://10.0.0.{name[4:]}:8200/metrics" for name in pods}
     assert not [o for o in api.objects["pods"].values() if "deletionTimestamp" in o["metadata"]]
 
 

@@ -478,6 +478,32 @@ def test_who_sets_the_fleet_says_the_roles_after_a_change(tmp_path: Path) -> Non
         assert (sample.worker, sample.role, sample.waiting_requests, sample.gpu_busy_ratio) == ("a", "decode", 3, 0.5)
 
 
+def test_workers_that_a_change_brings_are_read_and_those_that_left_hold_nobody_up() -> None:
+    """Pods of other names come where a file lists the first; the address of one that left swallows every question."""
+    with Pages() as pages:
+        pages["/a"] = pages["/b"] = "vllm:num_requests_waiting 3\n"
+        pages["/metrics"] = 'inference_pool_per_pod_queue_size{model_server_pod="c"} 4\n'
+        listed = [Worker("a", "prefill", metrics=f"{pages.url}/a"), Worker("x", "decode", metrics=f"{pages.url}/x")]
+        scraper = scraper_of(pages, listed, [], 1.0, engine="llm-d")
+        scraper.assign({"prefill": ["a"]}, {"a": f"{pages.url}/a"})
+        assert {s.worker: s.role for s in scraper.read()} == {"a": "prefill", "c": "mixed"}
+        pages["/a"] = (2.0, "vllm:num_requests_waiting 3\n")
+        began = time.monotonic()
+        scraper.assign({"prefill": ["b"], "decode": ["c"]}, {"b": f"{pages.url}/b"})
+        for _ in range(3):
+            told = {s.worker: (s.role, s.waiting_requests) for s in scraper.read()}
+            assert (told["b"], told["c"]) == (("prefill", 3), ("decode", 4))
+        assert time.monotonic() - began < 4  # and not three times the two seconds that a's page takes
+        assert scraper.unheard() == {}
+        scraper.assign({"prefill": ["b", "d"], "decode": ["c"]})
+        assert scraper.unheard() == {"d": "prefill"}
+        reasons = Served().reasons(Discovery(engine("vllm"), "", "", (), ""), None, scraper, moved=True)
+        assert ("valid", "no metrics of prefill came from d: what is read of the role is of the others") in reasons
+        far = scraper_of(pages, [], [], engine="llm-d")  # where the router alone is read, no pod's page is looked for
+        far.assign({"prefill": ["b"], "decode": ["c"]}, {"b": f"{pages.url}/b"})
+        assert [s.worker for s in far.read() if s.waiting_requests is not None] == ["c"]
+
+
 @pytest.mark.parametrize("page", ["betrays", "says"])
 def test_a_second_page_does_not_hide_the_role_that_the_first_tells(page: str) -> None:
     """A GPU's page betrays nothing: the worker's role is what its pages tell together, from the first reading on."""

@@ -538,13 +538,13 @@ def _readings(url: str, made: Any, options: dict[str, Any], zero: float) -> tupl
         engine=found.engine.name,
         find=(lambda: again(server, found).workers) if found.listed else None,
     )
-    scraper.assign(standing.workers)
+    scraper.assign(standing.workers, standing.pages)
 
     def read() -> Any:
         scraper.look()
         return scraper.read()
 
-    return read, lambda now: scraper.assign(now.workers)
+    return read, lambda now: scraper.assign(now.workers, now.pages)
 
 
 @control.command(**example("steelyard control keep --control vllm.toml --fleet 1:1"))

@@ -45,14 +45,15 @@ ANY = (1, 2_000_000)
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What an endpoint says of its fleet. fleet: serving now, None while a role is without a worker or where nothing says;
-    target: asked for last, where known; changing: workers that start, drain or flip. workers: role -> names, where known.
-    sure: seen or put in force, not only what a file says was in force once."""
+    target: asked for last, where known; changing: workers that start, drain or flip. workers: role -> names, where known;
+    pages: name -> URL of its metrics, where known. sure: seen or put in force, not only what a file says was in force once."""
 
     fleet: Fleet | None = None
     target: Fleet | None = None
     changing: int = 0
     workers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sure: bool = True
+    pages: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def aimed(self) -> Fleet | None:

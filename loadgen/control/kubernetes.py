@@ -351,6 +351,7 @@ class Kubernetes:
     def _standing(self) -> Standing:
         wanted, ready, changing = [], [], 0
         serving: dict[str, tuple[str, ...]] = {}
+        pages: dict[str, str] = {}
         for role in ROLES:
             workload, held = self._of[role], self._object(role)
             path = replicas_at(workload, role, held)
@@ -380,8 +381,10 @@ class Kubernetes:
             changing += leaving + (generation is not None and observed is not None and int(observed) < int(generation))
             if up is not None:
                 serving[role] = tuple(up)
+                named = ((str(p["metadata"]["name"]), pod_page(p)) for p in live or ())
+                pages |= {name: page for name, page in named if name in up and page}
         fleet = Fleet(*ready) if min(ready) else None
-        return Standing(fleet, Fleet(*wanted) if min(wanted) else None, changing, serving)
+        return Standing(fleet, Fleet(*wanted) if min(wanted) else None, changing, serving, pages=pages)
 
     def _object(self, role: str) -> dict[str, Any]:
         """What is scaled, as it is now: by its watch while there is one, otherwise read."""
