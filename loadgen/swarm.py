@@ -333,7 +333,8 @@ def shares(schedule: Schedule, workers: int) -> list[Ints]:
             of[session] = worker
             held[worker] += sizes[session]
         chosen.append(worker)
-    return [np.flatnonzero(np.array(chosen) == k) for k in range(workers)]
+    home = np.array(chosen)
+    return [np.flatnonzero(home == k) for k in range(workers)]
 
 
 def ended(schedule: Schedule, positions: Any, status: str, worker: int, detail: str) -> Observations:
