@@ -190,11 +190,18 @@ ELSEWHERE = {
     "backports-zstd": "PSF-2.0",
     "cffi": "MIT-0",
     "colorama": "BSD-3-Clause",
+    "httpx2-jsfetch": "BSD-3-Clause",
     "pycparser": "BSD-3-Clause",
     "pywin32": "PSF-2.0",
+    "pywin32-ctypes": "BSD-3-Clause",
     "tzdata": "Apache-2.0",
 }
 """Pinned for other systems or Pythons than the one that generates, as their wheels say."""
+
+
+def extras() -> list[tuple[str, str]]:
+    """(name, version) of what is pinned for the other extras, tests and checks alone."""
+    return [one for one in requirements("requirements-dev.lock") if one not in requirements()]
 
 
 def licences() -> str:
@@ -203,10 +210,17 @@ def licences() -> str:
         "Dependencies and their licences",
         "What `pip install 'steelyard[postgres]'` brings, as pinned in `requirements.lock`.",
     )
-    lines += ["| package | version | licence |", "| --- | --- | --- |"]
-    for name, version in requirements():
-        lines.append(f"| {name} | {version} | {cell(licence(name) or ELSEWHERE.get(name, 'unknown'))} |")
-    lines += ["", "Steelyard itself is under Apache-2.0, the traces that ship with it under CC-BY-4.0.", ""]
+    more = (
+        "What the other extras, the tests and the checks bring beside it, as pinned in `requirements-dev.lock`. The extra `dask` "
+        "is not pinned (`distributed` is under BSD-3-Clause)."
+    )
+    for text, pinned in (("", requirements()), (more, extras())):
+        lines += [text, ""] if text else []
+        lines += ["| package | version | licence |", "| --- | --- | --- |"]
+        for name, version in pinned:
+            lines.append(f"| {name} | {version} | {cell(licence(name) or ELSEWHERE.get(name, 'unknown'))} |")
+        lines.append("")
+    lines += ["Steelyard itself is under Apache-2.0, the traces that ship with it under CC-BY-4.0.", ""]
     return "\n".join(lines)
 
 

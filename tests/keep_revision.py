@@ -1,12 +1,14 @@
 """Keep a small database of a revision, to be upgraded by tests for ever after: ``python -m tests.keep_revision``.
 
-That is the one step that a new revision needs. It makes a database of every revision that has none under tests/data/databases
-(and of the newest one anew), on SQLite, PostgreSQL and, where it is installed, MariaDB; fills each table with rows; writes
-``REVISION.KIND.sql``; and notes the checksum of the revision's file in frozen.json: a released revision is not edited.
+That is the one step that a new revision needs. It makes a database of every revision that has none under tests/data/databases, on
+SQLite, PostgreSQL and MariaDB (Debian: mariadb-server-core, mariadb-client); fills each table with rows; writes
+``REVISION.KIND.sql``; and notes the checksum of the revision's file in frozen.json. What is noted stays: a released revision is
+not edited. One that was never released may be kept anew: ``python -m tests.keep_revision --again 0009``.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -15,7 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import mysql
 
-from tests.conftest import mariadb, mariadb_programs
+from tests.conftest import mariadb
 
 HERE = Path(__file__).parent / "data" / "databases"
 VERSIONS = Path(__file__).parent.parent / "migrations"
 FIRST_ON_MARIADB = "0005"
+"""No version of an earlier revision could use one, so none can be there."""
+
 ROWS = 3
 
 WORDS = {
@@ -145,20 +149,26 @@ def mariadb_dump(revision: str) -> str:
     return "\n".join(line for line in text.splitlines() if line and not line.startswith("/*")) + "\n"
 
 
-def main() -> int:
-    known = revisions()
-    makers: dict[str, Callable[[str], str]] = {"sqlite": sqlite_dump, "postgresql": postgresql_dump}
-    if mariadb_programs():
-        makers["mariadb"] = mariadb_dump
-    for kind, dump in makers.items():
-        for revision in known:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", metavar="REVISION", help="one that was never released, kept before")
+    again = parser.parse_args(arguments).again
+    noted: dict[str, str] = json.loads((HERE / "frozen.json").read_text(encoding="utf-8"))
+    makers: dict[str, Callable[[str], str]] = {
+        "sqlite": sqlite_dump,
+        "postgresql": postgresql_dump,
+        "mariadb": mariadb_dump,
+    }
+    for revision, checksum in sorted(frozen().items()):
+        for kind, dump in makers.items():
             path = HERE / f"{revision}.{kind}.sql"
-            there = path.exists() and revision != known[-1]
-            if there or (kind == "mariadb" and revision < FIRST_ON_MARIADB):
+            if (path.exists() and revision != again) or (kind == "mariadb" and revision < FIRST_ON_MARIADB):
                 continue
             path.write_text(dump(revision), encoding="utf-8")
             print(path)
-    (HERE / "frozen.json").write_text(json.dumps(dict(sorted(frozen().items())), indent=1) + "\n", encoding="utf-8")
+        if revision not in noted or revision == again:
+            noted[revision] = checksum
+    (HERE / "frozen.json").write_text(json.dumps(dict(sorted(noted.items())), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

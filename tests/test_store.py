@@ -389,10 +389,27 @@ def test_a_database_of_every_revision_is_upgraded_with_all_it_holds(
 def test_every_revision_is_kept_and_none_is_edited() -> None:
     """Each revision has its kept databases, and its file is what it was when they were made."""
     kept = json.loads((DATA / "databases" / "frozen.json").read_text())
-    told = "make its database: python -m tests.keep_revision"
+    told = "python -m tests.keep_revision"
     for revision, digest in keep_revision.frozen().items():
-        assert {f"{revision}.sqlite", f"{revision}.postgresql"} <= set(KEPT), f"revision {revision} is new: {told}"
-        assert kept.get(revision) == digest, f"revision {revision} is not what it was; if it was never released, {told}"
+        on = ("sqlite", "postgresql", *(["mariadb"] if revision >= keep_revision.FIRST_ON_MARIADB else []))
+        assert {f"{revision}.{kind}" for kind in on} <= set(KEPT), (
+            f"revision {revision} is new: make its databases: {told}"
+        )
+        assert kept.get(revision) == digest, (
+            f"revision {revision} is not what it was; if it was never released: {told} --again {revision}"
+        )
+
+
+def test_an_edited_revision_is_not_frozen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps a new revision notes its checksum, and leaves those of the ones that were kept before."""
+    kept = shutil.copytree(DATA / "databases", tmp_path / "databases")
+    noted = json.loads((kept / "frozen.json").read_text())
+    (kept / "frozen.json").write_text(
+        json.dumps({k: v for k, v in noted.items() if k != "0008"} | {"0003": "edited since"})
+    )
+    monkeypatch.setattr(keep_revision, "HERE", kept)
+    assert keep_revision.main([]) == 0
+    assert json.loads((kept / "frozen.json").read_text()) == noted | {"0003": "edited since"}
 
 
 def test_revisions_are_known_by_their_files(sqlite_url: str) -> None:
@@ -429,7 +446,7 @@ def test_two_that_migrate_at_once_are_both_right(any_url: str) -> None:
         assert store.compare_schema() == []
 
 
-@pytest.mark.parametrize("kept", [k for k in KEPT if k.startswith("0003")])
+@pytest.mark.parametrize("kept", ["0003.sqlite", "0003.postgresql", "0005.mariadb"])
 def test_two_that_migrate_an_old_database_at_once_are_both_right(kept: str, request: pytest.FixtureRequest) -> None:
     """The second waits for the first and finds the work done; the one copy of a SQLite file is of the old revision."""
     url: str = request.getfixturevalue(f"{kept.split('.')[1].replace('postgresql', 'postgres')}_url")
