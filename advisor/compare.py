@@ -26,7 +26,7 @@ from advisor.table import Table
 from traces.aggregate import BINS, EDGES, MIDDLES, WIDTH, Bins
 from traces.aggregate import bins as latency_bins
 from traces.measures import Figures, Slo, met
-from traces.records import CAUSAL, SHARED, Floats, Ints, Observations, Run
+from traces.records import CAUSAL, CLOSED_LOOP, SHARED, Floats, Ints, Observations, Run
 from traces.store import Store
 
 Counts = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -172,6 +172,8 @@ def objection(run: Run, base: Run, *, slo_given: bool = False) -> str:
     """Why two runs cannot be compared, in words that follow "run N"; "" if they can."""
     if not run.ended:
         return "has not ended"
+    if run.policy == CLOSED_LOOP:
+        return "is means of a closed loop, of which no request is known"
     if not run.complete:
         return f"is incomplete ({run.reason})"
     if run.verdict == "invalid":

@@ -527,6 +527,11 @@ def store_aggregates(
         raise InputError(
             "a row does not say its prefill and decode workers: name the columns with --map, or give --fleet."
         )
+    if fleet is not None and fleet.mixed:
+        raise InputError(
+            f"--fleet {fleet} has mixed workers, and means are asked which split of prefill and decode serves most. Give P:D; of "
+            "mixed workers import the requests."
+        )
     made: list[tuple[Run, Aggregate]] = []
     whole = hashlib.sha256()
     for one in means:

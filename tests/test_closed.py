@@ -126,7 +126,8 @@ def test_means_and_what_they_answer_are_shown_as_such(tmp_path: Path, capsys: py
     assert code == 0
     found = run(db, capsys)[1]
     assert found["recommendation"]["sentence"] == said["sentence"]
-    assert found["next"]["command"] == f"steelyard ingest FILE --db {url}"  # to measure at a rate
+    assert found["next"]["command"] == f"steelyard ingest FILE --db {url}"
+    assert found["next"]["why"] == "means of closed loops say nothing about a rate, and no trace is stored"
     assert main(["runs", *db]) == 0
     assert f"read one: steelyard dash --db {url}\n" in capsys.readouterr().out
     code, _, err = run(["report", "--recommendation", str(said["recommendation"]), *db], capsys)
@@ -238,6 +239,7 @@ ROW = {
         ({"prefill": 1.5}, "prefill must be an integer"),
         ({"decode": None}, "prefill without decode"),
         ({"prefill": None, "decode": None}, "give --fleet"),
+        ({"prefill": None, "decode": None}, "--fleet 1:1+2 has mixed workers"),
     ],
 )
 def test_a_bad_row_stores_nothing(
@@ -248,7 +250,8 @@ def test_a_bad_row_stores_nothing(
     path.write_text(
         "".join(json.dumps(row) + "\n" for row in (ROW, {k: v for k, v in (ROW | change).items() if v is not None}))
     )
-    code, _, err = run(["runs", "import", str(path), "--aggregate", "--db", db], capsys)
+    fleet = ["--fleet", "1:1+2"] if "mixed" in said else []
+    code, _, err = run(["runs", "import", str(path), "--aggregate", *fleet, "--db", db], capsys)
     assert code == 1
     assert said in err
     assert len(err.strip().splitlines()) == 1

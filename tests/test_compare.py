@@ -123,6 +123,7 @@ def test_blocks_grow_with_the_correlation(phi: float, seed: int) -> None:
         ({"ended": False}, "has not ended"),
         ({"complete": False, "reason": "3 lost"}, "incomplete (3 lost)"),
         ({"verdict": "invalid", "reason": "late"}, "invalid (late)"),
+        ({"policy": "closed-loop", "schedule_digest": "e"}, "is means of a closed loop"),
         ({"trace": "u"}, "another trace"),
         ({"seed": 5}, "another seed"),
         ({"schedule_digest": "e"}, "another schedule"),

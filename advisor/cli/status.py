@@ -104,12 +104,13 @@ def _next(
             "no recommendation yet" if recommended is None else f"run {trusted[-1].id} is newer than the recommendation"
         )
         return {"command": f"steelyard advise{asked}{option}", "why": why}
+    why = "means of closed loops say nothing about a rate" if asked else "no run can be trusted so far"
     if not traces and (asked or not ended):
-        return {"command": f"steelyard ingest FILE{option}", "why": "no trace is stored"}
+        said = f"{why}, and no trace is stored" if asked else "no trace is stored"
+        return {"command": f"steelyard ingest FILE{option}", "why": said}
     if asked or not trusted:
         name = shlex.quote(traces[-1].name if traces else ended[-1].trace)
-        why = "no run can be trusted so far" if ended else "nothing was measured yet"
-        why = "means of closed loops say nothing about a rate" if asked else why
+        why = why if ended else "nothing was measured yet"
         return {"command": f"steelyard replay {name} --endpoint URL --fleet P:D{option}", "why": why}
     probe = (recommended or {}).get("next_probe")
     if isinstance(probe, dict) and probe.get("command"):
