@@ -53,6 +53,11 @@ LONGEST = 0.33
 LEAST_BLOCKS = 4
 """Fewer independent blocks than this cannot say how much a run varies."""
 
+COLUMNS = (
+    "index", "due_s", "sent_s", "first_token_s", "last_token_s", "requested_tokens", "output_tokens", "status",
+)  # fmt: skip
+"""What :func:`binned` uses of a row: reading is most of the work."""
+
 QUANTILES = tuple((metric, q) for metric in ("ttft", "tpot", "e2e") for q in (0.5, 0.9, 0.99))
 
 
@@ -104,7 +109,7 @@ class Comparison:
 def read(store: Store, run: Run, slo: Slo) -> Binned:
     """A stored run: from its rows, or, of a long one, from the counts that are kept of it."""
     held = store.bins(run, slo)
-    return binned(run, store.observations(run.id), slo) if held is None else counted(run, held)
+    return binned(run, store.observations(run.id, COLUMNS), slo) if held is None else counted(run, held)
 
 
 def counted(run: Run, held: Bins) -> Binned:

@@ -584,6 +584,20 @@ def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, mi
             import_runs(other, tmp_path / "out")
 
 
+def test_a_comparison_reads_all_that_it_uses(made_url: str) -> None:
+    """The columns that it leaves out change nothing of what it says."""
+    slo = Slo.parse("ttft<0.5s tpot<50ms e2e<10s")
+    with open_store(made_url) as store:
+        run = store.begin_run(replace(a_run(), scheduled=300, warmup_s=5.0))
+        store.add_observations(run.id, answered(300, 4))
+        one, whole = compare.read(store, run, slo), compare.binned(run, store.observations(run.id), slo)
+    assert repr(one.figures) == repr(whole.figures)
+    np.testing.assert_array_equal(one.series, whole.series)
+    for part in ("counts", "latency"):
+        for name, held in getattr(whole, part).items():
+            np.testing.assert_array_equal(getattr(one, part)[name], held, err_msg=name)
+
+
 def test_a_long_run_that_is_loaded_is_counted(
     made_url: str, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1353,9 +1353,9 @@ class Store:
             if due:
                 self._keep(run_id, counted.figures(), counted)
 
-    def observations(self, run_id: int) -> Observations:
-        """All rows of a run, in order of due time."""
-        return self._observations(run_id, observations.c.run_id == run_id)
+    def observations(self, run_id: int, names: Sequence[str] = Observations.columns()) -> Observations:
+        """All rows of a run, in order of due time; only the columns named are read, due_s and index among them."""
+        return Observations.concat(self._pieces(names, observations.c.run_id == run_id))
 
     def windows(self, run_id: int, most: int = 200_000, parts: int = 20) -> list[Observations]:
         """A run's rows, or of a long one about ``most`` in ``parts`` windows spread evenly over it; each in order of due time.
@@ -1376,7 +1376,9 @@ class Store:
         width = max(1, most // parts)
         starts = [first + (last + 1 - first - width) * k // max(1, parts - 1) for k in range(parts)]
         found = [
-            self._observations(run_id, t.run_id == run_id, t.index >= start, t.index < start + width)
+            Observations.concat(
+                self._pieces(Observations.columns(), t.run_id == run_id, t.index >= start, t.index < start + width)
+            )
             for start in starts
         ]
         return [rows for rows in found if len(rows)]
@@ -1384,9 +1386,6 @@ class Store:
     def pieces(self, run_id: int, names: Sequence[str] = Observations.columns()) -> Iterator[Observations]:
         """A run's rows piece by piece, in order of index; only the columns named are read."""
         return self._pieces(names, observations.c.run_id == run_id, ordered=True)
-
-    def _observations(self, run_id: int, *which: Any) -> Observations:
-        return Observations.concat(self._pieces(Observations.columns(), *which))
 
     def _pieces(self, names: Sequence[str], *which: Any, ordered: bool = False) -> Iterator[Observations]:
         query = sa.select(*(observations.c[name] for name in names)).where(*which)
