@@ -807,6 +807,29 @@ def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
     assert spare.log == [f"add {free} prefill 9000", f"remove {ill}"]
 
 
+def test_sglang_ranks_of_an_engine_come_and_go_together(routers: list[Router], tmp_path: Path) -> None:
+    """A router that lists each data-parallel rank (URL@RANK) has as many workers as engines."""
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
+    routers.append(router)
+    router.registered = {
+        f"{url}@{rank}": held | {"url": f"{url}@{rank}", "id": f"{held['id']}-{rank}"}
+        for url, held in router.registered.items()
+        for rank in (0, 1)
+    }
+    control = control_of(f"sglang:{router.url}", CONNECT)
+    assert control is not None
+    assert control.get().fleet == Fleet(2, 1)
+    assert control.get().workers["prefill"] == tuple(router.workers)[:2]
+    gone = list(router.workers)[1]
+    with Keeper(control, "set", keep_note=True, put_back=False) as keeper:
+        keeper.put(Fleet(1, 1))
+    assert router.log == [f"remove {gone}@0", f"remove {gone}@1"]
+    later = control_of(f"sglang:{router.url}", CONNECT)  # another command brings the engine back
+    assert later is not None
+    put(later, Fleet(2, 1))
+    assert router.log[2:] == [f"add {gone} prefill 9000"]
+
+
 def test_sglang_knows_what_it_cannot_reach(routers: list[Router]) -> None:
     router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])
     routers.append(router)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loadgen.engines import Engine, Glance, Prompts, Worker, dialect, engine, engines, recognise
+from loadgen.engines.base import address
 from loadgen.stream import Answer
 from tests.pages import Pages
 from traces.errors import InputError
@@ -213,11 +214,19 @@ def test_workers_are_listed_with_their_roles() -> None:
     with Pages() as pages:
         held = recorded("vllm-router/workers_discovery_mode.json")
         assert engine("vllm").workers(served(pages, workers=held)) == []
-    with Pages() as pages:
-        found = engine("dynamo").workers(served(pages, health=recorded("dynamo/health.json")))
-    assert found == [
-        Worker("729612501040516471", "prefill", id="729612501040516471"),
-        Worker("9056671568221448396", "decode", id="9056671568221448396"),
+    with Pages() as pages:  # each data-parallel rank is listed: two hosts a role
+        hosts = {"prefill": ("10.0.0.1:30000", "10.0.0.2:30000"), "decode": ("10.0.0.3:30000", "10.0.0.4:30000")}
+        held = {
+            "workers": [
+                {"url": f"http://{host}@{rank}", "worker_type": role, "is_healthy": (host[7], rank) != ("2", 0)}
+                for role, named in hosts.items()
+                for rank in (0, 1)
+                for host in named
+            ]
+        }
+        found = engine("sglang").workers(served(pages, workers=held))
+    assert [(w.name, w.role, w.metrics, w.healthy) for w in found] == [
+        (host, role, f"http://{host}/metrics", host[7] != "2") for role, named in hosts.items() for host in named
     ]
     cluster = {
         "current_workers": {

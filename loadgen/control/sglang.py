@@ -17,6 +17,7 @@ from typing import Any
 from loadgen.control import ROLES, Bounds, Connect, Endpoint, LostError, Standing, Steps, members, refused
 from loadgen.control.endpoint import RefusedError
 from loadgen.control.journal import Journal
+from loadgen.engines.base import without_rank
 from traces.errors import EndpointError, InputError
 from traces.records import Fleet
 
@@ -81,6 +82,7 @@ class SGLang:
         return Standing(fleet, target, left, serving)
 
     def _listed(self) -> list[dict[str, Any]]:
+        """The engines that the router lists, with the ids of their data-parallel ranks: they come and go together."""
         reply = self._router.fetch("GET", "/workers")
         if reply.status // 100 != 2:
             raise refused(reply, f"{self._router.shown}/workers", "list its workers")
@@ -90,7 +92,13 @@ class SGLang:
             raise EndpointError(
                 f"{self._router.shown}/workers: no list of workers came back. Is this sglang-router in PD mode?"
             )
-        return workers
+        found: dict[tuple[str, Any], dict[str, Any]] = {}
+        for w in workers:
+            url = without_rank(str(w["url"]))
+            one = found.setdefault((url, w.get("worker_type")), w | {"url": url, "ids": []})
+            one["ids"].append(str(w.get("id") or w["url"]))
+            one["is_healthy"] = bool(one.get("is_healthy") and w.get("is_healthy"))
+        return list(found.values())
 
     def _remember(self, listed: Sequence[dict[str, Any]]) -> None:
         """Without a pool in a file, the pool is every worker that was ever seen, in the role it has: here, or by the command
@@ -201,8 +209,7 @@ class SGLang:
 
     def _remove(self, worker: Worker, role: str) -> tuple[str, Callable[[], None]]:
         def step() -> None:
-            ids = [str(w.get("id") or w["url"]) for w in self._listed() if w["url"] == worker.url]
-            for one in ids:
+            for one in [one for w in self._listed() if w["url"] == worker.url for one in w["ids"]]:
                 reply = self._router.fetch("DELETE", f"/workers/{one}")
                 if reply.status // 100 != 2 and reply.status != 404:
                     raise refused(reply, self._router.shown, f"take {worker.url} out")

@@ -120,8 +120,15 @@ def member(held: Any, name: str) -> Any:
     return held.get(name) if isinstance(held, dict) else None
 
 
+def without_rank(url: str) -> str:
+    """The URL of an engine of which a router names one data-parallel rank, ``http://HOST:PORT@RANK``; any other as it is."""
+    base, at, rank = url.rpartition("@")
+    return base if at and rank.isdecimal() and ":" in base.partition("://")[2] and "@" not in base else url
+
+
 def address(url: str) -> str:
     """HOST:PORT of a URL (and its path, if it has one beside that of metrics): by that a worker is known, whoever names it."""
+    url = without_rank(url)
     bare = url.partition("://")[2].rpartition("@")[2] if "://" in url else url
     return bare.rstrip("/").removesuffix("/metrics").removesuffix("/prometheus")
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from loadgen.engines.base import Engine, Glance, Metric, Worker, address, member
+from loadgen.engines.base import Engine, Glance, Metric, Worker, address, member, without_rank
 from traces.records import Sample
 
 _PAIR = re.compile(r"___prefill_addr_(.+?)___decode_addr_(.+?)_[0-9a-f]+$")
@@ -95,26 +95,28 @@ def role_by_source(before: Sample | None, now: Sample) -> str:
 
 
 def routed_workers(seen: Glance) -> list[Worker]:
-    """The workers that ``GET /workers`` of vllm-router or sglang-router lists."""
-    found = []
+    """The workers that ``GET /workers`` of vllm-router or sglang-router lists. One whose data-parallel ranks are listed apart is
+    one worker with one page, ill where a rank is."""
+    found: dict[tuple[str, str], Worker] = {}
     for one in member(seen.json("/workers"), "workers") or ():
         url = member(one, "url")
         if not isinstance(url, str) or not url:
             continue
         kind = str(one.get("worker_type") or "")
         port = one.get("bootstrap_port")
-        found.append(
-            Worker(
-                address(url),
-                {"prefill": "prefill", "decode": "decode", "regular": "mixed"}.get(kind, ""),
-                url,
-                url.rstrip("/") + "/metrics",
-                id=str(one.get("id") or url),
-                healthy=one["is_healthy"] if isinstance(one.get("is_healthy"), bool) else None,
-                details={"bootstrap_port": port} if isinstance(port, int) else {},
-            )
+        engine = without_rank(url)
+        worker = Worker(
+            address(url),
+            {"prefill": "prefill", "decode": "decode", "regular": "mixed"}.get(kind, ""),
+            engine,
+            engine.rstrip("/") + "/metrics",
+            id=str(one.get("id") or url),
+            healthy=one["is_healthy"] if isinstance(one.get("is_healthy"), bool) else None,
+            details={"bootstrap_port": port} if isinstance(port, int) else {},
         )
-    return sorted(found, key=lambda w: (w.role != "prefill", w.name))
+        if found.setdefault((worker.name, worker.role), worker).healthy is not False:
+            found[worker.name, worker.role] = worker
+    return sorted(found.values(), key=lambda w: (w.role != "prefill", w.name))
 
 
 def router_page(seen: Glance, prefix: str, workers: list[Worker]) -> tuple[list[Worker], str]:
@@ -156,7 +158,7 @@ class Vllm(Engine):
         if not listed:
             roles: dict[str, set[str]] = {}
             for role, url in _NAMED.findall(text):
-                roles.setdefault(url, set()).add(role)
+                roles.setdefault(without_rank(url), set()).add(role)
             listed = [
                 Worker(address(url), held.copy().pop() if len(held) == 1 else "", url, url.rstrip("/") + "/metrics")
                 for url, held in sorted(roles.items())
