@@ -228,6 +228,17 @@ def test_workers_are_listed_with_their_roles() -> None:
     assert [(w.name, w.role, w.metrics, w.healthy) for w in found] == [
         (host, role, f"http://{host}/metrics", host[7] != "2") for role, named in hosts.items() for host in named
     ]
+    assert address("http://10.0.0.1:30000@1") == "10.0.0.1:30000"
+    assert address("http://me:word@10.0.0.1:30000") == "10.0.0.1:30000"
+    for page in ("", text("dynamo/metrics_frontend.txt")):  # with the frontend's word on who is registered, and without
+        with Pages() as pages:
+            held = recorded("dynamo/health.json")
+            held["instances"] += [{"component": "router", "endpoint": "generate", "instance_id": 7}]
+            found = engine("dynamo").workers(served(pages, health=held, metrics=page))
+        assert found == [
+            Worker("729612501040516471", "prefill", id="729612501040516471"),
+            Worker("9056671568221448396", "decode", id="9056671568221448396"),
+        ]
     cluster = {
         "current_workers": {
             "context_servers": [{"worker_id": "CONTEXT-h:1", "host": "10.0.0.1", "port": 8001, "role": 0}],

@@ -6,6 +6,7 @@ hexadecimal on a worker's own page, and text here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,6 +22,11 @@ def decimal(hexadecimal: str) -> str:
 
 
 _OWN = ("worker_id", decimal)
+_OTHERS = ("router", "encode", "processor")
+"""Components with an endpoint that generates and no engine of their own; encoders are "encode" or "encoder"."""
+
+_REGISTERED = re.compile(r"^dynamo_component_router_worker_registered\{(.*)\}\s+1(?:\.0*)?\s*$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _GENERATE = {"dynamo_endpoint": ("generate",)}
 _F = "dynamo_frontend_"
 _C = "dynamo_component_"
@@ -78,12 +84,28 @@ class Dynamo(Engine):
         return "its metrics begin with dynamo_frontend_" if "\ndynamo_frontend_" in seen.text("/metrics") else ""
 
     def workers(self, seen: Glance) -> list[Worker]:
-        """The instances that generate, by ``GET /health``. It does not tell where their metrics are."""
-        found = {}
+        """The instances that generate, by ``GET /health``. It does not tell where their metrics are.
+
+        Routers and processors generate, too, and are no workers: the frontend's page says whom its router has registered.
+        """
+        parts: dict[str, str] = {}
         for one in member(seen.json("/health"), "instances") or ():
             number, component = member(one, "instance_id"), member(one, "component")
             if member(one, "endpoint") == "generate" and isinstance(number, int) and isinstance(component, str):
-                found[str(number)] = "prefill" if component == "prefill" else "decode"
+                parts[str(number)] = component
+        if not parts:
+            return []
+        told: dict[str, str] = {}
+        for labels in _REGISTERED.findall(seen.text("/metrics")):
+            held = dict(_LABEL.findall(labels))
+            if held.get("worker_type") in ("prefill", "decode"):
+                told[held.get("router_worker_id", "")] = held["worker_type"]
+        known = {"prefill", "backend", "decode", *(part for number, part in parts.items() if told.get(number))}
+        found = {
+            number: told.get(number) or ("prefill" if part == "prefill" else "decode")
+            for number, part in parts.items()
+            if part in known or not (told or part.startswith(_OTHERS))
+        }
         if "prefill" not in found.values():  # without prefill workers nobody decodes only
             found = dict.fromkeys(found, "mixed")
         return [
