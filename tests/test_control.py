@@ -1086,6 +1086,24 @@ def test_workers_of_a_vllm_router_are_registered_in_the_roles_asked_for(
         control.get()
 
 
+def test_keep_ends_when_it_is_asked_to(tmp_path: Path) -> None:
+    """By SIGTERM, also as process 1 of a container: whoever registers in its place must not find the old roles beside its own."""
+    file = tmp_path / "vllm.toml"
+    workers = "".join(f'[[worker]]\nhttp = "10.0.0.{n}:8000"\nzmq = "10.0.0.{n}:9000"\n' for n in (1, 2))
+    file.write_text(f'kind = "vllm-router"\ndiscovery = "127.0.0.1:1"\n{workers}')
+    with subprocess.Popen(
+        [sys.executable, "-m", "advisor", "control", "keep", "--control", str(file), "--fleet", "1:1"],
+        stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    ) as child:  # fmt: skip
+        try:
+            assert child.stderr is not None
+            assert "fleet 1:1" in child.stderr.readline()
+            child.terminate()
+            assert child.wait(60) == 130  # interrupted, not ended by the signal
+        finally:
+            child.kill()
+
+
 # --- the online controller
 
 

@@ -555,7 +555,7 @@ def keep(control_spec: str, fleet: str) -> int:
 
     ``control set``, sweeps and ``control run`` tell this process which roles to register.
     """
-    from loadgen.control import control_of
+    from loadgen.control import control_of, terminable
     from loadgen.control.vllm_router import VllmRouter, beat
     from traces.errors import InputError
     from traces.records import Fleet
@@ -563,5 +563,6 @@ def keep(control_spec: str, fleet: str) -> int:
     made = control_of(control_spec, connect_of({}))
     if not isinstance(made, VllmRouter):
         raise InputError(f'control keep is for kind = "vllm-router" (got {control_spec}).')
-    beat(made, Fleet.parse(fleet), lambda: False, lambda line: click.echo(f"{made.name}: {line}", err=True))
+    with terminable():  # also as process 1 of a container, which SIGTERM would not end
+        beat(made, Fleet.parse(fleet), lambda: False, lambda line: click.echo(f"{made.name}: {line}", err=True))
     return 0
