@@ -151,7 +151,11 @@ def open_files() -> Check:
     found = f"{soft} (at most {shown})"
     if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
         return Check(
-            "open files", "warning", found, f"Each request in flight holds one: raise it, ulimit -Hn {OPEN_FILES}"
+            "open files",
+            "warning",
+            found,
+            f"Each request in flight holds one. Only root raises the hard limit: {OPEN_FILES} in /etc/security/limits.conf, "
+            f"a service's LimitNOFILE={OPEN_FILES}, docker run --ulimit nofile={OPEN_FILES}",
         )
     return Check("open files", "ok", found)
 
@@ -219,9 +223,10 @@ def clock(naps: int = 100) -> Iterator[Check]:
 
 def endpoint(where: Target, *, engine: str = "auto", model: str | None = None, chat: bool = False) -> Iterator[Check]:
     """Does it answer, whose is it, does it stream, can its metrics and its fleet be read? Sends one request of two tokens."""
-    from loadgen import engines
     from loadgen.control import Endpoint
-    from loadgen.engines import Glance, Worker
+    from loadgen.discover import discover
+    from loadgen.engines import Worker
+    from loadgen.probe import pages
     from loadgen.scrape import samples
 
     try:
@@ -232,7 +237,8 @@ def endpoint(where: Target, *, engine: str = "auto", model: str | None = None, c
         yield Check(
             "endpoint", "ok", f"{server.shown} serves {name} ({owner or 'owner unknown'}), asked in {took:.1f} ms"
         )
-        known = engines.recognise(Glance(server))[0] if engine == "auto" else engines.engine(engine)
+        workers = discover(server, engine=engine)
+        known = workers.engine
         dialect = known.dialect(chat=chat)
         began = time.monotonic()
         server.try_one(dialect, name)
@@ -241,8 +247,12 @@ def endpoint(where: Target, *, engine: str = "auto", model: str | None = None, c
         read = []
         with contextlib.suppress(ValueError):  # no Prometheus text
             read = samples(reply.text, Worker(""), 0.0, known.name) if reply.status == 200 else []
+        told = [] if read else [page for page in pages(server, workers) if page.fields or page.histograms]
         if read:
             yield Check("metrics", "ok", f"{len(read)} workers: " + ", ".join(sorted({s.role for s in read})))
+        elif told:
+            roles = ", ".join(sorted({page.worker.role or "unknown role" for page in told}))
+            yield Check("metrics", "ok", f"pages of {len(told)} workers and routers: {roles}")
         else:
             advice = "Replay works; advice from server readings (queues, utilisation) does not. See docs: engines."
             yield Check("metrics", "warning", f"{known.page}: HTTP {reply.status}, nothing we can read", advice)
@@ -252,6 +262,8 @@ def endpoint(where: Target, *, engine: str = "auto", model: str | None = None, c
             if fleet
             else "no /fleet: say what it is with --fleet P:D, or how it is set with --control"
         )
+        if not fleet and workers.fleet:
+            found = f"{workers.fleet}, by {workers.shown}; no /fleet: say how it is set with --control"
         yield Check("fleet", "ok" if fleet else "note", found)
     except SteelyardError as error:
         yield Check("endpoint", "problem", str(error))

@@ -92,14 +92,14 @@ def probe(
         server.try_one(dialect, chosen)
     fleet = server.fleet()
     rows = tuple(asyncio.run(_ask(server, found, dialect, chosen)))
-    pages = tuple(_pages(server, found))
+    read = tuple(pages(server, found))
     offset = clock(server)
     names = tuple(str(m.get("id")) for m in server.models(named=True) or () if m.get("id"))
-    known, lacks = _judge(found, dialect, rows, pages, offset, fleet is not None, refused)
+    known, lacks = _judge(found, dialect, rows, read, offset, fleet is not None, refused)
     if fleet is not None:
         known.insert(1, f"fleet {fleet}, which can be changed by PUT /fleet")
     return Probe(
-        server.shown, chosen, names, found, dialect, rows, pages, offset, fleet is not None, tuple(lacks), tuple(known)
+        server.shown, chosen, names, found, dialect, rows, read, offset, fleet is not None, tuple(lacks), tuple(known)
     )
 
 
@@ -121,7 +121,7 @@ async def _ask(server: Endpoint, found: Discovery, dialect: Dialect, model: str)
     return sorted(rows)
 
 
-def _pages(server: Endpoint, found: Discovery) -> list[Page]:
+def pages(server: Endpoint, found: Discovery) -> list[Page]:
     """Every worker's page, read once; the endpoint's own beside them."""
     wanted = [w for w in found.workers if w.metrics]
     if not any(w.role == "router" for w in wanted):

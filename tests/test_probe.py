@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,20 @@ def test_doctor_takes_metrics_that_are_no_prometheus_text_for_none() -> None:
         checks = {check.name: check for check in doctor.endpoint(target(pages.url), chat=True)}
     assert (checks["metrics"].word, checks["metrics"].found) == ("warning", "/metrics: HTTP 200, nothing we can read")
     assert checks["fleet"].word == "note"
+
+
+def test_doctor_looks_where_a_replay_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router shows no metrics of its own at its port; its workers' pages and their roles are what is read."""
+    with endpoint("vllm") as pages:
+        pages["/workers"] = pool(pages, "pdd")
+        checks = {check.name: check for check in doctor.endpoint(target(pages.url))}
+    assert (checks["metrics"].word, checks["metrics"].found) == (
+        "ok",
+        "pages of 3 workers and routers: decode, prefill",
+    )
+    assert checks["fleet"].found.startswith("1:2, by 1 prefill, 2 decode (")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 256))
+    assert "Only root raises the hard limit: 8192 in" in doctor.open_files().advice
 
 
 def test_the_verb_prints_people_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

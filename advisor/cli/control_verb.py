@@ -365,7 +365,7 @@ def restore(
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="More moves than this are not made.",
+    help="More moves than this are not made; one may take several workers.",
 )
 @click.option(
     "--stale-after",

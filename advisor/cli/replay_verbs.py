@@ -266,7 +266,9 @@ def result(store: Any, run: Any) -> dict[str, Any]:
     help="Change the fleet during the run, to see what that costs (repeatable).",
 )
 @click.option(
-    "--max-switches-per-hour", type=click.FloatRange(min=0), help="online: more moves are not made [default: no limit]."
+    "--max-switches-per-hour",
+    type=click.FloatRange(min=0),
+    help="online: more moves are not made, of however many workers [default: no limit].",
 )
 @click.option(
     "--stale-after",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loadgen.control import Control, FailedError, LostError, Standing, has_grown
+from loadgen.control import STEP_S, Control, FailedError, LostError, Standing, has_grown
 from traces.errors import EndpointError, InputError, StoreError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 
@@ -91,7 +91,7 @@ class Controller:
     counted together; on_said a line when the decision is another one; on_standing what the control says at every tick.
     Between ticks a change on its way is looked for (:data:`LOOK`): what it took is known finer than the ticks are apart.
     Nothing is moved while the last reading is older than stale_s seconds, nor when ``most_per_hour`` moves were made
-    within the last hour. missed: ticks without a reading.
+    within the last hour, of however many workers. missed: ticks without a reading.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Controller:
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(STEP_S + 30)  # it may be asking for a fleet, behind a step of the change before
         with contextlib.suppress(EndpointError):  # a change that settles in the last tick is still seen
             self._arrived()
         self._hand_on(math.nan)
