@@ -803,6 +803,7 @@ def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
     assert isinstance(control, SGLang)
     ill, _, _, free = spare.workers
     spare.registered[ill]["is_healthy"] = False
+    spare.hangs_up = 1_000_000  # nobody waits for what it may hold
     put(control, Fleet(2, 1))
     assert spare.log == [f"add {free} prefill 9000", f"remove {ill}"]
 

@@ -119,7 +119,7 @@ def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any
     line = f"{made.name}: {standing.fleet or 'no fleet in force'}"
     if standing.changing:
         line += f", {standing.changing} on the way to {standing.target or 'another'}"
-    elif standing.target not in (None, standing.fleet):
+    elif standing.fleet and standing.target not in (None, standing.fleet):
         line += f" of {standing.target}"
     messages().print(line, markup=False)
     for role, names in standing.workers.items():

@@ -209,7 +209,9 @@ class SGLang:
 
     def _remove(self, worker: Worker, role: str) -> tuple[str, Callable[[], None]]:
         def step() -> None:
-            for one in [one for w in self._listed() if w["url"] == worker.url for one in w["ids"]]:
+            known = [w for w in self._listed() if w["url"] == worker.url]
+            ill = not all(w["is_healthy"] for w in known)
+            for one in [one for w in known for one in w["ids"]]:
                 reply = self._router.fetch("DELETE", f"/workers/{one}")
                 if reply.status // 100 != 2 and reply.status != 404:
                     raise refused(reply, self._router.shown, f"take {worker.url} out")
@@ -217,8 +219,8 @@ class SGLang:
             while True:
                 gone = not any(w["url"] == worker.url for w in self._listed())
                 held = self._held(worker) if gone else 1.0
-                if gone and held == 0:
-                    return
+                if gone and (held == 0 or (ill and math.isnan(held))):
+                    return  # one that is ill and answers nothing serves nobody
                 if self._steps.stopped:
                     return  # the change is given up: the way back does not wait for this drain
                 if time.monotonic() > until:
