@@ -25,8 +25,8 @@ test: $(VENV)/.dev
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m tests.faults
 
-# Traces, profiles, results, targets, metrics and answers, spoiled by seed: what reads them takes them or says why not, on one line,
-# in bounded time and memory. Ten minutes; --inputs says how many.
+# Traces, profiles, results, targets, metrics, answers and databases, spoiled by seed: what reads them takes them or says why not, on
+# one line, in bounded time and memory. Ten minutes; --inputs says how many.
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz
 

@@ -388,6 +388,11 @@ def _space(data: Sequence[RunData], decode: Floats, knee: int, bend: int, line: 
     """The prior: narrow where a regression or a reading speaks, broad where only simulation can."""
     first = float(decode[0] + decode[1])
     prompts = np.concatenate([served(one.observations).prompt_lengths for one in data]).astype(float)
+    if not prompts.any():
+        raise NotEnoughDataError(
+            "the server counted 0 tokens in every prompt, so what a prompt costs cannot be told. Measure through an endpoint "
+            "whose usage counts them."
+        )
     per_token = float((prompts * prompts).sum() / prompts.sum())
     slope = max(float(line[1]), 1e-8)
     # A curvature that was not seen may still be there: up to about a tenth of the slope at the mean of n^2 over n.

@@ -42,6 +42,8 @@ def flip_law(moved: Sequence[tuple[RunData, Sequence[FleetChange]]], laws: Profi
         first = changes[0]
         if first.before.mixed or first.after.mixed or not math.isfinite(took(first)):
             continue
+        if first.before.workers != first.after.workers:
+            continue  # a worker that starts, or leaves, is no flip
         made = simulate(schedule, first.before, bare, changes=[(first.asked_s, first.after)])
         drains = [s.drained_s - s.asked_s for s in made.switches]
         if drains:

@@ -350,11 +350,16 @@ def test_requests_that_were_turned_away_are_no_load() -> None:
 
 
 def test_one_quiet_run_is_not_enough_for_a_busy_question() -> None:
-    """Low load alone cannot say how stages behave when loaded: exit 5 and the run that would show it."""
+    """Low load alone cannot say how stages behave when loaded: exit 5 and the run that would show it. Nor can prompts that the
+    server counts as empty."""
     profile = Profile.load("demo")
     rate = busy_rate(profile)
+    (quiet, *_) = three_runs(profile, rate)
     with pytest.raises(NotEnoughDataError, match=r"never loaded.*steelyard replay"):
-        recommend(three_runs(profile, rate)[:1], lognormal(200, rate, 5), gpus=8, slo=SLO, draws=2)
+        recommend([quiet], lognormal(200, rate, 5), gpus=8, slo=SLO, draws=2)
+    uncounted = replace(quiet.observations, prompt_tokens=np.zeros_like(quiet.observations.prompt_tokens))
+    with pytest.raises(NotEnoughDataError, match="counted 0 tokens in every prompt"):
+        fit_laws([replace(quiet, observations=uncounted)])
 
 
 def test_only_saturated_runs_are_not_enough_either() -> None:
@@ -885,6 +890,8 @@ def test_the_flip_is_what_a_move_takes_beyond_its_drain(flip_s: float) -> None:
     assert flip_law([(others[0], quick)], true) is None
     never = [replace(c, ready_s=math.nan, joined_s=math.nan) for c in changes]
     assert flip_law([(one, never)], true) is None
+    grown = [replace(changes[0], after=Fleet(5, 4))]
+    assert flip_law([(one, grown)], true) is None
     assert flip_law([(one, [])], true) is None
 
 

@@ -37,6 +37,7 @@ from loadgen.swarm import Job, Swarm
 from tests import advisories
 from tests.test_store import a_run, some_rows
 from traces.errors import MOST_CHARACTERS, InputError
+from traces.ingest import ingest
 from traces.records import Fleet, Histogram, Observations, Schedule
 from traces.store import open_store, redact
 
@@ -495,7 +496,9 @@ def test_what_others_wrote_into_the_database_is_one_line(
     made_url: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Text in a column of numbers, JSON of another shape, an infinite time: refused in one line, or computed again."""
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.0,9,4\n")
     with open_store(made_url) as store:
+        ingest(store, [tmp_path / "t.csv"], name="t")
         run = store.begin_run(replace(a_run(), scheduled=20))
         store.add_observations(run.id, some_rows(20))
         store.add_histograms(run.id, [Histogram("w", "decode", "queue_s", "q", 1.0, 0.1, ((math.inf, 1.0),))])
@@ -530,6 +533,9 @@ def test_what_others_wrote_into_the_database_is_one_line(
         ("observations", "status", b"ok", 1, shown),
         ("histograms", "buckets", "[1]", 1, shown),
         ("recommendations", "kind", "static", 1, answered),
+        ("trace_sources", "summary", "{}", 1, ("traces", "show", "t")),
+        ("trace_sources", "files", "{}", 1, ("traces",)),
+        ("traces", "arrival_us", "x", 1, ("traces", "show", "t")),
         ("recommendations", "answer", "[]", 1, ("runs",)),
     ):
         was = put(table, column, odd)

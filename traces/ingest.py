@@ -18,7 +18,7 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TextIO, cast
@@ -26,7 +26,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from traces.errors import InputError
+from traces.errors import InputError, understood
 from traces.formats import BadFileError, BadRowError, Batch, OtherEvent, Row, TraceFormat, formats
 from traces.formats.blocks import pack, unpack
 from traces.formats.generic import generic, parse_map
@@ -107,9 +107,16 @@ class IngestReport:
     @classmethod
     def of(cls, info: TraceInfo, *, already: bool = False) -> IngestReport:
         """The report that was stored with a trace."""
-        values = dict(info.summary)
-        values["skipped"] = {reason: Skipped(**s) for reason, s in values["skipped"].items()}
-        return cls(**values | {"name": info.name, "format": info.format, "already": already})
+        with understood(f"what was counted of the trace {info.name!r}", "Ingest it under another --name."):
+            values = dict(info.summary)
+            values["skipped"] = {reason: Skipped(**s) for reason, s in values["skipped"].items()}
+            made = cls(**values | {"name": info.name, "format": info.format, "already": already})
+            kinds = {"int": (int,), "float": (int, float), "str": (str,), "list[str]": (list,), "None": (type(None),)}
+            for f in fields(cls):
+                kind = [k for name in str(f.type).split(" | ") for k in kinds.get(name, (object,))]
+                if not isinstance(getattr(made, f.name), tuple(kind)):
+                    raise TypeError(f"its {f.name} is {getattr(made, f.name)!r}")
+        return made
 
 
 def ingest(

@@ -828,7 +828,7 @@ class Store:
 
     def _understood(self) -> AbstractContextManager[None]:
         """Rows are read meanwhile."""
-        return understood(self.url, "Restore a backup, or delete the run or trace that it is in.")
+        return understood(self.url, "Restore a backup, or mend it by SQL.")
 
     def _write(self, work: Callable[[sa.Connection], T]) -> T:
         """One transaction that may be done again, because what it writes has a key: see RETRIES_S."""
