@@ -78,7 +78,14 @@ _NO_SECRETS = {
     "user-agent",
     "x-request-id",
 }
-"""Headers whose values anybody may read; of any other that the user gives nobody knows."""
+"""Headers whose values anybody may read."""
+
+_SECRET_NAME = re.compile("auth|bearer|cookie|credential|jwt|key|pass|pwd|secret|session|sign|token")
+"""What the name of a header that holds a secret says."""
+
+_SECRET_VALUE = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z]).{16}")
+"""What that of another header looks like, where its name does not say that it is a model's. Other words (a stage, a pool) stand
+in any text: without them a message says nothing."""
 
 _SCHEMES = {"apikey", "basic", "bearer", "key", "negotiate", "token"}
 
@@ -133,16 +140,20 @@ class Target:
         return f"{self.scheme}://{self.netloc}{self.prefix}"
 
     def secrets(self) -> tuple[str, ...]:
-        """What a server is told and may quote, the longest first: values of headers, of Basic ones user and password too; each
-        as it is and as JSON, HTML and URLs write it."""
+        """What a server is told and may quote, the longest first: values of headers by whose name or looks they are secret, of
+        Basic ones user and password too; each as it is and as JSON, HTML and URLs write it."""
         found: set[str] = set()
-        for name, value in (*self.headers.items(), ("Proxy-Authorization", self.proxy_auth)):
-            if name.lower() in _NO_SECRETS:
+        for given, value in (*self.headers.items(), ("Proxy-Authorization", self.proxy_auth)):
+            name = given.lower()
+            if name in _NO_SECRETS:
                 continue
             scheme, _, rest = value.strip().partition(" ")
             token = rest.strip() if scheme.lower() in _SCHEMES else value.strip()
+            named = _SECRET_NAME.search(name) or token != value.strip()
+            if not (named or ("model" not in name and _SECRET_VALUE.match(token))):
+                continue
             found.add(token)
-            if name.lower() == "cookie":
+            if name == "cookie":
                 found |= {one.partition("=")[2].strip() for one in token.split(";")}
             if scheme.lower() == "basic":
                 with contextlib.suppress(ValueError):
@@ -1112,7 +1123,8 @@ class Client:
         if self._engine is None or not (flight.answer.kept or flight.headers):
             return None
         try:
-            return _without(self._engine.facts(flight.answer.kept, flight.headers), flight.answer.secrets) or None
+            facts, secrets = self._engine.facts(flight.answer.kept, flight.headers), flight.answer.secrets
+            return {name: _without(one, secrets) for name, one in facts.items()} or None  # the names are the engine's
         except Exception:
             return None
 

@@ -622,6 +622,11 @@ def test_a_given_header_replaces_our_own() -> None:
 def test_what_a_server_quotes_of_our_credentials_is_in_no_row(how: str) -> None:
     """Values of headers, as they are or as JSON has them, a part of one where the detail ends, user and password."""
     given = {"X-Token": 'tok"en/7f3ab2', "Cookie": "a=1; session=c00kie77", "Accept": "text/event-stream"}
+    given |= {
+        "X-Tenant": "f81d4fae-7dec-11d0-a765-00a0c91e6bf6",
+        "X-Model": "Qwen/Qwen3-32B-Instruct",
+        "X-Stage": "prefill",
+    }
     where = target("http://someone:pass%2Fword@127.0.0.1", headers=given)
     quoted = ("Basic c29tZW9uZTpwYXNzL3dvcmQ=", "someone:pass/word", *given.values())
 
@@ -645,9 +650,20 @@ def test_what_a_server_quotes_of_our_credentials_is_in_no_row(how: str) -> None:
     said = f"{rows[0].detail} {rows[0].facts}"
     assert rows[0].status == ("ok" if how == "header" else "failed")
     assert "***" in said
-    for secret in ("c29tZW", "pass/word", "someone", "7f3ab2", "c00kie77"):
+    for secret in ("c29tZW", "pass/word", "someone", "7f3ab2", "c00kie77", "f81d4f"):
         assert secret not in said
-    assert "text/event-stream" in said or how == "cut"  # no secret
+    for word in ("text/event-stream", "Qwen/Qwen3-32B-Instruct", "prefill"):
+        assert word in said or how == "cut"  # no secret
+
+
+@pytest.mark.parametrize("name", ["X-Stage", "X-Key"])
+def test_no_header_hides_what_a_fact_is_called(name: str) -> None:
+    """A word that is part of the names of facts, as a value that is none and as one that is a secret."""
+    told = b'data: {"choices":[],"nvext":{"worker_id":{"prefill_worker_id":7},"timing":{"prefill_time_ms":5}}}\n\n'
+    where = target("http://127.0.0.1", headers={name: "prefill"})
+    answer = replies(CHUNKED + chunked(*EVENTS[:2], told, *EVENTS[2:]))
+    facts = one(answer, tls=(None, where), engine=engines.engine("dynamo")).facts
+    assert facts == {"prefill_worker": "7", "prefill_s": 0.005}
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -199,7 +199,7 @@ def raw(status: str, kind: str, body: bytes) -> bytes:
         (raw("500 Oops", "text/plain", b"\x1b[31mout of memory"), "HTTP 500: out of memory"),
         (raw("200 OK", "text/html", b"<html>gateway</html>"), "web page"),
         (raw("401 No", "application/json", b"{}"), "STEELYARD_API_KEY"),
-        (raw("200 OK", "application/json", b'{"data": [{"id": "other"}]}'), "does not serve the model 'mine'. It serves: other"),
+        (raw("200 OK", "application/json", b'{"data": [{"id": "qwen3-32b"}]}'), "the model 'mine'. It serves: qwen3-32b."),
         (raw("404 No", "text/plain", b"nothing here"), "HTTP 404"),
         (raw("200 OK", "text/plain", b"ok"), "not JSON"),
         (b"SSH-2.0-x\r\n", "no HTTP answer"),
@@ -210,7 +210,7 @@ def test_an_endpoint_that_cannot_be_used_is_one_line(store: Store, swarm: Swarm,
     """Before anything is stored: what, where, got, next step."""
     url, listener = serve_raw(answer)
     with listener, pytest.raises(EndpointError) as caught:
-        replay(store, swarm, schedule(2, 10.0), url, model="mine")
+        replay(store, swarm, schedule(2, 10.0), target(url, headers={"X-Model": "qwen3-32b"}), model="mine")
     assert words in str(caught.value)
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
