@@ -75,6 +75,8 @@ CORES = (
         ("pack", "_plain", "_facts", "Pieces", "unpack", "shares", "ended"),
     ),
     Core("statistics", "traces/measures.py", ("tests/test_measures.py",)),
+    Core("statistics", "traces/aggregate.py", ("tests/test_aggregate.py", "-k", "not postgres and not mariadb")),
+    Core("statistics", "advisor/compare.py", ("tests/test_compare.py",)),
     Core(
         "decision",
         "advisor/recommend.py",
