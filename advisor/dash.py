@@ -117,7 +117,7 @@ class Dash:
             return _means(run, mean)
         slo = Slo.parse(run.slo) if run.slo else Slo()
         one = self._digest(run, slo)
-        counted = f"{one.run.counts.get('ok', 0):,} of {run.scheduled:,} requests finished"
+        counted = f"{one.run.counts.get('ok', one.summary.ok):,} of {run.scheduled:,} requests finished"
         state = run.verdict if run.ended else OPEN
         body = [
             f"<header><p>Run {run.id}: {e(run.name)}</p>",

@@ -183,6 +183,28 @@ class Spool:
                     path.unlink()
         return stored
 
+    def size(self) -> int:
+        """Bytes that wait."""
+        found = 0
+        for path in self._files():
+            with contextlib.suppress(FileNotFoundError):  # loaded meanwhile
+                found += path.stat().st_size
+        return found
+
+    def forget(self, size: int) -> None:
+        """Drop what was stored after all, where these bytes are all that waits."""
+        with contextlib.ExitStack() as locked:
+            files = {}
+            for path in self._files():
+                try:
+                    file = files[path] = locked.enter_context(path.open("rb"))
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return  # somebody loads it
+            if sum(os.fstat(file.fileno()).st_size for file in files.values()) == size:
+                for path in files:
+                    path.unlink(missing_ok=True)
+
     def _files(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.*jsonl"))
 

@@ -289,7 +289,7 @@ class ApiServer:
             {
                 "metadata": {"name": f"pod-{self.version}", "labels": labels},
                 "at": time.monotonic(),
-                "spec": {"containers": [{"ports": [{"name": "metrics", "containerPort": 8200}]}]},
+                "spec": {"containers": [{"name": "engine", "ports": [{"name": "metrics", "containerPort": 8200}]}]},
                 "status": {
                     "phase": "Running",
                     "podIP": f"10.0.0.{self.version}",

@@ -37,7 +37,7 @@ from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.control.journal import Journal
 from loadgen.engines import WORDS, single_token_words
-from loadgen.replay import Writer, read_api_key, replay
+from loadgen.replay import GRACE_S, Writer, read_api_key, replay
 from loadgen.spool import Spool, Steered, folder
 from loadgen.swarm import Swarm
 from loadgen.sweep import plan, saturate, sweep
@@ -645,6 +645,30 @@ def test_rows_are_on_disk_while_the_database_does_not_answer(
     assert (back.in_flight, back.failed) == (2, 0)  # by the rows that waited with it
     assert store.decisions(run.id) == decided
     assert not list(folder().iterdir())
+
+
+def test_a_slow_database_is_asked_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is far away stores a batch a little later than rows may be in memory alone: they are on disk meanwhile, and are
+    dropped from there when it has them, instead of being stored again with every batch."""
+    run, rows, took = begun(store), held_rows(4), store.add_observations
+    asked, copied = list[int](), False
+
+    def slow(run_id: int, batch: Observations) -> None:
+        time.sleep(GRACE_S + 0.2)
+        took(run_id, batch)
+        asked.extend(batch.index.tolist())
+
+    monkeypatch.setattr(store, "add_observations", slow)
+    with Writer(store, run.id, every_s=0.05) as writer:
+        for k in range(3):
+            writer.put(rows.take(np.array([k])))
+            until = time.monotonic() + 20
+            while (len(asked) <= k or writer.spool.size()) and time.monotonic() < until:
+                time.sleep(0.01)
+                copied = copied or writer.spool.size() > 0
+    assert writer.settle(run, 5.0).ended
+    assert copied
+    assert asked == [0, 1, 2]
 
 
 def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

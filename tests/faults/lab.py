@@ -81,6 +81,14 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def alive(pid: int) -> bool:
+    """Does this process run? One that has ended and that nobody has asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def wait_for(condition: Callable[[], bool], seconds: float, every: float = 0.05) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:

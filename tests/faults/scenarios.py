@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.lab import Maria, Outcome, Postgres, Proxy, Trial, free_port, trial, wait_for
+from tests.faults.lab import Maria, Outcome, Postgres, Proxy, Trial, alive, free_port, trial, wait_for
 
 END_S = 45.0
 """The longest that any replay of a trial may take to end by itself after the fault: every wait has a bound."""
@@ -100,8 +100,8 @@ def freeze_worker(folder: Path, seed: int) -> Outcome:
 
 
 def _gone(workers: list[int]) -> bool:
-    """Did the workers of a master that was killed end by themselves?"""
-    return wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 15)
+    """Did the workers of a master that was killed end by themselves? Process 1 of a container may let the dead lie."""
+    return wait_for(lambda: not any(alive(pid) for pid in workers), 15)
 
 
 @fault("kill -9 of the master", 30)
