@@ -28,7 +28,7 @@ from advisor.study import check_rate, proposals, quiet, reason, sized, splits_of
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
-from traces.measures import Slo, worth_per_s
+from traces.measures import Slo, counts, worth_per_s
 from traces.records import FEWEST, Fleet, Floats, Schedule
 from traces.shape import scale_rate, scale_tokens
 
@@ -565,8 +565,8 @@ def data_hash(data: Sequence[RunData]) -> str:
     return h.hexdigest()
 
 
-FAILED, TOO_MANY_FAILED = 0.01, 0.10
-"""Shares of failed requests from which on a run is named, and beyond which no law rests on it."""
+FAILED = 0.01
+"""Share of failed requests from which on a run is named."""
 
 
 def _usable(
@@ -579,7 +579,7 @@ def _usable(
     """
     usable = []
     for one in data:
-        run = one.run
+        run = replace(one.run, counts=counts(one.counted))
         failed, kinds = _failed(one)
         if run.unfit:
             warnings.append(f"run {run.id} left out: {run.unfit}")
@@ -593,11 +593,6 @@ def _usable(
             warm = " after its warm-up" if run.warmup_s > 0 else ""
             warnings.append(
                 f"run {run.id} left out: {int(one.counted.ok.sum())} finished requests{warm}, fewer than {FEWEST}"
-            )
-        elif failed > TOO_MANY_FAILED:
-            warnings.append(
-                f"run {run.id} left out: {failed:.0%} of its requests failed ({kinds}), more than {TOO_MANY_FAILED:.0%}: see "
-                f"steelyard runs show {run.id}"
             )
         else:
             if failed >= FAILED:

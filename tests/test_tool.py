@@ -24,7 +24,7 @@ from advisor.cli.config import settable, tree, variables
 from advisor.cli.progress import Bars, Lines, Steps
 from loadgen.cluster.embedded import embedded
 from traces.ingest import ingest
-from traces.records import Fleet, Run
+from traces.records import Fleet, Observations, Run
 from traces.shipped import shipped
 from traces.store import open_store
 
@@ -74,10 +74,27 @@ def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: py
         broken = store.begin_run(a_run())
         assert status(capsys)["runs"] == {"count": 1, "latest": None, "unfinished": [broken.id]}
         store.end_run(Run(**{f: getattr(broken, f) for f in broken.__dataclass_fields__} | {"verdict": "invalid"}))
-        assert status(capsys)["next"]["why"] == "no run can be trusted so far"
+        untrusted = "no run can be trusted so far (run {}: {})"
+        assert status(capsys)["next"]["why"] == untrusted.format(1, "its verdict is invalid ()")
         whole: dict[str, Any] = {"complete": True, "verdict": "valid", "counts": {"ok": 20}}
-        store.end_run(store.begin_run(a_run(**whole | {"counts": {"ok": 2}})))  # advise would leave it out
-        assert status(capsys)["next"]["why"] == "no run can be trusted so far"
+        gone = {"counts": {"ok": 85, "failed": 15, "failed.status": 12, "failed.reset": 3}}
+        many = "15% of its requests failed (12 status, 3 reset), more than 10%: see steelyard runs show 3"
+        few = "2 finished requests, fewer than 20"
+        for k, (change, why) in enumerate([({"counts": {"ok": 2}}, few), (gone, many), ({"warmup_s": 2.0}, few)]):
+            run = store.begin_run(a_run(**whole | change))  # advise would leave each out
+            if "warmup_s" in change:
+                rows = Observations.empty(22)
+                rows.index[:], rows.due_s[:], rows.status[:] = range(22), [1.0] * 20 + [3.0] * 2, "ok"
+                store.add_observations(run.id, rows)
+            store.end_run(run)
+            found = status(capsys)["next"]
+            assert found["why"] == untrusted.format(k + 2, why)
+            assert found["command"].startswith("steelyard replay azure-2023-conv ")
+        other = store.end_run(store.begin_run(a_run(**whole, model="other")))
+        assert status(capsys)["next"]["command"] == "steelyard advise"
+        store.end_run(store.begin_run(a_run(**whole | {"counts": {"ok": 2}})))
+        assert status(capsys)["next"]["why"] == untrusted.format(6, few)  # advise asks the latest system alone
+        store.delete_run(other.id)
         good = store.end_run(store.begin_run(a_run(**whole)))
         assert status(capsys)["next"] == {"command": "steelyard advise", "why": "no recommendation yet"}
         probe = {"command": "steelyard replay conv --endpoint URL --fleet 2:2", "why": "nearest rival"}
@@ -88,16 +105,16 @@ def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: py
         assert status(capsys)["next"] == probe
         store.end_run(store.begin_run(a_run(**whole)))
     found = status(capsys)
-    assert found["next"] == {"command": "steelyard advise", "why": "run 7 is newer than the recommendation"}
+    assert found["next"] == {"command": "steelyard advise", "why": "run 11 is newer than the recommendation"}
     assert found["recommendation"]["sentence"] == "Run 1:3."
     text = said(capsys)
-    for part in ("azure-2023-conv (9754 requests)", "Run 1:3.", "the latest, 7", "Next:     steelyard advise"):
+    for part in ("azure-2023-conv (9754 requests)", "Run 1:3.", "the latest, 11", "Next:     steelyard advise"):
         assert part in text
-    with open_store("sqlite:///steelyard.db") as store:  # asked again, for a reason that the rows of run 7 tell
+    with open_store("sqlite:///steelyard.db") as store:  # asked again, for a reason that the rows of run 11 tell
         warned = {
             "sentence": "Run 1:3.",
             "next_probe": probe,
-            "warnings": ["run 7 left out: 40% of its requests failed"],
+            "warnings": ["run 11 left out: 40% of its requests failed"],
         }
         store.add_recommendation("static", warned, [good.id], "h", 0)
     assert status(capsys)["next"] == probe

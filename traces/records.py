@@ -606,6 +606,9 @@ SHARED, CAUSAL = "prefixes shared", "sessions causal"
 FEWEST = 20
 """Finished requests of a run that laws are fitted to, at least."""
 
+MOST_FAILED = 0.10
+"""Share of a run's requests that may have failed for a law to rest on it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -667,7 +670,8 @@ class Run:
 
     @property
     def unfit(self) -> str:
-        """Why the laws of a steady split may not be fitted to its rows, as far as it says so itself; "" if they may."""
+        """Why the laws of a steady split may not be fitted to its rows, as far as it says so itself; "" if they may. Of a run
+        with a warm-up its counts must be those of the rows after it."""
         if self.verdict not in ("valid", "degraded"):
             return f"its verdict is {self.verdict or 'missing'} ({self.reason})"
         if self.fleet is None:
@@ -682,6 +686,11 @@ class Run:
             return "it ran at another speed than life"
         if SHARED in self.changes:
             return "its prompts shared prefixes, so the servers may not have computed them whole"
+        failed = self.counts.get("failed", 0) / max(1, sum(n for word, n in self.counts.items() if "." not in word))
+        if failed > MOST_FAILED:
+            kinds = sorted((-n, word[7:]) for word, n in self.counts.items() if word.startswith("failed."))
+            said = f" ({', '.join(f'{-n} {kind}' for n, kind in kinds)})" if kinds else ""
+            return f"{failed:.0%} of its requests failed{said}, more than {MOST_FAILED:.0%}: see steelyard runs show {self.id}"
         return ""
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from advisor.cli.common import messages
@@ -14,7 +15,7 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
     that cannot be used: that is what is said then. named: the database was asked for, so that the next command names it."""
     from loadgen.spool import folder
     from traces.errors import StoreError
-    from traces.records import CLOSED_LOOP, FEWEST
+    from traces.records import CLOSED_LOOP
     from traces.store import open_store, option, redact
 
     found: dict[str, Any] = {
@@ -30,8 +31,10 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
         with open_store(db, create=False) as store:
             traces, runs = store.traces(), store.runs()
             ended = [run for run in runs if run.ended]
-            trusted = [r for r in ended if r.complete and not r.unfit and r.counts.get("ok", 0) >= FEWEST]
-            means = [] if trusted else [run for run in ended if run.policy == CLOSED_LOOP]
+            latest = [run for run in ended if (run.engine, run.model) == (ended[-1].engine, ended[-1].model)]
+            trusted = next((run for run in reversed(latest) if not _unfit(store, run)), None)
+            means = [] if trusted else [run for run in latest if run.policy == CLOSED_LOOP]
+            why = _why(store, ended, trusted, means)
             recommended = _latest(store, "closed loop" if means else "static")
             asked = _concurrency(store, means) if means else ""
     except StoreError as error:
@@ -60,8 +63,29 @@ def status(db: str, *, named: bool = False) -> dict[str, Any]:
             "sentence": recommended.get("sentence"),
             "runs": recommended["run_ids"],
         }
-    found["next"] = _next(traces, ended, trusted or means, recommended, asked, named_db)
+    found["next"] = _next(traces, ended, trusted or (means[-1] if means else None), recommended, asked, why, named_db)
     return found
+
+
+def _why(store: Any, ended: Any, trusted: Any, means: Any) -> str:
+    """Why no answer about a rate can be asked for."""
+    if means:
+        return "means of closed loops say nothing about a rate"
+    if not ended:
+        return "nothing was measured yet"
+    return "" if trusted else f"no run can be trusted so far (run {ended[-1].id}: {_unfit(store, ended[-1])})"
+
+
+def _unfit(store: Any, run: Any) -> str:
+    """Why no answer can rest on a run alone; "" if one can."""
+    from traces.records import FEWEST
+
+    if run.warmup_s > 0 and run.ended:
+        figures = store.figures(run)
+        run = replace(run, counts={"ok": figures.ok, "failed": figures.n - figures.ok})
+    ok = run.counts.get("ok", 0)
+    few = f"{ok} finished requests, fewer than {FEWEST}" if ok < FEWEST else ""
+    return run.unfit or few or ("" if run.complete else "it is incomplete")
 
 
 def _latest(store: Any, kind: str) -> dict[str, Any] | None:
@@ -91,26 +115,22 @@ def _without(problem: str, option: str) -> dict[str, str]:
 
 
 def _next(
-    traces: Any, ended: Any, trusted: Any, recommended: dict[str, Any] | None, asked: str, option: str
+    traces: Any, ended: Any, trusted: Any, recommended: dict[str, Any] | None, asked: str, why: str, option: str
 ) -> dict[str, str]:
-    """The next sensible command. trusted: runs that an answer can rest on. asked: the option that asks them, where they are means
-    of closed loops."""
+    """The next sensible command. trusted: the newest run that an answer can rest on, None without. asked: the option that asks
+    it, where it is means of a closed loop. why: what of that is missing, "" for nothing."""
     known: list[int] = []
     if recommended is not None:  # those too that it left out for a reason that their rows tell
         left = re.findall(r"\brun (\d{1,18}) left out", str(recommended.get("warnings")))
         known = [*recommended["run_ids"], *map(int, left)]
-    if trusted and trusted[-1].id > max(known, default=0):
-        why = (
-            "no recommendation yet" if recommended is None else f"run {trusted[-1].id} is newer than the recommendation"
-        )
-        return {"command": f"steelyard advise{asked}{option}", "why": why}
-    why = "means of closed loops say nothing about a rate" if asked else "no run can be trusted so far"
+    if trusted and trusted.id > max(known, default=0):
+        new = "no recommendation yet" if recommended is None else f"run {trusted.id} is newer than the recommendation"
+        return {"command": f"steelyard advise{asked}{option}", "why": new}
     if not traces and (asked or not ended):
         said = f"{why}, and no trace is stored" if asked else "no trace is stored"
         return {"command": f"steelyard ingest FILE{option}", "why": said}
     if asked or not trusted:
         name = shlex.quote(traces[-1].name if traces else ended[-1].trace)
-        why = why if ended else "nothing was measured yet"
         return {"command": f"steelyard replay {name} --endpoint URL --fleet P:D{option}", "why": why}
     probe = (recommended or {}).get("next_probe")
     if isinstance(probe, dict) and probe.get("command"):
