@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 
 from advisor.cli import main
+from advisor.report.digest import read as digest
+from advisor.report.sections import lag
 from loadgen.imports import observations, read
 from traces.errors import InputError
+from traces.measures import Slo
 from traces.records import Observations
 from traces.store import open_store
 
@@ -193,6 +197,21 @@ def test_a_report_of_dynamos_simulator_by_a_map(tmp_path: Path, capsys: pytest.C
     (late,) = json.loads(capsys.readouterr().out)["runs"]  # a client of whom it is not known when it sent
     assert (late["verdict"], late["lag_ms"]["p99"]) == ("degraded", None)
     assert "does not say when requests were sent" in late["reason"]
+    shown = []
+    for more in ([], ["--json"]):
+        assert main(["runs", "show", str(late["run"]), "--db", url, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert re.findall(r"send lag .*", shown[0]) == [
+        *(f"send lag p50 -  p99 -  max - ms{end}" for end in (" -> degraded", "")),
+        f"send lag p99 over time, 12 equal stretches: {', '.join('-' * 12)} ms",
+    ]
+    told = json.loads(shown[1])
+    every = [held["p99_ms"] for held in (*told["lag_by_worker"].values(), *told["lag_over_time"])]
+    assert every == [None] * 13
+    with open_store(url) as store:
+        both = [digest(store, run, Slo()) for run in store.runs()]
+    drawn = [[mark.name for mark in plot.marks] if (plot := lag([one], Slo()).plot) else [] for one in both]
+    assert drawn == [[both[0].name], []]
     records = [json.loads(line) for line in file.read_text().splitlines()]
     records.sort(key=lambda r: r["arrival_time_ms"])
     with open_store(url) as store:

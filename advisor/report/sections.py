@@ -807,7 +807,8 @@ def laws(runs: Sequence[Digest], answer: Mapping[str, Any]) -> list[Section]:
 def lag(runs: Sequence[Digest], slo: Slo) -> Section:
     """The generator's own lag and the verdicts."""
     limit = ttft_limit_s(slo)
-    drawn, note = _drawn([d for d in runs if d.requests.width_s and np.isfinite(d.requests.values["lag_p99_s"]).any()])
+    known = [d for d in runs if math.isfinite(d.run.lag_p99_ms)]  # others' rows hold no time of their own
+    drawn, note = _drawn([d for d in known if d.requests.width_s and np.isfinite(d.requests.values["lag_p99_s"]).any()])
     marks = [Mark(d.name, d.requests.at_s, d.requests.values["lag_p99_s"] * 1e3, look=k) for k, d in enumerate(drawn)]
     rules = [Rule("y", 0.05 * limit * 1e3, f"degraded above {0.05 * limit * 1e3:.3g} ms (p99 of the run)")]
     verdicts = [f"run {d.run.id} {d.run.verdict or 'not ended'}" for d in runs]
