@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,20 +94,25 @@ def sweep(
     group = group or time.strftime("sweep-%Y%m%d-%H%M%S", time.gmtime())
     order = plan(fleets, len(schedules), seed=seed, repeats=repeats, anchor=anchor)
     manner = {word for word, on in ((SHARED, how.get("prefixes")), (CAUSAL, how.get("sessions") == "causal")) if on}
-    held: dict[tuple[Fleet | None, str], list[Run]] = {(fleet, schedules[k].digest()): [] for fleet, k in order}
+    digests = [asked.digest() for asked in schedules]
+    wanted = Counter((fleet, digests[k]) for fleet, k in order)
+    held: dict[tuple[Fleet | None, str], list[Run]] = {cell: [] for cell in wanted}
     for run in store.runs(group=group):
         if run.complete and run.verdict != "invalid" and run.manner == manner:
             held.get((run.fleet, run.schedule_digest), []).append(run)
     if before := [run for cell in held.values() for run in cell]:
         _alike(before, where, how)
-        say(f"group {group}: {min(len(before), len(order))} of {len(order)} cells were measured before")
+        taken = sum(min(len(held[cell]), n) for cell, n in wanted.items())
+        unsaid = [str(run.id) for run in before if not run.engine_version]
+        doubt = f" (engine's version not known: run {', '.join(unsaid[:5])})" if unsaid else ""
+        say(f"group {group}: {taken} of {len(order)} cells were measured before{doubt}")
     runs: list[Run] = []
     done = 0
     with keeping(control, where, "sweep", say) as keeper:
         for fleet, k in order:
             asked = schedules[k]
             what = f"{fleet}" + (f" at {asked.rate_per_s:.3g}/s" if len(schedules) > 1 else "")
-            known = held[fleet, asked.digest()]
+            known = held[fleet, digests[k]]
             if known:
                 runs.append(known.pop(0))
             else:
@@ -142,7 +148,10 @@ def _alike(before: Sequence[Run], where: Target | Sequence[Target], how: Mapping
         del now["endpoint"]  # an embedded one has another port each time; its version says its profile
     for run in before:
         for name, value in now.items():
-            if (its := getattr(run, name)) != value:
+            its = getattr(run, name)
+            if name == "engine_version" and not (its and value):
+                continue  # a server may not say it, and older versions of ours did not ask
+            if its != value:
                 raise InputError(
                     f"group {run.group!r}: run {run.id} asked the same of {run.fleet} with another {name} "
                     f"({its!r}, now {value!r}). Give another --group, or what it was measured with."

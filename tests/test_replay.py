@@ -284,11 +284,15 @@ def test_a_sweep_measures_every_fleet_and_puts_the_old_one_back(store: Store, sw
         store.end_run(replace(runs[0], engine="openai", endpoint="http://old"))
         with pytest.raises(InputError, match=rf"another endpoint \('http://old', now '{url}'\). Give another --group"):
             sweep(store, swarm, asked, target(url), fleets, **usual | {"engine": "openai"})
+        store.end_run(replace(runs[0], engine_version=""))  # as before 0008, or where the server did not say it
+        again = sweep(store, swarm, asked, target(other), [Fleet(2, 6), runs[0].fleet], **usual | {"repeats": 1})[1]
+        assert {run.fleet: run.id for run in again} == {runs[0].fleet: 1, Fleet(2, 6): 7}
+        assert said[-1] == f"group {group}: 1 of 2 cells were measured before (engine's version not known: run 1)"
         store.end_run(runs[0])
     assert sorted(run.fleet for run in runs[:3] if run.fleet) == fleets
     assert sorted(run.fleet for run in runs[3:] if run.fleet) == fleets
     assert {run.group for run in runs} == {group}
-    assert [r.id for r in store.runs(group=group)] == [r.id for r in runs]
+    assert [r.id for r in store.runs(group=group)] == [*(r.id for r in runs), 7]
 
 
 def test_cells_are_shuffled_and_an_anchor_stands_between_the_repeats() -> None:

@@ -237,7 +237,7 @@ def show_run(run_id: int, as_json: bool, db: str) -> None:
         return
     found |= past
     if run.ended and math.isnan(run.lag_p99_ms):  # rows of a client that does not say it hold a time in its stead
-        unknown: dict[str, float] = dict.fromkeys(("p50_ms", "p99_ms", "max_ms"), math.nan)
+        unknown: dict[str, Any] = dict.fromkeys(("p50_ms", "p99_ms", "max_ms"), math.nan)
         late = {worker: replace(lag, **unknown) for worker, lag in late.items()}
         lags = [(a, b, replace(lag, **unknown)) for a, b, lag in lags]
     workers = {str(w): plain(lag) | run.costs.get(str(w), {}) for w, lag in late.items()}
