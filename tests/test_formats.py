@@ -514,13 +514,16 @@ def test_a_prefill_and_a_decode_span_are_one_request(
     assert found == [(130_000, 900_000), (20_000, 10_000), (130_000, 200_000)]
 
 
-def test_an_agents_span_sums_those_below(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [("traceId", "spanId", "parentSpanId"), ("trace_id", "span_id", "parent_span_id")])
+def test_an_agents_span_sums_those_below(keys: tuple[str, ...], store: Store, tmp_path: Path) -> None:
     """What invoke_agent counts was counted by its chats: another event. Any other span above one that counts is said."""
 
-    def span(operation: str, own: str, above: str, n: int, m: int) -> dict[str, Any]:
+    def span(operation: str, own: str, above: str, n: int, m: int, trace: str = "t") -> dict[str, Any]:
         tokens = {"gen_ai.usage.input_tokens": n, "gen_ai.usage.output_tokens": m, "gen_ai.operation.name": operation}
-        ids = {"spanId": own, "parentSpanId": above}
-        return {"startTimeUnixNano": "1700000001500000000", "attributes": tokens | ids} | ids
+        when = (
+            {"startTimeUnixNano": "1700000001500000000"} if "spanId" in keys else {"start_time": "2025-03-01T10:00:00Z"}
+        )
+        return when | {"attributes": tokens} | dict(zip(keys, (trace, own, above), strict=True))
 
     agent, chats = (
         span("invoke_agent", "a", "", 113, 11),
@@ -530,7 +533,11 @@ def test_an_agents_span_sums_those_below(store: Store, tmp_path: Path) -> None:
     assert (report.rows_read, report.rows_kept, report.other_events, report.sum_prompt_tokens) == (3, 2, 1, 113)
     store.delete_trace("t")
     engine = [span("", "d", "b", 56, 5), *chats, span("", "e", "c", 57, 6)]  # below a client's, before and after it
-    said = load(store, tmp_path, lines({"spans": engine})).notes
+    other = [
+        span("chat", "d", "b", 5, 5, "u"),
+        span("chat", "f", "", 5, 5, "u"),
+    ]  # of a trace of its own, with an id of theirs
+    said = load(store, tmp_path, lines({"spans": [*engine, *other]})).notes
     assert any(f"2 rows {NESTED}" == note for note in said)
     assert not any(NESTED in note for note in report.notes)
 

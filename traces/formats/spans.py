@@ -25,6 +25,10 @@ _NONE = ("create_agent", "embeddings", "execute_tool", "invoke_agent", "invoke_w
 """Values of gen_ai.operation.name that are no request to a language model, whatever they count."""
 
 NESTED = "stand above or below another span with token counts: one request may be counted twice"
+
+_IDS = (("traceId", "trace_id"), ("spanId", "span_id"), ("parentSpanId", "parent_span_id"))
+"""Keys of a span's ids in OTLP and in flat exports, where ids may come again in another trace."""
+
 _SESSION = ("gen_ai.conversation.id", "session.id", "exgentic.session.id")
 
 
@@ -47,7 +51,7 @@ class Spans:
     def rows(self, lines: IO[str]) -> Iterator[tuple[int, Event | BadRowError]]:
         """A span a row; the number is that of the line, or of the span where the file is one document."""
         held, lined = "", False
-        known: set[str] = set()
+        known: set[int] = set()
         for count, line in enumerate(lines, start=1):
             if held and len(held) + len(line) > MOST_BYTES:
                 raise BadFileError(f"a JSON document of more than {MOST_BYTES >> 20} MiB")
@@ -89,15 +93,15 @@ def _held(record: Any, key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _event(span: Any, known: set[str]) -> Event | BadRowError:
+def _event(span: Any, known: set[int]) -> Event | BadRowError:
     try:
         return _read(span, known)
     except BadRowError as bad:
         return bad
 
 
-def _read(span: Any, known: set[str]) -> Event:
-    """known: ids of spans with token counts, and, behind a ^, of those that such a span is directly below."""
+def _read(span: Any, known: set[int]) -> Event:
+    """known: spans with token counts, and those that such a span is directly below, as hashes: a file may hold millions."""
     if not isinstance(span, dict):
         raise BadRowError("bad_json", f"a span must be an object (got {span!r:.40})")
     held = span.get("attributes")
@@ -132,9 +136,12 @@ def _read(span: Any, known: set[str]) -> Event:
     request = attributes.get("gen_ai.request.id", attributes.get("gen_ai.response.id"))
     status = span.get("status")
     failed = isinstance(status, dict) and str(status.get("code")) in ("2", "STATUS_CODE_ERROR")
-    own, above = (str(span.get(key) or "")[:32] for key in ("spanId", "parentSpanId"))
-    nested = f"^{own}" in known or above in known
-    known |= {own, f"^{above}"} - {"", "^"}
+    trace, own, above = (str(span.get(one) or span.get(other) or "")[:64] for one, other in _IDS)
+    nested = hash((trace, "below", own)) in known or hash((trace, above)) in known
+    if own:
+        known.add(hash((trace, own)))
+    if above:
+        known.add(hash((trace, "below", above)))
     return Row(
         when,
         whole(prompt, "input_tokens"),
