@@ -9,12 +9,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advisor.cli import main
-from advisor.compare import TIME_BINS, Binned, binned, block_length, compare, objection
+from advisor.compare import (
+    LEAST_BLOCKS,
+    TIME_BINS,
+    WIDER,
+    Binned,
+    Difference,
+    _difference,
+    _quantile,
+    _weights,
+    binned,
+    block_length,
+    compare,
+    counted,
+    in_words,
+    objection,
+)
 from tests.test_features import run_of
+from traces.aggregate import WIDTH, Bins
 from traces.measures import Slo
 from traces.records import Fleet, Observations, Run
 from traces.store import open_store
@@ -115,6 +132,102 @@ def test_blocks_grow_with_the_correlation(phi: float, seed: int) -> None:
     assert 1 <= length <= TIME_BINS / 3
     if phi > 0.85:
         assert length > 3
+
+
+@pytest.mark.parametrize("phi", [0.5, 0.8])
+def test_blocks_are_as_long_as_the_theory_of_a_known_series_says(phi: float) -> None:
+    """Of x[k] = phi x[k-1] + noise the covariances are known, and with them Politis and White's length for the circular
+    bootstrap: b^3 = 2 G^2 n / D, G = 2 sum k c(k) = 2 phi / (1 - phi)^2, D = 4/3 ((1 + phi) / (1 - phi))^2."""
+    n = 6000
+    found = []
+    for seed in range(7):
+        noise = np.random.default_rng(seed).normal(size=n)
+        x = np.zeros(n)
+        for k in range(1, n):
+            x[k] = phi * x[k - 1] + noise[k]
+        found.append(block_length(x))
+        assert block_length(3.0 + 5.0 * x) == found[-1]
+    gain, spread = 2 * phi / (1 - phi) ** 2, (1 + phi) / (1 - phi)
+    assert np.median(found) == pytest.approx((2 * gain**2 * n / (4 / 3 * spread**2)) ** (1 / 3), rel=0.12)
+
+
+def test_what_does_not_vary_or_is_short_has_blocks_of_one() -> None:
+    """No correlation is read out of nothing; bins without a figure are left out; a trend has blocks of a third at most."""
+    assert block_length(np.full(200, 3.0)) == block_length(np.arange(7.0)) == 1
+    trend = np.arange(90.0)
+    assert block_length(trend) == block_length(np.concatenate([trend, np.full(40, np.nan)])) <= 30
+    assert block_length(trend) > 15
+
+
+def test_draws_are_blocks_around_the_clock() -> None:
+    """Each draw has as many bins as there are; they come in runs of a block, whichever bin it begins at."""
+    weights = _weights(np.random.default_rng(1), 0.25, 2000, 8)
+    assert (weights.sum(axis=1) == 8).all()
+    assert weights.mean(axis=0) == pytest.approx(np.ones(8), abs=0.08)
+    whole = _weights(np.random.default_rng(1), 1.0, 50, 8)
+    assert (whole == 1).all()
+    assert (weights[:, ::2].sum(axis=1) == 4).all()  # a block of two has one of each
+    assert len(np.unique(weights, axis=0)) > 50
+
+
+def test_a_quantile_of_counts_lies_inside_its_bin() -> None:
+    """Log-linear between the edges of the bin in which the rank falls; nothing has none."""
+    edges = np.array([0.1, 0.2, 0.4, 0.8])
+    below = np.array([[1.0, 3.0, 4.0], [0.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
+    wide = np.exp(WIDTH)
+    assert _quantile(below, 0.5, edges)[0] == pytest.approx(0.2 * wide**0.5)
+    assert _quantile(below, 0.25, edges)[0] == pytest.approx(0.1 * wide)
+    assert _quantile(below, 0.9, edges)[0] == pytest.approx(0.4 * wide**0.6)
+    assert np.isnan(_quantile(below, 0.5, edges)[1])
+    assert _quantile(below, 0.2, edges)[2] == pytest.approx(0.4 * wide**0.2)
+
+
+@pytest.mark.parametrize("blocks", [4.0, 9.0])
+def test_an_interval_is_students_for_the_blocks_that_there_are(blocks: float) -> None:
+    """Half-widths of the draws, by Student's t over the normal, sqrt(b / (b - 1)) and WIDER; ratios come back from logarithms."""
+    drawn = np.random.default_rng(0).normal(0.0, 0.02, 400)
+    factor = WIDER * scipy.stats.t.ppf(0.95, blocks - 1) / scipy.stats.norm.ppf(0.95) * np.sqrt(blocks / (blocks - 1))
+    low, high = (factor * float(np.quantile(drawn, q)) for q in (0.05, 0.95))
+    made = _difference("ttft_p50_s", 0.1, 0.13, drawn, False, blocks)
+    assert (made.change, made.low, made.high) == pytest.approx(
+        (0.3, 1.3 * np.exp(low) - 1, 1.3 * np.exp(high) - 1), rel=1e-9
+    )
+    assert made.verdict == "worse"
+    assert _difference("throughput_per_s", 1.0, 1.3, drawn, False, blocks).verdict == "better"
+    share = _difference("failed", 0.1, 0.3, drawn, True, blocks)
+    assert (share.change, share.low, share.high) == pytest.approx((0.2, 0.2 + low, 0.2 + high), rel=1e-9)
+    assert share.verdict == "worse"
+    assert _difference("ttft_p50_s", 0.1, 0.1, drawn, False, blocks).verdict == "cannot tell"
+    few = _difference("ttft_p50_s", 0.1, 0.13, drawn, False, LEAST_BLOCKS - 0.1)
+    assert (few.change, few.verdict) == (pytest.approx(0.3), "cannot tell")
+    assert np.isnan(few.low)
+    assert "3.9 independent stretches" in few.why
+    none = _difference("ttft_p50_s", 0.0, 0.13, drawn, False, blocks)
+    assert (none.verdict, none.why) == ("cannot tell", "one of them has no such figure, or none above 0")
+
+
+def test_a_difference_is_read_in_its_unit() -> None:
+    """Latencies in ms, both of them; changes in per cent, those of shares in points."""
+    made = Difference("ttft_p50_s", 0.1, 0.2, 1.0, 0.9, 1.1, False, "worse")
+    assert in_words(made)[1:] == ["100", "200", "+100 %", "+90 and +110", "worse"]
+    made = Difference("failed", 0.1, 0.15, 0.05, 0.04, 0.06, True, "worse")
+    assert in_words(made)[3] == "+5 points"
+
+
+def test_counts_hang_together_as_the_rows_do() -> None:
+    """The series that blocks are measured on: mean log TTFT and E2E, shares beyond the run's P99 TTFT and within the SLO."""
+    rows = queue(3)
+    held = Bins(str(SLO))
+    held.add(rows)
+    exact, kept = binned(run(1), rows, SLO), counted(run(1), held)
+    for one in (exact, kept):
+        n = one.counts["requests"]
+        assert n.sum() == 3000
+        full = n > 0
+        ttft, e2e, tail, good = (one.series[full, k] @ n[full] / 3000 for k in range(4))
+        assert (ttft, e2e) == pytest.approx((np.log(rows.ttft_s).mean(), np.log(rows.e2e_s).mean()), abs=0.01)
+        assert tail == pytest.approx(0.01, abs=0.002)
+        assert good == pytest.approx(float((rows.ttft_s < 0.5).mean()), abs=0.005)
 
 
 @pytest.mark.parametrize(
