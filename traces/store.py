@@ -1905,7 +1905,7 @@ def _copied(connection: sa.Connection, run_id: int, rows: Observations) -> bool:
                 return False
             numbers[name] = values, f">i{size}", values < 0 if column.nullable else np.zeros(len(rows), dtype=bool)
         elif isinstance(kind, sa.Float):
-            numbers[name] = values, ">f8", np.isnan(values)
+            numbers[name] = values, ">f8", ~np.isfinite(values)
         else:
             texts[name] = _nullable(name, values)
     names = ", ".join(f'"{name}"' for name in (*numbers, *texts))
@@ -1980,7 +1980,10 @@ def _count(value: int | None) -> int:
 def _nullable(name: str, column: Any) -> list[Any]:
     values = column.tolist()
     if column.dtype == np.float64:
-        return [v if v == v else None for v in values]
+        known = np.isfinite(column)
+        return (
+            values if known.all() else [v if there else None for v, there in zip(values, known.tolist(), strict=True)]
+        )
     if column.dtype == object:
         clean = {v: _clean(str(v)) for v in set(values)}  # most are one of a few words
         texts = [clean[v] for v in values]
