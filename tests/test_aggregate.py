@@ -74,6 +74,55 @@ def near(values: Any, exact: Any, within: float = 0.0101) -> None:
     np.testing.assert_allclose(np.asarray(values, float), np.asarray(exact, float), rtol=within, atol=1e-9)
 
 
+@given(st.floats(0.001, 1e6), st.floats(0.0, 1.5), st.integers(0, 1000))
+@settings(max_examples=12)
+def test_slots_widen_with_the_run_and_lose_nobody(longest_s: float, warm: float, seed: int) -> None:
+    """However long the run grows, each request is in the slot between whose edges it was due, in the warm-up or after."""
+    rng = np.random.default_rng(seed)
+    rows = Observations.empty(40)
+    rows.index[:] = np.arange(40)
+    rows.due_s[:] = np.sort(rng.uniform(0, longest_s, 40))
+    rows.status[:] = "failed"
+    found = aggregate.Bins("", warm * longest_s)
+    for part in np.array_split(np.arange(40), 5):  # it grows
+        found.add(rows.take(part))
+    edges, counts = found.edges_s, found.counts["requests"]
+    assert (edges[0], edges[-1]) == pytest.approx((rows.due_s[0], rows.due_s[-1]), abs=1e-9)
+    assert counts[: found.slots].sum() == counts.sum() == 40
+    inner = found.warmup_s + (found.base + np.arange(1, found.slots)) * found.width_s
+    assert (
+        counts[: found.slots].tolist()
+        == np.bincount(np.searchsorted(inner, rows.due_s, side="right"), minlength=found.slots).tolist()
+    )
+    assert edges[1:-1].tolist() == inner.tolist()
+    assert found.slots <= aggregate.SLOTS
+    assert counts[: found.slots][found.counted].sum() == (rows.due_s >= found.warmup_s).sum()
+
+
+def test_figures_of_next_to_nothing() -> None:
+    """Rates over half a second are twice its counts, over an instant there are none; a row of no worker is no worker's lag;
+    a limit below every latency has nobody within, one beyond all of them everybody."""
+    rows = Observations.empty(4)
+    rows.index[:] = np.arange(4)
+    rows.due_s[:] = rows.sent_s[:] = [0.0, 0.1, 0.2, 0.3]
+    rows.first_token_s[:] = rows.last_token_s[:] = rows.sent_s + 0.2
+    rows.worker[:] = [0, 0, 1, -1]
+    rows.status[:] = "ok"
+    rows.output_tokens[:] = 3
+    found = of_rows(rows, "", pieces=1)
+    said = found.figures()
+    assert (said.span_s, said.throughput_per_s) == pytest.approx((0.5, 8.0))
+    assert {one: int(lags.sum()) for one, lags in found.by_worker.items()} == {0: 2, 1: 1}
+    assert found.share("ttft_s", 0.1) == 0.0
+    assert found.share("ttft_s", 1.0) == 1.0
+    edge = aggregate.EDGES[int(aggregate.bins(np.array([0.2]))[0])]
+    assert found.share("ttft_s", edge * math.exp(aggregate.WIDTH / 4)) == pytest.approx(0.25)
+    instant = Observations.empty(1)
+    instant.due_s[:] = 1.0
+    instant.status[:] = "failed"
+    assert math.isnan(of_rows(instant, "", pieces=1).figures().throughput_per_s)
+
+
 @pytest.mark.parametrize("warmup_s", [0.0, 30.0])
 def test_counts_say_what_the_rows_say(made_any_url: str, warmup_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every backend the way by counts (kept while rows come, or counted from the rows) and the short way by numpy say the same
