@@ -307,14 +307,44 @@ def reading_max(data: RunData, role: str, name: str) -> float:
     return max((float(getattr(s, name) or 0.0) for s in data.samples if s.role == role), default=0.0)
 
 
+LEAST_PAGES = 8
+"""Readings of all decode workers from which it is told what a share of the KV cache is of."""
+
+
 def kv_capacity(data: RunData) -> float:
-    """Tokens of KV cache of a decode worker, from readings that show both tokens and share used; 0 without any."""
-    found = [
-        s.kv_used_tokens / s.kv_used_ratio
-        for s in data.samples
-        if s.role == "decode" and s.kv_used_tokens and s.kv_used_ratio and s.kv_used_ratio > 0.05
-    ]
-    return float(np.median(found)) if found else 0.0
+    """Tokens of KV cache of a decode worker, from readings that show both tokens and share used; 0 without any.
+
+    Engines show a share of the tokens that they show. The reference endpoint's, where it reserves whole answers, is of what it
+    reserves: then the sequences that were there at the reading, prompts and whole answers, stand for the tokens. Which of the two
+    it is shows in the capacities that readings give: of the right one they are alike.
+    """
+    pages: dict[float, list[Sample]] = {}
+    for s in data.samples:
+        if s.role == "decode" and s.kv_used_tokens and s.kv_used_ratio and s.kv_used_ratio > 0.05:
+            pages.setdefault(s.at_s, []).append(s)
+    if not pages:
+        return 0.0
+    shown = np.array([(s.kv_used_tokens or 0) / (s.kv_used_ratio or 1) for page in pages.values() for s in page])
+    whole = {at: page for at, page in pages.items() if len(page) == data.decode}
+    at, share = np.array([*whole]), np.array([sum(s.kv_used_ratio or 0 for s in page) for page in whole.values()])
+    rows = data.observations.take(np.flatnonzero(data.observations.ok & (data.observations.tokens > 1)))
+    join = rows.first_token_s - (rows.last_token_s - rows.first_token_s) / (rows.tokens - 1)
+    length = rows.prompt_lengths + rows.tokens
+
+    def until(ends: Floats) -> Floats:
+        order = np.argsort(ends)
+        sums: Floats = np.concatenate([[0.0], np.cumsum(length[order])])[np.searchsorted(ends[order], at, side="right")]
+        return sums
+
+    known = data.known(at, at) if len(at) else np.zeros(0, dtype=np.bool_)
+    reserved = ((until(join) - until(rows.last_token_s)) / share)[known]
+
+    def unlike(found: Floats) -> float:
+        middle = np.median(found)
+        return float(np.median(np.abs(found - middle)) / middle) if middle > 0 else np.inf
+
+    right = reserved if len(reserved) >= LEAST_PAGES and unlike(reserved) < unlike(shown) else shown
+    return float(np.median(right))
 
 
 def preempted(data: RunData) -> bool:

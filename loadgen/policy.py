@@ -40,7 +40,8 @@ def next_phase(prefill_since_s: float | None, decode_since_s: float | None) -> s
 class Queues:
     """What a policy sees of the servers at one instant: sums over the workers of a role; prompt tokens processed, of all.
 
-    decode_counted: somebody says how many requests decode has, not its KV cache alone.
+    decode_counted: somebody says how many requests decode has, not its KV cache alone. decode_kv_share: of one worker's KV cache,
+    summed over the workers; 0 where one of them does not tell it.
     """
 
     prefill_waiting: int = 0
@@ -50,6 +51,7 @@ class Queues:
     decode_context_tokens: int = 0
     prompt_tokens_total: int = 0
     decode_counted: bool = field(default=True, kw_only=True)
+    decode_kv_share: float = field(default=0.0, kw_only=True)
 
     @classmethod
     def of(cls, samples: Sequence[Sample], processed: float | None = None) -> Queues:
@@ -59,7 +61,7 @@ class Queues:
         how many run (a router's word alone), all do. processed: what stands for the prompt tokens that the workers have
         counted, where the caller knows better.
         """
-        prompts = waiting = waiting_tokens = waiting_answers = running = held = 0.0
+        prompts = waiting = waiting_tokens = waiting_answers = running = held = share = 0.0
         decode = counts = False
         for s in samples:
             prompts += s.prompt_tokens_total or 0
@@ -75,6 +77,10 @@ class Queues:
                 waiting_answers += wait
                 running += runs or 0
                 held += s.kv_used_tokens or 0
+                if s.kv_used_ratio is not None:
+                    share += s.kv_used_ratio
+                elif runs is not None or s.kv_used_tokens is not None:  # one of which nothing came holds nothing
+                    share = math.nan
                 decode = True
                 counts = counts or s.running_requests is not None or s.inflight_requests is not None
         return cls(
@@ -85,6 +91,7 @@ class Queues:
             int(held),
             int(prompts if processed is None else processed),
             decode_counted=counts or not decode,
+            decode_kv_share=0.0 if math.isnan(share) else share,
         )
 
     def counted(self, mean_context: float) -> Queues:
@@ -334,7 +341,8 @@ class DemandRule:
 
     Load of P prefill workers: (seconds of prefill work that arrive a second + backlog in seconds / ``clear_s``) / (P
     ``target``): a backlog is to be gone within ``clear_s``. Load of D decode workers: the largest of decode step /
-    (``tpot_share`` of the TPOT limit), batch / most sequences, and context / KV capacity, with the sequences expected
+    (``tpot_share`` of the TPOT limit), batch / most sequences, and the share of the KV cache (where the workers do not tell it,
+    context / KV capacity), with the sequences expected
     ``ahead_s`` from now (those there and their growth, or by ``forecast``). Where a load reaches ``up``, and another split has
     a largest load that is ``gain`` lower (the check of what the move would leave), for ``dwell_s``, that split is asked for
     at once, however many workers it takes. No role goes below its ``floor``; for ``cool_s`` after a move, and while a worker
@@ -387,10 +395,13 @@ class DemandRule:
         context = told / running if told and running else self.mean_prompt + self.mean_output / 2
         batch = max(1.0, active / fleet.decode)
         held = min(batch, float(p.max_batch))
+        kv = 0.0
+        if p.kv_tokens:  # of each sequence, in caches: what a server reserves for it counts, too
+            kv = queues.decode_kv_share / running if queues.decode_kv_share and running else context / p.kv_tokens
         decode = max(
             p.step_s(held, held * context) / step_limit_s,
             active / (fleet.decode * p.max_batch),
-            active * context / (fleet.decode * p.kv_tokens) if p.kv_tokens else 0.0,
+            active * kv / fleet.decode,
         )
         return prefill, decode
 
@@ -465,8 +476,9 @@ class EasyRule:
 
         def used(workers: int) -> float:
             if self.laws.kv_tokens:
-                waits = queues.decode_waiting * self.context / 2
-                return (queues.decode_context_tokens + waits) / (workers * self.laws.kv_tokens)
+                waits = queues.decode_waiting * self.context / 2 / self.laws.kv_tokens
+                held = queues.decode_kv_share or queues.decode_context_tokens / self.laws.kv_tokens
+                return (held + waits) / workers
             return (queues.decode_running + queues.decode_waiting) / (workers * self.laws.max_batch)
 
         p, d = queued(fleet.prefill), used(fleet.decode)

@@ -144,7 +144,8 @@ def test_a_steady_load_moves_nothing_back_and_forth() -> None:
 def test_a_simulated_rule_sees_the_context_that_is_in_place(kv_tokens: int) -> None:
     """Ten answers of 1,000 tokens to prompts of 200, evenly through: 700 each, as engines tell it, also where 1,200 are reserved.
 
-    As many are admitted as before: where 1,200 each have room, ten; where not, nine.
+    As many are admitted as before: where 1,200 each have room, ten; where not, nine; then the KV cache is full, as an engine's is
+    that admits no more, though a half is in place.
     """
     laws = Profile(name="t", c0_s=0.01, kv_tokens=kv_tokens)
     schedule = Schedule("s", np.arange(10), np.arange(10.0), np.full(10, 200), np.full(10, 1000))
@@ -157,10 +158,21 @@ def test_a_simulated_rule_sees_the_context_that_is_in_place(kv_tokens: int) -> N
     sample = seen[0]
     assert sample.running_requests == 10
     assert (sample.kv_used_tokens or 0) / 10 == pytest.approx(700, abs=10)
-    assert sample.kv_used_ratio == (pytest.approx((sample.kv_used_tokens or 0) / kv_tokens) if kv_tokens else None)
+    assert sample.kv_used_ratio == (pytest.approx(12_000 / kv_tokens) if kv_tokens else None)
     seen.clear()
-    simulate(schedule, Fleet(1, 1), replace(laws, kv_tokens=11_999), controller=watch, tick_s=9.5)
+    full = replace(laws, kv_tokens=11_999)
+    simulate(schedule, Fleet(1, 1), full, controller=watch, tick_s=9.5)
     assert (seen[0].running_requests, seen[0].waiting_requests) == (9, 1)
+    queues = Queues.of(seen[:1])
+    assert queues.decode_context_tokens < 0.6 * full.kv_tokens
+    rule = policy.DemandRule(full, 200, 1000, Slo.parse("tpot<10s"))
+    assert rule.loads(0.0, 10.0, queues, Fleet(1, 1))[1] == pytest.approx(1.0, abs=1e-3)
+    assert rule.loads(0.0, 10.0, queues, Fleet(1, 2))[1] == pytest.approx(0.5, abs=1e-3)
+    assert policy.EasyRule(full, 1200).decide(State(), replace(queues, decode_waiting=2), Fleet(2, 1), 0, 0.0)[
+        1
+    ] == Fleet(1, 2)
+    untold = Queues.of([replace(seen[0], kv_used_ratio=None)])  # of an engine that tells no share
+    assert rule.loads(0.0, 9.0, untold, Fleet(1, 1))[1] == pytest.approx(queues.decode_context_tokens / 11_999)
 
 
 def test_queues_are_sums_by_role() -> None:

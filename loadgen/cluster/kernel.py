@@ -1052,8 +1052,9 @@ class Cluster:
             if cut is not None and not cut.gone:
                 tokens += cut.prompt_tokens - cut.done
             # What is in place, as engines tell it, also where whole answers are reserved: a rule is tuned on what it will meet.
-            # The share is of the same tokens: the capacity is learned from the two.
+            # The share is of what admission goes by: it is 1 on a worker that is full, as an engine's is.
             used = w.base + w.size * (w.step + done) if answers else 0
+            held = used if self._preempts else w.kv_used
             yield Sample(
                 at,
                 str(w.id),
@@ -1062,7 +1063,7 @@ class Cluster:
                 running_requests=running,
                 waiting_tokens=tokens,
                 kv_used_tokens=used,
-                kv_used_ratio=used / w.kv_tokens if w.kv_tokens and answers else None,
+                kv_used_ratio=held / w.kv_tokens if w.kv_tokens and answers else None,
                 busy_s_total=w.busy_until(at, role),
                 steps_total=w.steps + done,
                 prompt_tokens_total=w.prompt_tokens,

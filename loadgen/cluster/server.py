@@ -71,7 +71,7 @@ METRICS: dict[str, tuple[Any, str]] = {
     "running_requests": (GaugeMetricFamily, "requests in the current batch"),
     "waiting_tokens": (GaugeMetricFamily, "prompt tokens queued"),
     "kv_used_tokens": (GaugeMetricFamily, "tokens of KV cache in place"),
-    "kv_used_ratio": (GaugeMetricFamily, "the same as a share of the capacity"),
+    "kv_used_ratio": (GaugeMetricFamily, "share of the KV cache that is in use, or reserved where whole answers are"),
     "busy_s_total": (CounterMetricFamily, "seconds with work in hand"),
     "steps_total": (CounterMetricFamily, "forward passes"),
     "prompt_tokens_total": (CounterMetricFamily, "prompt tokens processed"),
