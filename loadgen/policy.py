@@ -503,7 +503,8 @@ class Steering:
         self.moves: list[tuple[float, Fleet, Fleet, str]] = []
         self.why = ""
         self._processed = 0.0
-        self._counted: dict[str, tuple[float, float, str]] = {}
+        self._counted: dict[str, tuple[float, float, str, float]] = {}
+        self._routed, self._alone = 0.0, False
 
     def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
         """The fleet to ask for, or None."""
@@ -518,29 +519,35 @@ class Steering:
 
     def _processed_by(self, samples: Sequence[Sample]) -> int:
         """Growth of each worker's own counter, less what it received: a decode engine counts every prompt again, and one that
-        does not tell what it received (SGLang) counts for nothing. The router's counts where no worker has one.
+        does not tell what it received (SGLang) counts for nothing. The router's counts where no worker had one in this tick and
+        the one before; what it counted is taken off the growth of a worker that tells again.
 
         A sum of counters would jump by a lifetime where a worker misses a page, or is found with what it did before.
         """
         now: dict[str, tuple[float, float, str]] = {}
         alone = not any(_counts(s) and s.role != "router" for s in samples)
+        routers = {s.worker for s in samples if s.role == "router"}
         for s in samples:
-            if s.prompt_tokens_total is not None and (s.role != "router" or alone):
+            if s.prompt_tokens_total is not None:
                 prompt, received = s.prompt_tokens_total, s.received_tokens_total or 0.0
                 if s.worker in now:
                     prompt, received = now[s.worker][0] + prompt, now[s.worker][1] + received
                 now[s.worker] = prompt, received, "" if _counts(s) else s.role
-        for worker, held in now.items():
-            last = self._counted.get(worker, held)
-            if last == held:
-                continue
-            (prompt, received, again), (before, got, anew) = held, last
+        routed = 0.0
+        for worker, (prompt, received, again) in now.items():
+            before, got, anew, already = self._counted.get(worker, (prompt, received, again, self._routed))
             if again and anew:  # in the same role since the tick before
                 continue
             if prompt < before:  # the server began anew
                 before, got = 0.0, 0.0
-            self._processed += max(0.0, prompt - before - (received - got))
-        self._counted |= now
+            grown = max(0.0, prompt - before - (received - got))
+            if worker not in routers:
+                self._processed += max(0.0, grown - (self._routed - already))
+            elif alone and self._alone:
+                routed += grown
+        self._processed += routed
+        self._routed, self._alone = self._routed + routed, alone
+        self._counted |= {worker: (*held, self._routed) for worker, held in now.items()}
         return int(self._processed)
 
 

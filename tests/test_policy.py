@@ -622,6 +622,15 @@ def test_steering_counts_the_prompt_tokens_that_are_processed_while_it_looks() -
         samples = [page("p", None), page("d", None, None, "decode"), page("r", routed, None, "router")]
         steering(0.0, samples, Fleet(1, 1), 0)
     assert kept.seen == [0, 1000]
+    kept.seen.clear()
+    steering = Steering(kept)
+    for own, routed in (  # the one worker that counts misses its page now and then: once, and three times in a row
+        (0, 0), (None, 1000), (600_000, 600_000), (None, 601_000), (602_000, 602_000),
+        (None, 603_000), (None, 604_000), (None, 605_000), (606_000, 606_000), (607_000, 607_000),
+    ):  # fmt: skip
+        samples = [page("p", own), page("d", None, None, "decode"), page("r", routed, None, "router")]
+        steering(0.0, samples, Fleet(1, 1), 0)
+    assert kept.seen == [0, 0, 600_000, 600_000, 602_000, 602_000, 603_000, 604_000, 606_000, 607_000]
 
 
 def test_a_rule_moves_nothing_on_what_nobody_counts() -> None:
