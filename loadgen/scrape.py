@@ -312,6 +312,7 @@ class Scraper:
         self._workers: dict[str, Worker] = {}
         self._assigned: dict[str, str] = {}
         self._serving: dict[str, str] = {}
+        self._pages: dict[str, str] = {}
         self._gone: set[str] = set()
         self._alike = False
         self._fields: dict[str, dict[str, str]] = {}
@@ -337,18 +338,29 @@ class Scraper:
     def assign(self, roles: Mapping[str, Sequence[str]], pages: Mapping[str, str] = MappingProxyType({})) -> None:
         """role -> names or URLs of workers, by the word of whoever sets the fleet. It comes before a list's or a targets file's,
         which tell of the beginning. pages: name -> URL, read where the list, too, named one of them so: elsewhere pods,
-        say, may be out of reach."""
+        say, may be out of reach. The same page at another address is of a pod that was made anew under its name."""
         named = {name: role for role, names in roles.items() for one in names for name in (one, address(one))}
-        if named != self._assigned:
+        if named != self._assigned or pages != self._pages:
             with self._lock:
                 self._assigned, self._serving = named, {one: role for role, names in roles.items() for one in names}
+                self._pages = dict(pages)
+                # A worker may have two pages, its engine's and its GPUs'.
                 read = [s.worker for s in self._sources.values() if s.worker.name in self._workers]
                 new = [Worker(name, named[name], metrics=page) for name, page in pages.items() if name in named]
                 self._alike = self._alike or any(worker.name in named for worker in read)
                 new = [worker for worker in new if self._alike and worker.name not in self.names]
-                self._take(
-                    [*self._workers.values(), *read, *new]
-                )  # a worker may have two pages, its engine's and its GPUs'
+                known = [replace(w, metrics=self._now_at(w)) for w in (*self._workers.values(), *read)]
+                for worker in read:
+                    if self._now_at(worker) != worker.metrics:
+                        del self._sources[worker.metrics]
+                self._take([*known, *new])
+
+    def _now_at(self, worker: Worker) -> str:
+        """Where a worker's page is now: another pod of its name shows the same one at its own address. A port that somebody
+        forwards, or the page of its GPUs, is another page, and stays."""
+        page = self._pages.get(worker.name, worker.metrics)
+        old, new = ((u.netloc.rpartition(":")[2], u.path, u.query) for u in map(urlsplit, (worker.metrics, page)))
+        return page if old == new else worker.metrics
 
     def _take(self, workers: Sequence[Worker]) -> None:
         """These are the workers now; pages of those that went away are read on, for what they say of their end."""

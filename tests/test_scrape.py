@@ -9,6 +9,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
@@ -502,6 +503,32 @@ def test_workers_that_a_change_brings_are_read_and_those_that_left_hold_nobody_u
         far = scraper_of(pages, [], [], engine="llm-d")  # where the router alone is read, no pod's page is looked for
         far.assign({"prefill": ["b"], "decode": ["c"]}, {"b": f"{pages.url}/b"})
         assert [s.worker for s in far.read() if s.waiting_requests is not None] == ["c"]
+
+
+def test_a_pod_that_comes_back_under_its_name_is_read_at_its_new_address() -> None:
+    """A StatefulSet's. What is at another port (one that is forwarded here, the page of its GPUs) is no such page, and stays."""
+    with Pages() as pages, Pages() as others:
+        pages["/p"] = "vllm:num_requests_waiting 3\n"
+        others["/metrics"], others["/gpu"] = "vllm:num_requests_waiting 4\n", "DCGM_FI_DEV_GPU_UTIL 50\n"
+        here, there = f"{pages.url}/p", f"{pages.url}/p".replace("127.0.0.1", "localhost")
+        listed = [
+            Worker("p-0", "prefill", metrics=here),
+            Worker("p-0", "prefill", metrics=f"{others.url}/gpu"),
+            Worker("d-0", "decode", metrics=f"{others.url}/metrics"),
+        ]
+        scraper = scraper_of(pages, listed, [], 1.0)
+        asked = {"prefill": ["p-0"], "decode": ["d-0"]}
+        for pod in (here, there):  # also where only the address is another: both seen between two looks
+            scraper.assign(asked, {"p-0": pod, "d-0": here})
+            scraper.assign(asked, {"p-0": pod, "d-0": there})
+            pages.asked.clear()
+            told = {s.worker: (s.waiting_requests, s.gpu_busy_ratio) for s in scraper.read()}
+            assert told == {"p-0": (3, 0.5), "d-0": (4, None)}
+            assert [ask.headers["host"] for ask in pages.asked if ask.path == "/p"] == [urlsplit(pod).netloc]
+            assert scraper.sources()["d-0"]["metrics"] == f"{others.url}/metrics"
+        for pod in (here, there):  # one that a change brought
+            scraper.assign({"prefill": ["new"], "decode": ["d-0"]}, {"new": f"{pod}/new"})
+            assert scraper.sources()["new"]["metrics"] == f"{pod}/new"
 
 
 @pytest.mark.parametrize("page", ["betrays", "says"])
