@@ -1193,6 +1193,31 @@ def test_a_change_is_seen_before_the_next_tick(server: str) -> None:
     assert changes[0].asked_s < changes[0].joined_s <= changes[0].ready_s
 
 
+def test_a_control_that_runs_a_process_is_not_looked_at_all_the_time() -> None:
+    """Between ticks a command's get would be one process after another, on the machine that sends."""
+    change = ["scale", "{prefill}", "{decode}"]
+    for read, least_s in ((["look"], 0.5), ([], 0.0)):
+        assert Keeper(Command(change, read), "run").look_s == least_s
+
+    class Slow(Fake):
+        look_s = 30.0
+        looks = 0
+
+        def get(self) -> Standing:
+            self.looks += 1
+            return Standing(self.fleet, changing=len(self.asked))
+
+    control = Slow(Fleet(3, 3))
+    zero = time.monotonic() - 59.9  # a tick is near, the next one a minute later
+    planned = Planned([(0.0, Fleet(2, 4))])
+    with Controller(control, lambda: queues(0, 0), planned, zero, lambda change: None, tick_s=60.0):
+        end = time.monotonic() + 20
+        while not control.asked and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.4)
+        assert (control.asked, control.looks) == ([Fleet(2, 4)], 1)
+
+
 def test_no_more_moves_an_hour_than_allowed() -> None:
     control = Fake(Fleet(1, 5))
     decisions, _ = steer(control, lambda: queues(9, 0), 0.6, most_per_hour=2)

@@ -68,7 +68,8 @@ class Standing:
 class Control(Protocol):
     """How one kind of endpoint is asked for a fleet. name: what it changes, without credentials; spec: what
     :func:`control_of` makes it from again, for the note on disk. A kind whose steps run in this process says as patience_s how
-    long they may take: a change is waited for at least so long."""
+    long they may take: a change is waited for at least so long; one whose get costs more than a question says as look_s how
+    many seconds to leave between two while requests are sent."""
 
     kind: str
     name: str
@@ -207,6 +208,11 @@ def patience_of(control: Control) -> float:
     return float(getattr(control, "patience_s", 0.0))
 
 
+def look_of(control: Control) -> float:
+    """Seconds that a control wants between two looks at it while requests are sent; 0 where a look costs next to nothing."""
+    return float(getattr(control, "look_s", 0.0))
+
+
 class LostError(EndpointError):
     """Waiting does not help: refused, not authorised, or a step of the change failed."""
 
@@ -319,6 +325,7 @@ class Keeper:
         self.control = control
         self.kind, self.name, self.spec = control.kind, control.name, control.spec
         self.bounds = bounds or getattr(control, "bounds", None) or Bounds()
+        self.look_s = look_of(control)
         self._verb, self._put_back, self._keep_note = verb, put_back, keep_note
         self.timeout_s, self._say = timeout_s, say
         self.journal = Journal.of(control)

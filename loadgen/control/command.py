@@ -29,6 +29,9 @@ COMMAND_S = 600.0
 
 GET_S = 30.0
 
+LOOK_S = 0.5
+"""A look is a process, on the machine that sends: no more than two a second beside the ticks."""
+
 TERM_S = 5.0
 """What a command may take to clean up when it is ended (helm marks its release), before it is killed."""
 
@@ -49,6 +52,7 @@ class Command:
         self._steps = Steps(partial(_end, self._running))
         weakref.finalize(self, _end, self._running)  # also when this process ends: nobody would know of it any more
         self.patience_s = timeout_s + GET_S
+        self.look_s = LOOK_S if read else 0.0
         self.name = f"command {change[0]}"
         self.spec = "command:" + json.dumps(self._change)
         self.bounds = Bounds()

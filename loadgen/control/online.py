@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loadgen.control import STEP_S, Control, FailedError, LostError, Standing, has_grown
+from loadgen.control import STEP_S, Control, FailedError, LostError, Standing, has_grown, look_of
 from traces.errors import EndpointError, InputError, StoreError
 from traces.records import Decision, Fleet, FleetChange, Observations, Sample
 
 LOOK = 0.05
-"""A change that is not in force yet is looked for after that share of its age, and not sooner than as many seconds."""
+"""A change that is not in force yet is looked for after that share of its age, and not sooner than as many seconds, or than the
+control wants."""
 
 
 class Steering(Protocol):
@@ -166,7 +167,9 @@ class Controller:
 
     def _look_s(self) -> float:
         """Seconds until a change on its way is looked for again."""
-        return LOOK * max(1.0, self._now() - self._pending[-1].asked_s) if self._pending else math.inf
+        if not self._pending:
+            return math.inf
+        return max(look_of(self._control), LOOK * max(1.0, self._now() - self._pending[-1].asked_s))
 
     def _arrived(self) -> tuple[Fleet | None, int]:
         """(fleet asked for, workers on their way) as the endpoint says; changes that are in force now are handed on."""
