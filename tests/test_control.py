@@ -667,6 +667,7 @@ class Router:
         self.log: list[str] = []
         self.status = 0
         self.deaf = deaf
+        self.ill: set[str] = set()  # who is listed and never healthy
         self.hangs_up = 0  # how many of the next questions for metrics are not answered
         self.asked = {"metrics": threading.Event(), "list": threading.Event()}
         self.may = {"metrics": threading.Event(), "list": threading.Event()}  # until then these are not answered
@@ -710,7 +711,9 @@ class Router:
                     self.answer(200, {"success": True})
                     return
                 outer.log.append(f"add {held['url']} {held['worker_type']} {held.get('bootstrap_port')}")
-                outer.registered[held["url"]] = held | {"id": f"id-{held['url'][-5:]}", "is_healthy": True}
+                outer.registered[held["url"]] = held | {
+                    "id": f"id-{held['url'][-5:]}", "is_healthy": held["url"] not in outer.ill,
+                }  # fmt: skip
                 self.answer(202, {})
 
             def do_DELETE(self) -> None:
@@ -806,6 +809,31 @@ def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
     spare.hangs_up = 1_000_000  # nobody waits for what it may hold
     put(control, Fleet(2, 1))
     assert spare.log == [f"add {free} prefill 9000", f"remove {ill}"]
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_fleet_with_an_ill_sglang_worker_is_left_as_it_was_found(
+    routers: list[Router], monkeypatch: pytest.MonkeyPatch, recovers: bool
+) -> None:
+    """One that is ill for good keeps no other from coming back, and nobody owes more than there was. If it is well again: all."""
+    monkeypatch.setattr("loadgen.control.sglang.START_S", 0.3)
+    router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode"), ("decode", "decode")])
+    routers.append(router)
+    ill = next(iter(router.workers))
+    router.registered[ill]["is_healthy"] = False
+    router.ill = set() if recovers else {ill}
+    control = control_of(f"sglang:{router.url}", CONNECT)
+    assert control is not None
+    assert (control.get().fleet, control.get().aimed) == (Fleet(1, 2), Fleet(2, 2))
+    said: list[str] = []
+    with Keeper(control, "sweep", say=said.append) as keeper:
+        keeper.put(Fleet(1, 1))
+        assert set(router.registered) == {list(router.workers)[1], list(router.workers)[2]}
+    assert set(router.registered) == set(router.workers)
+    assert control.get().fleet == (Fleet(2, 2) if recovers else Fleet(1, 2))
+    assert said == ([] if recovers else [f"{control.name}: 1:2 of 2:2 serves again, as before the first change"])
+    assert not keeper.stranded
+    assert Journal.of(control).entries() == []
 
 
 def test_sglang_ranks_of_an_engine_come_and_go_together(routers: list[Router], tmp_path: Path) -> None:

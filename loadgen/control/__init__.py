@@ -331,6 +331,7 @@ class Keeper:
         self.journal = Journal.of(control)
         self.before: Fleet | None = None
         self.stranded = False
+        self._found: Standing | None = None
         self._entered = self._owed = self._unknown = False
         self._said: set[str] = set()
         self._signals = contextlib.ExitStack()
@@ -384,15 +385,31 @@ class Keeper:
         if self.before is None:
             return
         try:
-            put(self.control, self.before, timeout_s)
-            self.journal.done(self._verb)
-            self.before = None
+            if not self._as_found():
+                put(self.control, self.before, timeout_s)
         except (EndpointError, InputError) as error:
-            self.stranded = True
-            self._say(
-                f"the fleet {self.before} could not be put back ({error}). Once the endpoint answers, run: "
-                "steelyard control restore"
-            )
+            if not self._as_found():
+                self.stranded = True
+                self._say(
+                    f"the fleet {self.before} could not be put back ({error}). Once the endpoint answers, run: "
+                    "steelyard control restore"
+                )
+                return
+        if self._found is not None and self._as_found():
+            self._say(f"{self.name}: {self._found.fleet} of {self.before} serves again, as before the first change")
+        self.journal.done(self._verb)
+        self.before = None
+
+    def _as_found(self) -> bool:
+        """Does a fleet that was not all there at the beginning (a worker was ill) stand as it did then? Nobody owes more."""
+        found = self._found
+        if found is None or found.changing or found.fleet in (None, self.before) or found.aimed != self.before:
+            return False
+        try:
+            now = self.control.get()
+        except EndpointError:
+            return False
+        return not now.changing and (now.fleet, now.aimed) == (found.fleet, found.aimed)
 
     def get(self) -> Standing:
         """See :class:`Control`."""
@@ -426,7 +443,7 @@ class Keeper:
     def _note(self, fleet: Fleet, standing: Standing | None) -> None:
         self.bounds.check(fleet)
         if self.before is None and not self._unknown:
-            standing = standing or self.control.get()
+            self._found = standing = standing or self.control.get()
             self.before = standing.aimed
             if self.before is not None:
                 self.journal.begin(self._verb, self.before, fleet)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loadgen.control import ROLES, Bounds, Connect, Endpoint, LostError, Standing, Steps, members, refused
@@ -127,7 +128,8 @@ class SGLang:
         self._steps.start([step for _, step in plan])
 
     def _plan(self, fleet: Fleet) -> list[tuple[str, Callable[[], None]]]:
-        """(in words, the step) in order: new workers before old ones leave, so that no role is ever empty."""
+        """(in words, the step) in order: new workers before old ones leave, so that no role is ever empty. One that cannot
+        be added holds up no other that is new."""
         listed = self._listed()
         self._remember(listed)
         now = {str(w["url"]): str(w.get("worker_type")) for w in listed}
@@ -143,7 +145,7 @@ class SGLang:
                 remove.append(self._remove(worker, has))
             elif has is not None and gets is not None:
                 flip += [self._remove(worker, has), self._add(worker, gets, switch=True)]
-        return add + flip + remove
+        return _all(add) + flip + remove
 
     def _choose(self, fleet: Fleet, now: dict[str, str], ill: Set[str]) -> dict[str, str]:
         """url -> role: those that have the role stay, then those that are free, those that flip, and those that are ill."""
@@ -253,6 +255,21 @@ class SGLang:
                 except ValueError:
                     continue
         return sum(held.values())
+
+
+def _all(steps: Sequence[tuple[str, Callable[[], None]]]) -> list[tuple[str, Callable[[], None]]]:
+    """The same, each tried whatever became of those before it; the last raises what went wrong first."""
+    lost: list[EndpointError] = []
+
+    def tried(step: Callable[[], None], last: bool) -> None:
+        try:
+            step()
+        except EndpointError as error:
+            lost.append(error)
+        if last and lost:
+            raise lost[0]
+
+    return [(said, partial(tried, step, k + 1 == len(steps))) for k, (said, step) in enumerate(steps)]
 
 
 def _fleet(counts: Sequence[int]) -> Fleet | None:
