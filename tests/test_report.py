@@ -30,7 +30,7 @@ from advisor.report.markdown import escape
 from advisor.report.page import asset, policy
 from advisor.report.parts import Mark, Plot, Report, Rule
 from advisor.report.pdf import BROWSERS, browser
-from advisor.report.reproduce import advise_command, replay_command
+from advisor.report.reproduce import advise_command, online_command, replay_command
 from advisor.report.sections import (
     _alike,
     _rests,
@@ -391,6 +391,11 @@ def test_the_commands_of_the_demo_ask_its_question(tmp_path: Path) -> None:
             held = parsed(advise_command(answer))
             again = to_rate(head(store.schedule(held["trace"]), held["requests"]), held["rate"])
             assert again.digest() == schedule.digest()
+            held = parsed(
+                online_command(answer | {"recommendation": 7}, store.url)
+            )  # else a forecast would be left out
+            assert schedule_of(store, held["trace"], held)[0].digest() == schedule.digest()
+            assert (held["policy"], held["recommendation"], held["db"]) == ("online", 7, store.url)
 
 
 def test_no_printed_command_names_a_database_without_its_user(

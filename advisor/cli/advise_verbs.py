@@ -382,6 +382,8 @@ def show_choice(answer: Any) -> None:
     """Print which strategy, the thresholds and the cost for people."""
     from rich.table import Table
 
+    from advisor.report.reproduce import online_command
+
     console = messages()
     choice = answer.choice
     console.print(f"Strategy: {choice.strategy}. {choice.why}.", markup=False)
@@ -405,10 +407,7 @@ def show_choice(answer: Any) -> None:
             f"{said['floor']['decode']}. {said['forecast_note']}.",
             markup=False,
         )
-        console.print(
-            f"Run them: steelyard replay TRACE --endpoint URL --policy online --recommendation {answer.id}",
-            markup=False,
-        )
+        console.print(f"Run them: {online_command(answer.as_json())}", markup=False, soft_wrap=True)
     if said.get("break_even_s") is not None:
         console.print(
             f"A change of mix pays for a move and back when it lasts {said['break_even_s']:.3g} s.", markup=False

@@ -77,12 +77,7 @@ def advise_command(answer: Mapping[str, Any], traces: Container[str] | None = No
     for name in ("gpus", "slo", "trace"):
         if answer.get(name) and (name != "trace" or traces is None or answer[name] in traces):
             words += [f"--{name}", str(answer[name])]
-    for change in answer.get("schedule_changes") or ():
-        if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
-            words += ["--requests", match[1]]
-    if any(change.startswith("rate x") for change in answer.get("schedule_changes") or ()):
-        typed = f"{answer['rate_per_s']:.12g}"  # what came of a rate that was typed is off in the last digit
-        words += ["--rate", typed if len(typed) < 10 else repr(answer["rate_per_s"])]
+    words += _part(answer)
     if answer.get("gpus_per_worker"):
         words += ["--gpus-per-worker", "{},{}".format(*answer["gpus_per_worker"])]
     if answer.get("attainment") is not None:
@@ -101,6 +96,25 @@ def advise_command(answer: Mapping[str, Any], traces: Container[str] | None = No
         for name, option in ASKED.items():
             if value := asked.get(name):
                 words += [option, value if isinstance(value, str) else f"{value:.12g}"]
+    return on(shlex.join(words), db)
+
+
+def _part(answer: Mapping[str, Any]) -> list[str]:
+    """The options that make an answer's traffic of its trace: the same for advise and replay."""
+    words = []
+    for change in answer.get("schedule_changes") or ():
+        if match := re.fullmatch(r"first (\d+) of \d+ requests", change):
+            words += ["--requests", match[1]]
+    if any(change.startswith("rate x") for change in answer.get("schedule_changes") or ()):
+        typed = f"{answer['rate_per_s']:.12g}"  # what came of a rate that was typed is off in the last digit
+        words += ["--rate", typed if len(typed) < 10 else repr(answer["rate_per_s"])]
+    return words
+
+
+def online_command(answer: Mapping[str, Any], db: str = "") -> str:
+    """A command line that replays an answer's own traffic by its thresholds: on any other a forecast's clock is out of phase."""
+    words = ["steelyard", "replay", str(answer.get("trace") or "TRACE"), "--endpoint", "URL", *_part(answer)]
+    words += ["--policy", "online", "--recommendation", str(answer.get("recommendation") or answer.get("id") or "ID")]
     return on(shlex.join(words), db)
 
 

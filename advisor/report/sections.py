@@ -17,7 +17,7 @@ import numpy as np
 from advisor.report.digest import METRICS, QUANTILES, Digest, Over, Traffic
 from advisor.report.draw import short
 from advisor.report.parts import How, Mark, Plot, Report, Rule, Section, Table
-from advisor.report.reproduce import on
+from advisor.report.reproduce import on, online_command
 from advisor.report.whatif import Case, turning_points
 from traces.aggregate import APPROXIMATE
 from traces.measures import Slo, late_word, ttft_limit_s
@@ -135,7 +135,7 @@ def _cards(
     return [
         ("How sure", _sure(answer), ""),
         ("What it rests on", _rests(answer, runs), ""),
-        ("What to do next", _next(answer, probe), on(str(probe.get("command") or ""), db)),
+        ("What to do next", _next(answer, probe, db), on(str(probe.get("command") or ""), db)),
         ("What was not measured", _unmeasured(answer, runs, strategies), ""),
     ]
 
@@ -204,7 +204,7 @@ def _in_time(run: Run) -> bool:
     return late == "valid" and not run.counts.get("unsent")
 
 
-def _next(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> list[str]:
+def _next(answer: Mapping[str, Any], probe: Mapping[str, Any], db: str) -> list[str]:
     lines = []
     rule = answer.get("thresholds") or {}
     if answer.get("candidates"):
@@ -215,9 +215,7 @@ def _next(answer: Mapping[str, Any], probe: Mapping[str, Any]) -> list[str]:
         told = ", ".join(
             f"{k} {v:g}" for k, v in rule.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
         )
-        lines.append(
-            f"Let it move by rule {rule['rule']} ({told}): steelyard replay TRACE --policy online --recommendation ID"
-        )
+        lines.append(f"Let it move by rule {rule['rule']} ({told}): {online_command(answer, db)}")
     elif answer.get("strategy") == "offline":
         lines.append("Collect the requests and dispatch them in the order that the section on strategies names.")
     if probe.get("why"):
