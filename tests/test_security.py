@@ -525,6 +525,7 @@ def test_what_others_wrote_into_the_database_is_one_line(
         ("runs", "changes", '[["x"]]', 1, shown),
         ("runs", "warmup_s", "x", 1, shown),
         ("runs", "scheduled", 2**40, 1, shown),
+        ("runs", "decode_gpus", 0, 1, shown),
         ("runs", "name", b"\xff", 1, ("runs",)),
         ("runs", "started_unix_s", 9e999, 1, ("runs", "--json")),
         ("observations", "due_s", "x", 1, shown),

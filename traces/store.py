@@ -937,7 +937,7 @@ class Store:
         with self._begin() as connection:
             row = connection.execute(sa.select(trace_sources).where(trace_sources.c.name == name)).first()
             if row is None:
-                known = list(connection.execute(sa.select(trace_sources.c.name)).scalars())
+                known = list(map(str, connection.execute(sa.select(trace_sources.c.name)).scalars()))
         if row is None:
             near = get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Stored: {', '.join(sorted(known)) or 'none'}."
@@ -2054,6 +2054,8 @@ def _run(row: Any) -> Run:
     for name, kind, held in (("changes", str, row.changes), ("counts", int, row.counts.values())):
         if not all(type(one) is kind for one in held):
             raise TypeError(f"runs.{name} does not hold {kind.__name__} alone")
+    if min(row.prefill_gpus, row.decode_gpus) < 1:
+        raise ValueError("runs.prefill_gpus or decode_gpus is below 1")
     values["costs"] = {
         w: c for w, c in row.costs.items() if type(c) is dict and set(map(type, c.values())) <= {int, float}
     }
