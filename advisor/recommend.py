@@ -78,8 +78,8 @@ class Candidate:
 
     wins: share of the draws in which it has the most goodput. feasible: it meets the SLO at the point estimate.
     prefill_load, decode_batch, decode_tokens_per_s: predicted utilisation of prefill, sequences per decode worker, output tokens
-    a second that each gives. extrapolated: why the
-    figures lie outside what the runs have shown, or "". stressed: worth with either role slower by STRESS (NaN: no).
+    a second that each gives; of a trace that windows stand for where these are busiest. extrapolated: why the figures lie
+    outside what the runs have shown, or "". stressed: worth with either role slower by STRESS (NaN: no).
     kept: how nearly the SLO's constraints are, 1 where they are met or there is none.
     """
 
@@ -302,7 +302,7 @@ def recommend(
     candidates, longer = [], fit.longer(schedule)
     for fleet in fleets:
         held = points[fleet]
-        load = predicted_load(fit, schedule, fleet)
+        load = predicted_load(fit, splits.busy, fleet)
         wins = float((best_of_draw == rivals.index(fleet)).mean()) if draws and fleet in rivals else 0.0
         candidates.append(
             Candidate(
@@ -324,7 +324,7 @@ def recommend(
     best = ranked[0]
     runner_up = ranked[1] if len(ranked) > 1 else None
     regret = _regret(goodputs, rivals.index(best.fleet))
-    unseen = _unseen(fit, candidates, best, laws, window)
+    unseen = _unseen(fit, candidates, best, laws, splits.busy)
     excess = fit.calibration.excess
     sure = enough(regret, unseen, excess, len(usable)) and not longer
     if excess > EXPLAINED:

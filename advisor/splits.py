@@ -18,7 +18,7 @@ from advisor.telling import Note
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.measures import Slo, Summary, kept, meets, summarise
 from traces.records import Fleet, Floats, Observations, Schedule
-from traces.shape import joined
+from traces.shape import joined, middle
 
 POINT_REQUESTS, TRACE_WINDOWS = 20_000, 8
 """Requests of the trace that the point estimate simulates at most; windows of a longer one that stand for it."""
@@ -63,21 +63,25 @@ class Splits:
     """What came of it, by fleet.
 
     points: under the fitted laws, on up to POINT_REQUESTS requests. sampled: half-widths, as windows stand for all of the traffic
-    (:func:`_between`). laws: the draws. window: the requests that a draw simulates. likely: fleets that all draws simulated.
+    (:func:`_between`). laws: the draws. window: the requests that a draw simulates. busy: the window of most requests a second,
+    all where there is one. likely: fleets that all draws simulated.
     anchors: the fitted laws on the requests of the draws. drawn: one for each draw, of other fleets for the first SCREEN_DRAWS.
     offered_per_s: requests a second that are asked, no split serves more. asked_tokens_per_s: output tokens a second that the
-    splits which may be the best ask of a decode worker, at most.
+    splits which may be the best ask of a decode worker, at most. tokens_per_s: what all of a split's decode workers give, in
+    the window where that is most.
     """
 
     points: dict[Fleet, Simulated]
     sampled: dict[Fleet, dict[str, float]]
     laws: list[Profile]
     window: Schedule
+    busy: Schedule
     likely: list[Fleet]
     anchors: dict[Fleet, Simulated]
     drawn: dict[Fleet, list[Simulated]]
     offered_per_s: float
     asked_tokens_per_s: float
+    tokens_per_s: dict[Fleet, float]
 
     @property
     def top(self) -> float:
@@ -86,7 +90,7 @@ class Splits:
 
     def decode_tokens_per_s(self, fleet: Fleet) -> float:
         """Output tokens a second that each of its decode workers gives."""
-        return self.points[fleet].summary.output_tokens_per_s / fleet.decode
+        return self.tokens_per_s[fleet] / fleet.decode
 
     def goodputs(self) -> Floats:
         """[draws so far, likely] worth, as of all the requests: a draw's window may suit one split more than they do."""
@@ -112,35 +116,45 @@ def simulated(
 ) -> Splits:
     """Simulate every split, find those that may be the best, and simulate these under every draw. schedule: at most
     POINT_REQUESTS. parts: of how many windows it is made."""
-    window = piece(schedule, min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers)))
+    most = min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers))
+    window, busy = piece(schedule, most), schedule
+    if parts > 1:
+        # What decides where it is busiest must be in the draws as well, or they would be sure of what none of them has seen.
+        by_rate = sorted((schedule.take(which) for which in _parts(len(schedule), parts)), key=_rate)
+        busy = by_rate[-1]
+        window = joined([piece(by_rate[(parts - 1) // 2], most), piece(busy, most)], schedule.name, len(schedule), None)
     check_rate(window)
     points: dict[Fleet, Simulated] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
+    tokens: dict[Fleet, float] = {}
 
-    def point(fleet: Fleet) -> tuple[Simulated, dict[str, float]]:
+    def point(fleet: Fleet) -> tuple[Simulated, dict[str, float], float]:
         result = simulate(schedule, fleet, fit.profile)
-        return Simulated.of(result, slo, attainment), _between(result.observations, slo, parts)
+        found = Simulated.of(result, slo, attainment)
+        given = _most_tokens(result.observations, parts) if parts > 1 else found.summary.output_tokens_per_s
+        return found, _between(result.observations, slo, parts), given
 
     for done in range(0, len(fleets), at_once()):
         note("splits", done, len(fleets), _splits_found(points, slo, "so far"))
         some = fleets[done : done + at_once()]
-        for fleet, (found, between) in zip(some, shared(point, some), strict=True):
-            points[fleet], sampled[fleet] = found, between
+        for fleet, (found, between, given) in zip(some, shared(point, some), strict=True):
+            points[fleet], sampled[fleet], tokens[fleet] = found, between, given
     note("splits", len(fleets), len(fleets), _splits_found(points, slo))
 
-    most = max(points[f].summary.output_tokens_per_s / f.decode for f in _contenders(points))
-    laws = fit.draws(np.random.default_rng(seed), draws, most)
+    asked = max(tokens[f] / f.decode for f in _contenders(points))
+    laws = fit.draws(np.random.default_rng(seed), draws, asked)
     likely = _likely(window, points, [fit.profile, *laws[:SCREEN_DRAWS]], slo)
     short = piece(window, SCREENED_REQUESTS)
     windows = {fleet: window if fleet in likely else short for fleet in fleets}
     anchors = {
         fleet: points[fleet]
-        if len(windows[fleet]) == len(schedule)
+        if windows[fleet] is schedule
         else Simulated.of(simulate(windows[fleet], fleet, fit.profile), slo, attainment)
         for fleet in fleets
     }
     offered = len(schedule) / max(schedule.span_s, 1e-9)
-    made = Splits(points, sampled, laws, window, likely, anchors, {fleet: [] for fleet in fleets}, offered, most)
+    drawn: dict[Fleet, list[Simulated]] = {fleet: [] for fleet in fleets}
+    made = Splits(points, sampled, laws, window, busy, likely, anchors, drawn, offered, asked, tokens)
 
     def draw(i: int) -> dict[Fleet, Simulated]:
         return {
@@ -200,7 +214,7 @@ def excerpt(schedule: Schedule) -> tuple[Schedule, int]:
     if len(schedule) <= POINT_REQUESTS:
         return schedule, 1
     width = POINT_REQUESTS // TRACE_WINDOWS
-    starts = [(len(schedule) - width) * k // (TRACE_WINDOWS - 1) for k in range(TRACE_WINDOWS)]
+    starts = [middle(len(schedule), width, k, TRACE_WINDOWS) for k in range(TRACE_WINDOWS)]
     windows = [schedule.take(np.arange(start, start + width)) for start in starts]
     return joined(windows, schedule.name, len(schedule), schedule.rate_per_s), TRACE_WINDOWS
 
@@ -216,6 +230,25 @@ def piece(schedule: Schedule, most: int) -> Schedule:
     return replace(part, due_s=part.due_s - part.due_s[0])
 
 
+def _parts(n: int, parts: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """The rows of each window of a schedule that is made of ``parts``."""
+    return [np.asarray(which, dtype=np.int64) for which in np.array_split(np.arange(n), parts)]
+
+
+def _rate(schedule: Schedule) -> float:
+    """Requests a second; 0 where they come at one instant."""
+    return schedule.rate_per_s if math.isfinite(schedule.rate_per_s) else 0.0
+
+
+def _most_tokens(rows: Observations, parts: int) -> float:
+    """Output tokens a second in the window of most: of the middle nine tenths of its answers, since its span has a tail."""
+    found = [0.0]
+    for ended, tokens in ((rows.last_token_s[which], rows.tokens[which]) for which in _parts(len(rows), parts)):
+        begin, end = np.quantile(ended[np.isfinite(ended)], [0.05, 0.95]) if np.isfinite(ended).any() else (0.0, 0.0)
+        found.append(0.9 * float(tokens[np.isfinite(ended)].sum()) / (end - begin) if end > begin else 0.0)
+    return max(found)
+
+
 def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
     """Half-widths of 90 % intervals, as log ratios, since ``parts`` windows stand for all of the traffic.
 
@@ -224,7 +257,7 @@ def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
     """
     if parts < 2:
         return {}
-    each = [summarise(rows.take(which), slo) for which in np.array_split(np.arange(len(rows)), parts)]
+    each = [summarise(rows.take(which), slo) for which in _parts(len(rows), parts)]
     wider = float(special.stdtrit(parts - 1, 0.95)) / math.sqrt(parts)
     found = {}
     shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}

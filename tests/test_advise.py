@@ -42,7 +42,7 @@ from advisor.recommend import (
     stressed,
 )
 from advisor.report import assemble, text_of
-from advisor.splits import LIKELY, Simulated, _likely
+from advisor.splits import LIKELY, Simulated, _likely, excerpt
 from loadgen.cluster import Profile, simulate
 from tests.test_features import run_of
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
@@ -142,6 +142,30 @@ def test_a_long_trace_is_judged_by_its_busy_hours_too() -> None:
     assert goodput.low < true.goodput_per_s < goodput.high
     assert any(line.startswith("of the traffic 8 windows of 2500 requests were simulated") for line in answer.warnings)
     assert answer.as_json()["requests"] == 3 * n
+
+
+def test_a_long_trace_is_simulated_at_its_busy_rate_and_sure_of_no_more_than_the_runs_had() -> None:
+    """A day between two nights that take as long: it was simulated twice as fast as it is, to make up for windows of the nights.
+
+    No run had prefill as busy as the day has it, nor does the mean rate, at which draws and loads were asked: it was sure.
+    """
+    demo, day, night = Profile.load("demo"), 56_000, 2_000
+    rate, slo = busy_rate(demo), Slo.parse("ttft<2s tpot<80ms")
+    asked = lognormal(day + 2 * night, 1.35 * rate, 9)
+    gaps = np.diff(asked.due_s, prepend=0.0) * np.repeat([14, 1, 14], [night, day, night])
+    asked = replace(asked, due_s=np.cumsum(gaps))
+    some, _ = excerpt(asked)
+    assert some.rate_per_s == pytest.approx(asked.rate_per_s) == pytest.approx(1.35 / 1.87 * rate, rel=0.03)
+    assert np.median(np.diff(some.due_s)) == pytest.approx(float(np.median(gaps[night:-night])), rel=0.03)
+    quiet, _, decode = three_runs(demo, rate)
+    runs = [quiet, measured(demo, lognormal(300, 0.7 * rate, 2), Fleet(1, 7), 2), decode]
+    answer = recommend(runs, asked, gpus=8, slo=slo, draws=4, attainment=0.0, refuse=False)
+    true = summarise(simulate(asked, answer.best.fleet, demo).observations, slo)
+    assert answer.best.attainment == pytest.approx(true.attainment, abs=0.01)
+    assert answer.best.figures["goodput_per_s"].value == pytest.approx(true.goodput_per_s, rel=0.01)
+    assert answer.fit.seen.prefill < 0.7 < max(c.prefill_load for c in answer.candidates)
+    assert not answer.sure
+    assert answer.next_probe["why"].startswith("prefill was never more than 6")
 
 
 def test_the_sentence_says_more_less_or_as_much() -> None:

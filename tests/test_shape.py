@@ -19,6 +19,7 @@ from traces.shape import (
     clip_tokens,
     head,
     joined,
+    middle,
     piece,
     ramp,
     scale_rate,
@@ -454,12 +455,21 @@ def test_a_windows_start_belongs_to_it_and_its_end_does_not() -> None:
     assert window(plain([0.0, 1.0, 2.0, 3.0]), 1.0, 3.0).index.tolist() == [1, 2]
 
 
-def test_windows_are_joined_by_their_mean_gap() -> None:
-    """Each begins a mean gap of the one before after its last request; at the rate of the whole; nothing else changes."""
+def test_windows_are_joined_by_their_mean_gap_and_keep_their_own() -> None:
+    """Each begins a mean gap of the one before after its last request; time that is missing is idle between them, what is too
+    much is taken from the longest gaps, so that the rate is that of the whole; nothing else changes."""
     parts = [plain([5.0, 6.0, 9.0], [1, 2, 3]), plain([20.0, 21.0, 22.0], [4, 5, 6])]
     as_it_is = plain([0.0, 1.0, 4.0, 6.0, 7.0, 8.0]).rate_per_s
     held = joined(parts, "some", 100, as_it_is)
     assert held.due_s.tolist() == pytest.approx([0.0, 1.0, 4.0, 6.0, 7.0, 8.0])
     assert (held.prompt_tokens.tolist(), held.index.tolist()) == ([1, 2, 3, 4, 5, 6], list(range(6)))
     assert (held.name, held.changes) == ("some", ("2 windows of 3 requests of 100",))
-    assert joined(parts, "some", 100, 2 * as_it_is).due_s[-1] == pytest.approx(4.0)
+    for rate, due in (
+        (None, [0.0, 1.0, 4.0, 6.0, 7.0, 8.0]),
+        (as_it_is / 2, [0.0, 1.0, 4.0, 14.0, 15.0, 16.0]),
+        (as_it_is * 8 / 7, [0.0, 1.0, 3.0, 5.0, 6.0, 7.0]),
+        (as_it_is * 2, [0.0, 0.8, 1.6, 2.4, 3.2, 4.0]),
+    ):
+        assert joined(parts, "some", 100, rate).due_s.tolist() == pytest.approx(due)
+    assert [middle(100, 10, k, 4) for k in range(4)] == [7, 32, 57, 82]
+    assert [middle(10, 4, k, 4) for k in range(4)] == [0, 1, 4, 6]

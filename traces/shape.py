@@ -46,19 +46,38 @@ def window(schedule: Schedule, start_s: float, end_s: float) -> Schedule:
     return _changed(replace(piece, due_s=piece.due_s - start_s), f"window {start_s:g} to {end_s:g} s")
 
 
-def joined(parts: Sequence[Schedule], name: str, of: int, rate_per_s: float) -> Schedule:
+def joined(parts: Sequence[Schedule], name: str, of: int, rate_per_s: float | None) -> Schedule:
     """Windows of a longer schedule one after the other, a window's mean gap between them, at the mean rate of the whole.
 
-    of: requests of the whole. Windows of as many requests each, evenly spread, have nearly that rate by themselves.
+    of: requests of the whole. rate_per_s: None leaves the windows' own. They keep their gaps, or busy hours would be as busy as
+    the mean of the windows makes them: what is missing of the time is idle between them; where they take too much, the longest
+    gaps are cut, in which least happens.
     """
-    due, at = [], 0.0
-    for one in parts:
-        due.append(one.due_s - one.due_s[0] + at)
-        at = float(due[-1][-1]) + one.span_s / max(1, len(one) - 1)
+    gaps = np.concatenate([np.append(np.diff(one.due_s), one.span_s / max(1, len(one) - 1)) for one in parts])[:-1]
+    if rate_per_s is not None and 0 < rate_per_s < math.inf and len(parts) > 1:
+        missing = len(gaps) / rate_per_s - float(gaps.sum())
+        if missing > 0:
+            gaps[np.cumsum([len(one) for one in parts])[:-1] - 1] += missing / (len(parts) - 1)
+        else:
+            gaps = _cut(gaps, -missing)
     prompt, output = (np.concatenate([getattr(one, c) for one in parts]) for c in ("prompt_tokens", "output_tokens"))
     change = f"{len(parts)} windows of {len(parts[0])} requests of {of}"
-    made = Schedule(name, np.arange(len(prompt)), np.concatenate(due), prompt, output)
-    return replace(to_rate(made, rate_per_s), changes=(change,))
+    made = Schedule(name, np.arange(len(prompt)), np.cumsum(np.append(0.0, gaps)), prompt, output)
+    return replace(made if rate_per_s is None else to_rate(made, rate_per_s), changes=(change,))
+
+
+def _cut(gaps: Floats, by_s: float) -> Floats:
+    """The longest gaps cut to one length, so that all are shorter by ``by_s`` together."""
+    longest = np.sort(gaps)[::-1]
+    # Cutting the k longest to the length of the next one takes their sum less k of that.
+    takes = np.cumsum(longest) - np.arange(1, len(longest) + 1) * np.append(longest[1:], 0.0)
+    k = min(int(np.searchsorted(takes, by_s)) + 1, len(longest))
+    return np.minimum(gaps, max(0.0, (float(longest[:k].sum()) - by_s) / k))
+
+
+def middle(of: int, width: int, part: int, parts: int) -> int:
+    """Where a window of ``width`` requests begins that stands in the middle of the part-th of equal parts of ``of`` requests."""
+    return max(0, min(of - width, (2 * part + 1) * of // (2 * parts) - width // 2))
 
 
 def scale_rate(schedule: Schedule, factor: float) -> Schedule:

@@ -75,7 +75,7 @@ from traces.records import (
     Sample,
     Schedule,
 )
-from traces.shape import joined
+from traces.shape import joined, middle
 
 T = TypeVar("T")
 
@@ -950,7 +950,7 @@ class Store:
     def trace_windows(self, name: str, most: int, parts: int) -> list[Schedule]:
         """About ``most`` of a long trace's successful requests in ``parts`` windows spread evenly over it, at the recorded times.
 
-        Only their rows are read. The first begins where the trace does, the last ends where it does.
+        Only their rows are read. Each stands in the middle of its share of the requests.
         """
         info = self.trace(name)
         t = trace_rows.c
@@ -960,7 +960,7 @@ class Store:
             query = sa.select(sa.func.min(t.seq), sa.func.max(t.seq), sa.func.min(t.arrival_us))
             first, last, zero = connection.execute(query.where(t.source_id == info.id)).one()
             for k in range(0 if first is None else parts):
-                start = first + max(0, last + 1 - first - width) * k // max(1, parts - 1)
+                start = first + middle(last + 1 - first, width, k, parts)
                 query = (
                     sa.select(t.seq, t.arrival_us - zero, t.prompt_tokens, t.output_tokens)
                     .where(t.source_id == info.id, t.seq >= start, t.seq < start + width)
