@@ -13,7 +13,7 @@ from advisor.audit import confounders
 from advisor.choose import Choice, choose, known_by_windows
 from advisor.features import RunData
 from advisor.moves import flip_law
-from advisor.recommend import Recommendation, recommend
+from advisor.recommend import Recommendation, recommend, stored_as, unlike
 from advisor.splits import POINT_REQUESTS, TRACE_WINDOWS
 from advisor.telling import Note, silent
 from advisor.windows import Question
@@ -199,12 +199,14 @@ def advise(
         raise NotEnoughDataError(_only_means(store, means))
     latest = runs[-1]
     per_worker = gpus_per_worker or latest.gpus_per_worker
+    stored = stored_as(runs, per_worker)
     if gpus is None:
         if latest.fleet is None:
             raise InputError(
                 "the fleet of the latest run is not known, so neither is its number of GPUs: give --gpus N."
             )
-        gpus = latest.fleet.gpus(latest.gpus_per_worker)
+        # Of the size that is asked where no run says one, as its workers are taken to be.
+        gpus = latest.fleet.gpus(latest.gpus_per_worker if stored == per_worker else per_worker)
     if gpus < 2:
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)
@@ -230,8 +232,9 @@ def advise(
         note=note,
         parts=parts,
     )
+    alike = [one for one in data if not unlike(one.run, stored)]
     flip = flip_law(
-        [(one, changes) for one in data if (changes := store.fleet_changes(one.run.id))], answer.fit.profile
+        [(one, changes) for one in alike if (changes := store.fleet_changes(one.run.id))], answer.fit.profile
     )
     if flip is not None:
         profile = replace(answer.fit.profile, flip_s=flip.coefficients["flip_s"])

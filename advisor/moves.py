@@ -16,7 +16,7 @@ import numpy as np
 from advisor.features import RunData
 from advisor.model import Law, asked
 from loadgen.cluster import Profile, simulate
-from traces.records import SHARED, FleetChange
+from traces.records import MOST_FAILED, SHARED, FleetChange
 
 REQUESTS = 20_000
 """Requests of a run that are simulated before its changes at most."""
@@ -30,9 +30,11 @@ def flip_law(moved: Sequence[tuple[RunData, Sequence[FleetChange]]], laws: Profi
     bare = replace(laws, flip_s=0.0)
     found: list[tuple[int, float, float]] = []  # run, the move, its drain by the laws
     for one, changes in moved:
-        # As for the other laws: no run that its own verdict spoils, none whose clock ran at another speed or whose prompts
-        # need not have been computed whole.
+        # As for the other laws: no run that its own verdict spoils, none whose clock ran at another speed, whose prompts
+        # need not have been computed whole, or of which many requests failed.
         if one.run.verdict not in ("valid", "degraded") or one.run.sped or SHARED in one.run.changes:
+            continue
+        if (one.counted.status == "failed").sum() > MOST_FAILED * len(one.counted):
             continue
         schedule = asked(one.observations)
         if not changes or one.windows or len(schedule) > REQUESTS:

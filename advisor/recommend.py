@@ -22,14 +22,26 @@ import numpy as np
 
 from advisor.baselines import Baseline, baselines
 from advisor.features import RunData
-from advisor.model import CALIBRATED_RUNS, FLOORS, LEAST, LOADED, METRICS, Fit, fit_laws, load_of, predicted_load, reach
+from advisor.model import (
+    CALIBRATED_RUNS,
+    FLOORS,
+    LEAST,
+    LOADED,
+    LONG,
+    METRICS,
+    Fit,
+    fit_laws,
+    load_of,
+    predicted_load,
+    reach,
+)
 from advisor.splits import Simulated, Splits, excerpt, piece, simulated
 from advisor.study import check_rate, proposals, quiet, reason, sized, splits_of, values
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, counts, worth_per_s
-from traces.records import FEWEST, Fleet, Floats, Schedule
+from traces.records import FEWEST, Fleet, Floats, Run, Schedule
 from traces.shape import scale_rate, scale_tokens
 
 DRAWS = 30
@@ -278,7 +290,17 @@ def recommend(
     if current is not None and current not in fleets:
         warnings.append(f"today's {current} is no split of {used} GPUs, so it was not compared")
     first = quiet(schedule, used, per_worker=gpus_per_worker)
-    usable = _usable(data, first, warnings, gpus_per_worker)
+    stored = stored_as([one.run for one in data], gpus_per_worker)
+    # What is measured next is stored as the runs are, or it would set them apart from itself.
+    unsaid = sized(gpus_per_worker) if stored != gpus_per_worker else ""
+    first["command"] = first["command"].removesuffix(unsaid)
+    if unsaid:
+        warnings.append(
+            "the runs are taken to be of {},{} GPUs a worker: they do not say, all are stored with the default 1,1".format(
+                *gpus_per_worker
+            )
+        )
+    usable = _usable(data, first, warnings, stored)
     note("fit", 0, 1)
     try:
         fit = fit_laws(usable, slo=slo)
@@ -569,31 +591,42 @@ FAILED = 0.01
 """Share of failed requests from which on a run is named."""
 
 
+def stored_as(runs: Sequence[Run], per_worker: tuple[int, int]) -> tuple[int, int]:
+    """GPUs a worker with which runs of such workers are stored: as asked; 1,1 where all runs are, the default, which need not
+    have been said."""
+    return (1, 1) if runs and all(run.gpus_per_worker == (1, 1) for run in runs) else per_worker
+
+
+def unlike(run: Run, per_worker: tuple[int, int]) -> str:
+    """Why a run tells nothing of workers of ``per_worker`` GPUs, since its own are another stage; "" if they are not."""
+    if run.gpus_per_worker == per_worker:
+        return ""
+    had, wanted = ("{},{}".format(*pair) for pair in (run.gpus_per_worker, per_worker))
+    return (
+        f"it is stored with {had} GPUs a worker, {wanted} are asked about, whose laws are others "
+        f"(--gpus-per-worker {had} asks about this run's)"
+    )
+
+
 def _usable(
     data: Sequence[RunData], first: dict[str, Any], warnings: list[str], per_worker: tuple[int, int]
 ) -> list[RunData]:
-    """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid, of unknown fleet, or of workers
-    of another size than ``per_worker``, which are another stage.
+    """The runs an answer may rest on: valid ones, degraded ones with a warning; never invalid, of unknown fleet, or such as
+    :func:`unlike` tells.
 
     first: the run to begin with, where there is none.
     """
-    usable = []
+    usable, left = [], []
     for one in data:
-        run = replace(one.run, counts=counts(one.counted))
+        run, finished = replace(one.run, counts=counts(one.counted)), int(one.counted.ok.sum())
         failed, kinds = _failed(one)
-        if run.unfit:
-            warnings.append(f"run {run.id} left out: {run.unfit}")
-        elif run.gpus_per_worker != per_worker:
-            had, wanted = ("{},{}".format(*pair) for pair in (run.gpus_per_worker, per_worker))
-            warnings.append(
-                f"run {run.id} left out: it is stored with {had} GPUs a worker, {wanted} are asked about, whose laws are others "
-                f"(--gpus-per-worker {had} asks about this run's)"
-            )
-        elif one.counted.ok.sum() < FEWEST:
+        why = run.unfit or unlike(run, per_worker)
+        if not why and finished < FEWEST:
             warm = " after its warm-up" if run.warmup_s > 0 else ""
-            warnings.append(
-                f"run {run.id} left out: {int(one.counted.ok.sum())} finished requests{warm}, fewer than {FEWEST}"
-            )
+            why = f"{finished} finished requests{warm}, fewer than {FEWEST}"
+        if why:
+            left.append(f"run {run.id} left out: {why}")
+            warnings.append(left[-1])
         else:
             if failed >= FAILED:
                 warnings.append(
@@ -606,7 +639,7 @@ def _usable(
                 warnings.append(f"run {run.id} is incomplete: {run.reason}")
             usable.append(one)
     if not usable:
-        why = f" ({warnings[0]})" if warnings else ""
+        why = f" ({left[0]})" if left else ""
         raise NotEnoughDataError(f"no stored run can be used{why}. Measure one first: {first['command']}", first)
     return usable
 

@@ -531,6 +531,14 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
         w.startswith("run 3 left out: it is stored with 1,1 GPUs a worker, 2,2 are asked") for w in answer.warnings
     )
     assert "today's 1:2 is no split of 10 GPUs, so it was not compared" in answer.warnings
+    with pytest.raises(NotEnoughDataError, match=r"can be used \(run 1 left out: it is stored with 2,2 GPUs"):
+        recommend(
+            [replace(runs[0], run=replace(runs[0].run, gpus_per_worker=two))],
+            schedule,
+            gpus=8,
+            slo=SLO,
+            current=Fleet(1, 2),
+        )
     probe = answer.next_probe
     assert Fleet(probe["prefill"], probe["decode"]).gpus(two) <= 11
     assert probe["command"].endswith(" --gpus-per-worker 2,2")
@@ -909,6 +917,8 @@ def test_the_flip_is_what_a_move_takes_beyond_its_drain(flip_s: float) -> None:
     assert law.n == 1
     spoilt = [{"verdict": "invalid"}, {"verdict": ""}, {"changes": ("clock x10",)}, {"changes": ("prefixes shared",)}]
     others = [RunData(replace(one.run, id=40 + k, **how), one.observations) for k, how in enumerate(spoilt)]
+    failed = np.where(np.arange(len(one.observations)) % 5 == 0, "failed", one.observations.status).astype(object)
+    others.append(RunData(one.run, replace(one.observations, status=failed)))
     quick = [replace(c, joined_s=c.asked_s) for c in changes]
     assert flip_law([(one, changes), *((other, quick) for other in others)], Profile.load("demo")) == law
     assert flip_law([(others[0], quick)], true) is None
@@ -958,9 +968,24 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, mon
         assert "needed" not in kept
         assert kept["warnings"] == answer.recommendation.warnings
         assert "the budget was spent" in kept["warnings"]
-        # Workers of two GPUs are another stage: none was measured, of the eight GPUs that the latest run had.
-        with pytest.raises(NotEnoughDataError, match=r"stored with 1,1 GPUs.*--fleet 2:2 .*--gpus-per-worker 2,2"):
-            advise(store, slo=str(SLO), schedule=schedule, gpus_per_worker=(2, 2))
+        # Nobody said of how many GPUs the workers are: they are as is asked, and so are the 16 GPUs that the latest run had.
+        wide = advise(store, slo=str(SLO), attainment=0.5, schedule=schedule, gpus_per_worker=(2, 2)).recommendation
+        assert any("taken to be of 2,2 GPUs a worker" in line for line in wide.warnings)
+        assert (wide.gpus, wide.runs) == (16, [1, 2, 3])
+        assert [str(c.fleet) for c in wide.candidates] == [str(c.fleet) for c in answer.recommendation.candidates]
+        assert wide.fit.laws[-1].stage == "role change"
+        assert (
+            "--gpus-per-worker" not in wide.next_probe["command"]
+        )  # it would be stored as another size than the others
+        # One that was said is another stage than the others, which tell nothing of it: not even what a change costs.
+        for one in three_runs(true, busy_rate(true)):
+            run = store.begin_run(replace(one.run, gpus_per_worker=(2, 2)))
+            store.add_observations(run.id, one.observations)
+            store.end_run(run)
+        wide = advise(store, slo=str(SLO), attainment=0.5, schedule=schedule, gpus_per_worker=(2, 2)).recommendation
+        assert (wide.gpus, wide.runs) == (16, [5, 6, 7])
+        assert wide.fit.laws[-1].stage != "role change"
+        assert any(line.startswith("run 4 left out") for line in wide.warnings)
     assert any("no fleet of up to 8 GPUs keeps" in w for w in answer.recommendation.warnings)
     assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
     assert answer.recommendation.fit.laws[-1].stage == "role change"
