@@ -37,7 +37,7 @@ from advisor.parallel import shared
 from loadgen.cluster import Profile, simulate
 from traces.errors import NotEnoughDataError
 from traces.measures import Slo, summarise
-from traces.records import Fleet, Floats, Observations, Schedule
+from traces.records import Fleet, Floats, Ints, Observations, Schedule
 
 NO_CAP = 1_000_000
 """max_batch where no limit was seen."""
@@ -65,8 +65,8 @@ KNOWN = 1.5
 this multiple of those that were measured. A slope cannot be told from runs that never asked as much of the stage, however well it
 fits them."""
 
-LONG = 0.99
-"""Quantile of the lengths of a run, and of what is asked, that are held against each other."""
+LONG, LONG_ROWS = 0.99, 100
+"""Quantile of the lengths of a run, and of what is asked, that are held against each other; answers of a run that tell it."""
 
 PREFILL_HIDDEN = ("a", "b", "tokens", "requests")
 DECODE_HIDDEN = ("batch", "kv")
@@ -143,8 +143,8 @@ class Seen:
     """How far the runs went. quiet_rows: requests that met no queue. prefill: highest utilisation of the prefill role.
 
     batch: 95th percentile of sequences per decode worker in the run that had most. tokens_per_s: output tokens a second that a
-    decode worker gave over the run in which it gave most. prompt_tokens, context_tokens: that 1 % of the answered requests of all
-    runs exceed, of the prompt and of prompt and answer together.
+    decode worker gave over the run in which it gave most. prompt_tokens, context_tokens: that 1 % of the answers
+    exceed, of the prompt and of prompt and answer together, in the run of the longest (that has LONG_ROWS), or in all together.
     """
 
     quiet_rows: int
@@ -597,17 +597,29 @@ def _seen(data: Sequence[RunData], profile: Profile) -> Seen:
         # The few rows that a warm-up leaves of a window tell no rate.
         least = LEAST_CHECKED if one.windows else 2
         for rows in (k for piece in one.pieces if len(k := one.run.counted(piece)) >= max(1, min(len(piece), least))):
-            load = load_of(profile, asked(rows), Fleet(one.prefill, one.decode))
+            if not len(schedule := asked(rows)):
+                continue  # all were turned away
+            load = load_of(profile, schedule, Fleet(one.prefill, one.decode))
             prefill = max(prefill, load.prefill)
             given = summarise(_from_sent(rows), Slo()).output_tokens_per_s / one.decode
             tokens = max(tokens, given if math.isfinite(given) else 0.0)
         batch = max(batch, load_quantiles(one, 0.95)[0])
     answered = [one.counted.take(one.counted.ok) for one in data]
-    prompts, answers = (
-        np.concatenate(held) for held in zip(*((a.prompt_lengths, a.tokens) for a in answered), strict=True)
+    return Seen(
+        quiet,
+        prefill,
+        batch,
+        tokens,
+        prompt_tokens=_longest([a.prompt_lengths for a in answered]),
+        context_tokens=_longest([a.prompt_lengths + a.tokens for a in answered]),
     )
-    longest = (float(np.quantile(n, LONG)) if len(n) else math.inf for n in (prompts, prompts + answers))
-    return Seen(quiet, prefill, batch, tokens, *longest)
+
+
+def _longest(lengths: Sequence[Ints]) -> float:
+    """The LONG quantile in the run where it is largest, or over all: a run of long ones tells of them beside many of others."""
+    together = np.concatenate(lengths)
+    each = [together, *(n for n in lengths if len(n) >= LONG_ROWS)]
+    return max(float(np.quantile(n, LONG)) for n in each) if len(together) else math.inf
 
 
 def _from_sent(observations: Observations) -> Observations:

@@ -367,7 +367,9 @@ def recommend(
         gpus_per_worker,
         fit.seen.decode_loaded(max(splits.asked_tokens_per_s, _busiest(candidates, best).decode_tokens_per_s)),
     )
-    probe["trace"] = schedule.name
+    probe |= {"trace": schedule.name, "command": probe["command"].removesuffix(unsaid)}
+    if longer:
+        _slice(probe, fit, schedule)
     refused = refusal(best.fleet, regret, unseen, excess, len(usable))
     if best.extrapolated:
         warnings.append(f"{best.fleet}: {best.extrapolated}")
@@ -774,6 +776,17 @@ def next_probe(
         "stop": sure,
         "command": command,
     }
+
+
+def _slice(probe: dict[str, Any], fit: Fit, schedule: Schedule) -> None:
+    """Name the stretch of a trace that has the longest requests, where the beginning, which a replay takes, has none of them."""
+    n, context = min(probe["requests"], len(schedule)), schedule.prompt_tokens + schedule.output_tokens
+    as_stored = all(change.startswith(("rate x", "first ")) for change in schedule.changes)
+    if probe["arrivals"] != "as recorded" or not as_stored or fit.longer(schedule.take(np.arange(n))):
+        return
+    start = max(range(0, len(schedule) - n + 1, n), key=lambda at: float(np.quantile(context[at : at + n], LONG)))
+    probe["command"] = probe["command"].replace(f"--requests {n}", f"--slice {start}-{start + n}")
+    probe["why"] += f"; the first {n} requests are shorter than those that are asked about, so take others"
 
 
 def _unseen(

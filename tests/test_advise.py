@@ -26,12 +26,13 @@ from advisor.cli.advise_verbs import show
 from advisor.cost import cost, needed
 from advisor.demo import ASKED_FACTOR, ASKED_REQUESTS, PROBES, TRACE
 from advisor.features import RunData, served
-from advisor.model import fit_laws, load_of, relative_nnls
+from advisor.model import _seen, fit_laws, load_of, relative_nnls
 from advisor.moves import flip_law
 from advisor.recommend import (
     Candidate,
     Interval,
     _regret,
+    _slice,
     _stands,
     _usable,
     data_hash,
@@ -264,6 +265,17 @@ def test_where_enough_is_known_nothing_is_said_to_be_measured_next() -> None:
     answers = replace(asked, output_tokens=20 * asked.output_tokens)
     assert answer.fit.longer(answers).startswith("extrapolated: prompts with their answers of")
     assert answer.fit.longer(asked) == ""
+    # What is measured next ends that: of the whole trace its long part, which is not at its beginning, one run beside many.
+    later = replace(asked, prompt_tokens=np.where(asked.index < 100, 1, 6) * asked.prompt_tokens)
+    assert not answer.fit.longer(head(later, 100))
+    probe = answer.next_probe | {"requests": 50, "command": "replay x --requests 50", "why": "w"}
+    _slice(probe, answer.fit, later)
+    assert probe["command"] == "replay x --slice 100-150"
+    assert probe["why"].startswith("w; the first 50 requests are shorter")
+    measured_next = measured(demo, head(longer, 100), Fleet(4, 4), 4)
+    many = [one for one in three_runs(demo, rate) for _ in range(20)]
+    fit = replace(answer.fit, seen=_seen([*many, measured_next], demo))
+    assert fit.longer(longer) == ""
 
 
 def test_every_figure_lies_in_its_interval_and_every_split_is_there() -> None:
@@ -365,6 +377,10 @@ def test_requests_that_were_turned_away_are_no_load() -> None:
     assert beside.profile == alone.profile
     assert beside.seen == alone.seen
     assert len(served(with_failed(data[0], 0.1, error="reset").observations)) == 88  # those may have been computed
+    rows = data[2].observations  # a long run, all turned away in its last window
+    every = with_failed(data[2], 0.5).observations
+    refused = every.take(every.error == "status")
+    assert _seen([RunData.of(data[2].run, [rows, refused])], demo).prefill == _seen([data[2]], demo).prefill
     warnings: list[str] = []
     usable = _usable([with_failed(data[0], 0.05), with_failed(data[1], 0.25), data[2]], {}, warnings, (1, 1))
     assert [one.run.id for one in usable] == [1, 3]
