@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from advisor.compare import (
     WIDER,
     Binned,
     Difference,
+    _change,
     _difference,
     _quantile,
     _weights,
@@ -151,6 +153,39 @@ def test_blocks_are_as_long_as_the_theory_of_a_known_series_says(phi: float) -> 
     assert np.median(found) == pytest.approx((2 * gain**2 * n / (4 / 3 * spread**2)) ** (1 / 3), rel=0.12)
 
 
+def politis_white(x: list[float]) -> int:
+    """Their rule (2004, with the correction of 2009) for the circular bootstrap, term by term."""
+    n, mean = len(x), sum(x) / len(x)
+    c = [sum((x[i] - mean) * (x[i + k] - mean) for i in range(n - k)) / n for k in range(n // 2)]
+    alike, few = 2 * math.sqrt(math.log10(n) / n), max(5, math.ceil(math.sqrt(math.log10(n))))
+    m = 0
+    while m + few < len(c) and any(abs(c[m + k] / c[0]) >= alike for k in range(1, few + 1)):
+        m += 1
+    m = max(1, m if m + few < len(c) else n // 4)
+    around = [k for k in range(-2 * m, 2 * m + 1) if abs(k) < len(c)]
+    flat = {k: min(1.0, 2 * (1 - abs(k) / (2 * m))) for k in around}
+    spread = sum(flat[k] * c[abs(k)] for k in around)
+    if spread <= 0:
+        return 1
+    gain = sum(flat[k] * abs(k) * c[abs(k)] for k in around)
+    longest = math.ceil(min(3 * math.sqrt(n), n / 3))
+    return min(max(1, math.ceil((2 * gain**2 / (4 / 3 * spread**2) * n) ** (1 / 3))), longest)
+
+
+@pytest.mark.parametrize("n", [30, 61, 200])
+def test_blocks_are_those_of_the_papers_rule(n: int) -> None:
+    """For series of every kind of memory, short ones too."""
+    lengths = set()
+    for seed in range(24):
+        phi = (-0.6, 0.0, 0.3, 0.6, 0.9, 0.98)[seed % 6]
+        x = [0.0]
+        for noise in np.random.default_rng(seed).normal(size=n - 1).tolist():
+            x.append(phi * x[-1] + noise)
+        lengths.add(block_length(np.array(x)))
+        assert block_length(np.array(x)) == politis_white(x), (seed, phi)
+    assert len(lengths) > 4
+
+
 def test_what_does_not_vary_or_is_short_has_blocks_of_one() -> None:
     """No correlation is read out of nothing; bins without a figure are left out; a trend has blocks of a third at most."""
     assert block_length(np.full(200, 3.0)) == block_length(np.arange(7.0)) == 1
@@ -204,6 +239,13 @@ def test_an_interval_is_students_for_the_blocks_that_there_are(blocks: float) ->
     assert "3.9 independent stretches" in few.why
     none = _difference("ttft_p50_s", 0.0, 0.13, drawn, False, blocks)
     assert (none.verdict, none.why) == ("cannot tell", "one of them has no such figure, or none above 0")
+
+
+def test_shares_change_by_points_and_figures_by_ratios() -> None:
+    """What is drawn is a difference of shares, and of other figures the logarithm of their ratio."""
+    before, after = np.array([0.5, 0.4]), np.array([0.25, 0.4])
+    assert _change(before, after, True).tolist() == [-0.25, 0.0]
+    assert _change(before, after, False).tolist() == [math.log(0.5), 0.0]
 
 
 def test_a_difference_is_read_in_its_unit() -> None:
