@@ -311,8 +311,9 @@ def test_draws_in_which_nobody_is_served_begin_the_band_at_nothing() -> None:
     for zeros, least in ((0, 0.5), (1, 0.5), (2, 0.0), (12, 0.0), (29, 0.0), (30, 0.0)):
         drawn = [none] * zeros + [point] * (30 - zeros)
         splits = Splits(
-            {fleet: point}, {fleet: {}}, [], asked, [fleet], {fleet: point}, {fleet: drawn}, asked.rate_per_s, 0.0
-        )
+            {fleet: point}, {fleet: {}}, [], asked, asked, [fleet], {fleet: point}, {fleet: drawn}, asked.rate_per_s, 0.0,
+            {fleet: 0.0},
+        )  # fmt: skip
         for known in (fit, replace(fit, scores={"goodput_per_s": [(0.1, 1.0)] * CALIBRATED_RUNS})):
             figures = _figures(splits, fleet, known)
             assert (figures["goodput_per_s"].low > least * point.summary.goodput_per_s) is (least > 0), zeros
