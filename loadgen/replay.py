@@ -429,8 +429,8 @@ class Writer:
         self._store, self._run_id, self._every_s = store, run_id, every_s
         self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._unkept: list[Batch] = []
-        self._copied = 0
-        """Bytes of the spool that are a copy of what the database was asked to store last, if it holds nothing else."""
+        self._copied: tuple[Future[Any] | None, int] = None, 0
+        """What the database was asked to store, and the bytes of the spool that are a copy of it and all that waits there."""
         self._settled = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="steelyard-writer", daemon=True)
@@ -559,10 +559,11 @@ class Writer:
     def _keep(self) -> None:
         """What is in hand into the database, or onto the disk; what neither takes stays in hand."""
         batches, kept, asked = self._unkept, self.spool.keep, self._asked
-        if self._copied and asked is not None and asked.done():
-            if asked.exception() is None:  # slow, not away: what was given up is there
-                self.spool.forget(self._copied)
-            self._copied = 0
+        given_up, size = self._copied
+        if given_up is not None and given_up.done():
+            if given_up.exception() is None:  # slow, not away: it is there
+                self.spool.forget(size)
+            self._copied = None, 0
         if not batches:
             return
 
@@ -590,7 +591,8 @@ class Writer:
                 except Exception as error:  # nothing takes it, ever: without it the others are kept
                     self.error = error
             # Rows that another batch put there are not what is being stored.
-            self._copied = self.spool.size() if self._asked is not asked and not waited else 0
+            fresh = self._asked is not asked and not waited
+            self._copied = (self._asked, self.spool.size()) if fresh else (None, 0)
             if self._unkept:
                 return
         if isinstance(self.error, StoreError):
