@@ -785,7 +785,9 @@ def interrupt_twice(folder: Path, seed: int) -> Outcome:
         with contextlib.suppress(ProcessLookupError):
             t.master.send_signal(signal.SIGINT)
         outcome = t.count(at, hung=not t.ended(20))
-        if not any(code in outcome.said for code in ("exit 130", "exit -2")):  # all was said and done: a shell says 130 too
+        if not any(
+            code in outcome.said for code in ("exit 130", "exit -2")
+        ):  # all was said and done: a shell says 130 too
             outcome.wrong = outcome.wrong or "did not end as interrupted"
         return outcome
 
