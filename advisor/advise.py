@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from advisor import cost as costs
 from advisor.audit import audit as audit_of
 from advisor.audit import confounders
@@ -19,7 +21,7 @@ from advisor.telling import Note, silent
 from advisor.windows import Question
 from loadgen.cluster import Profile
 from traces import __version__
-from traces.errors import InputError, NoFleetError, NotEnoughDataError
+from traces.errors import InputError, NoFleetError, NotEnoughDataError, StoreError
 from traces.measures import Slo
 from traces.records import CLOSED_LOOP, Fleet, Observations, Run, Schedule
 from traces.shape import head, joined, to_rate
@@ -58,6 +60,10 @@ LONG_TRACE = 500_000
 """Requests of a trace that is not read whole."""
 
 
+NO_TIME_S = 1e12
+"""Thirty thousand years: with more no law can be fitted."""
+
+
 def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
     """Runs with their rows, long ones with those of windows spread over them."""
     most = max(20_000, ROWS // max(1, len(runs)))
@@ -65,6 +71,10 @@ def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
     for run in runs:
         windows = store.windows(run.id, most, min(20, most // WINDOW_ROWS)) if run.scheduled > EXACT_ROWS else []
         rows = windows or [store.observations(run.id)]
+        for name in ("due_s", "sent_s", "first_token_s", "last_token_s"):
+            if any((np.abs(getattr(part, name)) > NO_TIME_S).any() for part in rows):
+                why = f"run {run.id} holds what no steelyard of this version wrote ({name} beyond {NO_TIME_S:g} s)"
+                raise StoreError(f"{why}. Name the runs to learn from, without it: --run ID.")
         found.append(RunData.of(run, rows, store.samples(run.id)))
     return found
 

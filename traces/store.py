@@ -2005,6 +2005,9 @@ def _plain(value: Any) -> Any:
 
 
 def _info(row: Any) -> TraceInfo:
+    for name in ("rows_kept", "replayable", "longest_prompt_tokens"):
+        if not isinstance(row.summary.get(name), (int, type(None))):
+            raise TypeError(f"trace_sources.summary has no number for {name}")
     return TraceInfo(
         row.id,
         row.name,
