@@ -811,11 +811,14 @@ def test_sglang_counts_a_worker_that_is_ill_and_keeps_those_that_are_not(
     assert spare.log == [f"add {free} prefill 9000", f"remove {ill}"]
 
 
-@pytest.mark.parametrize("recovers", [False, True])
+@pytest.mark.parametrize(
+    ("recovers", "change"), [(False, Fleet(1, 1)), (True, Fleet(1, 1)), (False, Fleet(2, 1))], ids=str
+)
 def test_a_fleet_with_an_ill_sglang_worker_is_left_as_it_was_found(
-    routers: list[Router], monkeypatch: pytest.MonkeyPatch, recovers: bool
+    routers: list[Router], monkeypatch: pytest.MonkeyPatch, recovers: bool, change: Fleet
 ) -> None:
-    """One that is ill for good keeps no other from coming back, and nobody owes more than there was. If it is well again: all."""
+    """One that is ill for good keeps no other from coming back, and nobody owes more, or waits for more, than there was. If it
+    is well again: all."""
     monkeypatch.setattr("loadgen.control.sglang.START_S", 0.3)
     router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode"), ("decode", "decode")])
     routers.append(router)
@@ -823,12 +826,17 @@ def test_a_fleet_with_an_ill_sglang_worker_is_left_as_it_was_found(
     router.registered[ill]["is_healthy"] = False
     router.ill = set() if recovers else {ill}
     control = control_of(f"sglang:{router.url}", CONNECT)
-    assert control is not None
+    assert isinstance(control, SGLang)
+    control.patience_s = 30.0
     assert (control.get().fleet, control.get().aimed) == (Fleet(1, 2), Fleet(2, 2))
     said: list[str] = []
     with Keeper(control, "sweep", say=said.append) as keeper:
-        keeper.put(Fleet(1, 1))
-        assert set(router.registered) == {list(router.workers)[1], list(router.workers)[2]}
+        keeper.ask(change)
+        while keeper.get().changing:
+            time.sleep(0.02)
+        assert set(router.registered) == set(list(router.workers)[2 - change.prefill : 3])
+        left = time.monotonic()
+    assert time.monotonic() - left < 20
     assert set(router.registered) == set(router.workers)
     assert control.get().fleet == (Fleet(2, 2) if recovers else Fleet(1, 2))
     assert said == ([] if recovers else [f"{control.name}: 1:2 of 2:2 serves again, as before the first change"])

@@ -156,10 +156,17 @@ def has_grown(now: Fleet | None, wanted: Fleet) -> bool:
     )
 
 
-def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Standing | None = None) -> Cost:
+def put(
+    control: Control,
+    fleet: Fleet,
+    timeout_s: float = FLEET_S,
+    before: Standing | None = None,
+    enough: Callable[[Standing], bool] = lambda standing: False,
+) -> Cost:
     """Put a fleet in force and wait until it is. EndpointError when it is not within ``timeout_s``, or what the control needs.
 
-    An answer that does not come while the change is on its way is awaited, not an end.
+    An answer that does not come while the change is on its way is awaited, not an end. enough: says of less than the fleet
+    that nothing more is waited for.
     """
     standing = before or control.get()
     was = standing.fleet
@@ -183,7 +190,7 @@ def put(control: Control, fleet: Fleet, timeout_s: float = FLEET_S, before: Stan
             now = standing.fleet
             if math.isnan(joined) and has_grown(now, fleet):
                 joined = took
-            if standing.settled(fleet):
+            if standing.settled(fleet) or enough(standing):
                 return Cost(was, fleet, took if math.isnan(joined) else joined, took)
         if time.monotonic() > until:
             break
@@ -386,7 +393,7 @@ class Keeper:
             return
         try:
             if not self._as_found():
-                put(self.control, self.before, timeout_s)
+                put(self.control, self.before, timeout_s, enough=self._as_found)
         except (EndpointError, InputError) as error:
             if not self._as_found():
                 self.stranded = True
@@ -400,13 +407,14 @@ class Keeper:
         self.journal.done(self._verb)
         self.before = None
 
-    def _as_found(self) -> bool:
-        """Does a fleet that was not all there at the beginning (a worker was ill) stand as it did then? Nobody owes more."""
+    def _as_found(self, now: Standing | None = None) -> bool:
+        """Does a fleet that was not all there at the beginning (a worker was ill) stand as it did then? Nobody owes more.
+        now: what was just seen."""
         found = self._found
         if found is None or found.changing or found.fleet in (None, self.before) or found.aimed != self.before:
             return False
         try:
-            now = self.control.get()
+            now = now or self.control.get()
         except EndpointError:
             return False
         return not now.changing and (now.fleet, now.aimed) == (found.fleet, found.aimed)
