@@ -504,7 +504,7 @@ class Steering:
         self.why = ""
         self._processed = 0.0
         self._counted: dict[str, tuple[float, float, str, float]] = {}
-        self._routed, self._alone = 0.0, False
+        self._routed, self._credit, self._alone = 0.0, 0.0, False
 
     def __call__(self, now_s: float, samples: Sequence[Sample], fleet: Fleet, changing: int) -> Fleet | None:
         """The fleet to ask for, or None."""
@@ -520,7 +520,7 @@ class Steering:
     def _processed_by(self, samples: Sequence[Sample]) -> int:
         """Growth of each worker's own counter, less what it received: a decode engine counts every prompt again, and one that
         does not tell what it received (SGLang) counts for nothing. The router's counts where no worker had one in this tick and
-        the one before; what it counted is taken off the growth of a worker that tells again.
+        the one before; what it counted is taken, once, off the growth of the workers that tell again.
 
         A sum of counters would jump by a lifetime where a worker misses a page, or is found with what it did before.
         """
@@ -542,11 +542,13 @@ class Steering:
                 before, got = 0.0, 0.0
             grown = max(0.0, prompt - before - (received - got))
             if worker not in routers:
-                self._processed += max(0.0, grown - (self._routed - already))
+                known = min(grown, self._routed - already, self._credit)
+                self._processed += grown - known
+                self._credit -= known
             elif alone and self._alone:
                 routed += grown
         self._processed += routed
-        self._routed, self._alone = self._routed + routed, alone
+        self._routed, self._credit, self._alone = self._routed + routed, self._credit + routed, alone
         self._counted |= {worker: (*held, self._routed) for worker, held in now.items()}
         return int(self._processed)
 

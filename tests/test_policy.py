@@ -631,6 +631,15 @@ def test_steering_counts_the_prompt_tokens_that_are_processed_while_it_looks() -
         samples = [page("p", own), page("d", None, None, "decode"), page("r", routed, None, "router")]
         steering(0.0, samples, Fleet(1, 1), 0)
     assert kept.seen == [0, 0, 600_000, 600_000, 602_000, 602_000, 603_000, 604_000, 606_000, 607_000]
+    kept.seen.clear()
+    steering = Steering(kept)
+    for one, other, routed in (  # two miss theirs, and come back together, or one after the other
+        (0, 0, 0), (None, None, 100), (None, None, 200), (None, None, 300), (200, 200, 400),
+        (None, None, 500), (None, None, 600), (350, None, 700), (400, None, 800), (450, 450, 900),
+    ):  # fmt: skip
+        pages = [page("p", one), page("q", other), page("d", None, None, "decode")]
+        steering(0.0, [*pages, page("r", routed, None, "router")], Fleet(2, 1), 0)
+    assert kept.seen == [0, 0, 100, 200, 400, 400, 500, 550, 600, 900]
 
 
 def test_a_rule_moves_nothing_on_what_nobody_counts() -> None:
