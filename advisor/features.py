@@ -318,15 +318,16 @@ def kv_capacity(data: RunData) -> float:
     reserves: then the sequences that were there at the reading, prompts and whole answers, stand for the tokens. Which of the two
     it is shows in the capacities that readings give: of the right one they are alike.
     """
-    pages: dict[float, list[Sample]] = {}
+    pages: dict[float, list[tuple[float, float]]] = {}
     for s in data.samples:
-        if s.role == "decode" and s.kv_used_tokens and s.kv_used_ratio and s.kv_used_ratio > 0.05:
-            pages.setdefault(s.at_s, []).append(s)
-    if not pages:
+        if s.role == "decode" and s.kv_used_tokens is not None and s.kv_used_ratio is not None:
+            pages.setdefault(s.at_s, []).append((s.kv_used_tokens, s.kv_used_ratio))
+    shown = np.array([tokens / share for page in pages.values() for tokens, share in page if tokens and share > 0.05])
+    if not len(shown):
         return 0.0
-    shown = np.array([(s.kv_used_tokens or 0) / (s.kv_used_ratio or 1) for page in pages.values() for s in page])
-    whole = {at: page for at, page in pages.items() if len(page) == data.decode}
-    at, share = np.array([*whole]), np.array([sum(s.kv_used_ratio or 0 for s in page) for page in whole.values()])
+    sums = {at: sum(share for _, share in page) for at, page in pages.items() if len(page) == data.decode}
+    whole = {at: share for at, share in sums.items() if share > 0.05 * data.decode}
+    at, share = np.array([*whole]), np.array([*whole.values()])
     rows = data.observations.take(np.flatnonzero(data.observations.ok & (data.observations.tokens > 1)))
     join = rows.first_token_s - (rows.last_token_s - rows.first_token_s) / (rows.tokens - 1)
     length = rows.prompt_lengths + rows.tokens

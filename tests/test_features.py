@@ -156,17 +156,21 @@ def test_readings_of_idle_workers_give_the_prefill_law_exactly() -> None:
     assert found.x[:, :2] @ [profile.a_s, profile.b_s_per_token] == pytest.approx(found.y, rel=1e-3)
 
 
-@pytest.mark.parametrize("kv_policy", ["reserve", "preempt"])
-def test_the_kv_cache_is_learned_whatever_its_share_is_of(kv_policy: str) -> None:
-    """Of what is in place, as engines show it, or of what is reserved: there tokens over share would be half of it."""
+@pytest.mark.parametrize(
+    ("kv_policy", "decode", "rate_per_s"), [("reserve", 2, 5.0), ("preempt", 2, 5.0), ("reserve", 4, 1.0)]
+)
+def test_the_kv_cache_is_learned_whatever_its_share_is_of(kv_policy: str, decode: int, rate_per_s: float) -> None:
+    """Of what is in place, as engines show it, or of what is reserved: there tokens over share would be half of it, also where
+    some workers hold next to nothing."""
     laws = replace(Profile(name="t", c0_s=0.01), kv_tokens=50_000, kv_policy=kv_policy)
     n = 300
-    schedule = Schedule("s", np.arange(n), np.arange(n) / 5.0, np.full(n, 200), np.full(n, 1000))
+    schedule = Schedule("s", np.arange(n), np.arange(n) / rate_per_s, np.full(n, 200), np.full(n, 1000))
     samples: list[Sample] = []
 
     def watch(now_s: float, held: Sequence[Sample], fleet: Fleet, changing: int) -> None:
         samples.extend(held)
 
-    rows = simulate(schedule, Fleet(1, 2), laws, controller=watch, tick_s=1.3).observations
-    assert kv_capacity(RunData(run_of(Fleet(1, 2), n), rows, samples)) == pytest.approx(50_000, rel=0.03)
-    assert kv_capacity(RunData(run_of(Fleet(1, 2), n), rows)) == 0.0
+    fleet = Fleet(1, decode)
+    rows = simulate(schedule, fleet, laws, controller=watch, tick_s=1.3).observations
+    assert kv_capacity(RunData(run_of(fleet, n), rows, samples)) == pytest.approx(50_000, rel=0.03)
+    assert kv_capacity(RunData(run_of(fleet, n), rows)) == 0.0
