@@ -101,10 +101,11 @@ def sweep(
         if run.complete and run.verdict != "invalid" and run.manner == manner:
             held.get((run.fleet, run.schedule_digest), []).append(run)
     if before := [run for cell in held.values() for run in cell]:
-        _alike(before, where, how)
+        version = _alike(before, where, how)
         taken = sum(min(len(held[cell]), n) for cell, n in wanted.items())
-        unsaid = [str(run.id) for run in before if not run.engine_version]
-        doubt = f" (engine's version not known: run {', '.join(unsaid[:5])})" if unsaid else ""
+        unsaid = [f"run {run.id}" for run in before if not run.engine_version][:5]
+        unsaid += [] if version else ["the server now"]
+        doubt = f" (engine's version not known: {', '.join(unsaid)})" if unsaid else ""
         say(f"group {group}: {taken} of {len(order)} cells were measured before{doubt}")
     runs: list[Run] = []
     done = 0
@@ -130,8 +131,9 @@ def sweep(
     return group, runs, _drift(store, runs, order) if anchor else None
 
 
-def _alike(before: Sequence[Run], where: Target | Sequence[Target], how: Mapping[str, Any]) -> None:
-    """InputError unless runs were measured on the system that is there now, and in the way that is asked for now."""
+def _alike(before: Sequence[Run], where: Target | Sequence[Target], how: Mapping[str, Any]) -> str:
+    """The version that the server says; InputError unless runs were measured on the system that is there now, and in the way that
+    is asked for now."""
     servers = [where] if isinstance(where, Target) else where
     server, slo = Endpoint(servers[0]), how.get("slo")
     found = discover(server, engine=how.get("engine", "auto"), targets=how.get("targets"))
@@ -156,6 +158,7 @@ def _alike(before: Sequence[Run], where: Target | Sequence[Target], how: Mapping
                     f"group {run.group!r}: run {run.id} asked the same of {run.fleet} with another {name} "
                     f"({its!r}, now {value!r}). Give another --group, or what it was measured with."
                 )
+    return found.version
 
 
 def _drift(store: Store, runs: Sequence[Run], order: Sequence[tuple[Fleet, int]]) -> Drift:

@@ -284,6 +284,14 @@ def test_a_sweep_measures_every_fleet_and_puts_the_old_one_back(store: Store, sw
         store.end_run(replace(runs[0], engine="openai", endpoint="http://old"))
         with pytest.raises(InputError, match=rf"another endpoint \('http://old', now '{url}'\). Give another --group"):
             sweep(store, swarm, asked, target(url), fleets, **usual | {"engine": "openai"})
+        for run in runs:
+            store.end_run(replace(run, engine="openai", endpoint=url))  # which says no version
+        sweep(store, swarm, asked, target(url), fleets, **usual | {"engine": "openai"})
+        assert (
+            said[-1] == f"group {group}: 6 of 6 cells were measured before (engine's version not known: the server now)"
+        )
+        for run in runs:
+            store.end_run(run)
         store.end_run(replace(runs[0], engine_version=""))  # as before 0008, or where the server did not say it
         again = sweep(store, swarm, asked, target(other), [Fleet(2, 6), runs[0].fleet], **usual | {"repeats": 1})[1]
         assert {run.fleet: run.id for run in again} == {runs[0].fleet: 1, Fleet(2, 6): 7}
