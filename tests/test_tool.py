@@ -83,8 +83,9 @@ def test_without_a_verb_each_state_names_its_next_command(here: Path, capsys: py
         for k, (change, why) in enumerate([({"counts": {"ok": 2}}, few), (gone, many), ({"warmup_s": 2.0}, few)]):
             run = store.begin_run(a_run(**whole | change))  # advise would leave each out
             if "warmup_s" in change:
-                rows = Observations.empty(22)
-                rows.index[:], rows.due_s[:], rows.status[:] = range(22), [1.0] * 20 + [3.0] * 2, "ok"
+                rows = Observations.empty(25)
+                rows.index[:], rows.due_s[:] = range(25), [1.0] * 20 + [3.0] * 5
+                rows.status[:] = ["ok"] * 22 + ["lost"] * 3  # none failed
                 store.add_observations(run.id, rows)
             store.end_run(run)
             found = status(capsys)["next"]

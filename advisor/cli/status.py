@@ -82,7 +82,8 @@ def _unfit(store: Any, run: Any) -> str:
 
     if run.warmup_s > 0 and run.ended:
         figures = store.figures(run)
-        run = replace(run, counts={"ok": figures.ok, "failed": figures.n - figures.ok})
+        failed = min(run.counts.get("failed", 0), figures.n - figures.ok)  # the others were not sent, or lost
+        run = replace(run, counts={"ok": figures.ok, "failed": failed, "others": figures.n - figures.ok - failed})
     ok = run.counts.get("ok", 0)
     few = f"{ok} finished requests, fewer than {FEWEST}" if ok < FEWEST else ""
     return run.unfit or few or ("" if run.complete else "it is incomplete")
