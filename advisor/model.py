@@ -210,14 +210,18 @@ class Fit:
             return f"extrapolated: prefill {load.prefill:.0%} busy, the runs showed at most {self.seen.prefill:.0%}"
         return ""
 
+    def lengths(self, schedule: Schedule) -> list[tuple[str, float, float]]:
+        """(what, tokens in the schedule, tokens at most in the runs): 99 % quantiles."""
+        prompts, context = schedule.prompt_tokens, schedule.prompt_tokens + schedule.output_tokens
+        return [
+            ("prompts", float(np.quantile(prompts, LONG)), self.seen.prompt_tokens),
+            ("prompts with their answers", float(np.quantile(context, LONG)), self.seen.context_tokens),
+        ]
+
     def longer(self, schedule: Schedule) -> str:
         """Which lengths of a schedule lie beyond what the runs have shown, by more than KNOWN; "" if none do."""
-        prompts = schedule.prompt_tokens
-        for what, tokens, most in (
-            ("prompts", prompts, self.seen.prompt_tokens),
-            ("prompts with their answers", prompts + schedule.output_tokens, self.seen.context_tokens),
-        ):
-            if (asked := float(np.quantile(tokens, LONG))) > KNOWN * most:
+        for what, asked, most in self.lengths(schedule):
+            if asked > KNOWN * most:
                 return f"extrapolated: {what} of {asked:,.0f} tokens, the runs had at most {most:,.0f} (99 % quantiles)"
         return ""
 

@@ -27,7 +27,6 @@ from advisor.model import (
     FLOORS,
     LEAST,
     LOADED,
-    LONG,
     METRICS,
     Fit,
     fit_laws,
@@ -780,11 +779,18 @@ def next_probe(
 
 def _slice(probe: dict[str, Any], fit: Fit, schedule: Schedule) -> None:
     """Name the stretch of a trace that has the longest requests, where the beginning, which a replay takes, has none of them."""
-    n, context = min(probe["requests"], len(schedule)), schedule.prompt_tokens + schedule.output_tokens
+    n = min(probe["requests"], len(schedule))
     as_stored = all(change.startswith(("rate x", "first ")) for change in schedule.changes)
     if probe["arrivals"] != "as recorded" or not as_stored or fit.longer(schedule.take(np.arange(n))):
         return
-    start = max(range(0, len(schedule) - n + 1, n), key=lambda at: float(np.quantile(context[at : at + n], LONG)))
+    starts = [*range(0, len(schedule) - n + 1, n), len(schedule) - n]  # the last one is of no multiple
+
+    def stretch(start: int) -> Schedule:
+        return schedule.take(np.arange(start, start + n))
+
+    start = max(starts, key=lambda at: max(asked / max(most, 1.0) for _, asked, most in fit.lengths(stretch(at))))
+    if not fit.longer(stretch(start)):
+        return
     probe["command"] = probe["command"].replace(f"--requests {n}", f"--slice {start}-{start + n}")
     probe["why"] += f"; the first {n} requests are shorter than those that are asked about, so take others"
 

@@ -272,6 +272,12 @@ def test_where_enough_is_known_nothing_is_said_to_be_measured_next() -> None:
     _slice(probe, answer.fit, later)
     assert probe["command"] == "replay x --slice 100-150"
     assert probe["why"].startswith("w; the first 50 requests are shorter")
+    # The last ones too, of no multiple of 80; and not those of the longest answers, where it is prompts that no run had.
+    wordy = replace(later, output_tokens=np.where(asked.index < 80, 40, 1) * asked.output_tokens)
+    heard = replace(answer.fit, seen=replace(answer.fit.seen, context_tokens=1e5))
+    probe |= {"requests": 80, "command": "replay x --requests 80"}
+    _slice(probe, heard, wordy)
+    assert probe["command"] == "replay x --slice 70-150"
     measured_next = measured(demo, head(longer, 100), Fleet(4, 4), 4)
     many = [one for one in three_runs(demo, rate) for _ in range(20)]
     fit = replace(answer.fit, seen=_seen([*many, measured_next], demo))
