@@ -41,7 +41,7 @@ from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
 from traces.measures import Slo, counts, worth_per_s
 from traces.records import FEWEST, Fleet, Floats, Run, Schedule
-from traces.shape import scale_rate, scale_tokens
+from traces.shape import scale_rate, scale_tokens, to_rate
 
 DRAWS = 30
 """Bootstrap draws behind an interval."""
@@ -355,7 +355,7 @@ def recommend(
         )
     probe = next_probe(
         fit,
-        window,
+        to_rate(window, schedule.rate_per_s),  # the window may be busier, and a run is named at the rate asked about
         best,
         runner_up,
         used,

@@ -135,9 +135,11 @@ def test_a_long_trace_is_judged_by_its_busy_hours_too() -> None:
     asked = lognormal(3 * n, rate, 9)
     gaps = np.diff(asked.due_s, prepend=0.0) * np.repeat([5 / 3, 1.0, 1 / 3], n)
     asked = replace(asked, due_s=np.cumsum(gaps))
-    answer = recommend(three_runs(demo, rate), asked, gpus=8, slo=SLO, draws=4, attainment=0.0, refuse=False)
+    answer = recommend(three_runs(demo, 1.2 * rate), asked, gpus=8, slo=SLO, draws=4, attainment=0.0, refuse=False)
     true = summarise(simulate(asked, answer.best.fleet, demo).observations, SLO)
     assert true.attainment < 0.75
+    assert answer.next_probe["why"] == "it confirms the answer where it will be used"
+    assert answer.next_probe["rate_per_s"] == pytest.approx(asked.rate_per_s)  # not that of the windows of the draws
     assert answer.best.attainment == pytest.approx(true.attainment, abs=0.1)
     goodput = answer.best.figures["goodput_per_s"]
     assert goodput.low < true.goodput_per_s < goodput.high
