@@ -209,7 +209,8 @@ def advise(
         raise NotEnoughDataError(_only_means(store, means))
     latest = runs[-1]
     per_worker = gpus_per_worker or latest.gpus_per_worker
-    stored = stored_as(runs, per_worker)
+    data = load(store, runs)
+    stored = stored_as(data, per_worker)
     if gpus is None:
         if latest.fleet is None:
             raise InputError(
@@ -220,8 +221,7 @@ def advise(
     if gpus < 2:
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)
-    parts = 1
-    data = load(store, runs)
+    parts: list[int] = []
     if schedule is None:
         schedule, parts = _asked(store, trace, latest, requests, data[-1])
         if requests:

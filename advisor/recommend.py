@@ -289,15 +289,14 @@ def recommend(
     if current is not None and current not in fleets:
         warnings.append(f"today's {current} is no split of {used} GPUs, so it was not compared")
     first = quiet(schedule, used, per_worker=gpus_per_worker)
-    stored = stored_as([one.run for one in data], gpus_per_worker)
+    stored = stored_as(data, gpus_per_worker)
     # What is measured next is stored as the runs are, or it would set them apart from itself.
     unsaid = sized(gpus_per_worker) if stored != gpus_per_worker else ""
     first["command"] = first["command"].removesuffix(unsaid)
     if unsaid:
         warnings.append(
-            "the runs are taken to be of {},{} GPUs a worker: they do not say, all are stored with the default 1,1".format(
-                *gpus_per_worker
-            )
+            "the runs are taken to be of {},{} GPUs a worker: all that can be used are stored with 1,1, which is also what is "
+            "stored where nobody said it".format(*gpus_per_worker)
         )
     usable = _usable(data, first, warnings, stored)
     note("fit", 0, 1)
@@ -592,10 +591,19 @@ FAILED = 0.01
 """Share of failed requests from which on a run is named."""
 
 
-def stored_as(runs: Sequence[Run], per_worker: tuple[int, int]) -> tuple[int, int]:
-    """GPUs a worker with which runs of such workers are stored: as asked; 1,1 where all runs are, the default, which need not
-    have been said."""
-    return (1, 1) if runs and all(run.gpus_per_worker == (1, 1) for run in runs) else per_worker
+def unfit(one: RunData) -> str:
+    """Why no law may rest on a run, of whatever workers; "" if one may."""
+    why, finished = replace(one.run, counts=counts(one.counted)).unfit, int(one.counted.ok.sum())
+    if not why and finished < FEWEST:
+        warm = " after its warm-up" if one.run.warmup_s > 0 else ""
+        return f"{finished} finished requests{warm}, fewer than {FEWEST}"
+    return why
+
+
+def stored_as(data: Sequence[RunData], per_worker: tuple[int, int]) -> tuple[int, int]:
+    """GPUs a worker with which runs of such workers are stored: as asked; 1,1 where all that laws may rest on are, the default,
+    which need not have been said."""
+    return (1, 1) if {one.run.gpus_per_worker for one in data if not unfit(one)} == {(1, 1)} else per_worker
 
 
 def unlike(run: Run, per_worker: tuple[int, int]) -> str:
@@ -619,13 +627,8 @@ def _usable(
     """
     usable, left = [], []
     for one in data:
-        run, finished = replace(one.run, counts=counts(one.counted)), int(one.counted.ok.sum())
-        failed, kinds = _failed(one)
-        why = run.unfit or unlike(run, per_worker)
-        if not why and finished < FEWEST:
-            warm = " after its warm-up" if run.warmup_s > 0 else ""
-            why = f"{finished} finished requests{warm}, fewer than {FEWEST}"
-        if why:
+        run, (failed, kinds) = one.run, _failed(one)
+        if why := unfit(one) or unlike(run, per_worker):
             left.append(f"run {run.id} left out: {why}")
             warnings.append(left[-1])
         else:

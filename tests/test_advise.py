@@ -40,6 +40,7 @@ from advisor.recommend import (
     rank,
     recommend,
     refusal,
+    stored_as,
     stressed,
 )
 from advisor.report import assemble, text_of
@@ -555,6 +556,11 @@ def test_gpus_that_no_fleet_can_use_up_are_left_and_said() -> None:
         w.startswith("run 3 left out: it is stored with 1,1 GPUs a worker, 2,2 are asked") for w in answer.warnings
     )
     assert "today's 1:2 is no split of 10 GPUs, so it was not compared" in answer.warnings
+    # Runs that do not say it serve as before beside one that does, as long as no law may rest on that one.
+    said = replace(run_of(Fleet(2, 3), 40), id=4, gpus_per_worker=two, verdict="invalid", reason="it was late")
+    beside = [*runs, RunData(said, runs[0].observations.take(np.arange(40)))]
+    assert stored_as(beside, two) == (1, 1)
+    assert [one.run.id for one in _usable(beside, {}, [], stored_as(beside, two))] == [1, 2, 3]
     with pytest.raises(NotEnoughDataError, match=r"can be used \(run 1 left out: it is stored with 2,2 GPUs"):
         recommend(
             [replace(runs[0], run=replace(runs[0].run, gpus_per_worker=two))],
