@@ -110,8 +110,9 @@ def choose_runs(
 
 def _asked(
     store: Store, trace: str | None, latest: Run, requests: int | None, held: RunData | None = None
-) -> tuple[Schedule, int]:
-    """(the trace named, else the latest run's, else what the latest run's rows asked; of how many windows it is made).
+) -> tuple[Schedule, list[int]]:
+    """(the trace named, else the latest run's, else what the latest run's rows asked; requests of each window it is made of, if
+    of any).
 
     The first ``requests`` of it, if that many are wanted. A long one is represented by windows, one after the other.
     held: the latest run as it was read before.
@@ -121,15 +122,15 @@ def _asked(
         windows = store.windows(latest.id, POINT_REQUESTS, TRACE_WINDOWS) if latest.scheduled > LONG_TRACE else []
         if len(windows) > 1 and not requests:
             parts = [rows.asked(latest.trace) for rows in windows]
-            return joined(parts, latest.trace, latest.scheduled, latest.rate_per_s), len(parts)
+            return joined(parts, latest.trace, latest.scheduled, latest.rate_per_s), [len(one) for one in parts]
         if held is not None and not held.windows:
-            return held.observations.asked(latest.trace), 1
+            return held.observations.asked(latest.trace), []
         rows = next(iter(store.windows(latest.id, LONG_TRACE, 2)), Observations.empty())
-        return rows.asked(latest.trace), 1
+        return rows.asked(latest.trace), []
     name = trace or latest.trace
     if known.get(name, 0) > LONG_TRACE and not requests:
-        return store.excerpt(name, POINT_REQUESTS, TRACE_WINDOWS), TRACE_WINDOWS
-    return store.schedule(name, most=requests if known.get(name, 0) > LONG_TRACE else None), 1
+        return store.excerpt(name, POINT_REQUESTS, TRACE_WINDOWS)
+    return store.schedule(name, most=requests if known.get(name, 0) > LONG_TRACE else None), []
 
 
 def _only_means(store: Store, means: Sequence[Run]) -> str:
@@ -228,8 +229,8 @@ def advise(
             schedule = head(schedule, requests)
         if rate_per_s:
             schedule = to_rate(schedule, rate_per_s)
-    if parts > 1 and (strategy in ("online", "offline") or deadline_s is not None):
-        raise InputError(f"{known_by_windows(schedule.name, parts)}.")
+    if len(parts) > 1 and (strategy in ("online", "offline") or deadline_s is not None):
+        raise InputError(f"{known_by_windows(schedule.name, len(parts))}.")
     answer = recommend(
         data,
         schedule,
@@ -287,7 +288,7 @@ def advise(
             deadline_s=deadline_s,
             seed=seed,
             note=note,
-            parts=parts,
+            parts=max(1, len(parts)),
         )
     if gpu_hour_usd is not None:
         extra["cost"] = costs.as_json(costs.cost(answer, gpu_hour_usd, per_worker))

@@ -261,13 +261,13 @@ def recommend(
     seed: int = 0,
     draws: int = DRAWS,
     note: Note = silent,
-    parts: int = 1,
+    parts: Sequence[int] = (),
     refuse: bool = True,
 ) -> Recommendation:
     """Fit the runs, simulate every split of ``gpus`` on the schedule, decide. current: the fleet in production, if any.
 
-    parts: of how many windows of a longer one the schedule is made; how much they differ widens the intervals. One of more than
-    :data:`advisor.splits.POINT_REQUESTS` is simulated by windows in any case.
+    parts: requests of each window of a longer one that the schedule is made of; how much they differ widens the intervals. One
+    without windows and of more than :data:`advisor.splits.POINT_REQUESTS` is simulated by windows of its own.
 
     Raises NotEnoughDataError with the next measurement when the rows cannot answer, NoFleetError when no split meets
     the SLO, InputError when there is no split. refuse=False: of these only where no law can be fitted or there is no split; what
@@ -307,12 +307,11 @@ def recommend(
     warnings += fit.warnings
     note("fit", 1, 1, _laws_found(fit))
 
-    some, windows = excerpt(schedule)
-    parts = max(parts, windows)
-    if parts > 1:
+    some, parts = (schedule, parts) if len(parts) > 1 else excerpt(schedule)
+    if len(parts) > 1:
         warnings.append(
-            f"of the traffic {parts} windows of {len(some) // parts} requests were simulated, spread over all of it; how much "
-            "they differ is in the intervals"
+            f"of the traffic {len(parts)} windows of {len(some) // len(parts)} requests were simulated, spread over all of it; "
+            "how much they differ is in the intervals"
         )
     splits = simulated(fit, some, fleets, slo, attainment=attainment, seed=seed, draws=draws, parts=parts, note=note)
     points, likely, laws, window = splits.points, splits.likely, splits.laws, splits.window

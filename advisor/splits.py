@@ -17,7 +17,7 @@ from advisor.study import check_rate
 from advisor.telling import Note
 from loadgen.cluster import Profile, SimResult, simulate
 from traces.measures import Slo, Summary, kept, meets, summarise
-from traces.records import Fleet, Floats, Observations, Schedule
+from traces.records import Fleet, Floats, Ints, Observations, Schedule
 from traces.shape import joined, middle
 
 POINT_REQUESTS, TRACE_WINDOWS = 20_000, 8
@@ -111,18 +111,20 @@ def simulated(
     attainment: float,
     seed: int,
     draws: int,
-    parts: int,
+    parts: Sequence[int],
     note: Note,
 ) -> Splits:
     """Simulate every split, find those that may be the best, and simulate these under every draw. schedule: at most
-    POINT_REQUESTS. parts: of how many windows it is made."""
+    POINT_REQUESTS. parts: requests of each window that it is made of, not all need have as many."""
     most = min(DRAW_REQUESTS, max(800, 40 * fleets[0].workers))
     window, busy = piece(schedule, most), schedule
-    if parts > 1:
+    if len(parts) > 1:
         # What decides where it is busiest must be in the draws as well, or they would be sure of what none of them has seen.
-        by_rate = sorted((schedule.take(which) for which in _parts(len(schedule), parts)), key=_rate)
+        by_rate = sorted((schedule.take(which) for which in _parts(parts)), key=_rate)
         busy = by_rate[-1]
-        window = joined([piece(by_rate[(parts - 1) // 2], most), piece(busy, most)], schedule.name, len(schedule), None)
+        window = joined(
+            [piece(by_rate[(len(parts) - 1) // 2], most), piece(busy, most)], schedule.name, len(schedule), None
+        )
     check_rate(window)
     points: dict[Fleet, Simulated] = {}
     sampled: dict[Fleet, dict[str, float]] = {}
@@ -131,7 +133,7 @@ def simulated(
     def point(fleet: Fleet) -> tuple[Simulated, dict[str, float], float]:
         result = simulate(schedule, fleet, fit.profile)
         found = Simulated.of(result, slo, attainment)
-        given = _most_tokens(result.observations, parts) if parts > 1 else found.summary.output_tokens_per_s
+        given = _most_tokens(result.observations, parts) if len(parts) > 1 else found.summary.output_tokens_per_s
         return found, _between(result.observations, slo, parts), given
 
     for done in range(0, len(fleets), at_once()):
@@ -206,17 +208,17 @@ def _contenders(points: dict[Fleet, Simulated]) -> list[Fleet]:
     return [fleet for i, fleet in enumerate(fleets) if good & {i - 1, i, i + 1}]
 
 
-def excerpt(schedule: Schedule) -> tuple[Schedule, int]:
-    """(what is simulated of a schedule, of how many windows it is made): all of a short one, as one.
+def excerpt(schedule: Schedule) -> tuple[Schedule, list[int]]:
+    """(what is simulated of a schedule, requests of each window that it is made of): all of a short one, as it is.
 
     A longer one is represented as a trace that is too long to be read: a piece at its mean rate would be without its busy hours.
     """
     if len(schedule) <= POINT_REQUESTS:
-        return schedule, 1
+        return schedule, []
     width = POINT_REQUESTS // TRACE_WINDOWS
     starts = [middle(len(schedule), width, k, TRACE_WINDOWS) for k in range(TRACE_WINDOWS)]
     windows = [schedule.take(np.arange(start, start + width)) for start in starts]
-    return joined(windows, schedule.name, len(schedule), schedule.rate_per_s), TRACE_WINDOWS
+    return joined(windows, schedule.name, len(schedule), schedule.rate_per_s), [width] * TRACE_WINDOWS
 
 
 def piece(schedule: Schedule, most: int) -> Schedule:
@@ -230,9 +232,10 @@ def piece(schedule: Schedule, most: int) -> Schedule:
     return replace(part, due_s=part.due_s - part.due_s[0])
 
 
-def _parts(n: int, parts: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """The rows of each window of a schedule that is made of ``parts``."""
-    return [np.asarray(which, dtype=np.int64) for which in np.array_split(np.arange(n), parts)]
+def _parts(parts: Sequence[int]) -> list[Ints]:
+    """The rows of each window of a schedule, by how many requests they have."""
+    ends = np.cumsum(parts)
+    return [np.arange(end - n, end) for n, end in zip(parts, ends, strict=True)]
 
 
 def _rate(schedule: Schedule) -> float:
@@ -240,25 +243,25 @@ def _rate(schedule: Schedule) -> float:
     return schedule.rate_per_s if math.isfinite(schedule.rate_per_s) else 0.0
 
 
-def _most_tokens(rows: Observations, parts: int) -> float:
+def _most_tokens(rows: Observations, parts: Sequence[int]) -> float:
     """Output tokens a second in the window of most: of the middle nine tenths of its answers, since its span has a tail."""
     found = [0.0]
-    for ended, tokens in ((rows.last_token_s[which], rows.tokens[which]) for which in _parts(len(rows), parts)):
+    for ended, tokens in ((rows.last_token_s[which], rows.tokens[which]) for which in _parts(parts)):
         begin, end = np.quantile(ended[np.isfinite(ended)], [0.05, 0.95]) if np.isfinite(ended).any() else (0.0, 0.0)
         found.append(0.9 * float(tokens[np.isfinite(ended)].sum()) / (end - begin) if end > begin else 0.0)
     return max(found)
 
 
-def _between(rows: Observations, slo: Slo, parts: int) -> dict[str, float]:
-    """Half-widths of 90 % intervals, as log ratios, since ``parts`` windows stand for all of the traffic.
+def _between(rows: Observations, slo: Slo, parts: Sequence[int]) -> dict[str, float]:
+    """Half-widths of 90 % intervals, as log ratios, since some windows stand for all of the traffic.
 
     Student's t of how much the windows differ. Of rates it is the shares that count: the rate is that of all of the traffic. A
     share may be 0 and has no logarithm then, so its deviation is told by the mean.
     """
-    if parts < 2:
+    if len(parts) < 2:
         return {}
-    each = [summarise(rows.take(which), slo) for which in _parts(len(rows), parts)]
-    wider = float(special.stdtrit(parts - 1, 0.95)) / math.sqrt(parts)
+    each = [summarise(rows.take(which), slo) for which in _parts(parts)]
+    wider = float(special.stdtrit(len(parts) - 1, 0.95)) / math.sqrt(len(parts))
     found = {}
     shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
     for name in METRICS:

@@ -28,7 +28,7 @@ from advisor.features import RunData, decode_rows, load_quantiles, quiet_rows
 from advisor.report.digest import QUANTILES, read
 from advisor.report.sections import distributions, over_time, seconds
 from advisor.report.sections import lag as lateness
-from advisor.splits import _between
+from advisor.splits import _between, _parts
 from loadgen.cluster import Profile, simulate
 from tests.test_advise import lognormal
 from tests.test_features import run_of
@@ -463,7 +463,10 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
             batches=[{k: v.tolist() for k, v in batch.items()}],
             summary=lambda: ({"rows_kept": 6000}, None, None, None),
         )  # fmt: skip
-        failing = {k: v.tolist() for k, v in batch.items()} | {"status": [int(k % 5 == 2) for k in range(6000)]}
+        failing = {k: v.tolist() for k, v in batch.items()} | {
+            "status": [int(k % 5 == 2 and k >= 750) for k in range(6000)]
+        }
+        failing["arrival_us"] = [at + 500_000_000 * (k // 750) for k, at in enumerate(failing["arrival_us"])]
         store.add_trace(
             name="f", format="x", sha256="f", files=[], options={},
             batches=[failing],
@@ -491,7 +494,7 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
             assert np.median(misses) == pytest.approx(model._misses(whole, slower)[0][metric], abs=0.02)
         for trace in ("t", None):
             schedule, parts = module._asked(store, trace, run if trace else replace(run, trace="gone"), None)
-            assert (len(schedule), parts) == ((2000, 8) if trace else (3000, 3))
+            assert (len(schedule), parts) == ((2000, 8 * [250]) if trace else (3000, 3 * [1000]))
             assert schedule.rate_per_s == pytest.approx(asked.rate_per_s, rel=1e-3)
             assert schedule.prompt_tokens.mean() == pytest.approx(asked.prompt_tokens.mean(), rel=0.1)
         for asks in ({"strategy": "online"}, {"strategy": "offline"}, {"deadline_s": 60.0}):
@@ -503,19 +506,22 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
         assert rebuilt is not None
         assert rebuilt.rate_per_s == pytest.approx(7.0)
         assert np.array_equal(rebuilt.prompt_tokens, schedule.prompt_tokens)
-        fewer, _ = module._asked(store, "f", run, None)
-        assert len(fewer) == 1600
+        fewer, read_of = module._asked(store, "f", run, None)
+        assert (len(fewer), read_of) == (1650, [250, *7 * [200]])
+        # The windows are those that were read, each as busy as it is: no idle time between two of them is in a third.
+        rates = [fewer.take(which).rate_per_s for which in _parts(read_of)]
+        assert rates == pytest.approx([one.rate_per_s for one in store.trace_windows("f", 2000, 8)])
         assert fewer.rate_per_s == pytest.approx(store.schedule("f").rate_per_s, rel=1e-3)
-        again = {"trace": "f", "schedule_changes": fewer.changes, "rate_per_s": 7.0, "requests": 1600}
+        again = {"trace": "f", "schedule_changes": fewer.changes, "rate_per_s": 7.0, "requests": 1650}
         assert report.rebuilt(store, again) is not None
-        first, one = module._asked(store, "t", run, 500)
-        assert (first.digest(), one) == (head(asked_again(asked), 500).digest(), 1)
+        first, none = module._asked(store, "t", run, 500)
+        assert (first.digest(), none) == (head(asked_again(asked), 500).digest(), [])
     found = simulate(schedule, fleet, profile).observations
     half = _between(found, slo, parts)
     ours, theirs = summarise(found, slo), summarise(rows, slo)
     for metric in ("tpot_p50_s", "e2e_p50_s", "throughput_per_s"):
         assert abs(math.log(getattr(ours, metric) / getattr(theirs, metric))) < 2 * half[metric] + 0.03, metric
-    assert _between(found, slo, 1) == {}
+    assert _between(found, slo, [len(found)]) == {}
 
 
 def asked_again(schedule: Schedule) -> Schedule:

@@ -971,13 +971,13 @@ class Store:
                 found.append(Schedule(name, rows[:, 0], rows[:, 1] / 1e6, rows[:, 2], rows[:, 3]))
         return [one for one in found if len(one)]
 
-    def excerpt(self, name: str, most: int, parts: int) -> Schedule:
-        """The windows of a long trace one after the other, at the mean rate of what a replay sends."""
+    def excerpt(self, name: str, most: int, parts: int) -> tuple[Schedule, list[int]]:
+        """(the windows of a long trace one after the other, at the mean rate of what a replay sends; requests of each)."""
         found = self.trace_windows(name, most, parts)
         if not found:
-            return self.schedule(name)
+            return self.schedule(name), []
         whole = self.feed(name)
-        return joined(found, name, whole.scheduled, whole.rate_per_s)
+        return joined(found, name, whole.scheduled, whole.rate_per_s), [len(one) for one in found]
 
     def schedule(self, name: str, *, blocks: bool = False, sessions: bool = False, most: int | None = None) -> Schedule:
         """The trace's successful requests as a schedule at the recorded times; with most, its first.

@@ -124,7 +124,7 @@ def rebuilt(store: Store, answer: Mapping[str, Any]) -> Schedule | None:
         first = re.fullmatch(r"first (\d+) of \d+ requests", changes[0]) if changes else None
         windows = re.fullmatch(r"(\d+) windows of \d+ requests of \d+", changes[0]) if changes else None
         if windows:  # how many requests of a window did not fail does not tell how wide it was
-            schedule, changes = store.excerpt(answer["trace"], POINT_REQUESTS, int(windows[1])), changes[1:]
+            (schedule, _), changes = store.excerpt(answer["trace"], POINT_REQUESTS, int(windows[1])), changes[1:]
         else:
             schedule = store.schedule(answer["trace"], most=int(first[1]) if first else None)
         for change in changes:
