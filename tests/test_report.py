@@ -268,6 +268,7 @@ def test_what_an_answer_weighed_stands_in_its_report() -> None:
     }
     answer = {
         "sentence": "Run 2:6.", "prefill": 2, "decode": 6, "gpus": 8, "strategy": "online", "why": "the mix turns",
+        "trace": "mine",
         "candidates": [
             {"prefill": 2, "decode": 6, "goodput_per_s": figure, "constraints_kept": {"value": 1.0}},
             {"prefill": 3, "decode": 5, "goodput_per_s": {**figure, "value": 5.5}, "constraints_kept": {"value": 0.5}},
@@ -285,11 +286,13 @@ def test_what_an_answer_weighed_stands_in_its_report() -> None:
         "cost": {"usd_per_hour": 16.0, "usd_per_million": figure},
         "slo": str(SLO), "profile": Profile.load("demo").to_toml(),
     }  # fmt: skip
-    report = assemble(answer, [], schedule=lognormal(150, 4, 1))
+    report = assemble(answer, [], schedule=lognormal(150, 4, 1), traces={})
     held = json.loads(text_of(report, "json"))
     sure = " ".join(held["cards"][0]["lines"])
     assert "loses 0.4 % of the best goodput on average, 2.0 % at worst in 20. That is little enough" in sure
-    assert "more_s 0.5)" in " ".join(held["cards"][2]["lines"])
+    assert "more_s 0.5): steelyard replay TRACE --endpoint" in " ".join(
+        held["cards"][2]["lines"]
+    )  # its own is not stored
     assert [row["lost"] for row in held["sections"]["rules"]["table"]] == ["30.0 %", "0.0 %"]  # 3:5 misses a constraint
     assert "The mix turns." in held["sections"]["chosen"]["text"]
     assert held["sections"]["chosen"]["table"][2]["goodput, req/s"] == "99 (throughput)"
@@ -375,6 +378,7 @@ def test_the_command_of_an_imported_run_imports_it() -> None:
     answer = {"gpus": 8, "trace": "my file", "runs": [1]}
     assert parsed(advise_command(answer, {}))["trace"] is None
     assert parsed(advise_command(answer, {"my file": {}}))["trace"] == "my file"
+    assert parsed(online_command(answer | {"recommendation": 7}, {}))["trace"] == "TRACE"
 
 
 def test_the_commands_of_the_demo_ask_its_question(tmp_path: Path) -> None:
@@ -392,7 +396,7 @@ def test_the_commands_of_the_demo_ask_its_question(tmp_path: Path) -> None:
             again = to_rate(head(store.schedule(held["trace"]), held["requests"]), held["rate"])
             assert again.digest() == schedule.digest()
             held = parsed(
-                online_command(answer | {"recommendation": 7}, store.url)
+                online_command(answer | {"recommendation": 7}, [demo.TRACE], store.url)
             )  # else a forecast would be left out
             assert schedule_of(store, held["trace"], held)[0].digest() == schedule.digest()
             assert (held["policy"], held["recommendation"], held["db"]) == ("online", 7, store.url)

@@ -186,7 +186,7 @@ def advise(
         emit_json(answer.as_json() | ({"error": str(refused), "exit_code": refused.exit_code} if refused else {}))
     else:
         show(answer.recommendation)
-        show_choice(answer)
+        show_choice(answer, db)
     if refused:
         warn(str(refused))
         raise click.exceptions.Exit(refused.exit_code)
@@ -378,11 +378,12 @@ def rival(recommendation: Any) -> str:
     return f"Runner-up {r.runner_up.fleet} {word}; {ahead}."
 
 
-def show_choice(answer: Any) -> None:
+def show_choice(answer: Any, db: str) -> None:
     """Print which strategy, the thresholds and the cost for people."""
     from rich.table import Table
 
     from advisor.report.reproduce import online_command
+    from traces.store import open_store
 
     console = messages()
     choice = answer.choice
@@ -407,7 +408,9 @@ def show_choice(answer: Any) -> None:
             f"{said['floor']['decode']}. {said['forecast_note']}.",
             markup=False,
         )
-        console.print(f"Run them: {online_command(answer.as_json())}", markup=False, soft_wrap=True)
+        with open_store(db, create=False) as store:
+            command = online_command(answer.as_json(), {t.name for t in store.traces()})
+        console.print(f"Run them: {command}", markup=False, soft_wrap=True)
     if said.get("break_even_s") is not None:
         console.print(
             f"A change of mix pays for a move and back when it lasts {said['break_even_s']:.3g} s.", markup=False

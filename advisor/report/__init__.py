@@ -66,6 +66,7 @@ def assemble(
         cases=cases,
         strategies=strategies,
         reproduce=reproduce(answer, [d.run for d in runs], commands, traces, db),
+        traces=traces,
         db=db,
     )
 

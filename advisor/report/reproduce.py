@@ -111,9 +111,12 @@ def _part(answer: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def online_command(answer: Mapping[str, Any], db: str = "") -> str:
-    """A command line that replays an answer's own traffic by its thresholds: on any other a forecast's clock is out of phase."""
-    words = ["steelyard", "replay", str(answer.get("trace") or "TRACE"), "--endpoint", "URL", *_part(answer)]
+def online_command(answer: Mapping[str, Any], traces: Container[str] | None = None, db: str = "") -> str:
+    """A command line that replays an answer's own traffic by its thresholds: on any other a forecast's clock is out of phase.
+    traces: those that are stored, where that is known."""
+    name = answer.get("trace")
+    stored = name and (traces is None or name in traces)
+    words = ["steelyard", "replay", str(name) if stored else "TRACE", "--endpoint", "URL", *_part(answer)]
     words += ["--policy", "online", "--recommendation", str(answer.get("recommendation") or answer.get("id") or "ID")]
     return on(shlex.join(words), db)
 

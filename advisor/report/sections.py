@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,11 @@ def build(
     cases: Sequence[Case] = (),
     strategies: Mapping[str, Any] | None = None,
     reproduce: Section | None = None,
+    traces: Container[str] | None = None,
     db: str = "",
 ) -> Report:
-    """The report of an answer. runs: what it rests on. An answer without candidates is a refusal: its sentence says why. db: the
-    URL that its commands name."""
+    """The report of an answer. runs: what it rests on. An answer without candidates is a refusal: its sentence says why. traces:
+    those that are stored, where that is known. db: the URL that its commands name."""
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     held = bool(answer.get("candidates"))
     sections = [
@@ -60,7 +61,7 @@ def build(
         *((reproduce,) if reproduce else ()),
     ]
     title = f"Run {answer['prefill']}:{answer['decode']}" if held else "No recommendation yet"
-    return Report(title, answer["sentence"], _cards(answer, runs, strategies, db), sections, dict(answer))
+    return Report(title, answer["sentence"], _cards(answer, runs, strategies, traces, db), sections, dict(answer))
 
 
 # --- small words ----------------------------------------------------------------------------------------------------
@@ -129,13 +130,17 @@ def _more(lines: list[str], most: int) -> str:
 
 
 def _cards(
-    answer: Mapping[str, Any], runs: Sequence[Digest], strategies: Mapping[str, Any] | None, db: str
+    answer: Mapping[str, Any],
+    runs: Sequence[Digest],
+    strategies: Mapping[str, Any] | None,
+    traces: Container[str] | None,
+    db: str,
 ) -> list[tuple[str, list[str], str]]:
     probe = answer.get("next_probe") or {}
     return [
         ("How sure", _sure(answer), ""),
         ("What it rests on", _rests(answer, runs), ""),
-        ("What to do next", _next(answer, probe, db), on(str(probe.get("command") or ""), db)),
+        ("What to do next", _next(answer, probe, traces, db), on(str(probe.get("command") or ""), db)),
         ("What was not measured", _unmeasured(answer, runs, strategies), ""),
     ]
 
@@ -204,7 +209,7 @@ def _in_time(run: Run) -> bool:
     return late == "valid" and not run.counts.get("unsent")
 
 
-def _next(answer: Mapping[str, Any], probe: Mapping[str, Any], db: str) -> list[str]:
+def _next(answer: Mapping[str, Any], probe: Mapping[str, Any], traces: Container[str] | None, db: str) -> list[str]:
     lines = []
     rule = answer.get("thresholds") or {}
     if answer.get("candidates"):
@@ -215,7 +220,7 @@ def _next(answer: Mapping[str, Any], probe: Mapping[str, Any], db: str) -> list[
         told = ", ".join(
             f"{k} {v:g}" for k, v in rule.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
         )
-        lines.append(f"Let it move by rule {rule['rule']} ({told}): {online_command(answer, db)}")
+        lines.append(f"Let it move by rule {rule['rule']} ({told}): {online_command(answer, traces, db)}")
     elif answer.get("strategy") == "offline":
         lines.append("Collect the requests and dispatch them in the order that the section on strategies names.")
     if probe.get("why"):
