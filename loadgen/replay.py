@@ -532,8 +532,11 @@ class Writer:
     def _main(self) -> None:
         while True:
             last = self._stop.wait(self._every_s)
-            self._gather()
-            self._keep()
+            try:
+                self._gather()
+                self._keep()
+            except (MemoryError, OSError) as error:  # this thread must live; what is in hand is tried again
+                self.error = StoreError(f"{error or 'out of memory'}: rows wait in memory.")
             if last and self._queue.empty():
                 return
 
@@ -577,8 +580,8 @@ class Writer:
         except Exception as error:
             if not isinstance(error, StoreError):
                 self.error = error  # a mistake of ours: said at the end, when the rows are safe
-            self._unkept = []
             waited = self.spool.size()
+            self._unkept = []
             for batch in batches:
                 try:
                     kept(batch)

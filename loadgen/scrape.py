@@ -6,15 +6,16 @@ line means is told by :class:`loadgen.engines.Metric`.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import math
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -320,7 +321,7 @@ class Scraper:
         self._round_s = 0.0
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="steelyard-page")
+        self._slots = threading.Semaphore(PARALLEL)
         self._finding: Future[Sequence[Worker]] | None = None
         self._found_at = time.monotonic()
         self._thread = threading.Thread(target=self._main, name="steelyard-scraper", daemon=True)
@@ -333,7 +334,6 @@ class Scraper:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join(10)
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def assign(self, roles: Mapping[str, Sequence[str]], pages: Mapping[str, str] = MappingProxyType({})) -> None:
         """role -> names or URLs of workers, by the word of whoever sets the fleet. It comes before a list's or a targets file's,
@@ -489,13 +489,30 @@ class Scraper:
         if self._find is None:
             return
         if self._finding is None and time.monotonic() - self._found_at > FIND_S:
-            self._finding = self._pool.submit(self._find)
+            self._finding = self._apart(self._find)
         elif self._finding is not None and self._finding.done():
             error = self._finding.exception()
             if error is None:
                 with self._lock:
                     self._take(self._finding.result())
             self._finding, self._found_at = None, time.monotonic()
+
+    def _apart(self, work: Callable[[], Any]) -> Future[Any]:
+        """Do something that may take its time in a thread that nobody waits for. Not one of threading's: their start waits for
+        the thread to say that it runs, which one that is denied memory never does."""
+        answer: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                with self._slots:
+                    found = work()
+            except BaseException as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(found)
+
+        _thread.start_new_thread(run, ())
+        return answer
 
     def _page(self, source: _Source) -> tuple[Reading, float]:
         """One page, and when it came."""
@@ -521,7 +538,7 @@ class Scraper:
                 seldom = failing or (gone and source.failures > 0)
                 late = not seldom or (time.monotonic() - source.failed_at >= FIND_S and not (gone and failing))
                 if source.busy is None and late:
-                    source.busy = self._pool.submit(self._page, source)
+                    source.busy = self._apart(partial(self._page, source))
                 if source.busy is not None and not (gone or failing):
                     asked.append(source.busy)
         wait(asked, timeout=patience_s)
