@@ -15,7 +15,7 @@ from advisor.audit import confounders
 from advisor.choose import Choice, choose, known_by_windows
 from advisor.features import RunData
 from advisor.moves import flip_law
-from advisor.recommend import Recommendation, recommend, stored_as, unlike
+from advisor.recommend import Recommendation, recommend, stored_as, unfit, unlike
 from advisor.splits import POINT_REQUESTS, TRACE_WINDOWS
 from advisor.telling import Note, silent
 from advisor.windows import Question
@@ -209,8 +209,9 @@ def advise(
     if not runs:
         raise NotEnoughDataError(_only_means(store, means))
     latest = runs[-1]
-    per_worker = gpus_per_worker or latest.gpus_per_worker
     data = load(store, runs)
+    fit = [one.run for one in data if not unfit(one)]
+    per_worker = gpus_per_worker or (fit or [latest])[-1].gpus_per_worker
     stored = stored_as(data, per_worker)
     if gpus is None:
         if latest.fleet is None:
@@ -218,7 +219,8 @@ def advise(
                 "the fleet of the latest run is not known, so neither is its number of GPUs: give --gpus N."
             )
         # Of the size that is asked where no run says one, as its workers are taken to be.
-        gpus = latest.fleet.gpus(latest.gpus_per_worker if stored == per_worker else per_worker)
+        said = any(run.gpus_per_worker != (1, 1) for run in (*fit, latest))
+        gpus = latest.fleet.gpus(latest.gpus_per_worker if said else per_worker)
     if gpus < 2:
         raise InputError(f"--gpus must be at least 2, one for each role (got {gpus}).")
     wanted = Slo.parse(slo or latest.slo or DEFAULT_SLO)

@@ -123,7 +123,7 @@ def simulated(
         by_rate = sorted((schedule.take(which) for which in _parts(parts)), key=_rate)
         busy = by_rate[-1]
         window = joined(
-            [piece(by_rate[(len(parts) - 1) // 2], most), piece(busy, most)], schedule.name, len(schedule), None
+            [piece(by_rate[(len(by_rate) - 1) // 2], most), piece(busy, most)], schedule.name, len(schedule), None
         )
     check_rate(window)
     points: dict[Fleet, Simulated] = {}
@@ -233,9 +233,10 @@ def piece(schedule: Schedule, most: int) -> Schedule:
 
 
 def _parts(parts: Sequence[int]) -> list[Ints]:
-    """The rows of each window of a schedule, by how many requests they have."""
+    """The rows of each window of a schedule, by how many requests they have. One of which few are left (of the others not one in
+    two was answered) is none: two requests side by side would be its rate."""
     ends = np.cumsum(parts)
-    return [np.arange(end - n, end) for n, end in zip(parts, ends, strict=True)]
+    return [np.arange(end - n, end) for n, end in zip(parts, ends, strict=True) if 2 * n >= max(parts)]
 
 
 def _rate(schedule: Schedule) -> float:
@@ -261,7 +262,9 @@ def _between(rows: Observations, slo: Slo, parts: Sequence[int]) -> dict[str, fl
     if len(parts) < 2:
         return {}
     each = [summarise(rows.take(which), slo) for which in _parts(parts)]
-    wider = float(special.stdtrit(len(parts) - 1, 0.95)) / math.sqrt(len(parts))
+    if len(each) < 2:
+        return {}
+    wider = float(special.stdtrit(len(each) - 1, 0.95)) / math.sqrt(len(each))
     found = {}
     shares = {"goodput_per_s": [s.attainment for s in each], "throughput_per_s": [s.ok / max(1, s.n) for s in each]}
     for name in METRICS:

@@ -482,6 +482,8 @@ class Writer:
                 found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
                 self._work.put(None)
                 self._settled = True
+                if isinstance(self.error, StoreError):
+                    self.error = None  # it passed
                 break
             except StoreError as error:
                 if time.monotonic() < until:
@@ -531,33 +533,31 @@ class Writer:
 
     def _main(self) -> None:
         while True:
-            last = self._stop.wait(self._every_s)
             try:
+                self._stop.wait(self._every_s)
                 self._gather()
                 self._keep()
-            except (MemoryError, OSError) as error:  # this thread must live; what is in hand is tried again
-                self.error = StoreError(f"{error or 'out of memory'}: rows wait in memory.")
-            if last and self._queue.empty():
+            except (
+                MemoryError,
+                OSError,
+                RuntimeError,
+            ) as error:  # this thread must live; what is in hand is tried again
+                self.error = StoreError(f"{str(error) or 'out of memory'}: rows wait in memory.")
+                time.sleep(self._every_s)
+            if self._stop.is_set() and self._queue.empty():
                 return
 
     def _gather(self) -> None:
         """What came into hand."""
-        rows: list[Observations] = []
-        readings: list[Sample] = []
         while not self._queue.empty():
-            batch = self._queue.get()
-            if isinstance(batch, Observations):
-                rows.append(batch)
-            elif isinstance(batch, (FleetChange, Steered)):
-                self._unkept.append(batch)
-            else:
-                readings.extend(batch)
-        try:
-            self._unkept += [Observations.concat(rows)] if rows else []
-        except MemoryError:  # as they came: this thread must live, or nothing that comes later is kept
-            self._unkept += rows
-        if readings:
-            self._unkept.append(readings)
+            self._unkept.append(self._queue.get())
+        rows = [batch for batch in self._unkept if isinstance(batch, Observations)]
+        moves = [batch for batch in self._unkept if isinstance(batch, (FleetChange, Steered))]
+        readings = [one for batch in self._unkept if isinstance(batch, Sequence) for one in batch]
+        with contextlib.suppress(
+            MemoryError
+        ):  # as they came: this thread must live, or nothing that comes later is kept
+            self._unkept = [*moves, *([Observations.concat(rows)] if rows else ()), *([readings] if readings else ())]
 
     def _keep(self) -> None:
         """What is in hand into the database, or onto the disk; what neither takes stays in hand."""

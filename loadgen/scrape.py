@@ -263,6 +263,7 @@ class _Source:
     failed_at: float = -math.inf
     readings: int = 0
     busy: Future[tuple[Reading, float]] | None = None
+    asked_at: float = -math.inf
     last: tuple[Reading, float] | None = None
     told: bool = True
     counted: bool = False
@@ -322,6 +323,7 @@ class Scraper:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._slots = threading.Semaphore(PARALLEL)
+        self._left = False
         self._finding: Future[Sequence[Worker]] | None = None
         self._found_at = time.monotonic()
         self._thread = threading.Thread(target=self._main, name="steelyard-scraper", daemon=True)
@@ -334,6 +336,7 @@ class Scraper:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join(10)
+        self._left = True
 
     def assign(self, roles: Mapping[str, Sequence[str]], pages: Mapping[str, str] = MappingProxyType({})) -> None:
         """role -> names or URLs of workers, by the word of whoever sets the fleet. It comes before a list's or a targets file's,
@@ -488,14 +491,17 @@ class Scraper:
         """Ask now and then which workers there are."""
         if self._find is None:
             return
-        if self._finding is None and time.monotonic() - self._found_at > FIND_S:
-            self._finding = self._apart(self._find)
+        since_s = time.monotonic() - self._found_at
+        if self._finding is None and since_s > FIND_S:
+            self._finding, self._found_at = self._apart(self._find), time.monotonic()
         elif self._finding is not None and self._finding.done():
             error = self._finding.exception()
             if error is None:
                 with self._lock:
                     self._take(self._finding.result())
             self._finding, self._found_at = None, time.monotonic()
+        elif self._finding is not None and since_s > 12 * FIND_S:
+            self._finding = None  # its thread was denied memory
 
     def _apart(self, work: Callable[[], Any]) -> Future[Any]:
         """Do something that may take its time in a thread that nobody waits for. Not one of threading's: their start waits for
@@ -505,6 +511,8 @@ class Scraper:
         def run() -> None:
             try:
                 with self._slots:
+                    if self._left:
+                        raise EndpointError("nobody waits for it any more")
                     found = work()
             except BaseException as error:
                 answer.set_exception(error)
@@ -538,7 +546,7 @@ class Scraper:
                 seldom = failing or (gone and source.failures > 0)
                 late = not seldom or (time.monotonic() - source.failed_at >= FIND_S and not (gone and failing))
                 if source.busy is None and late:
-                    source.busy = self._apart(partial(self._page, source))
+                    source.busy, source.asked_at = self._apart(partial(self._page, source)), time.monotonic()
                 if source.busy is not None and not (gone or failing):
                     asked.append(source.busy)
         wait(asked, timeout=patience_s)
@@ -547,12 +555,14 @@ class Scraper:
             self._round_s = time.monotonic() - self._zero
 
     def _came(self) -> None:
-        """Note which pages came or failed."""
+        """Note which pages came or failed, also those that nobody can be asking for any more."""
+        patience_s = PAGE_S * (2 + len(self._sources) / PARALLEL)
         for source in self._sources.values():
-            if source.busy is None or not source.busy.done():
+            lost = time.monotonic() - source.asked_at > patience_s
+            if source.busy is None or not (source.busy.done() or lost):
                 continue
             done, source.busy = source.busy, None
-            if done.exception() is not None:
+            if not done.done() or done.exception() is not None:
                 source.failures += 1
                 source.failed_at = time.monotonic()
                 self.failures += 1

@@ -8,7 +8,6 @@ import os
 import sys
 
 from loadgen.secret import SECRET
-from loadgen.swarm import work
 from traces.errors import SteelyardError
 
 
@@ -28,10 +27,15 @@ def main() -> int:
         told = json.loads(said)
         master, os.environ[SECRET] = told["master"], told["secret"]
     try:
+        from loadgen.swarm import work  # here: memory for it may be denied, which is one line as well
+
         return work(master, options.parent)
     except SteelyardError as error:
         print(f"steelyard: {error}", file=sys.stderr)
         return error.exit_code
+    except MemoryError:
+        print("steelyard: a load worker is out of memory.", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -911,6 +911,9 @@ def test_rows_that_another_client_measured_are_advised_on(tmp_path: Path, capsys
     held = json.loads(capsys.readouterr().out)
     assert held["next_probe"]["command"] in held["error"]
     assert (held["exit_code"], held["next_probe"]["prefill"]) == (5, 4)
+    assert main(["advise", "--gpus-per-worker", "2,4", "--db", other, "--json"]) == 5  # of as many workers as it had
+    probe = json.loads(capsys.readouterr().out)["next_probe"]
+    assert Fleet(probe["prefill"], probe["decode"]).gpus((2, 4)) <= data.run.fleet.gpus((2, 4))
     goodput = truth(profile, schedule)
     chosen = Fleet(answer["prefill"], answer["decode"])
     assert goodput[chosen] >= 0.98 * max(goodput.values())
@@ -1016,6 +1019,11 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, mon
         assert (wide.gpus, wide.runs) == (16, [5, 6, 7])
         assert wide.fit.laws[-1].stage != "role change"
         assert any(line.startswith("run 4 left out") for line in wide.warnings)
+        # One that nothing rests on does not say the size either.
+        bad = replace(run_of(Fleet(1, 1), 40), id=0, gpus_per_worker=(4, 4), verdict="invalid", reason="late")
+        store.end_run(store.begin_run(bad))
+        wide = advise(store, gpus=16, slo=str(SLO), attainment=0.5, schedule=schedule).recommendation
+        assert (wide.gpus_per_worker, wide.runs) == ((2, 2), [5, 6, 7])
     assert any("no fleet of up to 8 GPUs keeps" in w for w in answer.recommendation.warnings)
     assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
     assert answer.recommendation.fit.laws[-1].stage == "role change"

@@ -683,6 +683,49 @@ def test_a_slow_database_is_asked_once(store: Store, monkeypatch: pytest.MonkeyP
     assert asked == [0, 1, 2]
 
 
+def test_what_a_writer_could_not_do_for_a_moment_is_no_error_of_the_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is denied while a copy is dropped, or while batches are joined, costs no row and no run that is whole."""
+    run, rows = begun(store), held_rows(4)
+
+    class Readings(list[Sample]):
+        denied = False
+
+        def __iter__(self) -> Iterator[Sample]:
+            if not Readings.denied:
+                Readings.denied = True
+                raise MemoryError
+            return super().__iter__()
+
+    def denied(size: int) -> None:
+        raise MemoryError
+
+    took = store.add_observations
+
+    def slow(run_id: int, batch: Observations) -> None:
+        time.sleep(GRACE_S + 0.2)
+        took(run_id, batch)
+
+    with Writer(store, run.id, every_s=0.05) as writer:
+        writer.put(rows.take(np.array([0, 1])))
+        writer.put(Readings([Sample(1.0, "w", "decode", waiting_requests=1.0)]))
+        until = time.monotonic() + 20
+        while not len(store.observations(run.id)) and time.monotonic() < until:
+            time.sleep(0.02)
+        monkeypatch.setattr(store, "add_observations", slow)
+        monkeypatch.setattr(writer.spool, "forget", denied)
+        writer.put(rows.take(np.array([2, 3])))
+        while writer.error is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert isinstance(writer.error, StoreError)
+        assert str(writer.error).startswith("out of memory")
+    assert writer.settle(run, 5.0).ended
+    assert writer.error is None
+    assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
+    assert len(store.samples(run.id)) == 1
+
+
 def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by tests.faults: the thread that gathers rows died of a MemoryError, and what came later was stored by nobody."""
     run, rows = begun(store), held_rows(4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -439,6 +441,30 @@ def test_a_worker_that_stops_telling_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert [word for word, _ in words[False]] == ["degraded"]
     assert [word for word, _ in words[True]] == ["valid"]
     assert all("worker a told nothing after" in why for ((_, why),) in words.values())
+
+
+def test_a_page_whose_thread_never_ran_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is denied memory ends without a word: its page failed, and the search for workers is made again."""
+    monkeypatch.setattr("loadgen.scrape.PAGE_S", 0.2)
+    monkeypatch.setattr("loadgen.scrape.FIND_S", 0.05)
+    start, denied = _thread.start_new_thread, []
+
+    def starts(work: Callable[[], None], given: tuple[()]) -> int:
+        if work.__qualname__.startswith("Scraper._apart") and len(denied) < 2:
+            denied.append(work)
+            return 0
+        return start(work, given)
+
+    monkeypatch.setattr("loadgen.scrape._thread.start_new_thread", starts)
+    found: list[Sample] = []
+    with Pages() as pages:
+        pages["/a"] = pages["/b"] = "vllm:num_requests_waiting 1\n"
+        listed = [Worker("a", "prefill", metrics=f"{pages.url}/a")]
+        later = [*listed, Worker("b", "decode", metrics=f"{pages.url}/b")]
+        with scraper_of(pages, listed, found, find=lambda: later) as scraper:
+            until(lambda: {s.worker for s in found} == {"a", "b"}, 20)
+    assert len(denied) == 2
+    assert scraper.failures >= 1
 
 
 def test_the_role_of_a_vllm_worker_follows_where_its_kv_comes_from() -> None:

@@ -538,6 +538,7 @@ def test_what_others_wrote_into_the_database_is_one_line(
         ("trace_sources", "summary", "{}", 1, ("traces", "show", "t")),
         ("trace_sources", "files", "{}", 1, ("traces",)),
         ("trace_sources", "summary", '{"rows_kept": []}', 1, ("traces",)),
+        ("trace_sources", "summary", '{"rows_kept": null}', 1, ("advise",)),
         ("traces", "arrival_us", "x", 1, ("traces", "show", "t")),
         ("recommendations", "answer", "[]", 1, ("runs",)),
     ):

@@ -2005,8 +2005,8 @@ def _plain(value: Any) -> Any:
 
 
 def _info(row: Any) -> TraceInfo:
-    for name in ("rows_kept", "replayable", "longest_prompt_tokens"):
-        if not isinstance(row.summary.get(name), (int, type(None))):
+    for name, absent in (("rows_kept", 0), ("replayable", None), ("longest_prompt_tokens", None)):
+        if not isinstance(row.summary.get(name, absent), int) and row.summary.get(name, absent) is not absent:
             raise TypeError(f"trace_sources.summary has no number for {name}")
     return TraceInfo(
         row.id,
