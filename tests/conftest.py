@@ -20,6 +20,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import Phase, settings
 
+from tests.faults.lab import mariadb_programs
 from tests.watch import Watch
 from traces.store import open_store
 
@@ -184,13 +185,6 @@ def postgres_url(postgres_server: str) -> str:
     name = fresh()
     in_postgres(postgres_server, f"CREATE DATABASE {name}")
     return within(postgres_server, name)
-
-
-def mariadb_programs() -> tuple[str, str] | None:
-    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server-core)."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    server, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
-    return (server, install) if server and install else None
 
 
 @pytest.fixture(scope="session")

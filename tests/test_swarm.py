@@ -32,6 +32,7 @@ from loadgen.crew import Crew
 from loadgen.engines import dialect
 from loadgen.policy import Dispatch
 from loadgen.swarm import MOST_FACTS, Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
+from tests.faults.lab import alive
 from traces.errors import InputError, SteelyardError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
@@ -726,7 +727,7 @@ def test_workers_begun_before_their_swarm_join_it(endpoint: str) -> None:
     with Crew(2) as crew:
         begun += crew.processes
     assert len(begun) == 3
-    assert not any(map(_alive, begun))
+    assert not any(map(alive, begun))
 
 
 def test_workers_end_with_their_master() -> None:
@@ -739,22 +740,14 @@ def test_workers_end_with_their_master() -> None:
     assert master.stdout is not None
     workers = [int(pid) for pid in master.stdout.readline().split()]
     assert len(workers) == 2
-    assert all(map(_alive, workers))
+    assert all(map(alive, workers))
     master.kill()
     master.wait()
     master.stdout.close()
     until = time.monotonic() + 10
-    while any(map(_alive, workers)) and time.monotonic() < until:
+    while any(map(alive, workers)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(map(_alive, workers))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    assert not any(map(alive, workers))
 
 
 @pytest.mark.timed

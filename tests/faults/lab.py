@@ -244,11 +244,18 @@ class Postgres:
             self.process.wait(10)
 
 
+def mariadb_programs() -> tuple[str, str] | None:
+    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server-core)."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    server, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
+    return (server, install) if server and install else None
+
+
 class Maria:
     """A MariaDB of a trial's own, likewise; where it is installed."""
 
     def __init__(self, folder: Path) -> None:
-        install, self._program = self.programs() or ("", "")
+        self._program, install = mariadb_programs() or ("", "")
         self.folder, self.port = folder, free_port()
         self._temporary = folder.with_name("maria-tmp")  # a server that starts clears it
         self._temporary.mkdir()
@@ -261,13 +268,6 @@ class Maria:
         self.start()
         with contextlib.closing(self._connect(10)) as connection:
             connection.cursor().execute("CREATE DATABASE steelyard")
-
-    @staticmethod
-    def programs() -> tuple[str, str] | None:
-        """(mariadb-install-db, mariadbd), None where they are not installed (Debian: mariadb-server-core)."""
-        path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-        install, server = (shutil.which(name, path=path) for name in ("mariadb-install-db", "mariadbd"))
-        return (install, server) if install and server else None
 
     @property
     def url(self) -> str:

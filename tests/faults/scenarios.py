@@ -11,12 +11,12 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.lab import Maria, Outcome, Postgres, Proxy, Trial, alive, free_port, trial, wait_for
+from tests.faults.lab import Maria, Outcome, Postgres, Proxy, Trial, alive, free_port, mariadb_programs, trial, wait_for
 
 END_S = 45.0
 """The longest that any replay of a trial may take to end by itself after the fault: every wait has a bound."""
@@ -174,7 +174,16 @@ def freeze_endpoint(folder: Path, seed: int) -> Outcome:
 
 @fault("kill -9 of PostgreSQL, back after 1 to 4 s", 15)
 def kill_database(folder: Path, seed: int) -> Outcome:
-    with trial(folder, seed, server_of=Postgres) as t:
+    return _killed(folder, seed, Postgres)
+
+
+@fault("kill -9 of MariaDB, back after 1 to 4 s", 5)
+def kill_mariadb(folder: Path, seed: int) -> Outcome | None:
+    return _killed(folder, seed, Maria) if mariadb_programs() else None
+
+
+def _killed(folder: Path, seed: int, server_of: type[Postgres | Maria]) -> Outcome:
+    with trial(folder, seed, server_of=server_of) as t:
         assert t.server is not None
         _begin(t)
         at = t.rest(0.0, 2.5)
@@ -210,7 +219,16 @@ def stop_database(folder: Path, seed: int) -> Outcome:
 
 @fault("SIGSTOP of PostgreSQL until after the run", 10)
 def freeze_database(folder: Path, seed: int) -> Outcome:
-    with trial(folder, seed, server_of=Postgres) as t:
+    return _frozen(folder, seed, Postgres)
+
+
+@fault("SIGSTOP of MariaDB until after the run", 5)
+def freeze_mariadb(folder: Path, seed: int) -> Outcome | None:
+    return _frozen(folder, seed, Maria) if mariadb_programs() else None
+
+
+def _frozen(folder: Path, seed: int, server_of: type[Postgres | Maria]) -> Outcome:
+    with trial(folder, seed, server_of=server_of) as t:
         assert t.server is not None
         _begin(t)
         at = t.rest(0.0, 2.0)
@@ -232,34 +250,6 @@ def freeze_database_kill_master(folder: Path, seed: int) -> Outcome:
         t.kill_master()
         t.server.signal(signal.SIGCONT)
         return t.count(at, hung=not _gone(workers), whole=False)
-
-
-@fault("kill -9 of MariaDB, back after 1 to 4 s", 5)
-def kill_mariadb(folder: Path, seed: int) -> Outcome | None:
-    if Maria.programs() is None:
-        return None
-    with trial(folder, seed, server_of=Maria) as t:
-        assert t.server is not None
-        _begin(t)
-        at = t.rest(0.0, 2.5)
-        t.server.kill()
-        t.rest(1.0, 4.0)
-        t.server.start()
-        return t.count(at, hung=not t.ended(END_S))
-
-
-@fault("SIGSTOP of MariaDB until after the run", 5)
-def freeze_mariadb(folder: Path, seed: int) -> Outcome | None:
-    if Maria.programs() is None:
-        return None
-    with trial(folder, seed, server_of=Maria) as t:
-        assert t.server is not None
-        _begin(t)
-        at = t.rest(0.0, 2.0)
-        t.server.signal(signal.SIGSTOP)
-        hung = not t.ended(END_S)
-        t.server.signal(signal.SIGCONT)
-        return t.count(at, hung=hung)
 
 
 # --- the database ----------------------------------------------------------------------------------------------------
@@ -345,11 +335,9 @@ def full_disk(folder: Path, seed: int) -> Outcome | None:
 
 @fault("SQLite on a disk that is mounted read only", 2)
 def read_only_disk(folder: Path, seed: int) -> Outcome | None:
-    held = folder / "held"
-    held.mkdir(parents=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "none", str(held)], capture_output=True, check=False).returncode:
-        return None
-    try:
+    with _mounted(folder / "held") as held:
+        if held is None:
+            return None
         with trial(folder, seed, db=f"sqlite:///{held}/t.db") as t:
             t.serve()
             subprocess.run(["mount", "-o", "remount,ro", str(held)], capture_output=True, check=True)
@@ -358,8 +346,6 @@ def read_only_disk(folder: Path, seed: int) -> Outcome | None:
             if "exit 1" not in outcome.said or "can be written" not in outcome.said:
                 outcome.wrong = "did not say that the database cannot be written"
             return outcome
-    finally:
-        subprocess.run(["umount", "-l", str(held)], capture_output=True, check=False)
 
 
 @fault("both disks full, space again before the end", 5)
@@ -367,14 +353,24 @@ def full_disks(folder: Path, seed: int) -> Outcome | None:
     return _full(folder, seed, both=True)
 
 
-def _full(folder: Path, seed: int, *, both: bool) -> Outcome | None:
-    small = folder / "small"
-    small.mkdir(parents=True)
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(small)], capture_output=True, check=False
-    ).returncode:
-        return None
+@contextlib.contextmanager
+def _mounted(where: Path, *options: str) -> Iterator[Path | None]:
+    """A disk in memory; None where nothing may be mounted."""
+    where.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", *options, "none", str(where)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield None
+        return
     try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", str(where)], capture_output=True, check=False)
+
+
+def _full(folder: Path, seed: int, *, both: bool) -> Outcome | None:
+    with _mounted(folder / "small", "-o", "size=2m") as small:
+        if small is None:
+            return None
         with trial(folder, seed, db=f"sqlite:///{small}/t.db") as t:
             if both:
                 t.env["XDG_STATE_HOME"] = str(small)
@@ -387,8 +383,6 @@ def _full(folder: Path, seed: int, *, both: bool) -> Outcome | None:
             t.rest(1.5, 3.0)
             ballast.unlink()
             return t.count(at, hung=not t.ended(END_S))
-    finally:
-        subprocess.run(["umount", "-l", str(small)], capture_output=True, check=False)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
