@@ -15,7 +15,7 @@ from advisor.audit import confounders
 from advisor.choose import Choice, choose, known_by_windows
 from advisor.features import RunData
 from advisor.moves import flip_law
-from advisor.recommend import Recommendation, recommend, stored_as, unfit, unlike
+from advisor.recommend import Recommendation, recommend, stored_as, unlike
 from advisor.splits import POINT_REQUESTS, TRACE_WINDOWS
 from advisor.telling import Note, silent
 from advisor.windows import Question
@@ -210,7 +210,7 @@ def advise(
         raise NotEnoughDataError(_only_means(store, means))
     latest = runs[-1]
     data = load(store, runs)
-    fit = [one.run for one in data if not unfit(one)]
+    fit = [one.run for one in data if not one.unfit]
     per_worker = gpus_per_worker or (fit or [latest])[-1].gpus_per_worker
     stored = stored_as(data, per_worker)
     if gpus is None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from traces.records import Floats, Ints, Observations, Run, Sample
+from traces.measures import counts
+from traces.records import FEWEST, Floats, Ints, Observations, Run, Sample
 
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -48,6 +49,15 @@ class RunData:
     def counted(self) -> Observations:
         """The rows after the warm-up. What is told of them needs the others, too: they were in the same queues and batches."""
         return self.run.counted(self.observations)
+
+    @cached_property
+    def unfit(self) -> str:
+        """Why no law may rest on it, of whatever workers; "" if one may."""
+        why, finished = replace(self.run, counts=counts(self.counted)).unfit, int(self.counted.ok.sum())
+        if not why and finished < FEWEST:
+            warm = " after its warm-up" if self.run.warmup_s > 0 else ""
+            return f"{finished} finished requests{warm}, fewer than {FEWEST}"
+        return why
 
     @property
     def pieces(self) -> Sequence[Observations]:

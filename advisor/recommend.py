@@ -39,8 +39,8 @@ from advisor.study import check_rate, proposals, quiet, reason, sized, splits_of
 from advisor.telling import Note, silent
 from loadgen.cluster import Profile, simulate
 from traces.errors import InputError, NoFleetError, NotEnoughDataError
-from traces.measures import Slo, counts, worth_per_s
-from traces.records import FEWEST, Fleet, Floats, Run, Schedule
+from traces.measures import Slo, worth_per_s
+from traces.records import Fleet, Floats, Run, Schedule
 from traces.shape import scale_rate, scale_tokens, to_rate
 
 DRAWS = 30
@@ -590,19 +590,10 @@ FAILED = 0.01
 """Share of failed requests from which on a run is named."""
 
 
-def unfit(one: RunData) -> str:
-    """Why no law may rest on a run, of whatever workers; "" if one may."""
-    why, finished = replace(one.run, counts=counts(one.counted)).unfit, int(one.counted.ok.sum())
-    if not why and finished < FEWEST:
-        warm = " after its warm-up" if one.run.warmup_s > 0 else ""
-        return f"{finished} finished requests{warm}, fewer than {FEWEST}"
-    return why
-
-
 def stored_as(data: Sequence[RunData], per_worker: tuple[int, int]) -> tuple[int, int]:
     """GPUs a worker with which runs of such workers are stored: as asked; 1,1 where all that laws may rest on are, the default,
     which need not have been said."""
-    return (1, 1) if {one.run.gpus_per_worker for one in data if not unfit(one)} == {(1, 1)} else per_worker
+    return (1, 1) if {one.run.gpus_per_worker for one in data if not one.unfit} == {(1, 1)} else per_worker
 
 
 def unlike(run: Run, per_worker: tuple[int, int]) -> str:
@@ -627,7 +618,7 @@ def _usable(
     usable, left = [], []
     for one in data:
         run, (failed, kinds) = one.run, _failed(one)
-        if why := unfit(one) or unlike(run, per_worker):
+        if why := one.unfit or unlike(run, per_worker):
             left.append(f"run {run.id} left out: {why}")
             warnings.append(left[-1])
         else:
