@@ -537,11 +537,8 @@ class Writer:
                 self._stop.wait(self._every_s)
                 self._gather()
                 self._keep()
-            except (
-                MemoryError,
-                OSError,
-                RuntimeError,
-            ) as error:  # this thread must live; what is in hand is tried again
+            except (MemoryError, OSError, RuntimeError) as error:
+                # This thread must live; what is in hand is tried again.
                 self.error = StoreError(f"{str(error) or 'out of memory'}: rows wait in memory.")
                 time.sleep(self._every_s)
             if self._stop.is_set() and self._queue.empty():
@@ -554,9 +551,8 @@ class Writer:
         rows = [batch for batch in self._unkept if isinstance(batch, Observations)]
         moves = [batch for batch in self._unkept if isinstance(batch, (FleetChange, Steered))]
         readings = [one for batch in self._unkept if isinstance(batch, Sequence) for one in batch]
-        with contextlib.suppress(
-            MemoryError
-        ):  # as they came: this thread must live, or nothing that comes later is kept
+        with contextlib.suppress(MemoryError):
+            # Else as they came: this thread must live, or nothing that comes later is kept.
             self._unkept = [*moves, *([Observations.concat(rows)] if rows else ()), *([readings] if readings else ())]
 
     def _keep(self) -> None:
