@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from typing import Any
 
@@ -455,7 +454,10 @@ def run(
         ):
             try:
                 with terminable():
-                    threading.Event().wait(for_s)
+                    until = math.inf if for_s is None else time.monotonic() + for_s
+                    # In pieces: a signal that comes in the moment one begins does not end it.
+                    while (left := until - time.monotonic()) > 0:
+                        time.sleep(min(left, 0.5))
             except KeyboardInterrupt:
                 console.print("stopping", markup=False)
         if unstored := ledger.close(PATIENCE_S):
