@@ -9,13 +9,13 @@ demo: $(VENV)/.run
 	$(BIN)/steelyard demo --out steelyard-demo
 
 # What measures milliseconds has the machine to itself; long replays need a third of a core each and run four at once; the rest
-# shares its cores. Plain pytest runs all, one by one. While one core compiles the kernel, the other does so with what pip installed
-# and with the tests (pytest keeps what it made of them, unless Python may write no bytecode): four processes are about to import it.
+# shares its cores. Plain pytest runs all, one by one. While one core compiles the kernel, the other reads all tests once: Python and
+# pytest keep what they make of the sources (unless Python may write no bytecode), and five processes are about to import them.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.dev
-	($(BIN)/python -m compileall -qq $(VENV)/lib; $(BIN)/python -m pytest --collect-only -qq >/dev/null 2>&1) & \
+	$(BIN)/python -m pytest --collect-only -qq >/dev/null 2>&1 & \
 	$(BIN)/python -m benchmarks.compile_kernel --where-possible; failed=$$?; wait; exit $$failed
-	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not timed and not paced"
+	$(BIN)/python -m pytest -n 5 --dist worksteal -m "not timed and not paced"
 	$(BIN)/python -m pytest -n 4 --dist loadfile -m paced
 	$(BIN)/python -m pytest -m timed
 
@@ -97,7 +97,9 @@ $(VENV)/bin/python:
 
 # The editable install puts only this folder on the path, so one environment serves both targets. Not compiled ahead: that takes 25 s,
 # and most of it is never imported.
-$(VENV)/.run: requirements.lock pyproject.toml | $(VENV)/bin/python
+# pip itself first: one from before 2025 looks at every file that the index ever held, half a minute longer.
+$(VENV)/.run: requirements.lock requirements-pip.lock pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-pip.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
@@ -125,6 +127,8 @@ lock: | $(VENV)/bin/python
 	  --no-header --extra postgres --group build --group dev pyproject.toml -o requirements-dev.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --no-emit-index-url \
 	  --no-header --group docs -o requirements-docs.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --no-emit-index-url \
+	  --no-header --group installer -o requirements-pip.lock
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation

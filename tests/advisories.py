@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-docs.lock")
+LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-docs.lock", "requirements-pip.lock")
 SERVICES = ("pypi", "osv")
 VULNERABLE = "jinja2==2.4.1"
 """CVE-2014-0012, CVE-2016-10745, CVE-2019-10906 and others."""

@@ -75,7 +75,7 @@ def test_the_sdist_builds_tests_and_documents(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "mkdocs.yml", "steelyard.py"} <= names
-    assert {"requirements.lock", "requirements-dev.lock", "requirements-docs.lock"} <= names
+    assert {"requirements.lock", "requirements-dev.lock", "requirements-docs.lock", "requirements-pip.lock"} <= names
     assert {"tests/test_release.py", "docs/start.md", "migrations/versions/0001_first.py"} <= names
     assert not [n for n in names if re.search(r"(^|/)(\.venv|\.git|dist|build|__pycache__|.*\.db)(/|$)", n)]
     assert built[0].stat().st_size < 8_000_000
