@@ -375,7 +375,7 @@ def test_nothing_is_unpickled_evaluated_or_given_to_a_shell() -> None:
         assert ours <= BETWEEN_OUR_PROCESSES.get(path.relative_to(ROOT).as_posix(), set()), path
 
 
-SQL_FROM_OUR_NAMES = {"traces/store.py": 6}
+SQL_FROM_OUR_NAMES = {"traces/store.py": 5}
 """Statements that are text: each is made of names that stand in the source; values are bound."""
 
 

@@ -464,6 +464,18 @@ def test_two_that_migrate_an_old_database_at_once_are_both_right(kept: str, requ
     assert rows.items() <= after.items()
 
 
+def test_an_old_sqlite_file_that_another_writes_is_waited_for(sqlite_url: str) -> None:
+    """Its journal becomes another one on the way, and SQLite itself would not wait for a writer there."""
+    load_kept(sqlite_url, (DATA / "databases" / "0003.sqlite.sql").read_text(encoding="utf-8"))
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("DELETE FROM alembic_version")
+        ends = threading.Timer(0.5, other.rollback)
+        ends.start()
+        assert migrate(sqlite_url)[:2] == ("0003", head_revision())
+        ends.join()
+
+
 @pytest.mark.parametrize("revision", keep_revision.revisions())
 def test_a_downgrade_is_refused_in_words(revision: str) -> None:
     """Every revision's way back says what to do instead."""

@@ -599,7 +599,7 @@ def _engine(url: str, *, create: bool, ours: bool = True) -> sa.Engine:
                 raise StoreError(f"{shown}: the folder {path.parent} does not exist. Make it, or give another --db.")
     try:
         if parsed.get_backend_name() == "sqlite":
-            engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
+            engine = sa.create_engine(parsed, connect_args={"timeout": LOCKED_S, "check_same_thread": False})
             sa.event.listen(engine, "connect", _tune_sqlite)
         else:
             engine = sa.create_engine(
@@ -627,6 +627,9 @@ _TIMED: dict[str, dict[str, float]] = {
     "pymysql": {"connect_timeout": 10, "read_timeout": 10, "write_timeout": 10},  # its greeting is read as all else
 }
 
+
+LOCKED_S = 30.0
+"""A SQLite file that another holds is waited for."""
 
 ANSWER_S = 600.0
 """A PostgreSQL or MariaDB that says nothing for this long while it is asked for something is given up. Its own time limits do not
@@ -692,8 +695,17 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
     except sqlite3.OperationalError:  # built without its mathematics
         connection.create_function("ln", 1, lambda v: math.log(v) if v else None, deterministic=True)
         connection.create_function("floor", 1, lambda v: None if v is None else math.floor(v), deterministic=True)
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
+    until = time.monotonic() + LOCKED_S
+    while True:  # of a file that is not in this mode yet and that another writes: SQLite itself does not wait there
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
 
 
 @contextmanager
