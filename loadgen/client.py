@@ -52,6 +52,9 @@ FROZEN_S = 4.0
 """A loop that stood still for longer sends no more: its master heard no heartbeat and took its requests for lost. Less than the
 master waits, so that nobody sends who is no longer listened to."""
 
+FLEET_S = 5.0
+"""A fleet that a batch asks for is put in force within this time, or the batch begins with the one that is."""
+
 BURST = 32
 """Requests sent in a row before arrived bytes get their turn."""
 
@@ -491,7 +494,7 @@ class _Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
         if name == b"content-type":
-            self.content_type = value.lower()
+            self.content_type = value
         elif name == b"content-encoding":
             self.encoding = value.strip().lower()
         elif name in (b"content-length", b"transfer-encoding"):
@@ -573,12 +576,13 @@ class _Connection(asyncio.Protocol):
         if status // 100 != 2:
             answer.detail = printable(start.decode("utf-8", "replace"), self.route.secrets)
             return
-        if self.content_type.startswith(b"text/event-stream"):
+        told = self.content_type.lower()
+        if told.startswith(b"text/event-stream"):
             return
         if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith((b"data:", b"event:", b":", b"id:", b"retry:")):
             return
         kind = (self.content_type or b"no content type").decode("latin-1").split(";")[0]
-        answer.error = "stream_error" if b'"error"' in start and b"json" in self.content_type else "malformed"
+        answer.error = "stream_error" if b'"error"' in start and b"json" in told else "malformed"
         words = f"not an event stream but {kind}: {start.decode('utf-8', 'replace')}"
         answer.detail = printable(words, self.route.secrets)
 
@@ -924,13 +928,15 @@ class Client:
         lines = [f"PUT {where.prefix}/fleet HTTP/1.1"]
         lines += [f"{name}: {value}" for name, value in where.headers_with(own).items()]
         lines += [f"Content-Length: {len(body)}", "", ""]
+        name = where.host if where.scheme == "https" else None
         with contextlib.suppress(OSError, TimeoutError):
-            reader, writer = await asyncio.open_connection(
-                where.host, where.port, ssl=where.tls(), server_hostname=where.host if where.scheme == "https" else None
-            )
-            writer.write("\r\n".join(lines).encode("latin-1") + body)
-            await asyncio.wait_for(reader.read(65536), 5.0)
-            writer.close()
+            async with asyncio.timeout(FLEET_S):
+                reader, writer = await asyncio.open_connection(
+                    where.host, where.port, ssl=where.tls(), server_hostname=name
+                )
+                with contextlib.closing(writer):
+                    writer.write("\r\n".join(lines).encode("latin-1") + body)
+                    await reader.read(65536)
         self._asking = None
         self._released = self.clock()
         self._tick()

@@ -32,7 +32,8 @@ MOST_WORKERS = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer as a whole. headers: names in lower case. secrets: what it may quote of the request."""
+    """An answer as a whole. content_type: in lower case, without secrets. headers: names in lower case. secrets: what it may
+    quote of the request."""
 
     status: int
     content_type: str
@@ -149,7 +150,8 @@ class Endpoint:
                 if len(held) > most_bytes:
                     raise EndpointError(f"{self.shown}{path}: the answer is larger than {most_bytes} bytes.")
             told = {name.lower(): value for name, value in answer.getheaders()}
-            return Reply(answer.status, told.get("content-type", "").lower(), bytes(held), told, self._secrets)
+            kind = printable(told.get("content-type", ""), self._secrets).lower()
+            return Reply(answer.status, kind, bytes(held), told, self._secrets)
         except ConnectionRefusedError:
             proxy = f"--proxy {shown(host)}:{port}", "proxy", "--proxy"
             asked, what, other = proxy if where.proxy else (self.shown, "server", "--endpoint")
