@@ -58,7 +58,7 @@ COLUMNS = (
 )  # fmt: skip
 """What :func:`binned` uses of a row: reading is most of the work."""
 
-QUANTILES = tuple((metric, q) for metric in ("ttft", "tpot", "e2e") for q in (0.5, 0.9, 0.99))
+QUANTILES = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ def _figures(one: Binned, weights: Counts) -> dict[str, Floats]:
         used = np.flatnonzero(one.latency[metric].any(axis=0))
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
         below = np.cumsum(weights @ one.latency[metric][:, first : last + 1], axis=1, dtype=np.float64)
-        for _, q in (pair for pair in QUANTILES if pair[0] == metric):
+        for q in QUANTILES:
             found[f"{metric}_p{q * 100:g}_s"] = _quantile(below, q, EDGES[first:])
     return found
 
@@ -325,11 +325,10 @@ def _difference(name: str, a: float, b: float, drawn: Floats, share: bool, block
     # Student's t over the normal; scipy.stats says the same, and takes a second to import.
     wider = WIDER * float(stdtrit(blocks - 1, 1 - tail) / ndtri(1 - tail)) * math.sqrt(blocks / (blocks - 1))
     low, high = (point + wider * float(np.quantile(drawn, p)) for p in (tail, 1 - tail))
-    sign = -1 if name.split("_")[0] in LESS_IS_BETTER else 1
     # Equal to the last bit is no difference, and so is one that rounding makes.
     verdict = "cannot tell"
     if low > 1e-9 or high < -1e-9:
-        verdict = "better" if (low > 0) == (sign > 0) else "worse"
+        verdict = "worse" if (low > 0) == (name.split("_")[0] in LESS_IS_BETTER) else "better"
     if not share:
         point, low, high = (math.expm1(v) for v in (point, low, high))
     return Difference(name, a, b, point, low, high, share, verdict)

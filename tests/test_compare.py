@@ -31,6 +31,7 @@ from advisor.compare import (
     counted,
     in_words,
     objection,
+    time_bins,
 )
 from tests.test_features import run_of
 from traces.aggregate import WIDTH, Bins
@@ -186,6 +187,14 @@ def test_blocks_are_those_of_the_papers_rule(n: int) -> None:
     assert len(lengths) > 4
 
 
+@pytest.mark.parametrize("n", [30, 61, 200])
+@pytest.mark.parametrize("period", [3, 6, 8])
+def test_blocks_of_waves_are_those_of_the_rule_too(n: int, period: int) -> None:
+    """No run of lags is quiet in them: the rule looks at half of those that there are."""
+    x = np.sin(np.arange(n) * 2 * np.pi / period) + 0.3 * np.cos(np.arange(n) * 2 * np.pi / n)
+    assert block_length(x) == politis_white(x.tolist())
+
+
 def test_what_does_not_vary_or_is_short_has_blocks_of_one() -> None:
     """No correlation is read out of nothing; bins without a figure are left out; a trend has blocks of a third at most."""
     assert block_length(np.full(200, 3.0)) == block_length(np.arange(7.0)) == 1
@@ -239,6 +248,8 @@ def test_an_interval_is_students_for_the_blocks_that_there_are(blocks: float) ->
     assert "3.9 independent stretches" in few.why
     none = _difference("ttft_p50_s", 0.0, 0.13, drawn, False, blocks)
     assert (none.verdict, none.why) == ("cannot tell", "one of them has no such figure, or none above 0")
+    assert np.isnan(none.change)
+    assert _difference("failed", 0.1, 0.3, drawn[:19], True, blocks).change == pytest.approx(0.2)
 
 
 def test_shares_change_by_points_and_figures_by_ratios() -> None:
@@ -254,6 +265,25 @@ def test_a_difference_is_read_in_its_unit() -> None:
     assert in_words(made)[1:] == ["100", "200", "+100 %", "+90 and +110", "worse"]
     made = Difference("failed", 0.1, 0.15, 0.05, 0.04, 0.06, True, "worse")
     assert in_words(made)[3] == "+5 points"
+
+
+def test_rows_fall_into_two_hundred_stretches_of_time() -> None:
+    """As long as each other, the last with the last row; none without rows. Where all waits are equal none is beyond P99."""
+    even = replace(
+        queue(3, n=1000), due_s=np.arange(1000.0), sent_s=np.arange(1000.0), first_token_s=np.arange(1000.0) + 1.0
+    )
+    assert np.bincount(time_bins(even)).tolist() == [5] * 200
+    assert time_bins(even.take(np.arange(0))).shape == (0,)
+    assert (binned(run(1), even, SLO).series[:, 2] == 0).all()
+
+
+def test_a_drift_leaves_three_stretches_and_no_verdict() -> None:
+    """Blocks are a third of a run at most: what grows from its beginning to its end was seen once."""
+    base = queue(1, 0.5)
+    late = replace(base, first_token_s=base.first_token_s + np.linspace(0.0, 3.0, 3000))
+    made = compare(*pair(base, late))
+    assert made.blocks == pytest.approx(1 / 0.33)
+    assert all("3.0 independent stretches" in d.why for d in made.differences if d.metric.startswith("ttft"))
 
 
 def test_counts_hang_together_as_the_rows_do() -> None:
