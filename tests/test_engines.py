@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loadgen.engines import Engine, Glance, Prompts, Worker, dialect, engine, engines, recognise
+from loadgen.engines import EXACT, Engine, Glance, Measure, Prompts, Worker, dialect, engine, engines, recognise
 from loadgen.engines.base import address
 from loadgen.stream import Answer
 from tests.pages import Pages
@@ -137,11 +137,23 @@ def test_ids_of_64_bits_stay_exact() -> None:
         },
         {"nvext": {"worker_id": {"prefill_worker_id": "abc"}, "timing": {"prefill_time_ms": None}}, "metrics": {}},
         {"usage": {"prompt_tokens_details": {"cached_tokens": -1}}, "id": "cmpl-___prefill_addr_x"},
+        {"id": "___prefill_addr_a___decode_addr_" * 250_000},  # a pattern would look at it for years
+        {"id": "___prefill_addr____decode_addr_b_0"},
+        {"id": "x___decode_addr_b_0"},
     ],
 )
 def test_what_a_server_may_say_instead_gives_no_facts(name: str, kept: dict[str, Any]) -> None:
     """Members of another shape are passed over: no fact, and no exception on the way of a request."""
     assert engine(name).facts(kept, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("counted", "per_unit"), [((1, 2), 1.0), ((5, 5), 1.0), ((8, 80_008), 1.0), ((110, 1212), 1.2)]
+)
+def test_what_is_no_count_of_tokens_is_not_believed(counted: tuple[int, int], per_unit: float) -> None:
+    """Prompts of a thousand ids for every token, or of one id for all, would be made of it."""
+    assert Measure.fit([106, 1024], counted).per_unit == pytest.approx(per_unit, abs=1e-3)
+    assert (Measure.fit([106, 1024], counted) == EXACT) == (per_unit == 1.0)
 
 
 def served(pages: Pages, **answers: Any) -> Glance:

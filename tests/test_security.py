@@ -36,10 +36,10 @@ from loadgen.engines import dialect
 from loadgen.swarm import Job, Swarm
 from tests import advisories
 from tests.test_store import a_run, some_rows
-from traces.errors import MOST_CHARACTERS, InputError
+from traces.errors import MOST_CHARACTERS, InputError, StoreError
 from traces.ingest import ingest
 from traces.records import Fleet, Histogram, Observations, Schedule
-from traces.store import open_store, redact
+from traces.store import open_store, option, redact, told
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-planted-4f1d9c2b7a"
@@ -326,6 +326,19 @@ def test_no_password_survives_redaction(user: str, password: str, encoded: bool,
     assert not any(held[i : i + 4] in shown for i in range(len(held) - 3)), shown
     for url in ("sqlite:///a@b/c.db", "sqlite:////home/me@x/y.db", "postgresql://h/x"):
         assert redact(url) == url
+
+
+@pytest.mark.parametrize("password", ["corr ect", "p@ss:w0rd", "corr\tect", "corr ect@ss:w0rd"])
+def test_a_password_that_no_url_can_hold_is_in_no_message(password: str) -> None:
+    """Blanks, or an @ with a colon behind it, as they are: one line that does not show them, nor does a printed command."""
+    url = f"postgresql://me:{password}@127.0.0.1:1/db"
+    with pytest.raises(StoreError) as caught:
+        open_store(url)
+    for part in ("corr", "ect", "w0rd"):
+        assert part not in str(caught.value)
+        assert part not in told(url)
+        assert part not in option(url)
+    assert told("sqlite:///my runs/x.db")
 
 
 def source() -> list[Path]:

@@ -466,7 +466,12 @@ def redact(url: str) -> str:
 def told(url: str) -> str:
     """The URL for a command that is printed; "" where something must be taken out: without it the command opens nothing, while
     STEELYARD_DB holds it."""
-    return url if redact(url) == url else ""
+    return url if redact(url) == url and not _torn(url) else ""
+
+
+def _torn(url: str) -> bool:
+    """A server's URL with a blank in it: in a message nobody could say where it ends, and what of it is the password."""
+    return not url.startswith("sqlite") and re.search(r"\s", url.strip()) is not None
 
 
 def option(url: str) -> str:
@@ -576,10 +581,15 @@ def _turn(connection: sa.Connection) -> Iterator[None]:
 
 
 def _engine(url: str, *, create: bool, ours: bool = True) -> sa.Engine:
+    if _torn(url):
+        raise StoreError("--db: a server's URL has no blanks. Write %20 for one in a name or password.")
     shown = redact(url)
     try:
         parsed = sa.make_url(url)
-    except ArgumentError:
+    except (
+        ArgumentError,
+        ValueError,
+    ):  # ValueError: a port that is no number, perhaps the end of a password with a colon
         raise StoreError(
             f"--db {shown!r} is not a database URL. Write sqlite:///FILE or postgresql://HOST/NAME."
         ) from None

@@ -43,6 +43,10 @@ BASE_IDS = 4096
 """Distinct starting points in the prebuilt text, so that neighbouring prompts differ beyond their salt."""
 
 
+PLAUSIBLE = 0.25, 16.0
+"""Tokens that a server may count for an id or word of ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measure:
     """Tokens = offset + per_unit x (ids or words of the prompt), as the server's ``usage`` says."""
@@ -52,9 +56,10 @@ class Measure:
 
     @classmethod
     def fit(cls, units: Sequence[int], tokens: Sequence[int]) -> Measure:
-        """The line through the first and the last; what ids count is never more than one each."""
+        """The line through the first and the last; :data:`EXACT` where that is no count of tokens: prompts would be made of a
+        thousand ids for each, or of one for all."""
         slope = (tokens[-1] - tokens[0]) / (units[-1] - units[0])
-        if slope <= 0:
+        if not PLAUSIBLE[0] <= slope <= PLAUSIBLE[1]:
             return cls()
         return cls(tokens[0] - slope * units[0], slope)
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from loadgen.engines.base import Engine, Glance, Metric, Worker, address, member, without_rank
 from traces.records import Sample
 
-_PAIR = re.compile(r"___prefill_addr_(.+?)___decode_addr_(.+?)_[0-9a-f]+$")
-"""vllm-router puts both workers into the id of the answer."""
+_PAIR = "___prefill_addr_", "___decode_addr_"
+"""vllm-router puts both workers into the id of the answer, each behind its mark, then _ and hexadecimal digits."""
 
 _TRANSFERRED = ("external_kv_transfer",)
 
@@ -127,6 +127,14 @@ def router_page(seen: Glance, prefix: str, workers: list[Worker]) -> tuple[list[
     return [Worker("router", "router", metrics=url)], text
 
 
+def _pair(id: str) -> tuple[str, str] | None:
+    """(prefill worker, decode worker) of an answer; None where its id names none. In time that grows with the id alone."""
+    before, _, decode = id.rpartition(_PAIR[1])
+    prefill = before.rpartition(_PAIR[0])[2] if _PAIR[0] in before else ""
+    decode, _, number = decode.rpartition("_")
+    return (prefill, decode) if prefill and decode and re.fullmatch("[0-9a-f]+", number) else None
+
+
 class Vllm(Engine):
     """Facts: P and D addresses from the id of the answer, timings from ``metrics`` beside the usage."""
 
@@ -172,9 +180,9 @@ class Vllm(Engine):
     def facts(self, kept: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
         """A lone engine's first token ends its prefill; a decode engine's, which got the KV, its first step."""
         found = super().facts(kept, headers)
-        pair = _PAIR.search(str(kept.get("id") or ""))
+        pair = _pair(str(kept.get("id") or ""))
         if pair:
-            found |= {"prefill_worker": pair[1], "decode_worker": pair[2]}
+            found |= {"prefill_worker": pair[0], "decode_worker": pair[1]}
         said = kept.get("metrics")
         if isinstance(said, dict):
             names = ("transfer_s", "first_step_s") if pair else ("queue_s", "prefill_s")
