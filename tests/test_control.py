@@ -500,6 +500,30 @@ def test_no_command_goes_on_beside_the_way_back(tmp_path: Path, monkeypatch: pyt
         assert not keeper.stranded
 
 
+def test_a_command_that_is_just_starting_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has begun before the thread that starts it comes back from that; no other is started afterwards."""
+    held = threading.Event()
+
+    class Slow(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            held.wait(1.0)
+
+    with slow(tmp_path, now=Fleet(1, 1)) as (control, _, (begun, over)):
+        monkeypatch.setattr(subprocess, "Popen", Slow)
+        control.ask(Fleet(1, 2))
+        begun()
+        control._running.end(for_good=True)
+        over()
+        held.set()
+        assert control._steps._thread is not None
+        control._steps._thread.join(30)
+        with pytest.raises(LostError, match="exit code -15"):
+            control.get()
+        with pytest.raises(LostError, match="not started, for this process ends"):
+            put(control, Fleet(1, 1), 30.0)
+
+
 def test_a_command_ends_with_the_verb_that_started_it(tmp_path: Path) -> None:
     """SIGTERM, as a pod that is taken away gets it; the note stays."""
     with slow(tmp_path, now=Fleet(2, 1)) as (control, fleet, (begun, over)):
@@ -534,7 +558,7 @@ def test_what_may_not_be_ended_is_not_said_to_be(monkeypatch: pytest.MonkeyPatch
             put(control, Fleet(2, 1), 30.0)
         with pytest.raises(LostError, match="one from before still runs and may not be ended"):
             put(control, Fleet(1, 1), 30.0)
-    assert [process.poll() for process in control._running] == [None]
+    assert control._running.alive()
     del control  # with it goes what it still runs
 
 
@@ -1341,6 +1365,25 @@ def test_the_way_back_is_awaited_as_long_as_a_change(monkeypatch: pytest.MonkeyP
             print(1 / int(not error))
         assert keeper.stranded is error
         keeper.journal.forget()
+
+
+def test_ctrl_c_on_the_way_back_says_that_it_may_not_be_back() -> None:
+    """And with which command it comes back: the note stays."""
+
+    class Halted(Fake):
+        def ask(self, fleet: Fleet) -> None:
+            if fleet == Fleet(2, 2):
+                raise KeyboardInterrupt
+            super().ask(fleet)
+
+    said: list[str] = []
+    keeper = Keeper(Halted(Fleet(2, 2)), "sweep", say=said.append)
+    with pytest.raises(KeyboardInterrupt), keeper:
+        keeper.put(Fleet(1, 3))
+    assert keeper.stranded
+    assert said == ["interrupted: the fleet 2:2 may not be back. To put it back, run: steelyard control restore"]
+    assert keeper.journal.entries()[0].before == "2:2"
+    keeper.journal.forget()
 
 
 def test_planned_changes_come_at_their_time() -> None:

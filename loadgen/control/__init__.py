@@ -402,6 +402,12 @@ class Keeper:
                     "steelyard control restore"
                 )
                 return
+        except KeyboardInterrupt:
+            self.stranded = True
+            self._say(
+                f"interrupted: the fleet {self.before} may not be back. To put it back, run: steelyard control restore"
+            )
+            raise
         if self._found is not None and self._as_found():
             self._say(f"{self.name}: {self._found.fleet} of {self.before} serves again, as before the first change")
         self.journal.done(self._verb)

@@ -14,9 +14,9 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import IO, Any
 
 from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
@@ -48,9 +48,10 @@ class Command:
             raise InputError("a control command needs {prefill} and {decode} among its arguments.")
         self._change, self._read, self._now, self._timeout_s = list(change), list(read), now, timeout_s
         self._target: Fleet | None = None
-        self._running: list[subprocess.Popen[bytes]] = []
-        self._steps = Steps(partial(_end, self._running))
-        weakref.finalize(self, _end, self._running)  # also when this process ends: nobody would know of it any more
+        self._running = _Running()
+        self._steps = Steps(self._running.end)
+        # Also when this process ends: nobody would know of it any more.
+        weakref.finalize(self, self._running.end, for_good=True)
         self.patience_s = timeout_s + GET_S
         self.look_s = LOOK_S if read else 0.0
         self.name = f"command {change[0]}"
@@ -91,12 +92,11 @@ class Command:
     def ask(self, fleet: Fleet) -> None:
         """See :class:`loadgen.control.Control`. No two commands change the fleet at once."""
         self._steps.stop()
-        if any(process.poll() is None for process in self._running):
+        if self._running.alive():
             raise LostError(
                 f"control command {self._change[0]!r}: one from before still runs and may not be ended (another user's, as with "
                 "sudo), so that no other was started."
             )
-        self._running.clear()
         self._target = fleet
 
         def change() -> None:
@@ -119,11 +119,11 @@ class Command:
             filled.append(part)
         return filled
 
-    def _run(self, arguments: list[str], timeout_s: float, running: list[subprocess.Popen[bytes]] | None = None) -> str:
+    def _run(self, arguments: list[str], timeout_s: float, running: _Running | None = None) -> str:
         """What a command says. running: gets its process."""
         # Files, not pipes: whatever the command leaves running holds a pipe open, and nobody would see that it has ended.
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            code = self._ended(arguments, timeout_s, out, err, [] if running is None else running)
+            code = self._ended(arguments, timeout_s, out, err, running or _Running())
             out.seek(0)
             err.seek(max(0, err.seek(0, os.SEEK_END) - 65536))
             said, wrong = out.read(65536), err.read(65536)
@@ -134,16 +134,10 @@ class Command:
         return said.decode("utf-8", "replace").strip()
 
     @staticmethod
-    def _ended(
-        arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes], running: list[subprocess.Popen[bytes]]
-    ) -> int:
+    def _ended(arguments: list[str], timeout_s: float, out: IO[bytes], err: IO[bytes], running: _Running) -> int:
         fate = "was killed"
         try:
-            process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                start_new_session=True,  # Ctrl-C is ours: the way back must not be cut in the middle
-            )  # fmt: skip
-            running.append(process)
+            process = running.start(arguments, out, err)
             try:
                 return process.wait(timeout_s)
             except BaseException:
@@ -160,6 +154,38 @@ class Command:
             ) from None
         except OSError as error:
             raise LostError(f"control command {arguments[0]!r}: cannot be run ({error.strerror}).") from None
+
+
+class _Running:
+    """Commands under way: whoever ends them knows each, also one that another thread is just starting."""
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._held: list[subprocess.Popen[bytes]] = []
+        self._over = False
+
+    def start(self, arguments: list[str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:
+        """A process in a session of its own: Ctrl-C is ours, the way back must not be cut in the middle."""
+        with self._gate:
+            if self._over:
+                raise LostError(f"control command {arguments[0]!r}: not started, for this process ends.")
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+            self._held = [one for one in self._held if one.poll() is None] + [process]
+            return process
+
+    def alive(self) -> bool:
+        """Does one run?"""
+        return any(process.poll() is None for process in self._held)
+
+    def end(self, *, for_good: bool = False) -> None:
+        """End them; for_good: and start no other."""
+        known = self._gate.acquire(timeout=TERM_S)  # less than for ever: a program may take long to be found
+        self._over |= for_good
+        if known:
+            self._gate.release()
+        _end(self._held)
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]]) -> bool:
