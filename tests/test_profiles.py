@@ -73,6 +73,10 @@ def test_nothing_in_a_profile_is_evaluated(tmp_path: Path) -> None:
     (tmp_path / "chunk-1-trace.csv").write_text("0,1.0,1.0,Pareto,1.0,1.0\n")
     with pytest.raises(InputError, match=r"chunk-1-trace\.csv:1: Gamma or Weibull"):
         servegen(tmp_path)
+    for law in ("Gamma,1e-300", "Weibull,0.005", "Weibull,0.02", "Gamma,1e300"):  # gaps of 0 without end
+        (tmp_path / "chunk-1-trace.csv").write_text(f"0,1.0,1.0,{law},1.0\n")
+        with pytest.raises(InputError, match=r"chunk-1-trace\.csv:1: a \w+ shape must be from"):
+            servegen(tmp_path)
     with pytest.raises(InputError, match="holds no chunk"):
         servegen(tmp_path / "nowhere")
 

@@ -21,6 +21,10 @@ from traces.records import Floats, Ints, Schedule
 
 MOST_BYTES = 256 << 20
 MOST_REQUESTS = 50_000_000
+LEAST_SHAPE = {"Gamma": 1e-4, "Weibull": 0.05}
+MOST_SHAPE = 1e6
+"""Outside of these nearly all gaps are drawn as 0, and no number of them fills a window."""
+
 MOST_MEAN = 1_000_000
 """Mean tokens a request of a bucket; a draw above it still fits the store's 32 bits."""
 
@@ -60,9 +64,14 @@ def _client(trace: Path, dataset: Path) -> Client:
         if not all(map(math.isfinite, (start, rate, shape, scale))) or start < 0 or rate < 0:
             raise InputError(f"{trace}:{number}: numbers must be finite and >= 0 (got {line[:60]!r}).")
         if rate > 0:
-            if fields[3] not in ("Gamma", "Weibull") or shape <= 0 or scale <= 0:
+            if fields[3] not in LEAST_SHAPE or shape <= 0 or scale <= 0:
                 raise InputError(
                     f"{trace}:{number}: Gamma or Weibull with shape and scale above 0 (got {line[:60]!r})."
+                )
+            if not LEAST_SHAPE[fields[3]] <= shape <= MOST_SHAPE:
+                raise InputError(
+                    f"{trace}:{number}: a {fields[3]} shape must be from {LEAST_SHAPE[fields[3]]:g} to {MOST_SHAPE:g} "
+                    f"(got {line[:60]!r}). Repair or remove the line."
                 )
             windows.append((start, rate, fields[3], shape, scale))
     try:
