@@ -18,7 +18,7 @@ from loadgen import engines
 from loadgen.client import target, unsaid
 from loadgen.control import Endpoint
 from loadgen.engines import Engine, Glance, Worker
-from loadgen.engines.base import address, member
+from loadgen.engines.base import address, believed, member
 from loadgen.scrape import MOST_BYTES, PAGE_S, PARALLEL, page_of, read
 from traces.errors import InputError, SteelyardError
 from traces.records import ROLES, Fleet, Sample
@@ -240,7 +240,7 @@ def discover(server: Endpoint, *, engine: str = "auto", targets: Targets | None 
         if targets is not None:
             workers = [*targets.workers, *(w for w in workers if w.role != "router")]
     else:
-        workers, by = _agreed(targets, known.workers(seen), notes), targets.file
+        workers, by = _agreed(targets, believed(known.workers(seen), server.shown), notes), targets.file
         workers = _with_roles(server, known, workers, ask_all=False)
     for worker in workers:
         if worker.healthy is False:
@@ -277,7 +277,7 @@ def with_told(found: Discovery, roles: Mapping[str, Sequence[str]]) -> Discovery
 
 def _listed(server: Endpoint, known: Engine, seen: Glance) -> list[Worker]:
     """Workers by the endpoint's own word. Those that only its metrics name may have left long ago: who does not answer is out."""
-    workers = known.workers(seen)
+    workers = believed(known.workers(seen), server.shown)
     stale = bool(workers) and seen.json("/workers") is not None and not member(seen.json("/workers"), "workers")
     return _with_roles(server, known, workers, ask_all=stale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -12,7 +13,7 @@ from loadgen.client import Client, Row
 from loadgen.control import Endpoint
 from loadgen.discover import Discovery, Targets, discover
 from loadgen.engines import FACTS, STAGES, Dialect, Prompts, Worker
-from loadgen.scrape import MOST_BYTES, PAGE_S, page_of, read
+from loadgen.scrape import MOST_BYTES, PAGE_S, PARALLEL, page_of, read
 from traces.errors import EndpointError, SteelyardError
 
 REQUESTS = 3
@@ -127,7 +128,8 @@ def pages(server: Endpoint, found: Discovery) -> list[Page]:
     if not any(w.role == "router" for w in wanted):
         named = Worker("router", "router") if found.workers else Worker("")
         wanted.insert(0, Worker(named.name, named.role, metrics=f"{server.shown}{found.engine.page}"))
-    return [_page(server, found, worker) for worker in wanted]
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        return list(pool.map(lambda worker: _page(server, found, worker), wanted))
 
 
 def _page(server: Endpoint, found: Discovery, worker: Worker) -> Page:

@@ -328,7 +328,9 @@ def replay(
         if steps >= 0:
             done_run = _on_time(done_run, server, steps, slo)
         moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
-        after = again(server, found) if found.listed else None
+        after = None
+        with contextlib.suppress(EndpointError):  # a list that is believed no longer costs no run
+            after = again(server, found) if found.listed else None
         reasons = served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved)
         if refused:  # a rule may want what is out of bounds; who planned a change measured something else without it
             word = "degraded" if policy == "planned" else "valid"

@@ -35,6 +35,9 @@ PAGE_S = 5.0
 MOST_BYTES = 8 * 1024 * 1024
 """Of a page."""
 
+MOST_LINE = 4096
+"""Characters of a line that is read: the library's time for one grows with the square of its length."""
+
 PARALLEL = 16
 """Pages read at once."""
 
@@ -112,7 +115,8 @@ def _wanted() -> frozenset[str]:
 
 
 def lines(text: str) -> Lines:
-    """Name -> (labels, value) of each line whose name an engine knows. ValueError when the text is no exposition."""
+    """Name -> (labels, value) of each line whose name an engine knows. ValueError, and nothing else, when the text is no
+    exposition."""
     from prometheus_client.parser import text_string_to_metric_families
 
     wanted, kept = _wanted(), []
@@ -125,12 +129,17 @@ def lines(text: str) -> Lines:
                 raise ValueError(f"not a line of Prometheus text: {line[:60]!r}")
             continue
         if match[1] in wanted:
+            if len(line) > MOST_LINE:
+                raise ValueError(f"a line of {len(line)} characters: {line[:60]!r}")
             kept.append(line)
     found: Lines = {}
-    for family in text_string_to_metric_families("\n".join(kept) + "\n"):
-        for one in family.samples:
-            if one.value == one.value:
-                found.setdefault(one.name, []).append((one.labels, one.value))
+    try:
+        for family in text_string_to_metric_families("\n".join(kept) + "\n"):
+            for one in family.samples:
+                if one.value == one.value:
+                    found.setdefault(one.name, []).append((one.labels, float(one.value)))
+    except (KeyError, IndexError, OverflowError) as error:  # a label without a name; a whole number that no float holds
+        raise ValueError(f"not Prometheus text ({error})") from None
     return found
 
 
@@ -272,7 +281,10 @@ class _Source:
 
 def page_of(server: Endpoint, worker: Worker) -> tuple[Endpoint, str]:
     """(server, path) of a worker's metrics page. Credentials go to the endpoint itself and to nobody else."""
-    url = urlsplit(worker.metrics)
+    try:
+        url = urlsplit(worker.metrics)
+    except ValueError:
+        raise EndpointError(f"{redact(worker.metrics)}: no URL. Correct it where the workers are listed.") from None
     path = url.path + (f"?{url.query}" if url.query else "")
     own = server.where
     base = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
@@ -530,7 +542,7 @@ class Scraper:
             raise EndpointError(f"{source.endpoint.shown}{source.path}: HTTP {answer.status}")
         try:
             return read(answer.text, source.worker, self._engine), at_s
-        except (ValueError, KeyError, IndexError):
+        except ValueError:
             raise EndpointError(f"{source.endpoint.shown}{source.path}: not Prometheus text") from None
 
     def _round(self, patience_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,16 @@ def test_workers_are_listed_with_their_roles() -> None:
         ("10.0.0.1:8001", "prefill", "http://10.0.0.1:8001/prometheus/metrics"),
         ("10.0.0.2:8002", "decode", "http://10.0.0.2:8002/prometheus/metrics"),
     ]
+
+
+def test_a_label_without_end_is_read_in_its_own_length() -> None:
+    """A run of letters is no label from each of its letters on: of 200,000 that would take minutes."""
+    line = f"dynamo_component_router_worker_registered{{{'a' * 200_000}}} 1\n"
+    with Pages() as pages:
+        seen = served(pages, health=recorded("dynamo/health.json"), metrics=line)
+        began = time.thread_time()
+        assert len(engine("dynamo").workers(seen)) == 2
+    assert time.thread_time() - began < 5
 
 
 def test_a_dynamo_without_prefill_workers_serves_both_phases_on_each() -> None:

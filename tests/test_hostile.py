@@ -13,11 +13,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pytest
 
 from loadgen.client import target
 from loadgen.control import Endpoint
+from loadgen.control.sglang import SGLang
+from loadgen.discover import discover
+from loadgen.engines import engines
+from loadgen.probe import pages
+from loadgen.scrape import Scraper
+from tests.pages import endpoint
 from tests.test_client import EVENTS, SSE, chunked, one
 from traces.errors import EndpointError
 
@@ -181,6 +188,43 @@ def test_a_packed_answer_is_read_to_its_end() -> None:
 
     row = one(answer)
     assert (row.status, row.chunks) == ("ok", 25_000)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(4, id="count"),
+        pytest.param("x", id="text"),
+        pytest.param([{"metadata": 5}], id="metadata"),
+        pytest.param([{"connection_mode": []}], id="mode"),
+        pytest.param([{"url": "http://127.0.0.1:1", "worker_type": []}], id="role"),
+        pytest.param([{"url": "http://[::1", "worker_type": role} for role in ("prefill", "decode")], id="url"),
+    ],
+)
+def test_what_an_endpoint_lists_has_any_shape(said: Any) -> None:
+    """Whatever stands where workers would be listed: who asks finds a worker or none, and reads what pages there are."""
+    problems: set[str] = set()
+    with endpoint(workers={"workers": said}) as served:
+        server = Endpoint(target(served.url))
+        for name in ("auto", *engines()):
+            found = discover(server, engine=name)
+            problems |= {page.problem for page in pages(server, found) if page.worker.url.startswith("http://[")}
+            Scraper(server, 0.0, lambda _: None, workers=found.workers, engine=found.engine.name)
+            served["/health"] = {"instances": said}  # from then on it would be Dynamo for all who ask
+        with contextlib.suppress(EndpointError):
+            SGLang(server, lambda url: Endpoint(target(url))).get()
+    unread = "http://[::1/metrics: no URL. Correct it where the workers are listed."
+    assert problems == ({unread} if "[::1" in str(said) else set())
+
+
+def test_an_endpoint_that_lists_ten_thousand_workers_is_one_line() -> None:
+    """None of them is asked anything."""
+    listed = [{"url": f"http://127.0.0.1:1/{k}", "connection_mode": "Http"} for k in range(10_000)]
+    with endpoint(workers={"workers": listed}) as served:
+        with pytest.raises(EndpointError, match=r"it lists 10000 workers, .* --engine openai") as caught:
+            discover(Endpoint(target(served.url)))
+        assert discover(Endpoint(target(served.url)), engine="openai").workers == ()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_redirect_takes_no_credentials_along() -> None:

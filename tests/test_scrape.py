@@ -224,10 +224,21 @@ def test_every_metric_goes_where_there_is_a_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<html>not { metrics", "just words here and there\n", '{"error": "no"}', "vllm:num_requests_running{ 3\n"]
+    "text",
+    [
+        pytest.param("<html>not { metrics", id="web page"),
+        pytest.param("just words here and there\n", id="words"),
+        pytest.param('{"error": "no"}', id="JSON"),
+        pytest.param("vllm:num_requests_running{ 3\n", id="half a line"),
+        pytest.param('vllm:num_requests_running{a="b", ="c"} 3\n', id="no name"),
+        pytest.param(f"vllm:num_requests_running {'9' * 400}\n", id="no float"),
+        pytest.param(f"vllm:num_requests_running 3 {'9' * 400}\n", id="no time"),
+        # A thousand times as long it would take half an hour.
+        pytest.param('vllm:num_requests_running{a="' + '\\"' * 5000 + '"} 3\n', id="long line"),
+    ],
 )
 def test_what_is_no_exposition_is_a_value_error(text: str) -> None:
-    """A web page is not metrics."""
+    """A web page is not metrics, nor is a line that is longer than any server's."""
     with pytest.raises(ValueError, match=r".*"):
         samples(text, Worker(""), 0.0)
 

@@ -89,7 +89,9 @@ class SGLang:
             raise refused(reply, f"{self._router.shown}/workers", "list its workers")
         held = reply.json()
         workers = held.get("workers") if isinstance(held, dict) else None
-        if not isinstance(workers, list) or not all(isinstance(w, dict) and "url" in w for w in workers):
+        if not isinstance(workers, list) or not all(
+            isinstance(w, dict) and "url" in w and isinstance(w.get("worker_type"), str | None) for w in workers
+        ):
             raise EndpointError(
                 f"{self._router.shown}/workers: no list of workers came back. Is this sglang-router in PD mode?"
             )

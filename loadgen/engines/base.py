@@ -21,6 +21,9 @@ GLANCE_S = 5.0
 ELSEWHERE_S = 1.5
 """The same on a port where perhaps nobody is: a firewall may swallow the question."""
 
+MOST_LISTED = 1024
+"""Workers that a server may list: each has a page, which is asked for in a thread of its own."""
+
 FACTS = ("prefill_worker", "decode_worker", *STAGES, "cached_tokens")
 """What :meth:`Engine.facts` may say under a name of ours; everything else is kept under the engine's own."""
 
@@ -93,6 +96,11 @@ class Glance:
         reply = self.get(path)
         return reply.text if reply is not None and reply.status == 200 else ""
 
+    def listed(self, path: str, name: str) -> list[Any]:
+        """The list that the JSON of a good reply holds under a name; no members where that is no list."""
+        held = member(self.json(path), name)
+        return held if isinstance(held, list) else []
+
     def page(self, port: int) -> tuple[str, str]:
         """(URL, text) of /metrics on another port of the same host; ("", "") where nothing answers."""
         host = urlsplit(self.shown).hostname or ""
@@ -118,6 +126,16 @@ class Glance:
 def member(held: Any, name: str) -> Any:
     """A member of a JSON object; None where it is no object."""
     return held.get(name) if isinstance(held, dict) else None
+
+
+def believed(workers: list[Worker], shown: str) -> list[Worker]:
+    """Workers as the server at ``shown`` told of them. EndpointError for more than MOST_LISTED."""
+    if len(workers) > MOST_LISTED:
+        raise EndpointError(
+            f"{shown}: it lists {len(workers)} workers, and at most {MOST_LISTED} are believed. "
+            "Correct its list, or leave that out with --engine openai."
+        )
+    return workers
 
 
 def without_rank(url: str) -> str:

@@ -26,7 +26,7 @@ _OTHERS = ("router", "encode", "processor")
 """Components with an endpoint that generates and no engine of their own; encoders are "encode" or "encoder"."""
 
 _REGISTERED = re.compile(r"^dynamo_component_router_worker_registered\{(.*)\}\s+1(?:\.0*)?\s*$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_LABEL = re.compile(r'(?<!\w)(\w+)="([^"]*)"')
 _GENERATE = {"dynamo_endpoint": ("generate",)}
 _F = "dynamo_frontend_"
 _C = "dynamo_component_"
@@ -89,7 +89,7 @@ class Dynamo(Engine):
         Routers and processors generate, too, and are no workers: the frontend's page says whom its router has registered.
         """
         parts: dict[str, str] = {}
-        for one in member(seen.json("/health"), "instances") or ():
+        for one in seen.listed("/health", "instances"):
             number, component = member(one, "instance_id"), member(one, "component")
             if member(one, "endpoint") == "generate" and isinstance(number, int) and isinstance(component, str):
                 parts[str(number)] = component

@@ -73,8 +73,10 @@ class Sglang(Engine):
         """By the owner of its models, the list of sglang-router, or its metrics."""
         if "sglang" in seen.owners:
             return "its models are owned by sglang"
-        for one in member(seen.json("/workers"), "workers") or ():
-            if "disaggregation_mode" in (member(one, "metadata") or {}) or member(one, "connection_mode") == "HTTP":
+        for one in seen.listed("/workers", "workers"):
+            about = member(one, "metadata")
+            known = isinstance(about, dict) and "disaggregation_mode" in about
+            if known or member(one, "connection_mode") == "HTTP":
                 return "GET /workers lists workers as sglang-router does"
         text = seen.text("/metrics")
         return "its metrics begin with sglang: or smg_" if "\nsglang:" in text or "\nsmg_" in text else ""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from loadgen.engines.base import Engine, Glance, Metric, Worker, address, member, without_rank
+from loadgen.engines.base import Engine, Glance, Metric, Worker, address, believed, member, without_rank
 from traces.records import Sample
 
 _PAIR = "___prefill_addr_", "___decode_addr_"
@@ -98,7 +98,7 @@ def routed_workers(seen: Glance) -> list[Worker]:
     """The workers that ``GET /workers`` of vllm-router or sglang-router lists. One whose data-parallel ranks are listed apart is
     one worker with one page, ill where a rank is."""
     found: dict[tuple[str, str], Worker] = {}
-    for one in member(seen.json("/workers"), "workers") or ():
+    for one in seen.listed("/workers", "workers"):
         url = member(one, "url")
         if not isinstance(url, str) or not url:
             continue
@@ -116,7 +116,7 @@ def routed_workers(seen: Glance) -> list[Worker]:
         )
         if found.setdefault((worker.name, worker.role), worker).healthy is not False:
             found[worker.name, worker.role] = worker
-    return sorted(found.values(), key=lambda w: (w.role != "prefill", w.name))
+    return believed(sorted(found.values(), key=lambda w: (w.role != "prefill", w.name)), seen.shown)
 
 
 def router_page(seen: Glance, prefix: str, workers: list[Worker]) -> tuple[list[Worker], str]:
@@ -146,8 +146,7 @@ class Vllm(Engine):
         """By the owner of its models, its metrics, or the list of vllm-router."""
         if "vllm" in seen.owners:
             return "its models are owned by vllm"
-        modes = {member(w, "connection_mode") for w in member(seen.json("/workers"), "workers") or ()}
-        if modes & {"Http", "Grpc"}:
+        if any(member(one, "connection_mode") in ("Http", "Grpc") for one in seen.listed("/workers", "workers")):
             return "GET /workers lists workers as vllm-router does"
         return "its metrics begin with vllm:" if "\nvllm:" in seen.text("/metrics") else ""
 
