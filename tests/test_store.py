@@ -31,7 +31,7 @@ from tests import keep_revision
 from tests.test_features import run_of
 from traces.errors import InputError, StoreError
 from traces.measures import Slo
-from traces.records import ERRORS, STATUSES, Decision, Fleet, FleetChange, Observations, Run, Sample
+from traces.records import ERRORS, STATUSES, Decision, Fleet, FleetChange, Histogram, Observations, Run, Sample
 from traces.store import head_revision, migrate, open_store
 
 DATA = Path(__file__).parent / "data"
@@ -196,6 +196,28 @@ def test_whatever_is_written_twice_is_stored_once(made_any_url: str) -> None:
         assert len(store.samples(run.id)) == 5
         assert readings[0] in store.samples(run.id)
         assert store.fleet_changes(run.id) == [change]
+
+
+def test_what_has_no_key_is_stored_once_by_two_at_once(made_url: str, tmp_path: Path) -> None:
+    """A decision that its replay and whoever loads its spool store, and a histogram in a dump that two load: both looked
+    whether it is there before the other had stored it."""
+    decision = Decision(1.0, 2.0, "hold", Fleet(4, 4), None, "why", 3)
+    counted = Histogram("w", "decode", "ttft", "s", 2.0, 1.5, ((0.5, 1.0), (math.inf, 2.0)))
+    with open_store(made_url) as one, open_store(made_url) as two, ThreadPoolExecutor(4) as pool:
+        dumped, run = one.begin_run(a_run()), one.begin_run(a_run())
+        one.add_histograms(dumped.id, [counted])
+        (piece,) = one.dump("histograms", dumped.id)
+        piece["run_id"] = [run.id]
+        with closing(sqlite3.connect(tmp_path / "made.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            asked = [pool.submit(store.add_decision, run.id, decision, "c", 1000.0) for store in (one, two)]
+            asked += [pool.submit(store.restore, "histograms", piece, {}) for store in (one, two)]
+            time.sleep(0.3)
+            other.execute("ROLLBACK")
+        for done in asked:
+            done.result()
+        assert one.decisions(run.id) == [decision]
+        assert one.histograms(run.id) == [counted]
 
 
 def test_what_no_database_takes_is_left_out_of_texts(made_any_url: str) -> None:

@@ -7,7 +7,7 @@ The contract, the same on SQLite, PostgreSQL and MariaDB
   never ended is a run with ``ended = false``; its rows count as what was measured before the interruption.
 - **What is written twice.** Everything that is measured has a key of its own: an observation (run, index), a sample
   (run, time, worker, role), a fleet change (run, time), a run and a recommendation a number that their writer drew; a decision,
-  and a fleet change outside of a run, is told by its time and what it steered. Writing
+  and a fleet change outside of a run, is told by its time and what it steered, by one writer after another. Writing
   the same again changes nothing, so whatever was sent when a connection broke is sent again: by the store itself at once
   (RETRIES_S), by the replay from disk (:mod:`loadgen.spool`). Only a trace is not: it fails whole, ``ingest`` runs again.
 - **What a reader sees.** Whole batches, in any order of arrival; never half a batch. A reader never blocks a writer
@@ -1310,8 +1310,8 @@ class Store:
 
         def write(connection: sa.Connection) -> None:
             fresh = rows
+            _alone(connection, ids)  # what has no key is counted
             if t is observations:  # what was kept of these runs, perhaps while they were only half here, holds no more
-                _alone(connection, ids)
                 connection.execute(summaries.delete().where(summaries.c.run_id.in_(ids)))
             if t is fleet_changes:  # what they cost is known when the run has ended, to a later dump
                 begun = sa.select(runs.c.id).where(runs.c.id.in_(ids), runs.c.ended.is_(False))
@@ -1608,6 +1608,7 @@ class Store:
         ]
 
         def write(connection: sa.Connection) -> None:
+            _alone(connection, [run_id])
             connection.execute(histograms.delete().where(histograms.c.run_id == run_id))
             connection.execute(histograms.insert(), values)
 
@@ -1703,6 +1704,7 @@ class Store:
         )
 
         def write(connection: sa.Connection) -> None:
+            _alone(connection, [] if run_id is None else [run_id])
             if connection.execute(same).first() is None:
                 connection.execute(decisions.insert(), [values])
 
@@ -1831,7 +1833,8 @@ def _rows(connection: sa.Connection, run_id: int, most: int | None = None) -> in
 
 
 def _alone(connection: sa.Connection, run_ids: Iterable[int]) -> None:
-    """Until the transaction ends nobody else keeps figures of these runs, or adds rows to them that make kept ones stale."""
+    """Until the transaction ends nobody else keeps figures of these runs, or adds rows to them that make kept ones stale, or
+    that have no key."""
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would begin only before the first row is changed
     else:  # others may still refer to the run: the rows of whoever counts what it stores
