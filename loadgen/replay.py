@@ -471,6 +471,8 @@ class Writer:
 
         def work() -> Run:
             self.spool.load(self._store)
+            if self.spool.size():  # nobody may take the run for a whole one
+                raise StoreError(f"another process is storing rows of run {run.id}.")
             self._store.add_histograms(run.id, counted)
             return self._store.end_run(run, count=False)
 

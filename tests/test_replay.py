@@ -843,6 +843,33 @@ def test_what_came_of_a_run_is_stored_after_its_rows(store: Store, tmp_path: Pat
     assert not list(folder().iterdir())
 
 
+def test_a_replay_ends_after_whoever_loads_its_rows(store: Store) -> None:
+    """Rows that another command is storing at that moment are rows of the run too."""
+    run, ended = begun(store), list[bool]()
+    spool = Spool(store, run.id)
+    spool.add_observations(held_rows(4))
+    with Writer(store, run.id) as writer, spool.path.open("rb") as loading:
+        fcntl.flock(loading, fcntl.LOCK_EX)
+
+        def done() -> None:
+            ended.append(store.run(run.id).ended)
+            fcntl.flock(loading, fcntl.LOCK_UN)
+
+        timer = threading.Timer(0.5, done)
+        timer.start()
+        assert writer.settle(run, 60.0).ended
+        timer.join()
+    assert ended == [False]
+    assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
+    spool.add_observations(held_rows(4))
+    with Writer(store, run.id) as writer, spool.path.open("rb") as loading:
+        fcntl.flock(loading, fcntl.LOCK_EX)
+        with pytest.raises(
+            StoreError, match=r"(storing rows of run 1|does not answer)\. Nothing is lost.*runs recover"
+        ):
+            writer.settle(run, 0.0)
+
+
 def test_a_database_that_is_busy_storing_what_waits_answers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by a reader: of a backlog that took longer than the patience, and of a count of many rows, it was said that the
     database does not answer, though all of it was stored."""
