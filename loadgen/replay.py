@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loadgen.client import TIMEOUT_S, Target, target
-from loadgen.control import Control, Endpoint, Keeper, Standing, put
+from loadgen.control import Control, Endpoint, Keeper, Standing, put, terminable
 from loadgen.control.online import Controller, Steering
 from loadgen.control.reference import Reference
 from loadgen.discover import Discovery, Targets, again, discover, with_told
@@ -74,6 +74,7 @@ def read_api_key(named: str | Path | None) -> str | None:
     return os.environ.get(API_KEY) or (read_secret(named, f"{API_KEY}_FILE") if named else None)
 
 
+@terminable()  # also before the load begins, and while what came of it is stored: the run has an end
 def replay(
     store: Store,
     swarm: Swarm,
@@ -132,8 +133,8 @@ def replay(
     of (:func:`loadgen.engines.single_token_words`). Unless the engine is the reference, a few requests before the run find
     out how many tokens it counts for a prompt, and prompts are made so.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
-    EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C drains, stores, marks the run
-    incomplete and raises :class:`Interrupted`.
+    EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C (SIGTERM is the same) drains, stores,
+    marks the run incomplete and raises :class:`Interrupted`.
     """
     if isinstance(schedule, Feed) and (prefixes or sessions == "causal" or dispatch is not None):
         raise InputError(
@@ -248,8 +249,6 @@ def replay(
 
     live = Live(run, schedule, slo)
     swarm.watched = live.table
-    if on_live is not None:
-        on_live(live)
 
     def on_samples(readings: Sequence[Sample]) -> None:
         live.samples(readings)
@@ -304,6 +303,8 @@ def replay(
                     )
 
             try:
+                if on_live is not None:
+                    on_live(live)
                 outcome = swarm.run(schedule, job, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
                 reason = outcome.reason
                 tally.unread(outcome.unread)

@@ -9,6 +9,7 @@ import http.server
 import io
 import json
 import math
+import os
 import re
 import resource
 import shlex
@@ -39,6 +40,7 @@ from loadgen.control.journal import Journal
 from loadgen.engines import WORDS, single_token_words
 from loadgen.replay import GRACE_S, Writer, read_api_key, replay
 from loadgen.spool import Spool, Steered, folder
+from loadgen.spool import waiting as spooled
 from loadgen.swarm import Swarm
 from loadgen.sweep import plan, saturate, sweep
 from traces.errors import EndpointError, InputError, StoreError
@@ -1120,6 +1122,25 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str) -> None:
     with open_store(db) as store:
         assert len(store.observations(1)) == 9754
         assert store.run(1).verdict == "invalid"
+
+
+def test_sigterm_before_the_load_and_after_it_ends_the_run(store: Store, swarm: Swarm, endpoint: str) -> None:
+    """Only while requests were sent was it Ctrl-C: else the process was gone, and the run said to go on for ever."""
+    missed = list[int]()
+    before = signal.signal(signal.SIGTERM, lambda number, _: missed.append(number))  # else it would end the tests
+    try:
+        for edge in ("on_live", "on_outcome"):
+            at: dict[str, Any] = {edge: lambda _: os.kill(os.getpid(), signal.SIGTERM)}
+            with pytest.raises(KeyboardInterrupt):
+                replay(store, swarm, schedule(4, 40.0), endpoint, **at)
+            for spool in spooled(store):  # as the next command does
+                spool.load(store)
+            run = store.runs()[-1]
+            assert (run.ended, run.complete, run.scheduled) == (True, False, len(store.observations(run.id)))
+            assert "interrupted" in run.reason
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (len(store.runs()), missed) == (2, [])
 
 
 def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
