@@ -25,7 +25,7 @@ from traces.errors import InputError, NoFleetError, NotEnoughDataError, StoreErr
 from traces.measures import Slo
 from traces.records import CLOSED_LOOP, Fleet, Observations, Run, Schedule
 from traces.shape import head, joined, to_rate
-from traces.store import EXACT_ROWS, Store
+from traces.store import EXACT_ROWS, Store, redact
 
 DEFAULT_SLO = "ttft<0.5s tpot<50ms"
 """Used when neither the user nor the runs name one; shown as a default."""
@@ -101,7 +101,7 @@ def choose_runs(
         chosen = [run for run in runs if run.endpoint == endpoint or run.model == endpoint]
         if not chosen:
             known = ", ".join(sorted({run.model or run.endpoint for run in runs}))
-            raise InputError(f"no run was made against {endpoint!r}. Known: {known}.")
+            raise InputError(f"no run was made against {redact(endpoint)!r}. Known: {known}.")
         return chosen
     if ids or group:
         return runs

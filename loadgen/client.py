@@ -211,10 +211,23 @@ def _basic(user: str, password: str | None) -> str:
 
 
 def unsaid(url: str) -> str:
-    """What should be a URL, for messages: without what may be a user and password, also where the scheme is missing."""
+    """What is or should be a URL, for messages and rows: without what may be a user, password or token, also where the scheme is
+    missing. Of one with a blank nobody could say where its password ends: *** stands for all of it."""
     from traces.store import redact
 
-    return printable(re.sub(r"^\S*:\S*@", "", redact(url)))
+    whole = re.sub(r"(?s)(?<=:)//\S*\s.*", "//***", url.strip())
+    return printable(re.sub(r"(?s)^.*:.*@", "", redact(whole)))
+
+
+def named_url(url: str, what: str) -> str:
+    """A worker's URL as a file names it. InputError begins with what."""
+    try:
+        target(url)
+    except InputError:
+        raise InputError(f"{what} must be an http or https URL (got {unsaid(url)!r}).") from None
+    if re.search(r"\s", url):
+        raise InputError(f"{what} must be a URL without blanks. Write %20 for one.")
+    return url
 
 
 def target(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loadgen import engines
-from loadgen.client import target, unsaid
+from loadgen.client import named_url, target, unsaid
 from loadgen.control import Endpoint
 from loadgen.engines import Engine, Glance, Worker
 from loadgen.engines.base import address, believed, member
@@ -133,14 +133,20 @@ def read_targets(path: Path) -> Targets:
     names = [w.name for w in workers]
     twice = next((n for n in names if names.count(n) > 1 and not _same(workers, n)), "")
     if twice:
-        raise InputError(f"--targets {path}: two workers are named {twice!r}, with different roles. Name them apart.")
+        raise InputError(
+            f"--targets {path}: two workers are named {twice!r}, with different roles or pages that differ behind the ? alone. "
+            "Name them apart."
+        )
     engine = held.get("engine", "")
     return Targets(str(path), tuple(workers), engine if isinstance(engine, str) else "")
 
 
 def _same(workers: Sequence[Worker], name: str) -> bool:
-    """Several pages of one worker (its engine's and its GPUs') have one role."""
-    return len({w.role for w in workers if w.name == name}) == 1
+    """Several pages of one worker (its engine's and its GPUs') have one role. Pages that differ behind the ? alone are
+    of one worker only where a name says so."""
+    pages = [w for w in workers if w.name == name]
+    unnamed = {w.metrics.partition("?")[2] for w in pages if not w.url and address(w.metrics) == name}
+    return len({w.role for w in pages}) == 1 and len(unnamed) < 2
 
 
 def _worker(held: Any, where: str) -> Worker:
@@ -152,7 +158,7 @@ def _worker(held: Any, where: str) -> Worker:
     texts = {key: held.get(key, "") for key in ("name", "role", "url", "metrics", "id")}
     for key, value in texts.items():
         if not isinstance(value, str):
-            raise InputError(f"{where}: {key} must be text (got {value!r}).")
+            raise InputError(f"{where}: {key} must be text (got {unsaid(repr(value))}).")
     if texts["role"] not in ("", *ROLES):
         raise InputError(f"{where}: role must be one of {', '.join(ROLES)} (got {texts['role']!r}).")
     weight = held.get("weight", 1)
@@ -160,10 +166,7 @@ def _worker(held: Any, where: str) -> Worker:
         raise InputError(f"{where}: weight must be a whole number of workers, 1 or more (got {weight!r}).")
     for key in ("url", "metrics"):
         if texts[key]:
-            try:
-                target(texts[key])
-            except InputError:
-                raise InputError(f"{where}: {key} must be an http or https URL (got {unsaid(texts[key])!r}).") from None
+            named_url(texts[key], f"{where}: {key}")
     if texts["url"] and not texts["metrics"]:
         texts["metrics"] = texts["url"].rstrip("/") + "/metrics"
     name = texts["name"] or address(texts["url"]) or texts["id"] or address(texts["metrics"])

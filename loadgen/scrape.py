@@ -20,13 +20,12 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-from loadgen.client import target
+from loadgen.client import target, unsaid
 from loadgen.control import Endpoint
 from loadgen.engines import Engine, Metric, Worker, engines
-from loadgen.engines.base import address
+from loadgen.engines.base import address, without_rank
 from traces.errors import EndpointError, SteelyardError
 from traces.records import ROLES, Histogram, Sample
-from traces.store import redact
 
 PERIOD_S = 0.5
 PAGE_S = 5.0
@@ -284,7 +283,7 @@ def page_of(server: Endpoint, worker: Worker) -> tuple[Endpoint, str]:
     try:
         url = urlsplit(worker.metrics)
     except ValueError:
-        raise EndpointError(f"{redact(worker.metrics)}: no URL. Correct it where the workers are listed.") from None
+        raise EndpointError(f"{unsaid(worker.metrics)}: no URL. Correct it where the workers are listed.") from None
     path = url.path + (f"?{url.query}" if url.query else "")
     own = server.where
     base = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
@@ -449,9 +448,10 @@ class Scraper:
                 told: dict[str, Any] = {
                     "role": last.role if last else worker.role,
                     "weight": worker.weight,
-                    "url": redact(worker.url),
-                    "metrics": redact(worker.metrics),
-                    "id": next((n for n, w in self.names.items() if w == name and n == worker.id), ""),
+                    "url": unsaid(worker.url),
+                    "metrics": unsaid(worker.metrics),
+                    # A list without ids of its own has URLs in their place.
+                    "id": unsaid(without_rank(worker.id)) if self.names.get(worker.id) == name else "",
                     "fields": self._fields.get(name, {}),
                     "last_s": last.at_s if last else None,
                 }

@@ -46,6 +46,7 @@ from loadgen.control import (
     vllm_router,
 )
 from loadgen.control.command import Command
+from loadgen.control.endpoint import Reply
 from loadgen.control.journal import Journal
 from loadgen.control.online import Controller, Ledger, Planned, measured
 from loadgen.control.reference import Reference
@@ -599,12 +600,17 @@ def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
         ("http://me:pw@host:8000", "--control 'http://host:8000' is neither"),
         ("reference:", "needs the endpoint's URL"),
         ("sglang:", "needs the router's URL"),
-        ("command:scale", "must be a list of arguments"),
+        ("command:scale http://me:pw@h", "must be a list of arguments .* .got 'scale http://h'"),
         ('command:["scale"]', "needs {prefill} and {decode}"),
         ("vllm-router:x", "needs a TOML file"),
         ("kind = 1", "kind must be one of"),
         ('kind = "sglang"', "router is missing"),
         ('kind = "sglang"\nrouter = 3', "router must be a str"),
+        ('kind = "sglang"\nrouter = ["http://me:pw@h"]', r"router must be a str .got \['http://h'\]"),
+        (
+            'kind = "sglang"\nrouter = "http://x"\n[[worker]]\nurl = "http://me:p w@y"\nrole = "any"',
+            r"worker\]\] 1: url must be a URL without blanks",
+        ),
         ('kind = "sglang"\nrouter = "http://x"\nrooter = 1', "rooter not known here"),
         ('kind = "sglang"\nrouter = "http://x"\n[[worker]]\nurl = "http://y"\nrole = "both"', "role must be"),
         ('kind = "reference"\nurl = "http://x"\n[bounds]\nprefill = [2, 1]', "two whole numbers"),
@@ -991,6 +997,53 @@ def test_what_was_given_for_https_goes_to_no_engine_in_the_clear(
     control = control_of(str(file), connect)
     assert isinstance(control, SGLang)
     assert ("PLANTED" in str(dict(control._engine(control._pool[0].url).where.headers))) is sent
+
+
+def test_what_is_secret_in_a_controls_urls_is_nowhere(
+    routers: list[Router], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in a dry run, nor in what is in force, nor in what a step that failed says (a controller stores that), nor on disk."""
+    monkeypatch.setattr("loadgen.control.sglang.START_S", 0.1)
+    router = Router([("prefill", "prefill"), ("decode", "decode"), ("any", "")])
+    routers.append(router)
+    sglang = Path(router.file(tmp_path / "sglang.toml"))
+    sglang.write_text(sglang.read_text().replace('url = "http://', 'url = "http://me:PL@NTED@'))
+    router.registered = {u: w | {"url": w["url"].replace("//", "//me:PL@NTED@")} for u, w in router.registered.items()}
+    router.ill = {url.replace("//", "//me:PL@NTED@") for url in router.workers}
+    vllm = tmp_path / "vllm.toml"
+    rows = "".join(f'[[worker]]\nhttp = "me:PL@NTED@10.0.0.{n}:8000"\n' for n in (1, 2, 3))
+    vllm.write_text(f'kind = "vllm-router"\ndiscovery = "127.0.0.1:1"\n{rows}')
+    made = control_of(str(vllm), CONNECT)
+    assert isinstance(made, vllm_router.VllmRouter)
+    made.file.parent.mkdir(parents=True)
+    vllm_router._write(made.file, {"target": "1:1"})
+    vllm_router._write(made.file.with_suffix(".alive"), {"taken": "1:1", "since_unix_s": 0, "moved": False})
+    command = "command:" + json.dumps(["put", "http://me:PL@NTED@h/{prefill}", "{decode}", "--token=PLNTED"])
+    prefill, _, free = router.workers
+
+    def said(code: int, *arguments: str) -> str:
+        assert main(["control", *arguments]) == code
+        told = capsys.readouterr()
+        assert "NTED" not in told.out + told.err
+        return told.out + told.err
+
+    assert f"prefill: {prefill}\n" in said(0, "get", "--control", str(sglang))
+    assert json.loads(said(0, "get", "--control", str(sglang), "--json"))["workers"]["prefill"] == [prefill]
+    assert "prefill: http://10.0.0.1:8000\n" in said(0, "get", "--control", str(vllm))
+    for control, step in (
+        (str(sglang), f"POST {free}/pd_role_switch to prefill, then POST {router.url}/workers: add {free} as prefill"),
+        (str(vllm), "register 10.0.0.2:8000 as prefill at 127.0.0.1:1 (now nothing)"),
+        (command, "run put http://h/2 1 --token=***"),
+    ):
+        assert step in json.loads(said(0, "set", "2:1", "--control", control, "--dry-run", "--json"))["steps"]
+    assert f"{free}: not healthy as prefill at the router" in said(1, "set", "2:1", "--control", str(sglang))
+    assert not any("NTED" in path.read_text() for path in made.file.parent.iterdir())
+    refused = loadgen.control.refused(Reply(400, "", b"http://me:PL@NTED@e:1 is there"), "http://r", "add http://e:1")
+    assert str(refused) == "http://r: refused to add http://e:1 (HTTP 400: http://e:1 is there)."
+    with Pages() as pages:
+        known = pages.url.replace("//", "//me:PL@NTED@")
+        assert f"{pages.url}: its fleet cannot be read" in said(1, "get", known)
+        assert f"{pages.url}: its fleet cannot be set" in said(1, "set", "2:1", known)
 
 
 def test_a_router_that_refuses_and_an_expired_token_are_one_line_each(routers: list[Router]) -> None:

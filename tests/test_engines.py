@@ -243,6 +243,7 @@ def test_workers_are_listed_with_their_roles() -> None:
     ]
     assert address("http://10.0.0.1:30000@1") == "10.0.0.1:30000"
     assert address("http://me:word@10.0.0.1:30000") == "10.0.0.1:30000"
+    assert address("https://me:word@gw/metrics?token=a@b") == "gw"
     for page in ("", text("dynamo/metrics_frontend.txt")):  # with the frontend's word on who is registered, and without
         with Pages() as pages:
             held = recorded("dynamo/health.json")

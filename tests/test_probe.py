@@ -136,6 +136,13 @@ def test_a_targets_file_names_workers_roles_and_pages(tmp_path: Path) -> None:
         ("t.toml", '[[worker]]\nrol = "prefill"\n', "worker 1: 'rol' is not known. Known: id, metrics, name"),
         ("t.toml", '[[worker]]\nmetrics = "10.0.0.1:80"\n', "metrics must be an http or https URL"),
         ("t.toml", '[[worker]]\nmetrics = "me:pw@a:80"\n', "metrics must be an http or https URL (got 'a:80')"),
+        (
+            "t.toml",
+            '[[worker]]\nmetrics = "ftp://me:p w@a:80"\n',
+            "metrics must be an http or https URL (got 'ftp://***')",
+        ),
+        ("t.toml", '[[worker]]\nurl = "http://me:p w@a:80"\n', "worker 1: url must be a URL without blanks. Write %20"),
+        ("t.toml", '[[worker]]\nmetrics = ["http://me:pw@a"]\n', "metrics must be text (got ['http://a'])"),
         ("t.toml", '[[worker]]\nrole = "decode"\n', "needs metrics"),
         ("t.toml", '[[worker]]\nname = "a"\nweight = 0\n', "weight must be a whole number"),
         ("t.toml", "[[worker]\n", "is no TOML"),
@@ -154,6 +161,11 @@ def test_a_targets_file_names_workers_roles_and_pages(tmp_path: Path) -> None:
             "t.json",
             '{"workers": [{"name": "a", "role": "prefill"}, {"name": "a", "role": "decode"}]}',
             "two workers are named 'a'",
+        ),
+        (
+            "t.json",
+            '{"workers": [{"metrics": "http://a/m?worker=1"}, {"metrics": "http://a/m?worker=2"}]}',
+            "two workers are named 'a/m', with different roles or pages that differ behind the ? alone. Name them apart.",
         ),
         ("", "", "cannot be read"),
     ],
@@ -469,21 +481,34 @@ def test_doctor_looks_where_a_replay_reads(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_verb_prints_people_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Known, missing and costs for people; one object for programs; exit code 1 and one line where nothing answers."""
+    """Known, missing and costs for people; one object for programs; exit code 1 and one line where nothing answers.
+    In none of it is what is secret in a worker's URL, nor in a run's sources, also where it has no name and its page fails."""
+
+    def cut(ask: Any) -> Any:
+        raise ConnectionAbortedError
+
     with endpoint("vllm") as pages:
         pages["/workers"] = pool(pages, "pd")
         file = tmp_path / "targets.json"
         roles = {"w0": "prefill", "w1": "decode"}
         own = [{"role": role, "url": f"{pages.url.replace('//', '//me:pl4nted@')}/{w}"} for w, role in roles.items()]
+        pages["/cut"] = cut
+        bare = pages.url.removeprefix("http://")
+        own.append({"role": "decode", "metrics": f"http://me:pl4nted@{bare}/cut?n=1&token=pl4nted"})
         file.write_text(json.dumps({"workers": own}))
         assert main(["probe", pages.url, "--targets", str(file)]) == 0
         out = capsys.readouterr().out
         assert "known    vllm" in out
         assert "costs:" in out
         assert f"metrics {pages.url}/w0/metrics" in out
+        assert f"worker   {bare}/cut: decode, metrics {pages.url}/cut?n=1&token=***\n" in out
+        assert f"worker {bare}/cut ({pages.url}/cut: no HTTP answer" in out
         assert main(["probe", pages.url, "--targets", str(file), "--json"]) == 0
         said = capsys.readouterr().out
-        assert "pl4nted" not in out + said
+        listed = Worker("w", "decode", url="http://me:pl4nted@h:1", id="http://me:pl4nted@h:1")  # of a list without ids
+        scraper = Scraper(server(pages), 0.0, lambda samples: None, workers=[*read_targets(file).workers, listed])
+        assert scraper.sources()["w"]["id"] == "http://h:1"
+        assert "pl4nted" not in out + said + str(scraper.sources())
         held = json.loads(said)
     assert held["engine"] == "vllm"
     assert held["request"]["output_tokens"] == [16, 16, 16]

@@ -25,6 +25,7 @@ from loadgen.engines import Worker, engine
 from loadgen.scrape import GIVE_UP, Scraper, page_of, read, samples
 from loadgen.served import Served
 from tests.pages import Pages
+from traces.errors import EndpointError
 from traces.measures import parts_of
 from traces.records import Fleet, Histogram, Sample
 
@@ -623,3 +624,8 @@ def test_credentials_go_to_the_endpoint_alone() -> None:
     other, path = page_of(server, Worker("w", metrics="http://127.0.0.1:8001/metrics?x=1"))
     assert own.where.headers["Authorization"] == "Bearer secret-token"
     assert (dict(other.where.headers), path) == ({}, "/metrics?x=1")
+    with pytest.raises(EndpointError) as caught:
+        other.fetch("GET", "/metrics?token=pl4n ted")  # as a list may give it
+    assert str(caught.value).startswith(
+        "http://127.0.0.1:8001/metrics: the URL holds a character that HTTP does not allow."
+    )

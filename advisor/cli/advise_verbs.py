@@ -168,7 +168,11 @@ def advise(
         answer.extra["probing"] = asdict(probing)
     refused: SteelyardError | None = None
     if probing is not None and not probing.put_back:
-        refused = EndpointError(f"{url}: the split that was in force is not put back. Run: steelyard control restore")
+        from loadgen.client import unsaid
+
+        refused = EndpointError(
+            f"{unsaid(str(url))}: the split that was in force is not put back. Run: steelyard control restore"
+        )
     if profile_out or exported:
         from advisor.exports import export
         from advisor.report import write_report

@@ -99,18 +99,22 @@ def control(as_json: bool, db: str) -> None:  # for the verbs below, which ask t
 @json_option
 def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any) -> int:
     """Print the fleet that is in force."""
+    from loadgen.client import unsaid
     from traces.errors import EndpointError
 
     made = chosen(control_spec, url, options)
     if made is None:
-        raise EndpointError(f"{url or control_spec}: its fleet cannot be read (no /fleet). Say how with --control.")
+        raise EndpointError(
+            f"{unsaid(url or control_spec or '')}: its fleet cannot be read (no /fleet). Say how with --control."
+        )
     standing = made.get()
+    workers = {role: [unsaid(name) for name in names] for role, names in standing.workers.items()}
     found = {
         "control": made.name,
         "fleet": _fleet(standing.fleet),
         "target": _fleet(standing.target),
         "changing": standing.changing,
-        "workers": standing.workers,
+        "workers": workers,
     }
     if as_json:
         emit_json(found)
@@ -121,7 +125,7 @@ def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any
     elif standing.fleet and standing.target not in (None, standing.fleet):
         line += f" of {standing.target}"
     messages().print(line, markup=False)
-    for role, names in standing.workers.items():
+    for role, names in workers.items():
         messages().print(f"  {role}: {', '.join(names) or 'none'}", markup=False)
     return 0
 
@@ -157,6 +161,7 @@ def set_(
     **options: Any,
 ) -> int:
     """Put a fleet in force, wait until it is, and store what that cost. ``control restore`` goes back."""
+    from loadgen.client import unsaid
     from traces.errors import EndpointError, StoreError
     from traces.records import Fleet, FleetChange
     from traces.store import open_store
@@ -166,7 +171,9 @@ def set_(
         raise click.UsageError("--warm needs the URL that takes requests.")
     made = chosen(control_spec, url, options)
     if made is None:
-        raise EndpointError(f"{url or control_spec}: its fleet cannot be set (no /fleet). Say how with --control.")
+        raise EndpointError(
+            f"{unsaid(url or control_spec or '')}: its fleet cannot be set (no /fleet). Say how with --control."
+        )
     keeper = keeper_of(made, "set", options, as_json, put_back=False, keep_note=True)
     if dry_run:
         return printed(keeper.steps(wanted), f"{made.name} to {wanted}", as_json, fleet=_fleet(wanted))
@@ -396,6 +403,7 @@ def run(
     With --dry-run it decides and says so, changes nothing and stores nothing.
     """
     from loadgen import policy
+    from loadgen.client import unsaid
     from loadgen.control import terminable
     from loadgen.control.online import Controller, Ledger
     from traces.errors import EndpointError
@@ -405,7 +413,7 @@ def run(
 
     made = chosen(control_spec, url, options)
     if made is None:
-        raise EndpointError(f"{url}: its fleet cannot be set (no /fleet). Say how with --control.")
+        raise EndpointError(f"{unsaid(url)}: its fleet cannot be set (no /fleet). Say how with --control.")
     slo = Slo.parse(options["slo"]) if options["slo"] else None
     keeper: Any = keeper_of(made, "run", options, as_json, put_back=not leave)
     if dry_run:
@@ -557,6 +565,7 @@ def keep(control_spec: str, fleet: str) -> int:
 
     ``control set``, sweeps and ``control run`` tell this process which roles to register.
     """
+    from loadgen.client import unsaid
     from loadgen.control import control_of, terminable
     from loadgen.control.vllm_router import VllmRouter, beat
     from traces.errors import InputError
@@ -564,7 +573,7 @@ def keep(control_spec: str, fleet: str) -> int:
 
     made = control_of(control_spec, connect_of({}))
     if not isinstance(made, VllmRouter):
-        raise InputError(f'control keep is for kind = "vllm-router" (got {control_spec}).')
+        raise InputError(f'control keep is for kind = "vllm-router" (got {unsaid(control_spec)}).')
     with terminable():  # also as process 1 of a container, which SIGTERM would not end
         beat(made, Fleet.parse(fleet), lambda: False, lambda line: click.echo(f"{made.name}: {line}", err=True))
     return 0

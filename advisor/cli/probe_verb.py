@@ -12,7 +12,7 @@ from advisor.cli.reaching import reached, reaching
 
 def told(found: Any) -> dict[str, Any]:
     """What was found, as JSON."""
-    from traces.store import redact
+    from loadgen.client import unsaid
 
     ok = [row for row in found.rows if row.status == "ok"]
     fleet = found.found.fleet
@@ -30,8 +30,8 @@ def told(found: Any) -> dict[str, Any]:
             {
                 "name": w.name,
                 "role": w.role or None,
-                "url": redact(w.url) or None,
-                "metrics": redact(w.metrics) or None,
+                "url": unsaid(w.url) or None,
+                "metrics": unsaid(w.metrics) or None,
                 "weight": w.weight,
                 "healthy": w.healthy,
             }
@@ -41,7 +41,7 @@ def told(found: Any) -> dict[str, Any]:
             {
                 "worker": p.worker.name or None,
                 "role": p.worker.role or None,
-                "metrics": redact(p.worker.metrics),
+                "metrics": unsaid(p.worker.metrics),
                 "fields": list(p.fields),
                 "histograms": list(p.histograms),
                 "problem": p.problem or None,
@@ -74,10 +74,10 @@ def probe(url: str, as_json: bool, **options: Any) -> None:
     Sends about ten small requests. Workers come from --targets, from the router's list or from its metrics. Prints what is
     known, what is missing, and what each missing thing costs the advice.
     """
+    from loadgen.client import unsaid
     from loadgen.control import Endpoint
     from loadgen.discover import read_targets
     from loadgen.probe import probe as run
-    from traces.store import redact
 
     targets = read_targets(options["targets"]) if options["targets"] else None
     (where,) = reached([url], options)
@@ -95,7 +95,7 @@ def probe(url: str, as_json: bool, **options: Any) -> None:
         state = "" if worker.healthy is not False else ", not healthy"
         console.print(
             f"  worker   {worker.name}: {worker.role or 'unknown role'}{state}"
-            + (f", metrics {redact(worker.metrics)}" if worker.metrics else ""),
+            + (f", metrics {unsaid(worker.metrics)}" if worker.metrics else ""),
             markup=False,
             soft_wrap=True,
         )

@@ -543,16 +543,18 @@ def members(table: Mapping[str, Any], where: str, **wanted: tuple[type, Any]) ->
         if value is ...:
             raise InputError(f"{where}: {name} is missing.")
         if name in table and not (isinstance(value, kind) or (kind is float and type(value) is int)):
-            raise InputError(f"{where}: {name} must be a {kind.__name__} (got {value!r}).")
+            raise InputError(f"{where}: {name} must be a {kind.__name__} (got {unsaid(repr(value))}).")
         found[name] = value
     return found
 
 
 def refused(reply: Any, where: str, what: str) -> LostError:
-    """The error for an HTTP answer that is no success, in one line."""
+    """The error for an HTTP answer that is no success, in one line. It may quote a worker's URL that it was told."""
+    from traces.store import redact
+
     if reply.status in (401, 403):
         return LostError(
             f"{where}: HTTP {reply.status} when asked to {what}: the token is missing, expired or not allowed. "
             "Set STEELYARD_API_KEY or pass --api-key-file FILE."
         )
-    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {reply.words or 'no text'}).")
+    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {redact(reply.words) or 'no text'}).")

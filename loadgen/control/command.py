@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Sequence
 from typing import IO, Any
 
+from loadgen.client import unsaid
 from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
 from loadgen.stream import printable
 from traces.errors import EndpointError, InputError
@@ -83,11 +84,12 @@ class Command:
 
     def steps(self, fleet: Fleet) -> list[str]:
         """See :class:`loadgen.control.Control`."""
+        from traces.store import redact
+
         if self.get().settled(fleet):
             return []
-        return [
-            "run " + " ".join(json.dumps(part) if " " in part or not part else part for part in self._filled(fleet))
-        ]
+        shown = map(redact, self._filled(fleet))
+        return ["run " + " ".join(json.dumps(part) if " " in part or not part else part for part in shown)]
 
     def ask(self, fleet: Fleet) -> None:
         """See :class:`loadgen.control.Control`. No two commands change the fleet at once."""
@@ -211,7 +213,7 @@ def _end(running: Sequence[subprocess.Popen[bytes]]) -> bool:
 def _arguments(held: Any, what: str) -> list[str]:
     if not isinstance(held, list) or not held or not all(isinstance(part, str) for part in held) or not held[0]:
         raise InputError(
-            f'{what} must be a list of arguments such as ["./scale.sh", "{{prefill}}", "{{decode}}"] (got {held!r}).'
+            f'{what} must be a list of arguments such as ["./scale.sh", "{{prefill}}", "{{decode}}"] (got {unsaid(repr(held))}).'
         )
     return held
 

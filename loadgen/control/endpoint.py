@@ -118,11 +118,10 @@ class Endpoint:
     ) -> Reply:
         """One request on a connection of its own; the whole answer must come within ``timeout_s`` [PREFLIGHT_S]."""
         where = self.where
+        said = self.shown + printable(path.partition("?")[0], self._secrets)
         timeout_s = PREFLIGHT_S if timeout_s is None else timeout_s
         until = time.monotonic() + timeout_s
-        late = EndpointError(
-            f"{self.shown}{path}: no answer within {timeout_s:g} s. Is the server loaded, and is this its port?"
-        )
+        late = EndpointError(f"{said}: no answer within {timeout_s:g} s. Is the server loaded, and is this its port?")
         try:
             tls = where.tls()
             host, port = where.proxy or (where.host, where.port)
@@ -148,7 +147,7 @@ class Endpoint:
             while piece := answer.read1(65536):
                 held += piece
                 if len(held) > most_bytes:
-                    raise EndpointError(f"{self.shown}{path}: the answer is larger than {most_bytes} bytes.")
+                    raise EndpointError(f"{said}: the answer is larger than {most_bytes} bytes.")
             told = {name.lower(): value for name, value in answer.getheaders()}
             kind = printable(told.get("content-type", ""), self._secrets).lower()
             return Reply(answer.status, kind, bytes(held), told, self._secrets)
@@ -168,15 +167,21 @@ class Endpoint:
                 f"{f'--proxy {host}' if where.proxy else self.shown}: the host name cannot be resolved ({error.strerror}). "
                 "Check the URL and the name server."
             ) from None
+        except (http.client.InvalidURL, UnicodeEncodeError):  # each shows what was asked
+            raise EndpointError(
+                f"{said}: the URL holds a character that HTTP does not allow. Write it as %20 and the like."
+            ) from None
         except (OSError, http.client.HTTPException) as error:
-            words = printable(str(error) or type(error).__name__, self._secrets)
+            from traces.store import redact
+
+            words = printable(redact(str(error) or type(error).__name__), self._secrets)
             # A server that asks for a client's certificate hangs up without a word after the handshake of TLS 1.3.
             why = (
                 "does the port speak https?"
                 if tls is None
                 else "does it ask for the client's certificate (--cert FILE)?"
             )
-            raise EndpointError(f"{self.shown}{path}: no HTTP answer ({words}). Check the URL: {why}") from None
+            raise EndpointError(f"{said}: no HTTP answer ({words}). Check the URL: {why}") from None
         finally:
             connection.close()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from loadgen.client import named_url, unsaid
 from loadgen.control import ROLES, Bounds, Connect, Endpoint, LostError, Standing, Steps, members, refused
 from loadgen.control.endpoint import RefusedError
 from loadgen.control.journal import Journal
@@ -47,6 +48,11 @@ class Worker:
     url: str
     role: str
     bootstrap_port: int | None = None
+
+    @property
+    def shown(self) -> str:
+        """Its URL without anything secret."""
+        return unsaid(self.url)
 
 
 class SGLang:
@@ -188,28 +194,30 @@ class SGLang:
                 self._switch(worker, role)
             reply = self._router.fetch("POST", "/workers", json.dumps(body).encode())
             if reply.status // 100 != 2:
-                raise refused(reply, self._router.shown, f"add {worker.url} as {role}")
+                raise refused(reply, self._router.shown, f"add {worker.shown} as {role}")
             until = time.monotonic() + START_S
             while not any(
                 w["url"] == worker.url and w.get("worker_type") == role and w.get("is_healthy") for w in self._listed()
             ):
                 if time.monotonic() > until or self._steps.stopped:
                     raise LostError(
-                        f"{worker.url}: not healthy as {role} at the router within {START_S:g} s. Look at its log."
+                        f"{worker.shown}: not healthy as {role} at the router within {START_S:g} s. Look at its log."
                     )
                 time.sleep(0.05)
 
-        flip = f"POST {worker.url}/pd_role_switch to {role}, then " if switch else ""
-        return f"{flip}POST {self._router.shown}/workers: add {worker.url} as {role}", step
+        flip = f"POST {worker.shown}/pd_role_switch to {role}, then " if switch else ""
+        return f"{flip}POST {self._router.shown}/workers: add {worker.shown} as {role}", step
 
     def _switch(self, worker: Worker, role: str) -> None:
         engine = self._engine(worker.url)
         reply = engine.fetch("POST", "/pd_role_switch", json.dumps({"new_role": role}).encode(), self._drain_s)
         if reply.status == 404:
-            raise LostError(f"{worker.url}: it has no /pd_role_switch. Start the engine with --enable-pd-role-switch.")
+            raise LostError(
+                f"{worker.shown}: it has no /pd_role_switch. Start the engine with --enable-pd-role-switch."
+            )
         held = reply.json()
         if reply.status // 100 != 2 or (isinstance(held, dict) and held.get("success") is False):
-            raise refused(reply, worker.url, f"become a {role} worker")
+            raise refused(reply, worker.shown, f"become a {role} worker")
 
     def _remove(self, worker: Worker, role: str) -> tuple[str, Callable[[], None]]:
         def step() -> None:
@@ -218,7 +226,7 @@ class SGLang:
             for one in [one for w in known for one in w["ids"]]:
                 reply = self._router.fetch("DELETE", f"/workers/{one}")
                 if reply.status // 100 != 2 and reply.status != 404:
-                    raise refused(reply, self._router.shown, f"take {worker.url} out")
+                    raise refused(reply, self._router.shown, f"take {worker.shown} out")
             until = time.monotonic() + self._drain_s
             while True:
                 gone = not any(w["url"] == worker.url for w in self._listed())
@@ -231,12 +239,12 @@ class SGLang:
                     what = f"it still holds {held:g} requests" if held >= 0 else "its /metrics do not answer"
                     what = what if gone else "the router still lists it"
                     raise LostError(
-                        f"{worker.url}: it does not drain: {what} {self._drain_s:g} s after it was "
+                        f"{worker.shown}: it does not drain: {what} {self._drain_s:g} s after it was "
                         "taken out of the router. Look at its log, or set drain_s higher."
                     )
                 time.sleep(0.1)
 
-        return f"DELETE {self._router.shown}/workers: take out {worker.url} ({role}), wait until it is idle", step
+        return f"DELETE {self._router.shown}/workers: take out {worker.shown} ({role}), wait until it is idle", step
 
     def _held(self, worker: Worker) -> float:
         """Requests that a worker still holds by its own metrics; 0 where it has none or is gone, NaN where they fail."""
@@ -295,7 +303,7 @@ def from_table(table: dict[str, Any], path: str, connect: Connect) -> SGLang:
         one = members(row, where, url=(str, ...), role=(str, ...), bootstrap_port=(int, None))
         if one["role"] not in (*ROLES, "any"):
             raise InputError(f"{where}: role must be prefill, decode or any (got {one['role']!r}).")
-        pool.append(Worker(one["url"].rstrip("/"), one["role"], one["bootstrap_port"]))
+        pool.append(Worker(named_url(one["url"], f"{where}: url").rstrip("/"), one["role"], one["bootstrap_port"]))
     router = connect.endpoint(held["router"])
 
     def engine(url: str) -> Endpoint:

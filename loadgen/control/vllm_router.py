@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadgen.client import unsaid
 from loadgen.control import ROLES, Bounds, Connect, LostError, Standing, members
 from loadgen.control.journal import Journal, folder, hold
 from traces.errors import InputError
@@ -74,7 +75,7 @@ class VllmRouter:
         wanted = assign(self.workers, fleet)  # InputError when there are too few
         now = assign(self.workers, self._held()[0])
         return [
-            f"register {w.http} as {wanted.get(w.http, 'nothing')} at {self.discovery} (now {now.get(w.http, 'nothing')})"
+            f"register {unsaid(w.http)} as {wanted.get(w.http, 'nothing')} at {self.discovery} (now {now.get(w.http, 'nothing')})"
             for w in self.workers
             if wanted.get(w.http) != now.get(w.http)
         ]

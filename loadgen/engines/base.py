@@ -145,8 +145,9 @@ def without_rank(url: str) -> str:
 
 
 def address(url: str) -> str:
-    """HOST:PORT of a URL (and its path, if it has one beside that of metrics): by that a worker is known, whoever names it."""
-    url = without_rank(url)
+    """HOST:PORT of a URL (and its path, if it has one beside that of metrics): by that a worker is known, whoever names it. What
+    stands behind a ? is no part of a name: it may be a token."""
+    url = without_rank(url).partition("?")[0]
     bare = url.partition("://")[2].rpartition("@")[2] if "://" in url else url
     return bare.rstrip("/").removesuffix("/metrics").removesuffix("/prometheus")
 
