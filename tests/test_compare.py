@@ -346,6 +346,8 @@ def test_failed_requests_count_against_a_run() -> None:
     bad.first_token_s[::10] = bad.last_token_s[::10] = np.nan
     found = verdicts(queue(1), bad)
     assert (found["failed"], found["attainment"], found["throughput_per_s"]) == ("worse", "worse", "worse")
+    (failed,) = (d for d in compare(*pair(queue(1), bad)).differences if d.metric == "failed")
+    assert (failed.base, failed.other) == pytest.approx((0.0, 0.1))
 
 
 def test_the_command_says_better_worse_or_cannot_tell(tmp_path: Path, capsys: Any) -> None:
