@@ -42,6 +42,7 @@ from loadgen.control import (
     Standing,
     Steps,
     control_of,
+    has_grown,
     put,
     vllm_router,
 )
@@ -76,9 +77,16 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def serving() -> Iterator[str]:
     with embedded("constant", Fleet(3, 3)) as url:
         yield url
+
+
+@pytest.fixture
+def server(serving: str) -> str:
+    """At 3:3, whatever a test that failed has left."""
+    put(Reference(endpoint(serving)), Fleet(3, 3))
+    return serving
 
 
 # --- the reference endpoint
@@ -400,9 +408,9 @@ def slow(tmp_path: Path, **more: Any) -> Iterator[tuple[Command, Path, Any]]:
     pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
 
     def over() -> None:
-        assert os.read(pipe, 10) == b"\n"
-        assert select.select([pipe], [], [], 30)[0]
-        assert os.read(pipe, 10) == b""  # nobody is left who could write
+        if os.read(pipe, 10):  # else it was ended before it said anything
+            assert select.select([pipe], [], [], 30)[0]
+            assert os.read(pipe, 10) == b""  # nobody is left who could write
 
     def begun() -> None:
         assert select.select([pipe], [], [], 30)[0]
@@ -765,12 +773,12 @@ class Router:
                     "id": f"id-{url[-5:]}", "url": url, "worker_type": now, "is_healthy": True, "bootstrap_port": 9000,
                 }  # fmt: skip
 
-    def file(self, path: Path) -> str:
+    def file(self, path: Path, drain_s: int = 1) -> str:
         rows = "".join(
             f'[[worker]]\nurl = "{url}"\nrole = "{role}"\nbootstrap_port = 9000\n'
             for url, (role, _) in self.workers.items()
         )
-        path.write_text(f'kind = "sglang"\nrouter = "{self.url}"\ndrain_s = 1\n{rows}')
+        path.write_text(f'kind = "sglang"\nrouter = "{self.url}"\ndrain_s = {drain_s}\n{rows}')
         return str(path)
 
     def close(self) -> None:
@@ -787,16 +795,27 @@ def routers() -> Iterator[list[Router]]:
         one.close()
 
 
-def test_sglang_adds_before_it_takes_out_and_waits_for_the_drain(routers: list[Router], tmp_path: Path) -> None:
+def test_sglang_adds_before_it_takes_out_and_waits_for_the_drain(
+    routers: list[Router], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode"), ("decode", "")])
     routers.append(router)
-    control = control_of(router.file(tmp_path / "sglang.toml"), CONNECT)
+    control = control_of(router.file(tmp_path / "sglang.toml", drain_s=20), CONNECT)
     assert control is not None
     assert control.get().fleet == Fleet(2, 1)
+    look, router.deaf = control.get, True
+
+    def get() -> Standing:
+        standing = look()
+        router.deaf = router.deaf and not has_grown(standing.fleet, Fleet(1, 2))  # it drains once that was seen
+        return standing
+
+    monkeypatch.setattr(control, "get", get)
     with Keeper(control, "sweep") as keeper:
         cost = keeper.put(Fleet(1, 2))
         assert control.get().settled(Fleet(1, 2))
-    assert cost.joined_s < 0.2 <= cost.ready_s
+    assert cost.joined_s < cost.ready_s
+    assert cost.ready_s >= 0.2
     new, old = list(router.workers)[3], list(router.workers)[1]
     # Two changes: there and back again; the decode worker never gets a bootstrap port.
     assert router.log == [f"add {new} decode None", f"remove {old}", f"add {old} prefill 9000", f"remove {new}"]
@@ -1126,8 +1145,12 @@ def registry() -> Iterator[Registry]:
 
 
 def soon(true: Any, limit_s: float = 15.0) -> None:
+    """An error of the endpoint is not yet true."""
     until = time.monotonic() + limit_s
-    while not true():
+    while True:
+        with contextlib.suppress(EndpointError):
+            if true():
+                return
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -1248,14 +1271,26 @@ def queues(prefill: float, decode: float) -> list[Sample]:
     ]
 
 
-def steer(control: Fake, read: Any, for_s: float, **options: Any) -> tuple[list[Decision], list[FleetChange]]:
+def steer(
+    control: Fake, read: Any, ticks: int = 0, until: Any = lambda: True, **options: Any
+) -> tuple[list[Decision], list[FleetChange]]:
+    """What a controller did in so many ticks with a reading, or in more, until something was so."""
     decisions: list[Decision] = []
     changes: list[FleetChange] = []
     steering = options.pop("steering", None) or Steering(CountRule())
+    reads = [0]
+
+    def counted() -> list[Sample]:
+        reads[0] += 1
+        found: list[Sample] = read()
+        return found
+
     with Controller(
-        control, read, steering, time.monotonic(), changes.append, on_decision=decisions.append, tick_s=0.05, **options
-    ):
-        time.sleep(for_s)
+        control, counted, steering, time.monotonic(), changes.append, on_decision=decisions.append, tick_s=0.05, **options
+    ):  # fmt: skip
+        end = time.monotonic() + 30
+        while (reads[0] <= ticks or not until()) and time.monotonic() < end:
+            time.sleep(0.01)
     return decisions, changes
 
 
@@ -1263,7 +1298,7 @@ def test_a_tick_that_fails_is_told_and_the_next_one_decides() -> None:
     """What nobody foresaw, such as a reading that is no reading, would end the controller's thread without a word."""
     control = Fake(Fleet(1, 3))
     readings = iter([[None], [None]])
-    decisions, _ = steer(control, lambda: next(readings, queues(9, 0)), 1.0)
+    decisions, _ = steer(control, lambda: next(readings, queues(9, 0)), 3)
     assert [d.action for d in decisions[:2]] == ["hold", "move"]
     assert decisions[0].reason.startswith("this tick failed (AttributeError: ")
     assert decisions[0].repeats == 2
@@ -1271,7 +1306,7 @@ def test_a_tick_that_fails_is_told_and_the_next_one_decides() -> None:
 
 def test_every_decision_has_its_reason_and_repeats_are_counted() -> None:
     control = Fake(Fleet(1, 3))
-    decisions, changes = steer(control, lambda: queues(9, 0) if control.fleet.prefill < 3 else queues(0, 0), 1.2)
+    decisions, changes = steer(control, lambda: queues(9, 0) if control.fleet.prefill < 3 else queues(0, 0), 5)
     assert [(d.action, d.after) for d in decisions] == [("move", Fleet(2, 2)), ("move", Fleet(3, 1)), ("hold", None)]
     assert decisions[0].reason == "9 prompts and 0 answers wait"
     assert decisions[2].reason == "the queues are within the ratio"
@@ -1333,7 +1368,7 @@ def test_a_control_that_runs_a_process_is_not_looked_at_all_the_time() -> None:
 
 def test_no_more_moves_an_hour_than_allowed() -> None:
     control = Fake(Fleet(1, 5))
-    decisions, _ = steer(control, lambda: queues(9, 0), 0.6, most_per_hour=2)
+    decisions, _ = steer(control, lambda: queues(9, 0), 3, most_per_hour=2)
     assert [d.action for d in decisions] == ["move", "move", "cap"]
     assert control.asked == [Fleet(2, 4), Fleet(3, 3)]
     assert decisions[2].reason == "2 moves an hour are made, this one is not: 9 prompts and 0 answers wait"
@@ -1341,14 +1376,14 @@ def test_no_more_moves_an_hour_than_allowed() -> None:
 
 def test_nothing_moves_on_stale_readings_and_it_is_said() -> None:
     control = Fake(Fleet(1, 5))
-    since = time.monotonic()
+    said: list[Decision] = []
 
     def read() -> list[Sample]:
-        if 0.12 < time.monotonic() - since < 0.6:
+        if len(said) == 1:  # from the first decision until another is said
             raise EndpointError("http://x/metrics: connection refused.")
         return queues(0, 0)
 
-    decisions, _ = steer(control, read, 0.9, stale_s=0.2)
+    decisions, _ = steer(control, read, until=lambda: len(said) == 3, on_said=said.append, stale_s=0.2)
     assert [d.action for d in decisions] == ["hold", "stale", "hold"]
     assert "nothing is moved (http://x/metrics: connection refused.)" in decisions[1].reason
 
@@ -1357,6 +1392,8 @@ def test_a_role_that_tells_nothing_is_not_taken_for_idle() -> None:
     """The pages of an overloaded stage are the first that do not come: its workers stay."""
     control = Fake(Fleet(2, 2))
     page = "vllm:num_requests_waiting 9\n"
+    said: list[Decision] = []
+    gone: list[int] = []
     with Pages() as pages:
         pages["/p/metrics"] = pages["/d/metrics"] = page
         workers = [Worker(role[0], role, metrics=f"{pages.url}/{role[0]}/metrics") for role in ("prefill", "decode")]
@@ -1364,12 +1401,19 @@ def test_a_role_that_tells_nothing_is_not_taken_for_idle() -> None:
 
             def read() -> list[Sample]:
                 found = scraper.read()
-                if len(scraper.last) == 2:
-                    pages.pop("/p/metrics", None)
+                if len(found) == 2 and said and not gone:
+                    gone.append(len(said))
+                    del pages["/p/metrics"]
                 return found
 
-            decisions, _ = steer(control, read, 1.2)
+            def told() -> bool:
+                return bool(gone) and len(said) > gone[0]
+
+            decisions, _ = steer(
+                control, read, until=lambda: told() and said[-1].reason.startswith("no prefill"), on_said=said.append
+            )
     assert control.asked == []
+    assert told()
     assert [d.reason for d in decisions][-1] == "no prefill worker tells what it holds, nothing is moved"
 
 
@@ -1377,7 +1421,7 @@ def test_a_policy_that_wants_what_is_out_of_bounds_is_refused_and_goes_on() -> N
     control = Fake(Fleet(2, 2))
     keeper = Keeper(control, "run", bounds=Bounds.parse("1-2:1-4"))
     with keeper:
-        decisions, _ = steer(keeper, lambda: queues(9, 0), 0.3)  # type: ignore[arg-type]
+        decisions, _ = steer(keeper, lambda: queues(9, 0), 1)  # type: ignore[arg-type]
     assert {d.action for d in decisions} == {"refused"}
     assert "prefill workers must be 1 to 2" in decisions[0].reason
     assert control.asked == []
@@ -1390,7 +1434,7 @@ def test_a_move_that_the_endpoint_refuses_is_told_with_the_fleet_that_was_wanted
             raise EndpointError("x: may not be scaled.")
 
     control = Refuses(Fleet(2, 2))
-    decisions, changes = steer(control, lambda: queues(9, 0), 1.0, most_per_hour=2)
+    decisions, changes = steer(control, lambda: queues(9, 0), 3, most_per_hour=2)
     assert [(d.action, d.after) for d in decisions] == [("refused", Fleet(3, 1))] * 2 + [("cap", Fleet(3, 1))]
     assert len(control.asked) == 2  # what was asked may have been made in part: it counts as a move
     assert decisions[0].reason == "x: may not be scaled. Wanted because: 9 prompts and 0 answers wait"
@@ -1402,19 +1446,21 @@ def test_the_way_back_is_awaited_as_long_as_a_change(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loadgen.control, "BACK_S", 0.05)
 
     class Late(Fake):
-        since_s = 0.0
+        back_s, since_s = 0.0, -math.inf
 
         def ask(self, fleet: Fleet) -> None:
             super().ask(fleet)
             self.since_s = time.monotonic()
 
         def get(self) -> Standing:
-            return Standing(self.fleet, self.fleet, int(time.monotonic() - self.since_s < 0.4))
+            return Standing(self.fleet, self.fleet, int(time.monotonic() - self.since_s < self.back_s))
 
-    for error in (False, True):
-        keeper = Keeper(Late(Fleet(2, 2)), "sweep", timeout_s=30.0)
+    for error, back_s in ((False, 0.4), (True, math.inf)):
+        control = Late(Fleet(2, 2))
+        keeper = Keeper(control, "sweep", timeout_s=30.0)
         with contextlib.suppress(ZeroDivisionError), keeper:
             keeper.put(Fleet(1, 3))
+            control.back_s = back_s
             print(1 / int(not error))
         assert keeper.stranded is error
         keeper.journal.forget()
@@ -1440,10 +1486,20 @@ def test_ctrl_c_on_the_way_back_says_that_it_may_not_be_back() -> None:
 
 
 def test_planned_changes_come_at_their_time() -> None:
+    """Each at the first tick from then on."""
     control = Fake(Fleet(1, 3))
-    _, changes = steer(control, lambda: queues(0, 0), 1.6, steering=Planned([(0.8, Fleet(3, 1)), (0.1, Fleet(2, 2))]))
+    ticks: list[float] = []
+
+    class Noted(Planned):
+        def __call__(self, now_s: float, samples: Any, fleet: Fleet, changing: int) -> Fleet | None:
+            ticks.append(now_s)
+            return super().__call__(now_s, samples, fleet, changing)
+
+    planned = Noted([(0.8, Fleet(3, 1)), (0.1, Fleet(2, 2))])
+    _, changes = steer(control, lambda: queues(0, 0), until=lambda: len(control.asked) == 2, steering=planned)
     assert [c.after for c in changes] == [Fleet(2, 2), Fleet(3, 1)]
-    assert 0.1 <= changes[0].asked_s < 0.8 <= changes[1].asked_s
+    first = min(at for at in ticks if at >= 0.1)
+    assert [c.asked_s for c in changes] == [first, min(at for at in ticks if at >= 0.8 and at > first)]
 
 
 class Troubled(Fake):
@@ -1468,7 +1524,7 @@ def test_a_change_that_fails_was_never_in_force() -> None:
             self.asked.append(fleet)
 
     control = Fails(Fleet(1, 3), FailedError("exit code 1"))
-    decisions, changes = steer(control, lambda: queues(0, 0), 1.5, steering=Planned([(0.1, Fleet(2, 2))]))
+    decisions, changes = steer(control, lambda: queues(0, 0), 2, steering=Planned([(0.0, Fleet(2, 2))]))
     assert control.error is None  # it was told
     assert [d.action for d in decisions if d.action != "hold"] == ["move", "refused"]
     assert decisions[-1].action == "hold"
@@ -1479,7 +1535,7 @@ def test_a_trouble_that_passes_is_not_a_change_that_failed() -> None:
     """A router that answers 503 once while a change is on its way; of a step whatever error ends it is a failure."""
 
     control = Troubled(Fleet(1, 3), LostError("503"))
-    _, changes = steer(control, lambda: queues(0, 0), 1.5, steering=Planned([(0.1, Fleet(2, 2))]))
+    _, changes = steer(control, lambda: queues(0, 0), 3, steering=Planned([(0.0, Fleet(2, 2))]))
     assert control.error is None  # it was told
     assert [(c.after, math.isnan(c.ready_s)) for c in changes] == [(Fleet(2, 2), False)]
 
@@ -1512,7 +1568,7 @@ def test_a_change_that_was_overtaken_was_never_in_force_though_a_later_one_asks_
         def __call__(self, now_s: float, samples: Any, fleet: Fleet, changing: int) -> Fleet | None:
             return self.left.pop(0) if self.left else None
 
-    _, changes = steer(Slow(Fleet(2, 2)), lambda: queues(0, 0), 1.5, steering=Restless())
+    _, changes = steer(Slow(Fleet(2, 2)), lambda: queues(0, 0), 4, steering=Restless())
     assert [c.after for c in changes] == [Fleet(3, 1), Fleet(2, 2), Fleet(3, 1)]
     assert [math.isnan(c.ready_s) for c in changes] == [math.isnan(c.joined_s) for c in changes] == [True, True, False]
 
@@ -1556,7 +1612,7 @@ def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
     db, file = f"sqlite:///{tmp_path / 'a.db'}", tmp_path / "t.json"
     rule = DemandRule(Profile.load("constant"), 100.0, 10.0, forecast=Forecast((9.0,) * 12, (9.0,) * 12, 60.0))
     file.write_text(json.dumps(table_of(rule) | {"tick_s": 3600.0}))
-    how = ["--policy", "online", "--thresholds", str(file), "--for", "1.2", "--tick", "0.2"]
+    how = ["--policy", "online", "--thresholds", str(file), "--for", "1.2", "--tick", "0.05"]
     assert main(["control", "run", server, *how, "--json", "--db", db]) == 0
     told = capsys.readouterr()
     assert f"{file}: the rule moves without its forecast" in told.err
@@ -1585,10 +1641,20 @@ def test_a_forecast_with_a_clock_is_kept_for_the_traffic_it_was_learned_from(
 
 
 def test_a_controller_reads_the_workers_of_a_targets_file(
-    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queues that only the workers' own pages tell move the fleet; at the end it is put back. All the while the database does not
-    take a decision, which ends no controller: they are stored when it is back."""
+    """Queues that only the workers' own pages tell move the fleet; at the end it is put back. The database does not take the
+    first decision, which ends no controller: it is stored when that is back."""
+    store_one, back = Ledger._done, threading.Event()
+
+    def done(ledger: Ledger, write: Any, said: bool) -> bool:
+        stored = store_one(ledger, write, said)
+        if not stored and not back.is_set():
+            back.set()
+            rename(tmp_path / "a.db", "hidden", "decisions")
+        return stored
+
+    monkeypatch.setattr(Ledger, "_done", done)
     page = "vllm:num_requests_waiting {}\n"
     with Pages() as pages:
         pages["/p/metrics"], pages["/d/metrics"] = page.format(9), page.format(0)
@@ -1599,10 +1665,7 @@ def test_a_controller_reads_the_workers_of_a_targets_file(
         db = f"sqlite:///{tmp_path / 'a.db'}"
         open_store(db).close()
         rename(tmp_path / "a.db", "decisions", "hidden")
-        back = threading.Timer(2.0, rename, (tmp_path / "a.db", "hidden", "decisions"))
-        back.start()
         assert main(["control", "run", server, "--targets", str(file), *arguments, "--json", "--db", db]) == 0
-        back.join()
     told = capsys.readouterr()
     said = json.loads(told.out)
     assert told.err.count("The controller goes on") == 1

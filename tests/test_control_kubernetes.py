@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from advisor.cli import main
 from loadgen.client import target
-from loadgen.control import Connect, Endpoint, Keeper, LostError, control_of, kubernetes, put
+from loadgen.control import Connect, Endpoint, Keeper, LostError, Standing, control_of, has_grown, kubernetes, put
 from loadgen.control.kubernetes import Watched
 from tests.kubernetes_api import ApiServer
 from traces.errors import EndpointError, InputError
@@ -490,16 +491,30 @@ def kserve() -> tuple[dict[str, Any], list[Any]]:
     ],
 )
 def test_one_object_may_hold_both_roles(
-    serve: Callable[..., ApiServer], kind: str, group: str, shown: str, object_of: Callable[[], Any]
+    serve: Callable[..., ApiServer],
+    kind: str,
+    group: str,
+    shown: str,
+    object_of: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its counts are patched and nothing else of it; pods that start and drain are waited for."""
     plural = f"{kind.lower()}s"
     api = serve(**{plural: group})
     held, roles = object_of()
     api.holds(plural, held, *roles)
-    api.drain_s = 0.15
+    api.drain_s = math.inf
     control = made(f"kubernetes:llm/{kind}/g")
     assert control.get().settled(Fleet(2, 1))
+    look = control.get
+
+    def get() -> Standing:
+        standing: Standing = look()
+        if has_grown(standing.fleet, Fleet(1, 2)):
+            api.drain_s = 0.15  # not before that was seen
+        return standing
+
+    monkeypatch.setattr(control, "get", get)
     steps = control.steps(Fleet(1, 2))
     assert steps[0] == f"kubectl -n llm patch {kind.lower()}/g: {shown} = 1 (now 2)"
     assert len(steps) == 2
