@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import Phase, settings
 
-from tests.faults.lab import mariadb_programs
+from tests.faults.lab import free_port, mariadb_programs
 from tests.watch import Watch
 from traces.store import open_store
 
@@ -227,9 +227,7 @@ def mariadb(data: Path) -> Iterator[str]:
         capture_output=True,
         env=own,
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [server, "--no-defaults", f"--datadir={data}", f"--user={user}", "--bind-address=127.0.0.1", f"--port={port}",
          f"--socket={data}/s", "--innodb-flush-log-at-trx-commit=2"],

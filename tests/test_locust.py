@@ -24,6 +24,7 @@ from loadgen.cluster.embedded import embedded
 from loadgen.ports import Door
 from loadgen.replay import Interrupted, replay
 from loadgen.swarm import Swarm
+from tests.faults.lab import free_port
 from traces.errors import InputError
 from traces.ingest import store_schedule
 from traces.measures import Slo
@@ -47,12 +48,6 @@ def db(tmp_path: Path) -> str:
     with open_store(url) as store:
         store_schedule(store, synthesize(60, *LENGTHS, rate_per_s=30.0, seed=1, name="t"), options={})
     return url
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 def locust(*arguments: str, file: Path = LOCUSTFILE) -> subprocess.Popen[str]:
@@ -293,7 +288,8 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
     rows = {row["name"]: row["value"] for row in ours["data"]}
     assert " of 800, " in rows["Requests ended"]
     assert rows["Requests ended"].endswith("pending")
-    assert rows["TTFT, last 10 s"].startswith("p50 5")
+    p50, p99 = map(float, re.findall(r"p50 (\S+)  p99 (\S+) ms", rows["TTFT, last 10 s"])[0])
+    assert 50.0 <= p50 <= p99 < 15e3  # by the profile 50, and more where this machine is busy
     assert rows["Goodput within ttft<0.5s, last 10 s"].endswith("/s")
     assert any(name.startswith("decode ") for name in rows)
     assert any(row["name"] == "/v1/completions" for row in held["stats"])

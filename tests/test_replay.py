@@ -31,6 +31,7 @@ import pytest
 import tokenizers
 
 import loadgen.swarm
+import traces.measures
 import traces.store
 from advisor.cli import main
 from loadgen.client import target
@@ -154,12 +155,15 @@ def test_a_killed_worker_leaves_an_incomplete_run(store: Store, endpoint: str) -
     """SIGKILL of one of two workers in the middle: marked incomplete, every row of the other is in the database."""
     import os
 
-    asked = schedule(120, 40.0)
+    asked, killed = schedule(120, 40.0), list[int]()
     with Swarm(workers=2) as pair:
-        killer = threading.Timer(2.0, os.kill, (pair.processes[0], signal.SIGKILL))
-        killer.start()
-        run = replay(store, pair, asked, endpoint)
-        killer.join()
+
+        def kill(ended: int, _: int) -> None:
+            if ended >= 10 and not killed:
+                killed.append(pair.processes[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        run = replay(store, pair, asked, endpoint, on_progress=kill)
     rows = store.observations(run.id)
     assert not run.complete
     assert "killed by signal 9" in run.reason
@@ -375,11 +379,12 @@ def test_a_search_ends_where_the_warm_up_would_leave_no_request(store: Store, sw
     asked = constant(30, 20.0)
     found = saturate(
         store, swarm, lambda rate: to_rate(asked, rate), target(endpoint), None,
-        slo=Slo.parse("ttft<0.4s"), start_per_s=20.0, warmup_s=1.0,
+        slo=Slo.parse("ttft<5s"), start_per_s=20.0, warmup_s=1.0,
     )  # fmt: skip
-    assert (found.held_per_s, math.isnan(found.failed_per_s), len(found.runs)) == (20.0, True, 1)
+    assert (found.held_per_s, math.isnan(found.failed_per_s)) == (20.0, True)
+    assert {store.run(n).verdict for n in found.runs[:-1]} <= {"invalid"}  # spoiled by a busy machine, and made again
     assert "30 requests at 40/s are sent within 0 s after the warm-up" in found.reason
-    assert "at least --requests 200" in found.reason
+    assert "at least --requests 2040" in found.reason
 
 
 def test_a_search_ramps_at_every_rate_alike(
@@ -387,6 +392,7 @@ def test_a_search_ramps_at_every_rate_alike(
 ) -> None:
     """The trace is scaled to each rate and then ramped; the rate is that after the ramp, its factor stands with the run.
     The fleet that a crash left here does not come back: exit code 1."""
+    monkeypatch.setattr(traces.measures, "LAG_LIMIT_S", 50.0)  # no run is spoiled by a busy machine
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     file = tmp_path / "control.toml"
     file.write_text('kind = "command"\nset = ["false", "{prefill}", "{decode}"]\nget = ["echo", "4:4"]\n')
@@ -407,7 +413,7 @@ def test_a_search_ramps_at_every_rate_alike(
         db,
         "--json",
     ]
-    few = ["--requests", "12", "--slo", "ttft<0.25s", "--attainment", "0.1"]
+    few = ["--requests", "12", "--slo", "ttft_p10<0.25s"]
     assert main([*command, *few, "--saturate", "--rate", "10", "--ramp", "0.5", "--control", str(file)]) == 1
     found = said(capsys)
     assert found["put_back"] is False
@@ -415,16 +421,18 @@ def test_a_search_ramps_at_every_rate_alike(
     with open_store(db) as store:
         recorded = store.schedule("azure-2023-conv").take(np.arange(12)).rate_per_s
         runs = [store.run(n) for n in tried]
-    rates = list(dict.fromkeys(run.rate_factor for run in runs))  # a run that a busy machine spoiled is made again
-    assert rates == pytest.approx([10 / recorded, 20 / recorded])
+    assert [run.rate_factor for run in runs] == pytest.approx([10 / recorded, 20 / recorded])
     for run in runs:
         assert run.changes == ("first 12 of 9754 requests", f"rate x{run.rate_factor:.6g}", "ramp over 0.5 s")
 
 
-def test_a_rate_holds_where_the_constraints_on_quantiles_are_met(store: Store, swarm: Swarm, endpoint: str) -> None:
+def test_a_rate_holds_where_the_constraints_on_quantiles_are_met(
+    store: Store, swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An SLO of constraints alone has no limit that a request could miss: its quantiles decide, whatever the attainment."""
+    monkeypatch.setattr(traces.measures, "LAG_LIMIT_S", 50.0)  # no run is spoiled by a busy machine
     asked = constant(10, 20.0)
-    for text, holds in (("ttft_p50<1ms tpot_p99<1s", False), ("ttft_p99<0.4s", True)):
+    for text, holds in (("ttft_p50<1ms tpot_p99<1s", False), ("ttft_p99<5s", True)):
         found = saturate(
             store, swarm, lambda rate: to_rate(asked, rate), target(endpoint), None, slo=Slo.parse(text), start_per_s=20.0, most=1
         )  # fmt: skip
@@ -735,7 +743,10 @@ def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.Mo
     """Found by tests.faults: the thread that gathers rows died of a MemoryError, and what came later was stored by nobody."""
     run, rows = begun(store), held_rows(4)
 
+    asked = threading.Event()
+
     def denied(*_: Any, **__: Any) -> None:
+        asked.set()
         raise MemoryError
 
     with Writer(store, run.id, every_s=0.1) as writer:
@@ -743,7 +754,7 @@ def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.Mo
             patch.setattr(np, "concatenate", denied)
             for k in range(2):
                 writer.put(rows.take(np.array([k])))
-            time.sleep(0.4)
+            assert asked.wait(20)
         writer.put(rows.take(np.array([2, 3])))
     assert writer.settle(run, 5.0).ended
     assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
@@ -778,7 +789,9 @@ def test_rows_that_neither_database_nor_disk_takes_wait_in_memory(
     with Writer(store, run.id, every_s=0.1) as writer:
         rename(tmp_path / "made.db", "observations", "hidden")
         writer.put(held_rows(4))
-        time.sleep(0.5)
+        until = time.monotonic() + 20
+        while writer.error is None and time.monotonic() < until:
+            time.sleep(0.01)
         assert isinstance(writer.error, StoreError)
         rename(tmp_path / "made.db", "hidden", "observations")
     assert writer.settle(run, 5.0).ended
@@ -1262,10 +1275,11 @@ def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_p
         if text:
             return
         few = asked.take(np.arange(3))  # a sweep that goes on takes no run of the other kind for its own
-        ids = [
-            sweep(store, swarm, few, target(url), [Fleet(1, 1)], group="g", prefixes=shared)[1][0].id
-            for shared in (False, True, True)
-        ]
+        ids = []
+        for shared in (False, True, True):
+            run = sweep(store, swarm, few, target(url), [Fleet(1, 1)], group="g", prefixes=shared)[1][0]
+            store.end_run(replace(run, verdict="valid", reason=""))  # however busy this machine was
+            ids.append(run.id)
     assert ids[0] < ids[1] == ids[2]
     with pytest.raises(InputError, match="holds no prefix blocks"):
         replay(store, swarm, replace(asked, blocks=None, block_tokens=0), "http://127.0.0.1:9", prefixes=True)

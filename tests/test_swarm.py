@@ -61,16 +61,25 @@ def job(url: str, timeout_s: float = 20.0) -> Job:
 
 
 def run(
-    swarm: Swarm, asked: Schedule, what: Job, meanwhile: Callable[[], None] | None = None, drain_s: float = 2.0
+    swarm: Swarm,
+    asked: Schedule,
+    what: Job,
+    meanwhile: Callable[[], None] | None = None,
+    drain_s: float = 2.0,
+    heard: Callable[[Observations], None] = lambda rows: None,
 ) -> tuple[Outcome, Observations]:
-    """One run; ``meanwhile`` happens in a thread from schedule zero."""
+    """One run; ``meanwhile`` happens in a thread from schedule zero, ``heard`` whenever rows come."""
     parts: list[Observations] = []
     thread = threading.Thread(target=meanwhile or (lambda: None))
 
     def on_start(zero: float, unix: float) -> None:
         thread.start()
 
-    outcome = swarm.run(asked, what, on_start=on_start, on_rows=parts.append, drain_s=drain_s)
+    def on_rows(rows: Observations) -> None:
+        parts.append(rows)
+        heard(rows)
+
+    outcome = swarm.run(asked, what, on_start=on_start, on_rows=on_rows, drain_s=drain_s)
     thread.join()
     return outcome, Observations.concat(parts)
 
@@ -316,7 +325,7 @@ def test_the_first_ctrl_c_is_noted_and_the_second_raised(number: int) -> None:
 
 CLOCK = """import os, time
 real = time.time
-time.time = lambda: real() + float(open(os.environ["STEPPED_CLOCK"]).read())
+time.time = lambda: real() + float(open(os.environ["STEPPED_CLOCK"]).read() or 0)  # empty while it is written
 """
 
 
@@ -562,11 +571,11 @@ def test_after_the_deadline_nothing_is_asked_any_more(swarm: Swarm, endpoint: st
     assert (outcome.reason, set(rows.status)) == ("", {"ok"})
 
 
-def finished(url: str) -> float:
-    """Requests that an endpoint has ended."""
+def finished(url: str, what: str = "finished_requests_total") -> float:
+    """Requests that an endpoint has ended, or another of its counts."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=20) as page:
         told = page.read().decode()
-    return sum(float(v) for v in re.findall(r"^steelyard_finished_requests_total\S* (\S+)$", told, re.M))
+    return sum(float(v) for v in re.findall(rf"^steelyard_{what}\S* (\S+)$", told, re.M))
 
 
 def test_what_is_left_of_a_run_that_broke_off_is_not_sent_into_the_next(
@@ -592,12 +601,19 @@ def test_what_is_left_of_a_run_that_broke_off_is_not_sent_into_the_next(
         assert finished(url) == before > 0
 
 
-def test_a_drain_that_is_too_short_cancels_what_is_in_flight(swarm: Swarm, endpoint: str) -> None:
+def test_a_drain_that_is_too_short_cancels_what_is_in_flight(swarm: Swarm) -> None:
     """An answer that outlasts the drain is cancelled and keeps the tokens that came."""
     asked = schedule(10, 50.0, output_tokens=3000)
-    outcome, rows = run(
-        swarm, asked, job(endpoint), lambda: (time.sleep(0.8), _thread.interrupt_main())[1], drain_s=0.2  # type: ignore[func-returns-value]
-    )  # fmt: skip
+
+    def interrupt() -> None:
+        until = time.monotonic() + 15
+        while finished(url, 'running_requests{[^}]*role="decode"') < 10 and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)  # some tokens more
+        _thread.interrupt_main()
+
+    with embedded("demo", Fleet(1, 1)) as url:
+        outcome, rows = run(swarm, asked, replace(job(url), model="demo"), interrupt, drain_s=0.2)
     assert outcome.interrupted
     assert set(rows.status) == {"cancelled"}
     assert (rows.chunks > 0).all()
@@ -608,14 +624,14 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
     """SIGKILL of one of two workers: the run ends with the reason, every row of the other worker is there."""
     asked = schedule(120, 40.0)
     with Swarm(workers=2) as swarm:
-        victim = swarm.processes[1]
+        victims = [swarm.processes[1]]
 
-        def kill() -> None:
-            time.sleep(1.2)
-            os.kill(victim, signal.SIGKILL)
+        def kill(rows: Observations) -> None:
+            if victims and 1 in rows.worker:
+                os.kill(victims.pop(), signal.SIGKILL)
 
         before = time.monotonic()
-        outcome, rows = run(swarm, asked, job(endpoint), kill)
+        outcome, rows = run(swarm, asked, job(endpoint), heard=kill)
         assert time.monotonic() - before < asked.span_s + 15
         assert "worker 1 was killed by signal 9" in outcome.reason
         assert rows.index.tolist() == asked.index.tolist()
@@ -625,7 +641,7 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
         theirs = Counter(rows.status[rows.worker == 1])
         assert theirs["ok"] + theirs["lost"] == 60
         assert theirs["ok"] > 0
-        assert theirs["lost"] > 20
+        assert theirs["lost"] > 0
         # the rest of the swarm goes on working
         outcome, rows = run(swarm, schedule(10, 100.0), job(endpoint))
         assert outcome.reason == ""

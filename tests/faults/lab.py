@@ -15,6 +15,7 @@ import getpass
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -65,10 +66,12 @@ class Outcome:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    """One that is still free when a program binds it seconds later: from below those that whoever asks for any is given."""
+    while True:
+        port = random.SystemRandom().randrange(10_240, 32_768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def children(pid: int) -> list[int]:
