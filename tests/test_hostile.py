@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,26 @@ from loadgen.scrape import Scraper
 from tests.pages import endpoint
 from tests.test_client import EVENTS, SSE, chunked, one
 from traces.errors import EndpointError
+
+
+def highest() -> int:
+    """KiB of memory that this process has held at once."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextmanager
+def within(mib: int) -> Iterator[None]:
+    """The process grows by less. What another test made it hold is forgotten first, where the kernel can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = highest()
+    yield
+    assert highest() - before < mib * 1024
+
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
 
@@ -99,13 +120,11 @@ def slowly(head: bytes, piece: bytes) -> Callable[[socket.socket], None]:
 )
 def test_an_endless_answer_ends_as_one_line(what: Callable[[socket.socket], None]) -> None:
     """Whatever a server goes on saying, asking it is over within its time, within 100 MiB, and says so on one line."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
-    with speaking(what) as url, pytest.raises(EndpointError) as caught:
+    with speaking(what) as url, within(100), pytest.raises(EndpointError) as caught:
         Endpoint(target(url)).fetch("GET", "/metrics", timeout_s=1.0)
     assert time.monotonic() - began < 15
     assert "\n" not in str(caught.value)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100 * 1024
 
 
 HEADERS = SSE.partition(b"\r\n")[0] + b"\r\n"
@@ -167,12 +186,11 @@ def test_a_bomb_in_a_gzip_answer_is_one_failed_request(plain: bytes, status: str
             writer.write(piece)
             await writer.drain()
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
-    row = one(answer, timeout_s=1.0)
+    with within(150):
+        row = one(answer, timeout_s=1.0)
     assert (row.status, "\n" in row.detail, len(row.detail) <= 200) == ("failed", False, True)
     assert time.monotonic() - began < 30
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 150 * 1024
 
 
 def test_a_packed_answer_is_read_to_its_end() -> None:
