@@ -269,9 +269,11 @@ def test_a_reader_sees_whole_batches_while_a_writer_writes(made_any_url: str) ->
         done = threading.Event()
 
         def write() -> None:
-            for start in range(0, 2000, 100):
-                store.add_observations(run.id, rows.take(np.arange(start, start + 100)))
-            done.set()
+            try:
+                for start in range(0, 2000, 100):
+                    store.add_observations(run.id, rows.take(np.arange(start, start + 100)))
+            finally:
+                done.set()
 
         writer = threading.Thread(target=write)
         writer.start()
