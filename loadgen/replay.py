@@ -311,14 +311,9 @@ def replay(
             except BaseException as error:
                 # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-                # Perhaps it is the feed that cannot be read: the run has an end all the same.
-                with contextlib.suppress(StoreError):
-                    for piece in [schedule] if isinstance(schedule, Schedule) else schedule.pieces():
-                        silent = tally.silent(piece)
-                        if isinstance(schedule, Feed) and len(silent) == len(piece):
-                            break  # nothing was heard of it: like all that follows it is counted alone
-                        if len(silent):
-                            on_rows(ended(piece, silent, "unsent", -1, "the run was broken off"))
+                # A feed is not read again, perhaps it is what cannot be read: what is not heard of it is counted alone.
+                if whole is not None and len(silent := tally.silent(whole)):
+                    on_rows(ended(whole, silent, "unsent", -1, "the run was broken off"))
                 tally.unread(run.scheduled - tally.rows)
                 stack.close()
                 writer.settle(_ended(run, tally, slo, None, reason), patience_s)

@@ -54,7 +54,7 @@ from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
 from loadgen.ports import LOOPBACK, Door, loopback
 from loadgen.stream import printable
-from traces.errors import EndpointError, InputError, SteelyardError
+from traces.errors import EndpointError, InputError, SteelyardError, StoreError
 from traces.records import ERRORS, STATUSES, Feed, Floats, Ints, Observations, Schedule
 
 logging.getLogger("locust").addHandler(logging.NullHandler())
@@ -99,6 +99,9 @@ MOST_GREETINGS = 1000
 
 LOOKAHEAD_S = 30.0
 """Of a feed, requests are with their workers at least this long before they are due."""
+
+READ_S = 20.0
+"""A piece of a feed that is to be sent and has not been read is given up after this long: before its requests are due."""
 
 _NUMBERS = (
     ("position", np.dtype(np.int64)),
@@ -196,38 +199,77 @@ def _facts(told: Mapping[str, str], n: int) -> dict[str, Any]:
 
 
 class Pieces:
-    """What was sent to workers and is not all heard of: pieces of a schedule, by the positions that they hold."""
+    """What was sent to workers and is not all heard of: pieces of a schedule, by the positions that they hold.
+
+    The next piece is read ahead, by a thread that nobody joins: a database that was stopped says nothing for minutes.
+    """
 
     def __init__(self, source: Schedule | Feed) -> None:
         whole = isinstance(source, Schedule)
         self._source = iter([source]) if isinstance(source, Schedule) else source.pieces()
+        self._name, self._scheduled = source.name, len(source)
         self._held: dict[int, Schedule] = {}
         self._left: dict[int, int] = {}
         self._starts: list[int] = []
-        self._next: Schedule | None = None
         self.end = 0
         """So many requests were taken."""
         self._keep = whole
         self.more = True
+        self._last_s = 0.0
         self._fetch()
 
     def _fetch(self) -> None:
-        self._next = next(self._source, None)
-        self.more = self._next is not None
+        self._ahead: Future[Schedule | None] = Future()
+        self._asked_s = math.inf
+        threading.Thread(target=self._read, args=(self._ahead,), name="steelyard-feed", daemon=True).start()
+
+    def _read(self, ahead: Future[Schedule | None]) -> None:
+        try:
+            ahead.set_result(next(self._source, None))
+        except BaseException as error:
+            ahead.set_exception(error)
+
+    def _next(self) -> Schedule:
+        """The next piece, once it is read."""
+        piece = self._ahead.result()
+        if piece is None:
+            raise StoreError(
+                f"{self._name!r}: only {self.end} of its {self._scheduled} requests could be read. Start anew."
+            )
+        return piece
 
     @property
     def next_due_s(self) -> float:
-        """When the next piece begins."""
-        return float(self._next.due_s[0]) if self._next is not None and len(self._next) else 0.0
+        """When the next piece begins, once it is read."""
+        return float(due[0]) if self.more and len(due := self._next().due_s) else 0.0
+
+    def due(self, until_s: float) -> bool:
+        """Is there a next piece that begins before ``until_s``, which moves on with the time? Waits for nothing; StoreError
+        when it has not been read READ_S after it was first wanted."""
+        if not self.more:
+            return False
+        if self._ahead.done():
+            return self.next_due_s < until_s
+        if until_s > self._last_s:  # it begins where the one before ended
+            self._asked_s = min(self._asked_s, until_s)
+            if until_s - self._asked_s > READ_S:
+                raise StoreError(
+                    f"{self._name!r}: its requests from number {self.end} on were not read in {READ_S:g} s. "
+                    "Check that the database answers, then start anew."
+                )
+        return False
 
     def take(self) -> tuple[int, Schedule]:
-        """(position of its first request, the next piece), held from now on."""
-        piece, start = self._next, self.end
-        assert piece is not None  # noqa: S101 - asked only while there is more
+        """(position of its first request, the next piece), held from now on; waits until it is read."""
+        piece, start = self._next(), self.end
         self._held[start], self._left[start] = piece, len(piece)
         self._starts.append(start)
         self.end += len(piece)
-        self._fetch()
+        self.more = self.end < self._scheduled
+        if len(piece):
+            self._last_s = float(piece.due_s[-1])
+        if self.more:
+            self._fetch()
         return start, piece
 
     def at(self, positions: Ints) -> tuple[Ints, Floats, Ints, Ints]:
@@ -748,9 +790,9 @@ class Swarm:
         sent to the workers LOOKAHEAD_S before its requests are due.
 
         on_start(zero, unix): schedule zero on the monotonic clock and on the wall, once agreed. Ctrl-C stops sending,
-        waits ``drain_s`` for answers in flight, and returns with ``interrupted``. deadline_s: longest time that the
-        run may take after the last due time; default the request timeout plus 30 s. What a callback raises ends the run, and the
-        workers send no more of it: the next one is its own.
+        waits ``drain_s`` for answers in flight, and returns with ``interrupted``; a second one raises KeyboardInterrupt between
+        two batches. deadline_s: longest time that the run may take after the last due time; default the request timeout plus
+        30 s. What a callback raises ends the run, and the workers send no more of it: the next one is its own.
         """
         self.join()
         while self._next(0.0) is not None:
@@ -821,10 +863,16 @@ class Swarm:
         interrupted = overdue = False
         with self._halting(token, waiting), _noted() as stops:
 
-            def heard(message: tuple[str, str, Any]) -> None:
-                self._accept(message, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
-                if message[0] == "stop":
-                    stops.append(0)
+            def hear(seconds: float) -> tuple[str, str, Any] | None:
+                """The next message, if one comes in time. Between two of them a second Ctrl-C ends the run."""
+                if len(stops) > 1:
+                    raise KeyboardInterrupt
+                found = self._next(seconds)
+                if found is not None:
+                    self._accept(found, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
+                    if found[0] == "stop" and not stops:
+                        stops.append(0)
+                return found
 
             def stop(seconds: float) -> float:
                 """Have the workers stop; returns until when they are awaited."""
@@ -833,15 +881,12 @@ class Swarm:
                 return time.monotonic() + seconds + STOP_S
 
             while True:
-                found = self._next(0.1)
-                if found is not None:
-                    heard(found)
+                hear(0.1)
                 near = time.monotonic() - zero + LOOKAHEAD_S
                 while (
-                    pieces.more
-                    and not (interrupted or overdue)
-                    and pieces.next_due_s < near
+                    not (stops or overdue)
                     and any(not w.gone and w.client_id in waiting for w in crew)
+                    and pieces.due(near)
                 ):
                     send(*pieces.take())
                 for worker in crew:
@@ -853,10 +898,9 @@ class Swarm:
                         # go on sending, so it is its own silence that counts.
                         quiet = time.monotonic() + LAST_WORDS_S
                         while (left_s := quiet - time.monotonic()) > 0:
-                            if (late := self._next(left_s)) is not None:
-                                heard(late)
-                                if late[1] == worker.client_id and late[0] != "missing":
-                                    quiet = time.monotonic() + LAST_WORDS_S
+                            late = hear(left_s)
+                            if late is not None and late[1] == worker.client_id and late[0] != "missing":
+                                quiet = time.monotonic() + LAST_WORDS_S
                         its = np.concatenate([np.empty(0, np.int64), *mine[worker.client_id]])
                         left = its[missing[its]]
                         why = f"worker {worker.index} {worker.gone}"
@@ -878,21 +922,21 @@ class Swarm:
                 if stops and not interrupted:
                     interrupted = True
                     until = stop(drain_s)
-        if interrupted and "interrupted" not in reasons:
-            reasons.insert(0, "interrupted")
+            if interrupted and "interrupted" not in reasons:
+                reasons.insert(0, "interrupted")
+            # Stopped, or no worker left: what was never read of a feed is counted alone. Rows of millions to which nothing
+            # happened would keep whoever pressed Ctrl-C waiting for minutes.
+            unread = len(schedule) - pieces.end
+            missing[pieces.end :] = False
+            left = np.flatnonzero(missing)
+            if len(left):
+                on_rows(pieces.ended(left, "lost", -1, reasons[-1] if reasons else "no row came"))
+                reasons.append(f"{len(left)} requests were not reported by their workers")
         for worker in crew:
             if not worker.same_clock and not worker.gone and worker.index in costs:
                 before = worker.offset
                 self._measure(worker)
                 costs[worker.index]["clock_drift_s"] = worker.offset - before
-        # Stopped, or no worker left: what was never read of a feed is counted alone. Rows of millions to which nothing happened
-        # would keep whoever pressed Ctrl-C waiting for minutes.
-        unread = len(schedule) - pieces.end
-        missing[pieces.end :] = False
-        left = np.flatnonzero(missing)
-        if len(left):
-            on_rows(pieces.ended(left, "lost", -1, reasons[-1] if reasons else "no row came"))
-            reasons.append(f"{len(left)} requests were not reported by their workers")
         return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs, unread)
 
     @contextlib.contextmanager
@@ -997,7 +1041,8 @@ def _depth(parent: Ints) -> int:
 
 @contextlib.contextmanager
 def _noted() -> Iterator[list[int]]:
-    """A list that grows with the first Ctrl-C, instead of an exception in the middle of a message; the second one is raised.
+    """A list that grows with the first Ctrl-C and the second, instead of an exception in the middle of a message: its rows would
+    be counted and not stored. The second is raised by whoever looks at the list, or at the block's end; a third one at once.
 
     SIGTERM is the same: a pod that is taken away, or a batch system's end of time, drains and stores.
     """
@@ -1009,7 +1054,7 @@ def _noted() -> Iterator[list[int]]:
         return
 
     def note(number: int, _frame: Any) -> None:
-        if came:
+        if len(came) > 1:
             raise KeyboardInterrupt
         came.append(number)
 
@@ -1017,6 +1062,8 @@ def _noted() -> Iterator[list[int]]:
         signal.signal(number, note)
     try:
         yield came
+        if len(came) > 1:
+            raise KeyboardInterrupt
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import csv
 import fcntl
@@ -30,6 +31,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+import loadgen.live
 import loadgen.swarm
 import traces.measures
 import traces.store
@@ -1059,22 +1061,62 @@ def test_a_long_trace_is_read_while_it_is_replayed(
 def test_a_feed_that_cannot_be_read_on_ends_its_run(
     store: Store, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database of a long trace went away for too long: the run has an end, says why, and keeps what was asked."""
+    """The database of a long trace went away for too long, or stands still: the run has an end, says why, and keeps what was
+    answered. The feed is not read again to say so."""
     monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.3)
+    monkeypatch.setattr(loadgen.swarm, "READ_S", 0.3)
     asked = schedule(60, 40.0)
-    reading = iter([asked.take(np.arange(20)), asked.take(np.arange(20, 40))])
+    over = threading.Event()
+    awaited: list[float] = []
 
-    def pieces() -> Iterator[Schedule]:
-        yield from reading
+    def away() -> None:
         raise StoreError("the database is away.")
 
-    with Swarm(workers=1) as own, pytest.raises(StoreError, match="is away"):
-        replay(store, own, Feed("t", 60, asked.span_s, 40, "test", pieces), endpoint)
+    def still() -> None:
+        over.wait(30)
+        awaited.append(time.monotonic())
+
+    with Swarm(workers=1) as own:
+        for fails, said in ((away, "the database is away"), (still, "were not read in 0.3 s")):
+            began: list[int] = []
+
+            def pieces(fails: Callable[[], None] = fails, began: list[int] = began) -> Iterator[Schedule]:
+                began.append(1)
+                yield from (asked.take(np.arange(20)), asked.take(np.arange(20, 40)))
+                fails()
+
+            with pytest.raises(StoreError, match=said):
+                replay(store, own, Feed("t", 60, asked.span_s, 40, "test", pieces), endpoint)
+            assert began == [1]
+            run = store.run(len(store.runs()))
+            assert (run.ended, run.complete) == (True, False)
+            assert said in run.reason
+            assert sum(run.counts.values()) == 60
+            assert len(store.observations(run.id)) == run.counts.get("ok", 0) <= 40
+    assert not awaited
+    over.set()
+
+
+def test_ctrl_c_twice_loses_no_row_that_is_counted(
+    store: Store, swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both come while answers are handed on: they are counted and stored, or neither."""
+    before, handed = loadgen.live.Live.rows, []
+
+    def rows(self: loadgen.live.Live, found: Observations) -> None:
+        handed.append(len(found))
+        for _ in range(2 * (len(handed) == 2)):
+            _thread.interrupt_main()
+            time.sleep(0.05)
+        before(self, found)
+
+    monkeypatch.setattr(loadgen.live.Live, "rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        replay(store, swarm, schedule(400, 60.0), endpoint)
     (run,) = store.runs()
     assert (run.ended, run.complete) == (True, False)
-    assert "StoreError: the database is away." in run.reason
-    assert sum(run.counts.values()) == 60
-    assert len(store.observations(run.id)) == run.counts.get("ok", 0) <= 20
+    ok = store.observations(run.id).status.tolist().count("ok")
+    assert 0 < sum(handed[:2]) == ok == run.counts["ok"]
 
 
 @pytest.mark.timed

@@ -33,7 +33,7 @@ from loadgen.engines import dialect
 from loadgen.policy import Dispatch
 from loadgen.swarm import MOST_FACTS, Job, Outcome, Pieces, Swarm, _noted, ended, pack, shares, unpack
 from tests.faults.lab import alive
-from traces.errors import InputError, SteelyardError
+from traces.errors import InputError, SteelyardError, StoreError
 from traces.records import Feed, Fleet, Observations, Schedule
 from traces.shape import scale_rate
 
@@ -278,21 +278,44 @@ def test_a_feed_goes_to_those_who_still_send(endpoint: str, monkeypatch: pytest.
     assert len(set(later.worker.tolist())) == 1
 
 
-def test_ctrl_c_ends_a_feed_with_a_row_for_every_request_that_was_read(
+def test_ctrl_c_ends_a_feed_that_stands_still_with_a_row_for_every_request_that_was_read(
     swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was never read from the feed is counted alone, and not read to say so: there may be millions of it."""
-    taken: list[int] = []
+    """A stopped database is awaited by a thread of its own: rows are handed on, Ctrl-C is heard, and what was never read from
+    the feed is counted alone, and not read to say so: there may be millions of it."""
     monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.5)
-    outcome, rows = run_feed(
-        swarm, feed(300, 30.0, 20, taken), job(endpoint), lambda: (time.sleep(1.0), _thread.interrupt_main())[-1]
+    whole = schedule(300, 30.0)
+    over = threading.Event()
+    awaited: list[float] = []
+
+    def pieces() -> Iterator[Schedule]:
+        yield from (whole.take(np.arange(20)), whole.take(np.arange(20, 40)))
+        over.wait(30)
+        awaited.append(time.monotonic())
+
+    parts: list[Observations] = []
+
+    def interrupt() -> None:
+        until = time.monotonic() + 15
+        while sum(map(len, parts)) < 32 and time.monotonic() < until:  # it is due before the last twenty are
+            time.sleep(0.05)
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    outcome = swarm.run(
+        Feed("t", 300, whole.span_s, 20, "test", pieces),
+        job(endpoint),
+        on_start=lambda zero, unix: thread.start(),
+        on_rows=parts.append,
     )
+    assert not awaited
+    over.set()
+    thread.join()
     assert outcome.interrupted
-    read = 300 - outcome.unread
-    assert rows.index.tolist() == schedule(300, 30.0).index.tolist()[:read]
+    assert outcome.unread == 260
+    rows = Observations.concat(parts)
+    assert rows.index.tolist() == whole.index.tolist()[:40]
     assert set(rows.status.tolist()) <= {"ok", "unsent", "cancelled"}
-    assert outcome.unread > 100
-    assert len(taken) <= read // 20 + 1
 
 
 def test_a_feed_goes_on_without_a_dead_worker(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,15 +334,17 @@ def test_a_feed_goes_on_without_a_dead_worker(endpoint: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_ctrl_c_is_noted_and_the_second_raised(number: int) -> None:
-    """No message is cut in the middle by the first; a user who insists gets out. SIGTERM is the same."""
-    with pytest.raises(KeyboardInterrupt), _noted() as stops:  # noqa: PT012 - the point is what runs before it
-        _thread.interrupt_main(number)
-        time.sleep(0.05)
-        assert stops == [number]
-        _thread.interrupt_main(number)
-        time.sleep(0.05)
-        raise AssertionError("the second was not raised")
+def test_two_ctrl_c_are_noted_and_the_third_is_raised(number: int) -> None:
+    """No message is cut in the middle by the first two, the second ends the block; a user who insists gets out. SIGTERM is the
+    same."""
+    said: list[list[int]] = []
+    for times in (2, 3):
+        with pytest.raises(KeyboardInterrupt), _noted() as stops:  # noqa: PT012 - the point is what runs before it
+            for _ in range(times):
+                _thread.interrupt_main(number)
+                time.sleep(0.05)
+                said.append([*stops])
+    assert said == [[number], [number] * 2] * 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -453,6 +478,26 @@ def test_a_schedule_is_one_piece_and_stays() -> None:
     assert pieces.next_due_s == 0.0
     pieces.heard(np.arange(4))
     assert pieces.at(np.array([3, 0]))[0].tolist() == [9, 0]
+
+
+def test_a_feed_that_ends_early_is_said() -> None:
+    """Its workers would wait for the rest; and a piece that is not there is not due before the one in hand has ended."""
+    whole, there = schedule(50, 10.0), threading.Event()
+
+    def cut() -> Iterator[Schedule]:
+        yield whole.take(np.arange(20))
+        there.wait(30)
+
+    pieces = Pieces(Feed("t", 50, whole.span_s, 20, "test", cut))
+    pieces.take()
+    ends_s = float(whole.due_s[19])
+    for at_s in (ends_s - 1, ends_s + 0.5, ends_s + 0.5 + loadgen.swarm.READ_S):
+        assert not pieces.due(at_s)
+    with pytest.raises(StoreError, match="from number 20 on were not read in 20 s"):
+        pieces.due(ends_s + 0.6 + loadgen.swarm.READ_S)
+    there.set()
+    with pytest.raises(StoreError, match="only 20 of its 50 requests"):
+        pieces.take()
 
 
 def test_shares_are_even() -> None:
