@@ -60,6 +60,19 @@ def chosen(spec: str | None, url: str | None, options: dict[str, Any]) -> Any:
     return Reference(endpoint) if endpoint.fleet() is not None else None
 
 
+def needed(spec: str | None, url: str | None, options: dict[str, Any], what: str = "set") -> Any:
+    """As :func:`chosen`; EndpointError where there is neither. what: shall be done to the fleet."""
+    from loadgen.client import unsaid
+    from traces.errors import EndpointError
+
+    made = chosen(spec, url, options)
+    if made is None:
+        raise EndpointError(
+            f"{unsaid(url or spec or '')}: its fleet cannot be {what} (no /fleet). Say how with --control."
+        )
+    return made
+
+
 def keeper_of(control: Any, verb: str, options: dict[str, Any], as_json: bool, **more: Any) -> Any:
     """The :class:`loadgen.control.Keeper` of a control, as the options want it; it speaks on stderr."""
     from loadgen.control import Bounds, Keeper
@@ -100,13 +113,8 @@ def control(as_json: bool, db: str) -> None:  # for the verbs below, which ask t
 def get(url: str | None, control_spec: str | None, as_json: bool, **options: Any) -> int:
     """Print the fleet that is in force."""
     from loadgen.client import unsaid
-    from traces.errors import EndpointError
 
-    made = chosen(control_spec, url, options)
-    if made is None:
-        raise EndpointError(
-            f"{unsaid(url or control_spec or '')}: its fleet cannot be read (no /fleet). Say how with --control."
-        )
+    made = needed(control_spec, url, options, "read")
     standing = made.get()
     workers = {role: [unsaid(name) for name in names] for role, names in standing.workers.items()}
     found = {
@@ -161,19 +169,14 @@ def set_(
     **options: Any,
 ) -> int:
     """Put a fleet in force, wait until it is, and store what that cost. ``control restore`` goes back."""
-    from loadgen.client import unsaid
-    from traces.errors import EndpointError, StoreError
+    from traces.errors import StoreError
     from traces.records import Fleet, FleetChange
     from traces.store import open_store
 
     wanted = Fleet.parse(fleet)
     if warm and url is None:
         raise click.UsageError("--warm needs the URL that takes requests.")
-    made = chosen(control_spec, url, options)
-    if made is None:
-        raise EndpointError(
-            f"{unsaid(url or control_spec or '')}: its fleet cannot be set (no /fleet). Say how with --control."
-        )
+    made = needed(control_spec, url, options)
     keeper = keeper_of(made, "set", options, as_json, put_back=False, keep_note=True)
     if dry_run:
         return printed(keeper.steps(wanted), f"{made.name} to {wanted}", as_json, fleet=_fleet(wanted))
@@ -403,17 +406,13 @@ def run(
     With --dry-run it decides and says so, changes nothing and stores nothing.
     """
     from loadgen import policy
-    from loadgen.client import unsaid
     from loadgen.control import terminable
     from loadgen.control.online import Controller, Ledger
-    from traces.errors import EndpointError
     from traces.measures import Slo
     from traces.records import Decision, FleetChange
     from traces.store import open_store
 
-    made = chosen(control_spec, url, options)
-    if made is None:
-        raise EndpointError(f"{unsaid(url)}: its fleet cannot be set (no /fleet). Say how with --control.")
+    made = needed(control_spec, url, options)
     slo = Slo.parse(options["slo"]) if options["slo"] else None
     keeper: Any = keeper_of(made, "run", options, as_json, put_back=not leave)
     if dry_run:
