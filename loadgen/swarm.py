@@ -240,8 +240,8 @@ class Pieces:
 
     @property
     def next_due_s(self) -> float:
-        """When the next piece, which there is, begins, once it is read."""
-        return float(due[0]) if len(due := self._next().due_s) else 0.0
+        """When the next piece begins, once it is read; 0.0 without one."""
+        return float(due[0]) if self.more and len(due := self._next().due_s) else 0.0
 
     def due(self, until_s: float) -> bool:
         """Is there a next piece that begins before ``until_s``, which moves on with the time? Waits for nothing; StoreError
