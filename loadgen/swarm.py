@@ -928,6 +928,9 @@ class Swarm:
             # happened would keep whoever pressed Ctrl-C waiting for minutes.
             unread = len(schedule) - pieces.end
             missing[pieces.end :] = False
+            until = time.monotonic() + STOP_S  # a share that crossed with its worker's end comes back unsent
+            while missing.any() and not (waiting or stops) and (left_s := until - time.monotonic()) > 0:
+                hear(left_s)
             left = np.flatnonzero(missing)
             if len(left):
                 on_rows(pieces.ended(left, "lost", -1, reasons[-1] if reasons else "no row came"))
@@ -1218,7 +1221,7 @@ class _WorkerSide:
         self._over.start(self.bell.set)
         self.run_id = 0
         self._rows_of = 0
-        """The run that the engine's rows are of: until the next one goes, the one before."""
+        """The run that went last, which the engine's rows are of: those too of a share that crossed with its end."""
         self.name = ""
         self._job: dict[str, Any] = {}
         self._blocks: list[dict[str, Any]] = []
@@ -1256,7 +1259,7 @@ class _WorkerSide:
     def shard(self, environment: Any, msg: Any) -> None:
         if msg.data["run"] != self.run_id:
             return
-        if self._running is None:
+        if self._rows_of != self.run_id:  # it has not gone yet
             self._blocks.append(msg.data)
             return
         kinds = {"position": np.int64, "due": np.float64, "prompt": np.int64, "output": np.int64}

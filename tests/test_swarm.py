@@ -278,6 +278,48 @@ def test_a_feed_goes_to_those_who_still_send(endpoint: str, monkeypatch: pytest.
     assert len(set(later.worker.tolist())) == 1
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_share_that_crosses_with_its_workers_end_comes_back_unsent(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """A worker says that it is over while the master sends it more; last: no other worker is left, either."""
+    monkeypatch.setattr(loadgen.swarm, "LOOKAHEAD_S", 0.6)
+    with Swarm(workers=1 if last else 2) as swarm:
+        goes: list[tuple[Any, str]] = []
+        ends: list[tuple[Any, ...]] = []
+        crossed: list[Any] = []
+        send, accept = swarm._send, swarm._accept
+
+        def note(kind: str, data: Any, client_id: str = "") -> None:
+            send(kind, data, client_id)
+            if kind == "steelyard.go":
+                goes.append((data["run"], client_id))
+            if kind == "steelyard.shard" and ends and client_id == ends[0][0][1] and not crossed:
+                crossed.append(data)
+                accept(*ends[0])
+
+        def hear(found: Any, *rest: Any) -> None:
+            if found[0] == "finished" and found[1] == goes[-1][1] and not ends:
+                ends.append((found, *rest))  # not heard of before the next piece is on its way
+            else:
+                accept(found, *rest)
+
+        monkeypatch.setattr(swarm, "_send", note)
+        monkeypatch.setattr(swarm, "_accept", hear)
+
+        def stop() -> None:
+            time.sleep(1.0)
+            send("steelyard.stop", {"run": goes[-1][0], "drain_s": 0.0}, goes[-1][1])
+
+        outcome, rows = run_feed(swarm, feed(200, 40.0, 20), job(endpoint), stop)
+    assert len(crossed) == 1
+    assert outcome.reason == ""
+    never = np.frombuffer(crossed[0]["position"], dtype=np.int64)
+    assert {rows.status[rows.index.tolist().index(i)] for i in schedule(200, 40.0).index[never].tolist()} == {"unsent"}
+    assert len(rows) + outcome.unread == 200
+    assert len(set(rows.index.tolist())) == len(rows)
+
+
 def test_ctrl_c_ends_a_feed_that_stands_still_with_a_row_for_every_request_that_was_read(
     swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
