@@ -278,6 +278,8 @@ def replay(
             stack.enter_context(writer)
 
             def on_start(zero: float, unix: float) -> None:
+                nonlocal run
+                run = replace(run, started_unix_s=unix)
                 live.begin(zero)
                 find = (lambda: again(server, found).workers) if found.listed else None
                 scraper = Scraper(
@@ -310,6 +312,7 @@ def replay(
                 tally.unread(outcome.unread)
             except BaseException as error:
                 # Whatever it was, the run's rows so far are worth keeping, and the run says why it is not whole.
+                on_progress = None  # it may be what fails, each time
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
                 # A feed is not read again, perhaps it is what cannot be read: what is not heard of it is counted alone.
                 if whole is not None and len(silent := tally.silent(whole)):
@@ -339,7 +342,6 @@ def replay(
         run = writer.settle(done_run, patience_s, counted)
     if writer.error is not None:
         raise writer.error
-    cost(store, run, steered)
     if outcome.interrupted:
         raise Interrupted(run)
     return run
@@ -351,7 +353,6 @@ def _ended(run: Run, tally: Tally, slo: Slo | None, outcome: Outcome | None, rea
     why = "; ".join(filter(None, (reason, judged.reason)))
     return replace(
         run,
-        started_unix_s=outcome.started_unix_s if outcome is not None else run.started_unix_s,
         complete=outcome is not None and not reason and tally.rows == run.scheduled,
         verdict=judged.word,
         reason=why,
@@ -429,6 +430,8 @@ class Writer:
         self._unkept: list[Batch] = []
         self._copied: tuple[Future[Any] | None, int] = None, 0
         """What the database was asked to store, and the bytes of the spool that are a copy of it and all that waits there."""
+        self._ending: tuple[Run, Sequence[Histogram]] | None = None
+        """What is being stored of the run's end, once no row is in memory alone."""
         self._settled = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._main, name="steelyard-writer", daemon=True)
@@ -451,18 +454,25 @@ class Writer:
 
     @contextlib.contextmanager
     def told(self, end: Callable[[], Run]) -> Iterator[None]:
-        """A second Ctrl-C in the block waits for no database any more; how the run ended is on disk for the next command."""
+        """A second Ctrl-C in the block waits for no database any more; how the run ended is on disk for the next command: what
+        was being stored, which the database may yet take as well, or before that what end says."""
         try:
             yield
         except KeyboardInterrupt:
             if not self._settled:
                 with contextlib.suppress(StoreError):
-                    self.spool.end_run(end(), self._steered)
+                    self._leave(*(self._ending or (end(), ())))
             raise
 
+    def _leave(self, run: Run, counted: Sequence[Histogram]) -> None:
+        """What came of the run to the disk, for the next command."""
+        if counted:
+            self.spool.add_histograms(counted)
+        self.spool.end_run(run, self._steered)
+
     def settle(self, run: Run, patience_s: float, counted: Sequence[Histogram] = ()) -> Run:
-        """Store what came of the run, what the servers' histograms counted, and what waits. StoreError says where the rows are,
-        after ``patience_s`` in which nothing was stored."""
+        """Store what came of the run, what the servers' histograms counted, what waits, and what the changes of P:D cost.
+        StoreError says where the rows are, after ``patience_s`` in which nothing was stored."""
         until = time.monotonic() + patience_s
 
         def work() -> Run:
@@ -479,7 +489,9 @@ class Writer:
                     self._keep()
                     if self._unkept:
                         raise self.error or StoreError("rows could not be kept.")
+                self._ending = run, counted
                 found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
+                cost(self._store, found, self._steered)
                 self._work.put(None)
                 self._settled = True
                 if isinstance(self.error, StoreError):
@@ -493,9 +505,7 @@ class Writer:
                 left = sum(len(b) for b in self._unkept if isinstance(b, Observations))
                 if left:
                     raise StoreError(f"{left} rows of run {run.id} are lost: {error}") from None
-                if counted:
-                    self.spool.add_histograms(counted)
-                self.spool.end_run(run, self._steered)
+                self._leave(run, counted)
                 raise StoreError(
                     f"{error} Nothing is lost: the rows of run {run.id} wait in {self.spool.path}. "
                     f"When the database is back, run: steelyard runs recover{option(self._store.told or 'URL')}"

@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from loadgen.client import target
 from loadgen.cluster.embedded import embedded
 from loadgen.control import Endpoint
 from loadgen.control.journal import Journal
+from loadgen.control.online import Planned
+from loadgen.control.reference import Reference
 from loadgen.engines import WORDS, single_token_words
 from loadgen.replay import GRACE_S, Writer, read_api_key, replay
 from loadgen.spool import Spool, Steered, folder
@@ -49,7 +52,7 @@ from loadgen.sweep import plan, saturate, sweep
 from traces.errors import EndpointError, InputError, StoreError
 from traces.ingest import ingest
 from traces.measures import Slo, summarise
-from traces.records import Decision, Feed, Fleet, FleetChange, Observations, Run, Sample, Schedule
+from traces.records import Decision, Feed, Fleet, FleetChange, Histogram, Observations, Run, Sample, Schedule
 from traces.shape import ramp, to_rate
 from traces.shipped import shipped
 from traces.store import Store, open_store
@@ -762,6 +765,58 @@ def test_a_denied_allocation_ends_no_writer(store: Store, monkeypatch: pytest.Mo
     assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
 
 
+def test_ctrl_c_while_the_end_is_stored_changes_nothing_of_what_came(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its verdict, nor where readings came from, nor what its changes of P:D cost: whether the database takes the end
+    after all or not, and also when the costs are what is being stored, or the figures are counted."""
+    main_thread, end_run, free = threading.main_thread().ident, store.end_run, threading.Event()
+    assert main_thread is not None
+
+    def slow(*given: Any, **named: Any) -> Run:
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        free.wait(30)
+        return end_run(*given, **named)
+
+    def lost(*given: Any, **named: Any) -> Run:
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        free.wait(30)
+        raise StoreError("gone.")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def ends(run: Run, writer: Writer) -> None:
+        with writer.told(lambda: replace(run, verdict="valid", reason="interrupted")):
+            with writer:
+                writer.put(held_rows(4))
+                writer.put(FleetChange(0.5, 1.0, Fleet(1, 1), Fleet(2, 1), "why", 0.75))
+            writer.settle(came, 60.0, counted)
+
+    hooks = [("end_run", slow), ("end_run", lost), ("cost_fleet_changes", interrupted), ("count", interrupted)]
+    counted = [Histogram("w", "decode", "itl_s", "m", 3, 0.5, ((1.0, 3), (math.inf, 3)))]
+    for name, hook in hooks:
+        run = begun(store)
+        came = replace(run, complete=True, verdict="invalid", reason="it changed", counts={"ok": 4}, sources={"w": {}})
+        free.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(store, name, hook)
+            writer = Writer(store, run.id, "steered", every_s=0.1)
+            with pytest.raises(KeyboardInterrupt):
+                ends(run, writer)
+            free.set()
+            assert writer._asked is not None
+            wait([writer._asked], 30)
+        for spool in spooled(store):  # as the next command does
+            spool.load(store)
+        found = store.run(run.id)
+        assert (found.ended, found.complete, found.verdict, found.reason) == (True, True, "invalid", came.reason)
+        assert (found.counts, found.sources) == (came.counts, came.sources)
+        assert store.histograms(run.id) == counted
+        (change,) = store.fleet_changes(run.id)
+        assert change.in_flight >= 0
+
+
 def test_a_batch_that_nothing_takes_costs_no_other(store: Store, tmp_path: Path) -> None:
     """The thread that gathers rows died of a batch that JSON refuses, and what came later was stored by nobody."""
     run, rows = begun(store), held_rows(4)
@@ -1117,6 +1172,30 @@ def test_ctrl_c_twice_loses_no_row_that_is_counted(
     assert (run.ended, run.complete) == (True, False)
     ok = store.observations(run.id).status.tolist().count("ok")
     assert 0 < sum(handed[:2]) == ok == run.counts["ok"]
+
+
+def test_the_changes_of_a_run_that_broke_off_are_costed(store: Store, swarm: Swarm) -> None:
+    """They were made, and what they cost is in its rows; they count from where its seconds do."""
+    moved, at = threading.Event(), list[float]()
+
+    class Noted(Reference):
+        def ask(self, fleet: Fleet) -> None:
+            super().ask(fleet)
+            moved.set()
+
+    def progress(rows: int, scheduled: int) -> None:
+        assert not moved.is_set(), "enough"
+
+    with embedded("constant", Fleet(2, 2)) as url, pytest.raises(AssertionError, match="enough"):
+        replay(
+            store, swarm, schedule(400, 60.0), url, control=Noted(Endpoint(target(url))), on_progress=progress,
+            steering=Planned([(0.1, Fleet(1, 3))]), tick_s=0.1, on_live=lambda _: at.append(time.time()),
+        )  # fmt: skip
+    (run,) = store.runs()
+    assert (run.ended, run.complete) == (True, False)
+    assert run.started_unix_s > at[0]
+    (change,) = store.fleet_changes(run.id)
+    assert change.in_flight >= 0
 
 
 @pytest.mark.timed
