@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -669,6 +670,33 @@ def test_the_operator_is_asked_and_waited_for() -> None:
     assert "from 2:1 to 1:2" in asked[3]
     with pytest.raises(LostError, match="did not put the fleet 2:1 in force"):
         put(control, Fleet(2, 1))
+
+
+def test_an_answer_is_to_the_last_question() -> None:
+    """The way back while the operator has not answered yet: he is told that the change is given up, and nothing waits for that
+    answer. What he enters then is about the way back, whichever question reads it."""
+    asked, entered = queue.SimpleQueue[str](), queue.SimpleQueue[str]()
+
+    def operator(question: str) -> str:
+        asked.put(question)
+        return entered.get()
+
+    control = control_of("manual:lab", Connect(endpoint, endpoint, operator))
+    assert control is not None
+    entered.put("4:4")
+    assert control.get().settled(Fleet(4, 4))
+    assert "in force now" in asked.get(timeout=30)
+    control.ask(Fleet(5, 3))
+    assert "from 4:4 to 5:3" in asked.get(timeout=30)
+    began = time.monotonic()
+    control.ask(Fleet(4, 4))
+    assert "The change to 5:3 is given up. Please change the fleet from what it is to 4:4." in asked.get(timeout=30)
+    assert time.monotonic() - began < loadgen.control.STEP_S / 2
+    assert control.get().changing
+    entered.put("")
+    soon(lambda: not control.get().changing)
+    assert control.get().settled(Fleet(4, 4))
+    entered.put("")  # to nothing: for the reader that is left
 
 
 def test_the_operator_is_asked_for_the_fleet_of_the_file_too(tmp_path: Path) -> None:

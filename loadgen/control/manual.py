@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
 from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
@@ -20,6 +23,8 @@ class Manual:
         self._target: Fleet | None = None
         self._sure = False
         self._steps = Steps()
+        self._question: Future[str] = Future()
+        """The last one that was asked: what the operator enters answers it, whatever was asked before."""
         self.name = f"manual {what}".strip()
         self.spec = f"manual:{what}"
         self.bounds = Bounds()
@@ -42,12 +47,15 @@ class Manual:
 
     def ask(self, fleet: Fleet) -> None:
         """See :class:`loadgen.control.Control`."""
-        self._target = fleet
-        now = self._now
+        before, self._target, given_up = self._target, fleet, ""
+        if self._question.cancel():  # nobody waits for its answer, nor knows how far the operator came
+            given_up, self._sure = f"\nThe change to {before} is given up. ", False
 
         def change() -> None:
+            now = None if given_up else self._now
             said = self._asked(
-                f"Please change the fleet from {now or 'what it is'} to {fleet}. Enter when it serves, no to give up: "
+                f"{given_up}Please change the fleet from {now or 'what it is'} to {fleet}. "
+                "Enter when it serves, no to give up: "
             )
             if said.strip().lower() in ("n", "no"):
                 if self._target is fleet:  # nothing is on its way there
@@ -60,10 +68,27 @@ class Manual:
     def _asked(self, question: str) -> str:
         if self._ask_operator is None:
             raise LostError("--control manual asks the operator, and there is no terminal to ask at.")
+        self._question.cancel()
+        asked = self._question = Future[str]()
+        # In a thread of its own: nothing ends one that reads, so that of a question that was given up reads the next answer.
+        threading.Thread(
+            target=self._read, args=(self._ask_operator, question), name="steelyard-operator", daemon=True
+        ).start()
         try:
-            return self._ask_operator(question)
+            return asked.result()
+        except CancelledError:
+            raise LostError("--control manual: the question was given up.") from None
         except (EOFError, OSError):
             raise LostError("--control manual asks the operator, and nobody answered (end of input).") from None
+
+    def _read(self, ask_operator: Callable[[str], str], question: str) -> None:
+        with contextlib.suppress(InvalidStateError):  # nothing was asked when it was entered
+            try:
+                said = ask_operator(question)
+            except Exception as error:
+                self._question.set_exception(error)
+            else:
+                self._question.set_result(said)
 
 
 def from_text(text: str, spec: str, connect: Connect) -> Manual:
