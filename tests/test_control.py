@@ -1776,6 +1776,34 @@ def test_nothing_moves_after_the_end() -> None:
     assert control.asked == []
 
 
+def test_a_move_that_is_being_asked_for_lands_before_the_way_back() -> None:
+    """And no other comes after it, from a controller whose end nobody waited for: a second Ctrl-C."""
+    asking, free = threading.Event(), threading.Event()
+
+    class Slow(Fake):
+        def ask(self, fleet: Fleet) -> None:
+            if fleet == Fleet(3, 1):
+                asking.set()
+                free.wait(30)
+            super().ask(fleet)
+
+    control = Slow(Fleet(2, 2))
+    keeper = Keeper(control, "run")
+    controller = Controller(
+        keeper, lambda: queues(0, 0), Planned([(0.0, Fleet(3, 1))]), time.monotonic(), lambda change: None, tick_s=0.05
+    )
+    with contextlib.suppress(KeyboardInterrupt), keeper:
+        controller.__enter__()
+        assert asking.wait(30)
+        threading.Timer(0.2, free.set).start()
+        raise KeyboardInterrupt
+    controller.__exit__()
+    assert control.asked == [Fleet(3, 1), Fleet(2, 2)]
+    assert Journal.all() == []
+    with pytest.raises(InputError, match="not asked for 1:3, for the command is ending"):
+        keeper.ask(Fleet(1, 3))
+
+
 def test_a_change_that_was_given_up_says_nothing_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that would not end in time, and fails later, is no failure of the change that came after it, nor a step of it."""
     monkeypatch.setattr(loadgen.control, "STEP_S", 0.05)

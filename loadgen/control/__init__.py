@@ -339,7 +339,8 @@ class Keeper:
         self.before: Fleet | None = None
         self.stranded = False
         self._found: Standing | None = None
-        self._entered = self._owed = self._unknown = False
+        self._over = self._owed = self._unknown = False
+        self._moving = threading.Lock()
         self._said: set[str] = set()
         self._signals = contextlib.ExitStack()
 
@@ -360,23 +361,32 @@ class Keeper:
                     else ". Afterwards: steelyard control restore"
                 )
             )
-        self._entered = True
+        self._over = False
         self._signals.enter_context(terminable())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        back = self._put_back or (kind is not None and not self._keep_note)
         try:
+            with self._moving:  # what another thread is asking for lands before the way back, and nothing after it
+                self._over = True
             if self.before is None:
                 return
-            if self._put_back or (kind is not None and not self._keep_note):
+            if back:
                 self._back(self.timeout_s if kind is None else min(self.timeout_s, BACK_S))
                 return
             if kind is None:
                 self._finish()
             if not self._keep_note and not self._owed:  # what a crash left is not ours to drop
                 self.journal.done(self._verb)
+        except KeyboardInterrupt:
+            if back and self.before is not None:
+                self.stranded = True
+                self._say(
+                    f"interrupted: the fleet {self.before} may not be back. To put it back, run: steelyard control restore"
+                )
+            raise
         finally:
-            self._entered = False
             self._signals.close()
             self.journal.unlock()
 
@@ -402,12 +412,6 @@ class Keeper:
                     "steelyard control restore"
                 )
                 return
-        except KeyboardInterrupt:
-            self.stranded = True
-            self._say(
-                f"interrupted: the fleet {self.before} may not be back. To put it back, run: steelyard control restore"
-            )
-            raise
         if self._found is not None and self._as_found():
             self._say(f"{self.name}: {self._found.fleet} of {self.before} serves again, as before the first change")
         self.journal.done(self._verb)
@@ -435,9 +439,12 @@ class Keeper:
         return self.control.steps(fleet)
 
     def ask(self, fleet: Fleet) -> None:
-        """Note, then ask."""
-        self._note(fleet, None)
-        self.control.ask(fleet)
+        """Note, then ask. InputError when the command is ending: the old fleet may be back already."""
+        with self._moving:
+            if self._over:
+                raise InputError(f"{self.name}: not asked for {fleet}, for the command is ending.")
+            self._note(fleet, None)
+            self.control.ask(fleet)
 
     def put(self, fleet: Fleet) -> Cost:
         """Note, ask, wait. InputError when it is out of bounds or out of reach, with nothing changed."""
