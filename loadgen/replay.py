@@ -273,7 +273,21 @@ def replay(
             refused.append(decision)
         writer.put(Steered(decision, steered, unix))
 
-    with writer.told(lambda: _ended(run, tally, slo, outcome, reason or "interrupted")):
+    def come(reason: str, after: Discovery | None = None, late: Sequence[tuple[str, str]] = ()) -> Run:
+        """What came of the run, judged by what is in hand. after, late: what servers that were asked at its end said."""
+        scraper = scrapers[0] if scrapers else None
+        moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
+        reasons = [*served.reasons(found, after, scraper, moved=moved), *late]
+        if refused:  # a rule may want what is out of bounds; who planned a change measured something else without it
+            word = "degraded" if policy == "planned" else "valid"
+            reasons.append((word, f"{len(refused)} changes of the fleet were refused, the first: {refused[0].reason}"))
+        done = judged(_ended(run, tally, slo, outcome, reason), reasons)
+        return done if scraper is None else replace(done, sources=scraper.sources())
+
+    def counted() -> Sequence[Histogram]:
+        return scrapers[0].histograms() if scrapers else ()
+
+    with writer.told(lambda: (come(reason or "interrupted"), counted())):
         with contextlib.ExitStack() as stack:
             stack.enter_context(writer)
 
@@ -319,27 +333,15 @@ def replay(
                     on_rows(ended(whole, silent, "unsent", -1, "the run was broken off"))
                 tally.unread(run.scheduled - tally.rows)
                 stack.close()
-                writer.settle(_ended(run, tally, slo, None, reason), patience_s)
+                writer.settle(come(reason), patience_s, counted())
                 raise
         if on_outcome is not None:
             on_outcome(outcome)
-        done_run = _ended(run, tally, slo, outcome, reason)
-        if steps >= 0:
-            done_run = _on_time(done_run, server, steps, slo)
-        moved = steering is not None or bool(dispatch and any(f for _, f in dispatch.batches))
+        late = _late(server, steps, slo) if steps >= 0 else []
         after = None
         with contextlib.suppress(EndpointError):  # a list that is believed no longer costs no run
             after = again(server, found) if found.listed else None
-        reasons = served.reasons(found, after, scrapers[0] if scrapers else None, moved=moved)
-        if refused:  # a rule may want what is out of bounds; who planned a change measured something else without it
-            word = "degraded" if policy == "planned" else "valid"
-            reasons.append((word, f"{len(refused)} changes of the fleet were refused, the first: {refused[0].reason}"))
-        done_run = judged(done_run, reasons)
-        counted: Sequence[Histogram] = ()
-        if scrapers:
-            done_run = replace(done_run, sources=scrapers[0].sources())
-            counted = scrapers[0].histograms()
-        run = writer.settle(done_run, patience_s, counted)
+        run = writer.settle(come(reason, after, late), patience_s, counted())
     if writer.error is not None:
         raise writer.error
     if outcome.interrupted:
@@ -383,22 +385,21 @@ def agreed(server: Endpoint, found: Discovery, fleet: Fleet | None) -> Fleet | N
     return fleet or found.fleet
 
 
-def _on_time(run: Run, server: Endpoint, steps: int, slo: Slo | None) -> Run:
-    """The run as the reference endpoint's own lateness leaves it: late tokens are not what its laws say."""
+def _late(server: Endpoint, steps: int, slo: Slo | None) -> list[tuple[str, str]]:
+    """(verdict, why) for the reference endpoint's own lateness: late tokens are not what its laws say."""
     try:
         late = _health(server, f"?after={steps}").get("late", {})
     except EndpointError:
-        return run  # it went away, as the rows say
+        return []  # it went away, as the rows say
     p99 = float(late.get("p99_ms", 0.0))
     word = late_word(p99 / 1e3, slo, degrades_s=LATE_MS / 1e3)
     if word == "valid":
-        return run
-    return replace(
-        run,
-        verdict="invalid" if "invalid" in (word, run.verdict) else word,
-        reason=f"the reference endpoint wrote its tokens {p99:.1f} ms late at p99 (at most {LATE_MS:g}): too many for "
-        f"this machine, serve with --speed below 1 or fewer workers; {run.reason}",
+        return []
+    why = (
+        f"the reference endpoint wrote its tokens {p99:.1f} ms late at p99 (at most {LATE_MS:g}): too many for this machine, "
+        "serve with --speed below 1 or fewer workers"
     )
+    return [(word, why)]
 
 
 def _health(server: Endpoint, query: str = "") -> Mapping[str, Any]:
@@ -453,7 +454,7 @@ class Writer:
         self._thread.join()
 
     @contextlib.contextmanager
-    def told(self, end: Callable[[], Run]) -> Iterator[None]:
+    def told(self, end: Callable[[], tuple[Run, Sequence[Histogram]]]) -> Iterator[None]:
         """A second Ctrl-C in the block waits for no database any more; how the run ended is on disk for the next command: what
         was being stored, which the database may yet take as well, or before that what end says."""
         try:
@@ -461,7 +462,7 @@ class Writer:
         except KeyboardInterrupt:
             if not self._settled:
                 with contextlib.suppress(StoreError):
-                    self._leave(*(self._ending or (end(), ())))
+                    self._leave(*(self._ending or end()))
             raise
 
     def _leave(self, run: Run, counted: Sequence[Histogram]) -> None:

@@ -787,7 +787,7 @@ def test_ctrl_c_while_the_end_is_stored_changes_nothing_of_what_came(
         raise KeyboardInterrupt
 
     def ends(run: Run, writer: Writer) -> None:
-        with writer.told(lambda: replace(run, verdict="valid", reason="interrupted")):
+        with writer.told(lambda: (replace(run, verdict="valid", reason="interrupted"), ())):
             with writer:
                 writer.put(held_rows(4))
                 writer.put(FleetChange(0.5, 1.0, Fleet(1, 1), Fleet(2, 1), "why", 0.75))
@@ -1194,6 +1194,7 @@ def test_the_changes_of_a_run_that_broke_off_are_costed(store: Store, swarm: Swa
     (run,) = store.runs()
     assert (run.ended, run.complete) == (True, False)
     assert run.started_unix_s > at[0]
+    assert run.sources
     (change,) = store.fleet_changes(run.id)
     assert change.in_flight >= 0
 
@@ -1272,6 +1273,7 @@ def test_sigterm_before_the_load_and_after_it_ends_the_run(store: Store, swarm: 
             run = store.runs()[-1]
             assert (run.ended, run.complete, run.scheduled) == (True, False, len(store.observations(run.id)))
             assert "interrupted" in run.reason
+            assert bool(run.sources) == (edge == "on_outcome")  # judged by what was in hand
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (len(store.runs()), missed) == (2, [])
