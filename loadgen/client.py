@@ -49,8 +49,8 @@ IDLE_S = 4.0
 request written into a closing connection would look like a failure of the server."""
 
 FROZEN_S = 4.0
-"""A loop that stood still for longer sends no more: its master heard no heartbeat and took its requests for lost. Less than the
-master waits, so that nobody sends who is no longer listened to."""
+"""A loop that stood still for longer sends no more: its master hears no heartbeat, and takes its requests for lost. A second less
+than any master waits (loadgen.swarm.HEARTBEATS), so that nobody sends who is no longer listened to."""
 
 FLEET_S = 5.0
 """A fleet that a batch asks for is put in force within this time, or the batch begins with the one that is."""
@@ -714,6 +714,9 @@ class Client:
         )
         self.max_stall_s = 0.0
         self._beat = clock()
+        self._woke = -math.inf
+        """When the loop last went on after it had stood still too long."""
+        self._beats: asyncio.Task[None] | None = None
         targets = [where] if isinstance(where, Target) else list(where)
         self._routes = [_Route(one, path, prompts.key) for one in targets]
         self._prompts = prompts
@@ -740,7 +743,9 @@ class Client:
         self._spare: asyncio.Task[None] | None = None
 
     async def warm(self, first: Sequence[int]) -> None:
-        """Open a connection for each of these requests, so that they do not pay for it. A refusal is left to them."""
+        """Open a connection for each of these requests, so that they do not pay for it. A refusal is left to them. From now on
+        it is known whether the loop stands still: the start may come while it does."""
+        self._beats = self._loop.create_task(self._wait())
 
         async def one(route: _Route) -> None:  # kept as soon as it stands: the others may take too long
             route.idle.append(await self._connect(route))
@@ -764,6 +769,9 @@ class Client:
         gate: they leave in the order given, batch after batch, instead. turns: those with a parent wait for its answer.
         more: further requests come by :meth:`extend`.
         """
+        if self._beats is not None:
+            self._beats.cancel()
+        self._alive()
         self._more = more
         self._turns, self._children, self._released_turns = turns, {}, []
         if turns is not None:
@@ -774,10 +782,11 @@ class Client:
         self._gate, self._batch, self._batch_end, self._released = gate, -1, 0, zero
         self._positions, self._due, self._sizes = positions, due, (prompt_tokens, output_tokens)
         self._zero, self._next = zero, 0
-        self._beat = self.clock()
         self._ended = self._loop.create_future()
         self._alarm = Alarm(self._loop, self._tick)
         watch = self._loop.create_task(self._watch())
+        if self._woke > zero:
+            self.stop(f"the load worker stood still until {self._woke - zero:.1f} s after the start")
         try:
             self._tick()
             self._check()
@@ -833,6 +842,8 @@ class Client:
         self.stop()
         self.cancel()
         self._closing = True
+        if self._beats is not None:
+            self._beats.cancel()
         for route in self._routes:
             route.idle.clear()
         for connection in list(self._open):
@@ -851,6 +862,7 @@ class Client:
         now = self.clock()
         before, self._beat = self._beat, now
         if now - before > FROZEN_S:
+            self._woke = now
             self.stop(f"the load worker stood still for {now - before:.1f} s")
         return now
 
@@ -1158,6 +1170,12 @@ class Client:
         waiting = self._flights or self._children or self._released_turns or self._more
         if self._ended is not None and not self._ended.done() and self._next >= len(self._due) and not waiting:
             self._ended.set_result(None)
+
+    async def _wait(self) -> None:
+        """Notes until the start whether the loop stood still."""
+        while True:
+            await asyncio.sleep(0.25)
+            self._alive()
 
     async def _watch(self) -> None:
         """Times requests out, oldest first, and notes how long the loop stood still."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import gevent
 import gevent.monkey
+import locust.runners
 import numpy as np
 from locust import User, events, task
 from locust.exception import StopUser
@@ -30,7 +31,7 @@ from loadgen.client import Engine, Row, target
 from loadgen.control import Endpoint
 from loadgen.engines import Prompts
 from loadgen.replay import read_api_key
-from loadgen.swarm import pack, unpack
+from loadgen.swarm import HEARTBEATS, pack, unpack
 from traces.errors import InputError, SteelyardError
 from traces.measures import Slo, Tally
 from traces.records import Fleet, Observations, Run, Schedule
@@ -42,6 +43,8 @@ if gevent.monkey.is_module_patched("threading"):
 
 # Locust's master waits for its workers with time.sleep, which must let gevent go on; nothing else is patched.
 gevent.monkey.patch_time()
+
+locust.runners.HEARTBEAT_LIVENESS = HEARTBEATS
 
 START_AHEAD_S = 3.0
 """Time for every process to load its share before schedule zero."""

@@ -79,6 +79,10 @@ STOP_S = 5.0
 LAST_WORDS_S = 0.3
 """Messages of a worker that died come at most so far apart."""
 
+HEARTBEATS = 5
+"""That Locust waits for, one a second: it takes a worker for dead six to seven seconds after the last one, so five at least after
+the worker stood still. One that woke within FROZEN_S goes on sending: until then its master must listen."""
+
 MASTER_SILENCE_S = 60.0
 """A worker that hears nothing of its master for this long ends."""
 
@@ -584,6 +588,7 @@ class Swarm:
 
     def _master(self, started: Future[int]) -> None:
         """Hub, master runner and message pump; lives until ``close``."""
+        locust.runners.HEARTBEAT_LIVENESS = HEARTBEATS
         try:
             self.environment = _environment()
             runner = self.environment.create_master_runner(*self._bind)
@@ -846,8 +851,9 @@ class Swarm:
         zero = time.monotonic() + start_ahead_s
         unix = time.time() + start_ahead_s
         for worker in crew:
-            at = zero if worker.same_clock else zero + worker.offset
-            self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
+            if not worker.gone:
+                at = zero if worker.same_clock else zero + worker.offset
+                self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
         with self._halting(token, waiting):
             on_start(zero, unix)
         last_due = schedule.last_due_s

@@ -340,7 +340,8 @@ def test_a_fleet_that_nobody_takes_holds_no_batch_up(monkeypatch: pytest.MonkeyP
 
 
 def test_a_loop_that_stood_still_too_long_sends_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By then its master took it for dead: what is overdue is unsent. After a shorter pause it is sent, late."""
+    """By then its master took it for dead: what is overdue is unsent. After a shorter pause it is sent, late; so it is when the
+    loop stood still over the start, and when it did before, nobody minds."""
     monkeypatch.setattr(loadgen.client, "FROZEN_S", 1.5)
 
     async def pause(seconds: float) -> None:
@@ -353,6 +354,26 @@ def test_a_loop_that_stood_still_too_long_sends_no_more(monkeypatch: pytest.Monk
         assert [row.status for row in sorted(rows)] == ended
         assert len(seen) == ended.count("ok")
     assert all("stood still" in row.detail for row in rows if row.status == "unsent")
+
+    async def start(later_s: float, over: bool) -> list[Row]:
+        """Of a client that is ready and then stands still; later_s: until it is told to start; over: zero is past."""
+        rows: list[Row] = []
+        kind = dialect("openai")
+        client = Client(Target("http", "127.0.0.1", 1), kind.path, Prompts(kind, "m", 9, 1), rows.append)
+        await client.warm(())
+        await asyncio.sleep(0)
+        before = time.monotonic()
+        time.sleep(1.6)
+        await asyncio.sleep(later_s)
+        zero = before + 0.5 if over else time.monotonic()
+        await asyncio.wait_for(client.run([0], [0.0], [5], [1], zero), 10)
+        await client.close()
+        return rows
+
+    for later_s, over in ((0.0, True), (0.3, True), (0.3, False)):
+        (row,) = asyncio.run(start(later_s, over))
+        assert row.status == ("unsent" if over else "failed")  # nobody listens there
+        assert ("stood still until" in row.detail) == over
 
 
 def without_handles() -> list[tuple[str, str, str, float]]:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import loadgen.secret
 import loadgen.swarm
-from loadgen.client import Row, target
+from loadgen.client import FROZEN_S, Row, target
 from loadgen.cluster.embedded import embedded
 from loadgen.crew import Crew
 from loadgen.engines import dialect
@@ -736,22 +736,32 @@ def test_a_killed_worker_loses_its_own_requests_and_no_others(endpoint: str) -> 
 
 
 def test_a_worker_that_was_taken_for_dead_sends_nothing_when_it_wakes() -> None:
-    """What it had still to send is lost, not sent at once into whatever runs then (a paused machine does that)."""
+    """What it had still to send is lost, not sent at once into whatever runs then (a paused machine does that). It was taken for
+    dead later than it gives itself up."""
     with embedded("demo", Fleet(1, 1)) as url, Swarm(workers=2) as swarm:
+        assert loadgen.swarm.HEARTBEATS > FROZEN_S  # the last heartbeat may be a second old
         frozen = swarm.processes[1]
+        still: list[float] = []
 
         def freeze() -> None:
             time.sleep(0.3)
             os.kill(frozen, signal.SIGSTOP)
+            still.append(time.monotonic())
+
+        def heard(rows: Observations) -> None:
+            if "lost" in rows.status:
+                still.append(time.monotonic())
 
         try:
-            outcome, rows = run(swarm, schedule(200, 100.0), replace(job(url), model="demo"), freeze)
+            what = replace(job(url), model="demo")
+            outcome, rows = run(swarm, schedule(200, 100.0), what, freeze, heard=heard)
             before = finished(url)
         finally:
             os.kill(frozen, signal.SIGCONT)
         time.sleep(1.5)
         assert finished(url) == before > 0
     assert "worker 1 sent no heartbeat" in outcome.reason
+    assert still[1] - still[0] > FROZEN_S
     assert Counter(rows.status[rows.worker == 1])["lost"] > 10
 
 
@@ -789,9 +799,18 @@ def test_a_worker_that_dies_before_the_start_is_named_and_the_other_waited_for(
                 threading.Timer(0.5, os.kill, (second, signal.SIGCONT)).start()
             return found
 
+        send, went = swarm._send, []
+
+        def note(kind: str, data: Any, client_id: str = "") -> None:
+            if kind == "steelyard.go":
+                went.append(swarm._workers[client_id].index)
+            send(kind, data, client_id)
+
         monkeypatch.setattr(swarm, "_next", watched)
+        monkeypatch.setattr(swarm, "_send", note)
         os.kill(second, signal.SIGSTOP)
         outcome, rows = run(swarm, schedule(20, 100.0), job(endpoint))
+    assert went == [1]
     assert "worker 0 was killed by signal 9, 10 of its 10 requests are lost" in outcome.reason
     assert Counter(zip(rows.worker.tolist(), rows.status.tolist(), strict=True)) == {(0, "lost"): 10, (1, "ok"): 10}
 
