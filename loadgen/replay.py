@@ -330,7 +330,8 @@ def replay(
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
                 # A feed is not read again, perhaps it is what cannot be read: what is not heard of it is counted alone.
                 if whole is not None and len(silent := tally.silent(whole)):
-                    on_rows(ended(whole, silent, "unsent", -1, "the run was broken off"))
+                    word = "lost" if live.due() else "unsent"  # sent or not, nothing was heard of them
+                    on_rows(ended(whole, silent, word, -1, "the run was broken off"))
                 tally.unread(run.scheduled - tally.rows)
                 stack.close()
                 writer.settle(come(reason), patience_s, counted())

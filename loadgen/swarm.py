@@ -473,6 +473,8 @@ class Swarm:
         self._boot = _boot()
         self.environment: Environment | None = None
         self._joined = False
+        self._stop_asked = threading.Event()
+        """In the web UI; set until a run drains for it, or does not begin."""
         self.port = 0
         self.on_listen: Callable[[str], None] = lambda address: None
 
@@ -550,7 +552,8 @@ class Swarm:
 
     def join(self) -> None:
         """Wait until the workers have said hello and their clocks are known. SteelyardError if they do not come; once they have,
-        this does nothing."""
+        this does nothing. KeyboardInterrupt when the web UI's Stop was asked for, between two runs too."""
+        self._heed()
         if self._joined:
             return
         patience_s = ELSEWHERE_S if self._expect > self._local else READY_TIMEOUT_S
@@ -568,10 +571,17 @@ class Swarm:
                     f"Start them with: steelyard worker --master {self.address}"
                 )
             self._next(0.2)
+            self._heed()
         for worker in list(self._workers.values()):  # one more than was waited for may come while clocks are measured
             if not worker.same_clock:
                 self._measure(worker)
         self._joined = True
+
+    def _heed(self) -> None:
+        """Where nothing is sent that could drain, the web UI's Stop is Ctrl-C."""
+        if self._stop_asked.is_set():
+            self._stop_asked.clear()
+            raise KeyboardInterrupt
 
     def _measure(self, worker: _Worker) -> None:
         """The offset of a worker's clock, from the fastest of some round trips (half of it is the error at most)."""
@@ -689,7 +699,7 @@ class Swarm:
             if not given and not door.stands(request.cookies.get("steelyard-web", ""), "web"):
                 return "a token is needed: open this address with ?token=.. once", 401
             if request.path == "/stop":
-                self._inbox.put(("stop", "", None, time.monotonic()))
+                self._stop_asked.set()
                 return jsonify({"success": True, "message": "draining, then the run ends"})
             if request.method != "GET" or request.path.startswith("/stats/reset"):
                 return jsonify({"success": False, "message": "start another run with steelyard replay"})
@@ -797,7 +807,8 @@ class Swarm:
         on_start(zero, unix): schedule zero on the monotonic clock and on the wall, once agreed. Ctrl-C stops sending,
         waits ``drain_s`` for answers in flight, and returns with ``interrupted``; a second one raises KeyboardInterrupt between
         two batches. deadline_s: longest time that the run may take after the last due time; default the request timeout plus
-        30 s. What a callback raises ends the run, and the workers send no more of it: the next one is its own.
+        30 s. What a callback raises ends the run, and the workers send no more of it: the next one is its own. Whatever ends it,
+        rows of what was under way are handed on first, for STOP_S at most.
         """
         self.join()
         while self._next(0.0) is not None:
@@ -824,8 +835,11 @@ class Swarm:
         for worker in crew:
             self._send_job(worker, schedule, job, token)
 
+        def senders() -> list[_Worker]:
+            return [w for w in crew if not w.gone and w.client_id in waiting]  # who stopped sends no more
+
         def send(start: int, piece: Schedule) -> None:
-            living = [w for w in crew if not w.gone and w.client_id in waiting]  # who stopped sends no more
+            living = senders()
             for k, (worker, share) in enumerate(zip(living, shares(piece, len(living)), strict=True)):
                 if job.dispatch is not None:
                     share = np.array(rows if k == 0 else [], dtype=np.int64)
@@ -840,6 +854,7 @@ class Swarm:
         until = time.monotonic() + READY_TIMEOUT_S
         while {w.client_id for w in crew if not w.gone} - ready:
             kind, client_id, data = self._next(0.1) or ("", "", None)
+            self._heed()
             if client_id in self._workers and isinstance(data, dict) and data.get("run") == token:
                 if kind == "failed":
                     where = f"load worker {self._workers[client_id].index} on {data['host']}"
@@ -848,14 +863,6 @@ class Swarm:
                     ready.add(client_id)
             if time.monotonic() > until:
                 raise SteelyardError(f"{len(ready)} of {len(crew)} load workers were ready in {READY_TIMEOUT_S:g} s.")
-        zero = time.monotonic() + start_ahead_s
-        unix = time.time() + start_ahead_s
-        for worker in crew:
-            if not worker.gone:
-                at = zero if worker.same_clock else zero + worker.offset
-                self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
-        with self._halting(token, waiting):
-            on_start(zero, unix)
         last_due = schedule.last_due_s
         longest = job.timeout_s + SLACK_S
         if job.causal and isinstance(schedule, Schedule) and schedule.parent is not None:
@@ -865,19 +872,41 @@ class Swarm:
             last_due = max(last_due, job.dispatch.start_s)
             slots = job.dispatch.in_flight or n
             longest += job.timeout_s * sum(math.ceil(len(batch) / slots) for batch, _ in job.dispatch.batches)
+        zero = time.monotonic() + start_ahead_s
+        unix = time.time() + start_ahead_s
         until = zero + last_due + (deadline_s if deadline_s is not None else longest)
         interrupted = overdue = False
-        with self._halting(token, waiting), _noted() as stops:
+
+        def accept(found: tuple[str, str, Any]) -> None:
+            self._accept(found, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
+
+        def last_words() -> None:
+            """Told to stop, the workers say what became of theirs. A third Ctrl-C does not wait for it."""
+            end = time.monotonic() + STOP_S
+            while senders() and len(stops) < 3 and time.monotonic() < end:
+                found = self._next(0.1)
+                with contextlib.suppress(Exception):  # a callback's, which ended the run before
+                    if found is not None:
+                        accept(found)
+
+        with _noted() as stops, self._halting(token, waiting, last_words):
+            for worker in crew:
+                if not worker.gone:
+                    at = zero if worker.same_clock else zero + worker.offset
+                    self._send("steelyard.go", {"run": token, "zero": at}, worker.client_id)
+            on_start(zero, unix)
 
             def hear(seconds: float) -> tuple[str, str, Any] | None:
                 """The next message, if one comes in time. Between two of them a second Ctrl-C ends the run."""
+                if self._stop_asked.is_set():
+                    self._stop_asked.clear()
+                    if not stops:
+                        stops.append(0)
                 if len(stops) > 1:
                     raise KeyboardInterrupt
                 found = self._next(seconds)
                 if found is not None:
-                    self._accept(found, token, pieces, zero, job.causal, missing, waiting, costs, on_rows)
-                    if found[0] == "stop" and not stops:
-                        stops.append(0)
+                    accept(found)
                 return found
 
             def stop(seconds: float) -> float:
@@ -889,11 +918,7 @@ class Swarm:
             while True:
                 hear(0.1)
                 near = time.monotonic() - zero + LOOKAHEAD_S
-                while (
-                    not (stops or overdue)
-                    and any(not w.gone and w.client_id in waiting for w in crew)
-                    and pieces.due(near)
-                ):
+                while not (stops or overdue) and senders() and pieces.due(near):
                     send(*pieces.take())
                 for worker in crew:
                     if worker.gone and worker.client_id in waiting:
@@ -946,16 +971,20 @@ class Swarm:
                 before = worker.offset
                 self._measure(worker)
                 costs[worker.index]["clock_drift_s"] = worker.offset - before
+        # In its last moment, too: the run may be whole, but whatever was to follow must not begin.
+        interrupted = interrupted or bool(stops) or self._stop_asked.is_set()
+        self._stop_asked.clear()
         return Outcome(zero, unix, n, "; ".join(reasons), interrupted, costs, unread)
 
     @contextlib.contextmanager
-    def _halting(self, token: int, waiting: set[str]) -> Iterator[None]:
+    def _halting(self, token: int, waiting: set[str], last_words: Callable[[], None]) -> Iterator[None]:
         """Whatever ends a run before its time, its workers send no more of it."""
         try:
             yield
         except BaseException:
             for client_id in waiting:
                 self._send("steelyard.stop", {"run": token, "drain_s": 0.0}, client_id)
+            last_words()
             raise
 
     def _send_job(self, worker: _Worker, schedule: Schedule | Feed, job: Job, token: int) -> None:
@@ -1063,9 +1092,9 @@ def _noted() -> Iterator[list[int]]:
         return
 
     def note(number: int, _frame: Any) -> None:
-        if len(came) > 1:
-            raise KeyboardInterrupt
         came.append(number)
+        if len(came) > 2:
+            raise KeyboardInterrupt
 
     for number in numbers:
         signal.signal(number, note)

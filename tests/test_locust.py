@@ -247,7 +247,8 @@ def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "
 
 def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> None:
     """Our figures in Locust's own answer, its statistics beside them; another host's name and a new swarm are refused;
-    Stop drains and stores. It answers as soon as its address is said, and leaves no port taken with nobody behind it."""
+    Stop drains and stores, and before the load begins nothing is sent. It answers as soon as its address is said, and leaves no
+    port taken with nobody behind it."""
     port = free_port()
     n = 800
     asked = Schedule("t", np.arange(n), np.arange(n) / 40.0, np.full(n, 20), np.full(n, 5))
@@ -267,9 +268,15 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
     def knock(_: str = "") -> None:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
+    def early(_: str) -> None:
+        seen["early stop"] = ask(port, "/stop")  # before any worker has joined
+
     swarm = Swarm(1, web=Door(port=port))
-    swarm.on_listen = knock
+    swarm.on_listen = early
     with swarm, open_store(db) as store:
+        with pytest.raises(KeyboardInterrupt):
+            replay(store, swarm, asked, endpoint)
+        assert store.runs() == []
         thread = threading.Thread(target=watch)
         thread.start()
         with pytest.raises(Interrupted):
@@ -296,7 +303,7 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
     assert seen["foreign"][0] == 403
     assert seen["page of another site"][0] == 403
     assert "start another run" in seen["swarm"][1]
-    assert json.loads(seen["stop"][1])["success"]
+    assert all(json.loads(seen[when][1])["success"] for when in ("early stop", "stop"))
     assert run.ended
     assert not run.complete
     assert 0 < run.counts["ok"] < n

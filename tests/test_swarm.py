@@ -625,6 +625,34 @@ def test_ctrl_c_stops_sending_and_leaves_a_row_for_every_request(swarm: Swarm, e
     assert run(swarm, schedule(4, 50.0), job(endpoint))[0].reason == ""
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_ctrl_c_at_the_start_and_in_the_last_moment_counts(
+    swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """Before the first worker has heard that it goes, and while the last one says that it is over: the run drains, or is whole,
+    and whoever would begin another is told."""
+    send, accept, done = swarm._send, swarm._accept, []
+
+    def note(kind: str, data: Any, client_id: str = "") -> None:
+        if kind == "steelyard.go" and not last and not done:
+            done.append(_thread.interrupt_main())
+        send(kind, data, client_id)
+
+    def hear(found: Any, *rest: Any) -> None:
+        if found[0] == "finished" and last and len(rest[5]) == 1:
+            done.append(_thread.interrupt_main())
+        accept(found, *rest)
+
+    monkeypatch.setattr(swarm, "_send", note)
+    monkeypatch.setattr(swarm, "_accept", hear)
+    outcome, rows = run(swarm, schedule(10, 50.0), job(endpoint))
+    assert len(done) == 1
+    assert outcome.interrupted
+    assert outcome.reason == ("" if last else "interrupted")
+    assert len(rows) == 10
+    assert not last or set(rows.status) == {"ok"}
+
+
 def test_few_in_flight_may_take_as_long_as_their_answers_do(
     swarm: Swarm, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -675,7 +703,7 @@ def test_what_is_left_of_a_run_that_broke_off_is_not_sent_into_the_next(
 
     with embedded("demo", Fleet(1, 1)) as url:
         what = replace(job(url), model="demo")
-        for halting in (swarm._halting, lambda token, waiting: contextlib.nullcontext()):
+        for halting in (swarm._halting, lambda *_: contextlib.nullcontext()):
             monkeypatch.setattr(swarm, "_halting", halting)
             with pytest.raises(ZeroDivisionError):
                 swarm.run(schedule(800, 40.0), what, on_rows=mistake)
