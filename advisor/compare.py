@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -334,9 +335,19 @@ def _difference(name: str, a: float, b: float, drawn: Floats, share: bool, block
     return Difference(name, a, b, point, low, high, share, verdict)
 
 
-def against_first(runs: Sequence[Binned], *, seed: int = 0) -> list[Comparison]:
-    """Every run against the first."""
-    return [compare(runs[0], other, seed=seed) for other in runs[1:]]
+def against_first(
+    store: Store, runs: Sequence[Run], slo: Slo, *, seed: int = 0
+) -> tuple[list[Figures], list[Comparison]]:
+    """(the figures of each run, every other run against the first). Two are read at a time and let go of: groups are long."""
+    with ThreadPoolExecutor(2) as pool:  # what the database counts, it counts beside us
+        first = pool.submit(read, store, runs[0], slo)
+
+        def against(run: Run) -> tuple[Figures, Comparison]:
+            one = read(store, run, slo)
+            return one.figures, compare(first.result(), one, seed=seed)
+
+        found = list(pool.map(against, runs[1:]))
+    return [first.result().figures, *(figures for figures, _ in found)], [one for _, one in found]
 
 
 def doubts(run: Run) -> list[str]:

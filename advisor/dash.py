@@ -199,16 +199,15 @@ class Dash:
         for run in runs:
             if why := study.objection(run, runs[0]):
                 raise InputError(f"run {run.id} {why}: it cannot be compared.")
-        held = [study.read(self._store, run, slo) for run in runs]
         parts = []
-        found = study.against_first(held)
-        for one, run in zip(found, runs[1:], strict=True):
+        said, found = study.against_first(self._store, runs, slo)
+        for one, its, run in zip(found, said[1:], runs[1:], strict=True):
             text = (
                 f"90 % intervals from {one.blocks:.0f} independent stretches of {one.block_s:.3g} s (block bootstrap over time). "
                 "Each interval by itself misses in one case of ten; between repeats of a run there may be more."
             )
             text += "".join(f" Note: {doubt}." for r in (runs[0], run) for doubt in study.doubts(r))
-            text += "" if all(h.figures.exact for h in held if h.run.id in (one.base, one.run)) else f" {APPROXIMATE}"
+            text += "" if said[0].exact and its.exact else f" {APPROXIMATE}"
             title = f"Run {run.id} ({run.fleet}) against run {runs[0].id} ({runs[0].fleet})"
             parts.append(Section(f"run-{run.id}", title, text, table=study.as_table(one)))
         ids = " ".join(str(n) for n in numbers)

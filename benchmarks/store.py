@@ -1,10 +1,10 @@
 """How the store grows: inserts beside the driver's own rate in the same run, and the time and memory of each question.
 
-``python -m benchmarks.store [--rows 100000 1000000] [--db URL]``; the default is SQLite in a temporary folder. For each number of
-rows two simulated runs of as many are stored (3:5 and 4:4 workers of the demo profile, noise on each stamp), ended, and asked
-about by the command itself, in processes of their own whose peak memory is their own. A PostgreSQL or MariaDB named by --db must
-be empty; its server's memory and processor are not counted. ``--ask`` asks about what an earlier call stored there. A call that
-was broken off goes on with the run that is missing.
+``python -m benchmarks.store [--rows 100000 1000000] [--runs 2] [--db URL]``; the default is SQLite in a temporary folder. For
+each number of rows two simulated runs of as many are stored (3:5 and 4:4 workers of the demo profile, noise on each stamp; with
+--runs more of them, by turns), ended, and asked about by the command itself, in processes of their own whose peak memory is
+their own. A PostgreSQL or MariaDB named by --db must be empty; its server's memory and processor are not counted. ``--ask`` asks
+about what an earlier call stored there. A call that was broken off goes on with the run that is missing.
 """
 
 from __future__ import annotations
@@ -72,10 +72,14 @@ def batches(n: int, of: Observations) -> Iterator[Observations]:
 _STAMPS = ("due_s", "dispatch_s", "sent_s", "first_byte_s", "first_token_s", "last_token_s")
 
 
-def a_run(n: int, fleet: Fleet) -> Run:
+FLEETS = (Fleet(3, 5), Fleet(4, 4))
+
+
+def a_run(n: int, k: int) -> Run:
+    fleet = FLEETS[k % 2]
     return Run(
-        f"bench {n} {fleet}", "bench", "d" * 64, n, "http://x", "reference", "m", fleet, 0.0, 2, slo=SLO, complete=True,
-        verdict="valid", rate_per_s=RATE_PER_S, lag_p50_ms=0.1, lag_p99_ms=1.0, lag_max_ms=2.0,
+        f"bench {n} {fleet} {k}", "bench", "d" * 64, n, "http://x", "reference", "m", fleet, 0.0, 2, slo=SLO, complete=True,
+        verdict="valid", rate_per_s=RATE_PER_S, lag_p50_ms=0.1, lag_p99_ms=1.0, lag_max_ms=2.0, group=f"bench {n}",
     )  # fmt: skip
 
 
@@ -116,15 +120,16 @@ def raw_rates(store: Store, of: Observations) -> np.ndarray[tuple[int], np.dtype
     return RAW_ROWS / took
 
 
-def keep(store: Store, n: int) -> None:
-    """Two runs of n rows, and how fast they were stored; one that is there is left alone."""
+def keep(store: Store, n: int, runs: int) -> None:
+    """Runs of n rows, and how fast the first two were stored; one that is there is left alone."""
     there = {run.name for run in store.runs() if run.ended}
-    for seed, fleet in enumerate((Fleet(3, 5), Fleet(4, 4))):
-        if a_run(n, fleet).name in there:
+    for k in range(runs):
+        begun = a_run(n, k)
+        if begun.name in there:
             continue
-        of = cycle(fleet, seed)
-        before = raw_rates(store, of)
-        run = store.begin_run(a_run(n, fleet))
+        of = cycle(FLEETS[k % 2], k)
+        before = raw_rates(store, of) if k < 2 else np.zeros(2)
+        run = store.begin_run(begun)
         spent, ok = np.zeros(2), 0
         for rows in batches(n, of):
             ok += int(rows.ok.sum())
@@ -134,6 +139,8 @@ def keep(store: Store, n: int) -> None:
         start = now()
         run = store.end_run(replace(run, counts={"ok": ok, "failed": n - ok, "failed.timeout": n - ok}))
         end_s = (now() - start)[0]
+        if k >= 2:
+            continue
         after, rate = raw_rates(store, of), n / spent
         ratio = rate / ((before + after) / 2)
         print(
@@ -186,6 +193,7 @@ def ask(url: str, only: str) -> None:
             ("runs", ("runs",)),
             ("runs show", ("runs", "show", one)),
             ("compare", ("compare", one, two)),
+            *([(f"compare of {len(ids)}", ("compare", *map(str, ids)))] if len(ids) > 2 else []),
             ("compare, other SLO", other),
             ("the same again", other),
             ("advise, 8 GPUs", ("advise", *question)),
@@ -202,6 +210,7 @@ def ask(url: str, only: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--runs", type=int, default=2, help="of each number of rows")
     parser.add_argument("--db")
     parser.add_argument("--ask", action="store_true")
     parser.add_argument("--only", default="", help="questions whose name matches this")
@@ -216,7 +225,7 @@ def main() -> int:
         if not options.ask:
             with open_store(url) as store:
                 for n in options.rows:
-                    keep(store, n)
+                    keep(store, n, options.runs)
         ask(url, options.only)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import advisor.compare
 from advisor.cli import main
 from advisor.compare import (
     LEAST_BLOCKS,
@@ -25,6 +27,7 @@ from advisor.compare import (
     _difference,
     _quantile,
     _weights,
+    against_first,
     binned,
     block_length,
     compare,
@@ -376,3 +379,30 @@ def test_the_command_says_better_worse_or_cannot_tell(tmp_path: Path, capsys: An
     assert main(["compare", "1", "3", "--force", "--db", db]) == 0
     assert "note: run 3 was made with another seed" in capsys.readouterr().out
     assert main(["compare", "1", "4", "--force", "--db", db]) == 1
+
+
+def test_runs_of_a_group_are_let_go_of(made_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred runs are compared in the memory of a few: the base, two that are read, and one whose answer is on its way."""
+    held: list[weakref.ref[Binned]] = []
+    most = 0
+    reading = advisor.compare.read
+
+    def noted(*given: Any) -> Binned:
+        nonlocal most
+        made = reading(*given)
+        held.append(weakref.ref(made))
+        most = max(most, sum(one() is not None for one in held))
+        return made
+
+    monkeypatch.setattr(advisor.compare, "read", noted)
+    with open_store(made_url) as store:
+        runs = []
+        for k in range(12):
+            runs.append(store.begin_run(run(0, scheduled=300)))
+            store.add_observations(runs[k].id, queue(k, n=300))
+        said, compared = against_first(store, runs, SLO)
+        wanted = [compare(reading(store, runs[0], SLO), reading(store, other, SLO)) for other in runs[1:]]
+    assert repr(compared) == repr(wanted)
+    assert [one.n for one in said] == [300] * 12
+    assert len(held) == 12
+    assert most <= 4

@@ -662,8 +662,6 @@ def compare(
     Intervals are a block bootstrap over time (docs/report.md). Refuses runs that did not ask the same, and runs whose
     generator was too late to be trusted; --force compares them all the same and says what is wrong.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from advisor import compare as study
     from traces.aggregate import APPROXIMATE
     from traces.errors import InputError
@@ -689,13 +687,10 @@ def compare(
                 warnings.append(f"run {run.id} {why}")
             warnings.extend(study.doubts(run))
         counted = limits or (Slo.parse(found[0].slo) if found[0].slo else Slo())
-        with ThreadPoolExecutor(2) as pool:  # what the database counts, it counts beside us; two runs' rows at a time
-            held = list(pool.map(lambda run: study.read(store, run, counted), found))
+        said, compared = study.against_first(store, found, counted, seed=seed)
     rows = [
-        {"run": run.id} | figures(replace(run, slo=str(counted)), one.figures)
-        for run, one in zip(found, held, strict=True)
+        {"run": run.id} | figures(replace(run, slo=str(counted)), one) for run, one in zip(found, said, strict=True)
     ]
-    compared = study.against_first(held, seed=seed)
     if as_json:
         best = max(rows, key=lambda r: r["goodput_per_s"])
         emit_json(
@@ -715,7 +710,7 @@ def compare(
     table(rows, asked + (f", goodput within {limit}" if limit else ""))
     for one in compared:
         _differences(one, {run.id: run for run in found})
-    if not all(one.figures.exact for one in held):
+    if not all(one.exact for one in said):
         messages().print(f"  {APPROXIMATE}", markup=False)
     for warning in warnings:
         messages().print(f"note: {warning}", markup=False)
