@@ -56,9 +56,6 @@ def _merged(answer: Recommendation, choice: Choice | None, extra: dict[str, Any]
 ROWS, WINDOW_ROWS = 300_000, 5_000
 """Rows of all runs together that are read, if they have more; rows of a window at least."""
 
-WHOLE_RUN = 100_000
-"""Rows of a run that is read whole, however many runs there are."""
-
 LONG_TRACE = 500_000
 """Requests of a trace that is not read whole."""
 
@@ -72,8 +69,7 @@ def load(store: Store, runs: Sequence[Run]) -> list[RunData]:
     most = max(20_000, ROWS // max(1, len(runs)))
     found = []
     for run in runs:
-        windows = store.windows(run.id, most, min(20, most // WINDOW_ROWS)) if run.scheduled > WHOLE_RUN else []
-        rows = windows or [store.observations(run.id)]
+        rows = store.windows(run.id, most, min(20, most // WINDOW_ROWS)) or [store.observations(run.id)]
         for name in ("due_s", "sent_s", "first_token_s", "last_token_s"):
             if any((np.abs(getattr(part, name)) > NO_TIME_S).any() for part in rows):
                 why = f"run {run.id} holds what no steelyard of this version wrote ({name} beyond {NO_TIME_S:g} s)"

@@ -479,7 +479,7 @@ def test_the_advisor_reads_windows_of_long_runs_and_traces(tmp_path: Path, monke
         store.add_observations(run.id, rows)
         (whole,) = module.load(store, [run])
         assert not whole.windows
-        for name, value in (("LONG_TRACE", 1000), ("POINT_REQUESTS", 2000), ("WHOLE_RUN", 100)):
+        for name, value in (("LONG_TRACE", 1000), ("POINT_REQUESTS", 2000)):
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(report, "POINT_REQUESTS", 2000)
         read = traces.store.Store.windows
