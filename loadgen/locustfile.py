@@ -49,6 +49,12 @@ locust.runners.HEARTBEAT_LIVENESS = HEARTBEATS
 START_AHEAD_S = 3.0
 """Time for every process to load its share before schedule zero."""
 
+LAST_ROWS_S = 10.0
+"""How long a master that stops waits for the last rows of its workers."""
+
+STOPPED = "stopped before its end"
+"""Why a share is over that Locust stopped: nothing failed."""
+
 
 @events.init_command_line_parser.add_listener
 def options(parser: Any) -> None:
@@ -86,17 +92,19 @@ class Replay(User):
 
     @task
     def replay(self) -> None:
-        """Send every request of the share at its time; ends when each has ended, or when something fails: never twice."""
+        """Send every request of the share at its time; ends when each has ended, something fails or Locust stops: never twice."""
         # When a worker leaves, Locust starts its users anew at the others, which have a share of their own.
         if "run" not in SHARED or SHARED["run"] in _SENT:
             raise StopUser
         _SENT.add(SHARED["run"])
-        why = ""
+        why = STOPPED  # by an exception that is no Exception
         try:
             self.send(dict(SHARED))
+            why = ""
         except Exception as error:  # Locust would run the task again at once: the whole share in one burst
             why = said(error)
-        finished(self.environment, why)
+        finally:
+            finished(self.environment, why)
         raise StopUser
 
     def send(self, shared: dict[str, Any]) -> None:
@@ -145,7 +153,7 @@ class Replay(User):
                     gevent.sleep(0.25)
                 running.result()
             except BaseException:
-                _wait(engine.submit(engine.stop(0.0)))
+                engine.submit(engine.stop(0.0)).result()  # not _wait: Locust may stop the user a second time meanwhile
                 rows()
                 raise
 
@@ -186,8 +194,10 @@ _DONE: list[str] = []
 @events.init.add_listener
 def listen(environment: Any, **_: Any) -> None:
     """Workers hear of the run from the master, the master hears who has finished."""
+    environment.events.quitting.add_listener(stop)  # added after the runner's own, called before it
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.register_message("steelyard.run", lambda environment, msg: hear(msg.data))
+        environment.runner.register_message("steelyard.stop", lambda environment, msg: environment.runner.stop())
     elif isinstance(environment.runner, MasterRunner):
         environment.runner.register_message("steelyard.done", done)
 
@@ -200,17 +210,16 @@ def hear(run: dict[str, Any]) -> None:
 
 def done(environment: Any, msg: Any) -> None:
     """A worker's share is over."""
-    if _AWAITED.pop(msg.node_id, None) is not None:
+    if msg.data["run"] == SHARED.get("run") and _AWAITED.pop(msg.node_id, None) is not None:
         finished(environment, msg.data["error"])
 
 
 def watch(environment: Any) -> None:
     """Whoever leaves with a share that is not over ends it: nobody else sends it."""
-    while _AWAITED and environment.runner.state in ("ready", "spawning", "running"):
+    while _AWAITED:
         for worker, share in list(_AWAITED.items()):
             known = environment.runner.clients.get(worker)
-            if known is None or known.state == "missing":
-                del _AWAITED[worker]
+            if (known is None or known.state == "missing") and _AWAITED.pop(worker, None) is not None:
                 finished(environment, f"worker {share} went away")
         gevent.sleep(0.5)
 
@@ -277,9 +286,9 @@ def begun(environment: Any, shares: int) -> dict[str, Any]:
 def finished(environment: Any, error: str) -> None:
     """One share is done, or failed; when all are, the run is judged and Locust ends."""
     if isinstance(environment.runner, WorkerRunner):
-        if error:
+        if error not in ("", STOPPED):
             environment.process_exit_code = 1
-        environment.runner.send_message("steelyard.done", {"error": error})
+        environment.runner.send_message("steelyard.done", {"run": SHARED["run"], "error": error})
         return
     _DONE.append(error)
     if len(_DONE) >= int(SHARED["shares"]):
@@ -287,7 +296,7 @@ def finished(environment: Any, error: str) -> None:
             end(environment)
         except Exception as unkept:
             _DONE.append(said(unkept))
-        leave(environment, failed=any(_DONE))
+        leave(environment, failed=any(why not in ("", STOPPED) for why in _DONE))
 
 
 def leave(environment: Any, *, failed: bool) -> None:
@@ -299,12 +308,36 @@ def leave(environment: Any, *, failed: bool) -> None:
         gevent.spawn_later(0.5, environment.runner.stop)
 
 
-@events.quitting.add_listener
-def end(environment: Any, **_: Any) -> None:
+def stop(environment: Any, **_: Any) -> None:
+    """Locust leaves: before anybody says so, the last rows are stored."""
+    if isinstance(environment.runner, MasterRunner):
+        stopped(environment)
+    else:
+        environment.runner.stop()
+
+
+@events.test_stop.add_listener
+def stopped(environment: Any, **_: Any) -> None:
+    """The run ends with the test, by whatever Locust was stopped. A master's own quit would not wait for its workers."""
+    try:
+        if _AWAITED:
+            environment.runner.send_message("steelyard.stop")
+        with gevent.Timeout(LAST_ROWS_S + (environment.stop_timeout or 0.0), False):
+            while _AWAITED:
+                gevent.sleep(0.02)
+        _DONE.extend(f"worker {share} did not say in time that it has stopped" for share in _AWAITED.values())
+    finally:  # also after a second Ctrl-C
+        end(environment)
+
+
+def end(environment: Any) -> None:
     """Judge the run from its rows; what was never sent is unsent."""
     if isinstance(environment.runner, WorkerRunner) or "run" not in SHARED:
         return
     held, number = environment.parsed_options, int(SHARED.pop("run"))
+    _AWAITED.clear()
+    if len(_DONE) < int(SHARED["shares"]):
+        _DONE.append(STOPPED)
     with open_store(held.db, create=False) as store:
         schedule, run = asked(held, store), store.run(number)
         tally = Tally(run.warmup_s)
@@ -321,7 +354,7 @@ def end(environment: Any, **_: Any) -> None:
                 run,
                 complete=not len(silent) and not any(_DONE),
                 verdict=judged.word,
-                reason="; ".join(filter(None, (*_DONE, judged.reason))),
+                reason="; ".join(dict.fromkeys(filter(None, (*_DONE, judged.reason)))),
                 lag_p50_ms=judged.lag_p50_ms,
                 lag_p99_ms=judged.lag_p99_ms,
                 lag_max_ms=judged.lag_max_ms,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,95 @@ def test_rows_that_the_database_did_not_take_go_with_the_next(db: str, endpoint:
         assert run.counts["ok"] > 0
 
 
+class Silent(BaseHTTPRequestHandler):
+    """An endpoint that says its model and answers no request; ``came`` are those it got."""
+
+    came: list[str]
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "m"}]}')
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.came.append(self.path)
+        self.rfile.read(1)  # until the client goes
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_sent_is_no_unsent_request_when_locust_is_stopped(workers: int, db: str, tmp_path: Path) -> None:
+    """Start, Stop, Start, Ctrl-C, alone and with a worker, and a database that takes its time: both runs have ended, and what
+    was on its way is cancelled, with the time at which it was sent."""
+    with open_store(db) as store:
+        due = np.repeat([0.0, 600.0], 4)
+        store_schedule(store, Schedule("slow", np.arange(8), due, np.full(8, 20), np.full(8, 5)), options={})
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from time import sleep\n\nimport loadgen.locustfile\nfrom traces.store import Store\n\n"
+        "add = Store.add_observations\n\n\n"
+        "def slowly(self, run_id, rows):\n    sleep(1.5)\n    add(self, run_id, rows)\n\n\n"
+        "Store.add_observations = slowly\n\n\nclass Mine(loadgen.locustfile.Replay):\n    pass\n"
+    )
+    rpc, page = str(free_port()), free_port()
+    asked = ["--trace", "slow", "--db", db]
+    came: list[str] = []
+    silent = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Silent,), {"came": came}))
+    threading.Thread(target=silent.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{silent.server_port}"
+    start = ["--host", endpoint, "--web-host", "127.0.0.1", "--web-port", str(page), *asked]
+    master = ["--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", rpc] if workers else []
+    main = locust(*start, *master, file=mine)
+    processes = [main]
+    if workers:
+        there = ["--worker", "--master-host", "127.0.0.1", "--master-port", rpc]
+        processes.append(locust(*there, *asked, file=mine))
+
+    def until(sight: Any) -> None:
+        end = time.monotonic() + 60
+        while not sight():
+            assert time.monotonic() < end
+            assert main.poll() is None, main.communicate()[0]
+            time.sleep(0.1)
+
+    def ready() -> bool:
+        try:
+            state = json.loads(ask(page, "/stats/requests")[1])
+        except OSError:
+            return False
+        return len(state.get("workers", ())) == workers and state["state"] in ("ready", "stopped")
+
+    try:
+        until(ready)
+        ask(page, "/swarm", "POST", form="user_count=1&spawn_rate=1")
+        until(lambda: len(came) == 4)
+        ask(page, "/stop", "POST")
+        until(ready)
+        ask(page, "/swarm", "POST", form="user_count=1&spawn_rate=1")
+        until(lambda: len(came) == 8)
+        main.send_signal(signal.SIGINT)
+        said, _ = main.communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+        silent.shutdown()
+        silent.server_close()
+    assert main.returncode == 0, said[-3000:]
+    assert "Traceback" not in said
+    with open_store(db) as store:
+        for run in (1, 2):
+            ended, rows = store.run(run), store.observations(run)
+            assert (ended.ended, ended.complete) == (True, False), said[-3000:]
+            assert ended.counts == {"cancelled": 4, "unsent": 4}, said[-3000:]
+            assert ended.reason.startswith("stopped before its end; "), ended.reason
+            assert rows.status.tolist() == ["cancelled"] * 4 + ["unsent"] * 4
+            assert np.isfinite(rows.sent_s[:4]).all()
+
+
 def test_locust_with_its_patches_on_is_told(db: str) -> None:
     """One line instead of a replay that cannot be on time."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", "http://127.0.0.1:1"]
@@ -235,11 +326,13 @@ def test_locust_with_its_patches_on_is_told(db: str) -> None:
     assert "Set LOCUST_SKIP_MONKEY_PATCH=1" in done.stdout + done.stderr
 
 
-def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "") -> tuple[int, str]:
+def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "", form: str = "") -> tuple[int, str]:
     headers = {name: value for name, value in (("Host", host), ("Sec-Fetch-Site", site)) if value}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method, headers=headers)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", form.encode() or None, headers=headers, method=method
+    )
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
