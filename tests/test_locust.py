@@ -348,7 +348,7 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
     seen: dict[str, Any] = {}
 
     def watch() -> None:
-        until = time.monotonic() + 15  # workers report to Locust every three seconds, when they are there
+        until = time.monotonic() + 60  # workers report to Locust every three seconds, when they are there
         while "/v1/completions" not in (stats := ask(port, "/stats/requests"))[1] and time.monotonic() < until:
             time.sleep(0.5)
         seen["stats"] = stats

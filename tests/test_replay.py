@@ -1382,11 +1382,11 @@ def test_what_the_trace_shared_is_shared_again(store: Store, swarm: Swarm, tmp_p
     laws = replace(Profile.load("demo"), cache_tokens=100_000)
     path = tmp_path / "cached.toml"
     path.write_text(laws.to_toml())
-    n = 24
+    n = 15
     prompts = np.array([40 + 16 * (i // 3) for i in range(n)])
     blocks = np.empty(n, dtype=object)
     blocks[:] = [tuple(100 * (i % 3) + k for k in range(int(p) // 16)) for i, p in enumerate(prompts)]
-    asked = Schedule("talks", np.arange(n), np.arange(n) * 0.12, prompts, np.full(n, 3), (), blocks, 16)
+    asked = Schedule("talks", np.arange(n), np.arange(n) * 0.4, prompts, np.full(n, 3), (), blocks, 16)
 
     def computed(url: str) -> float:
         metrics = urllib.request.urlopen(f"{url}/metrics", timeout=20).read().decode()

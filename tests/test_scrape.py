@@ -385,7 +385,7 @@ def test_a_slow_page_holds_up_no_other() -> None:
     found: list[Sample] = []
     with Pages() as pages:
         pages["/fast"] = "vllm:num_requests_waiting 1\n"
-        pages["/slow"] = (1.0, "vllm:num_requests_waiting 2\n")
+        pages["/slow"] = (3.0, "vllm:num_requests_waiting 2\n")
         workers = [Worker(n, "decode", metrics=f"{pages.url}/{n}") for n in ("fast", "slow")]
         with scraper_of(pages, workers, found):
             until(lambda: any(s.worker == "slow" for s in found))
@@ -404,13 +404,13 @@ def test_who_reads_now_and_the_thread_take_nothing_from_each_other() -> None:
             Worker("p", "prefill", pages.url, metrics=f"{pages.url}/p"),
             Worker("q", "decode", metrics=f"{pages.url}/q"),
         ]
-        with scraper_of(pages, workers, found) as scraper:
+        with scraper_of(pages, workers, found, 0.2) as scraper:
             for _ in range(30):
                 (sample,) = [s for s in scraper.read() if s.worker == "p"]
                 assert (sample.waiting_requests, sample.waiting_tokens) == (2, 900)
             del pages["/q"]
             until(lambda: [s.worker for s in scraper.silent()] == ["q"])
-            time.sleep(0.05)
+            time.sleep(0.3)  # longer than a page is taken for one of now
             assert {s.worker: s.waiting_requests for s in scraper.read()} == {"p": 2, "q": None}
             scraper.assign({"prefill": ["p", "new"]})  # by who sets the fleet, q has left and another ought to tell
             assert {s.worker: (s.role, s.waiting_requests) for s in scraper.read()} == {
