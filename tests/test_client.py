@@ -282,13 +282,13 @@ def test_nobody_listening_is_refused() -> None:
     async def run() -> list[Row]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        rows: list[Row] = []
-        kind = dialect("openai")
-        client = Client(Target("http", "127.0.0.1", port), kind.path, Prompts(kind, "m", 9, 1), rows.append)
-        await client.warm(range(2))
-        await asyncio.wait_for(client.run([0, 1], [0.0, 0.01], [5, 5], [1, 1], time.monotonic()), 10)
-        return rows
+            port = free.getsockname()[1]  # held meanwhile: nobody else comes to listen there
+            rows: list[Row] = []
+            kind = dialect("openai")
+            client = Client(Target("http", "127.0.0.1", port), kind.path, Prompts(kind, "m", 9, 1), rows.append)
+            await client.warm(range(2))
+            await asyncio.wait_for(client.run([0, 1], [0.0, 0.01], [5, 5], [1, 1], time.monotonic()), 10)
+            return rows
 
     rows = asyncio.run(run())
     assert [(r.status, r.error) for r in rows] == [("failed", "refused")] * 2

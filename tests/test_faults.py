@@ -8,9 +8,9 @@ from tests.faults.scenarios import SCENARIOS, lock_database_kill_master
 
 
 def test_nothing_that_was_whole_is_lost(tmp_path: Path) -> None:
-    """Real processes, a real database: a master that is killed while others hold the database. What was answered two seconds
+    """Real processes, a real database: a master that is killed while others hold the database. What was answered three seconds
     before (one, where it has its cores to itself) is there, nothing is there twice, nobody waits for ever."""
-    outcome = lock_database_kill_master(tmp_path, 0, spare_s=1.0)
+    outcome = lock_database_kill_master(tmp_path, 0, spare_s=2.0)
     assert outcome is not None
     assert outcome.finished > 0
     assert (outcome.lost, outcome.twice, outcome.hung, outcome.wrong) == (0, 0, False, "")

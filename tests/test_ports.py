@@ -51,7 +51,7 @@ def ask(url: str, files: tuple[str, str], token: str = "", cookie: str = "") -> 
         tls, type("Stay", (urllib.request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
     )
     try:
-        with opener.open(asked, timeout=10) as answer:
+        with opener.open(asked, timeout=60) as answer:
             return answer.status, answer.read().decode(), answer.headers.get("Set-Cookie", "")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(), error.headers.get("Set-Cookie", "")

@@ -41,12 +41,14 @@ def test_the_tour_runs_as_printed(tmp_path: Path) -> None:
             if line.endswith("&"):
                 server = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
                 port = words[words.index("--port") + 1]
-                for _ in range(100):
+                for _ in range(600):
                     try:
                         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
                         break
                     except OSError:
                         time.sleep(0.1)
+                else:
+                    pytest.fail(f"nothing listens at {port}")
                 continue
             done = subprocess.run(
                 words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False

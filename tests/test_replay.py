@@ -153,7 +153,7 @@ def test_every_tenth_request_fails_and_the_run_finishes(store: Store, swarm: Swa
 def test_a_stalled_request_times_out(store: Store, swarm: Swarm) -> None:
     """A server that never ends an answer costs the timeout and a named row."""
     with embedded("constant", Fleet(1, 1), fail_every=5, fail_kind="stall") as url:
-        run = replay(store, swarm, schedule(10, 50.0), url, timeout_s=1.5)
+        run = replay(store, swarm, schedule(10, 50.0), url, timeout_s=5.0)
     assert run.counts == {"ok": 8, "failed": 2, "failed.timeout": 2}
 
 
@@ -597,8 +597,11 @@ def test_a_database_that_goes_away_costs_nothing(
             assert list(folder().iterdir())
             assert main(["traces", "--db", url]) == 0  # the table is still away: the rows wait, the verb does its work
             assert list(folder().iterdir())
+            with contextlib.closing(
+                sqlite3.connect(path)
+            ) as connection:  # before the run's own last try finds its table again
+                assert connection.execute("select count(*) from hidden").fetchone()[0] < 60
             rename(path, "hidden", "observations")
-            assert len(store.observations(1)) < 60
             # by the command that was told, or by any other on that database, from any folder
             assert main(ask or shlex.split(str(told.value).partition("run: steelyard ")[2])) == 0
         for timer in timers:
@@ -730,8 +733,9 @@ def test_what_a_writer_could_not_do_for_a_moment_is_no_error_of_the_run(
         writer.put(rows.take(np.array([0, 1])))
         writer.put(Readings([Sample(1.0, "w", "decode", waiting_requests=1.0)]))
         until = time.monotonic() + 20
-        while not len(store.observations(run.id)) and time.monotonic() < until:
+        while not (len(store.samples(run.id)) and writer.error is None) and time.monotonic() < until:
             time.sleep(0.02)
+        assert writer.error is None  # else the next one might be this one
         monkeypatch.setattr(store, "add_observations", slow)
         monkeypatch.setattr(writer.spool, "forget", denied)
         writer.put(rows.take(np.array([2, 3])))
@@ -949,12 +953,12 @@ def test_a_database_that_is_busy_storing_what_waits_answers(store: Store, monkey
     run, rows = begun(store), held_rows(4)
     stored, figures = store.add_observations, store.figures
     monkeypatch.setattr(traces.store, "EXACT_ROWS", 1)
-    monkeypatch.setattr(store, "add_observations", lambda *given: (time.sleep(0.45), stored(*given)))
-    monkeypatch.setattr(store, "figures", lambda *given: (time.sleep(1.6), figures(*given))[1])
+    monkeypatch.setattr(store, "add_observations", lambda *given: (time.sleep(0.9), stored(*given)))
+    monkeypatch.setattr(store, "figures", lambda *given: (time.sleep(3.1), figures(*given))[1])
     with Writer(store, run.id, every_s=10.0) as writer:
         for k in range(4):
             writer.spool.add_observations(rows.take(np.array([k])))
-        assert writer.settle(run, 1.5).ended
+        assert writer.settle(run, 3.0).ended
     assert store.observations(run.id).index.tolist() == [0, 1, 2, 3]
 
 
@@ -1255,7 +1259,7 @@ def test_ctrl_c_in_the_verb_stores_and_marks(db: str, endpoint: str) -> None:
         "--json",
     ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     with open_store(db) as store:
         while time.monotonic() < until and not (store.runs() and len(store.observations(1)) >= 3):
             time.sleep(0.1)
@@ -1299,7 +1303,7 @@ def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str, capsys
     child = subprocess.Popen(
         [*command, "--workers", "1", "--rate", "40"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     began = math.inf
     with open_store(db) as store:
         while time.monotonic() < until:
@@ -1308,9 +1312,10 @@ def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str, capsys
             if time.monotonic() > began + 3:
                 break
             time.sleep(0.05)
+        killed = time.time()
         child.kill()
         child.wait()
-        finished_s = time.time() - store.run(1).started_unix_s - 2.5
+        finished_s = killed - store.run(1).started_unix_s - 2.5
         rows = store.observations(1)
         assert not store.run(1).ended
         assert len(rows) > 20

@@ -281,13 +281,14 @@ def lock_database(folder: Path, seed: int) -> Outcome:
 
 @fault("SQLite locked, then kill -9 of the master", 10)
 def lock_database_kill_master(folder: Path, seed: int, spare_s: float = 0.0) -> Outcome:
-    """spare_s: by so much longer than the rule says an answer may have been whole; for a test that shares its cores."""
+    """spare_s: by so much longer than the rule says an answer may have been whole, and the database is held; for a test that
+    shares its cores."""
     with trial(folder, seed) as t:
         _begin(t)
         t.rest(0.0, 1.0)
         with contextlib.closing(sqlite3.connect(folder / "t.db", timeout=30, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            at = t.rest(1.0, 2.5)
+            at = t.rest(1.0 + spare_s, 2.5 + spare_s)
             workers = t.workers()
             t.kill_master()
             other.execute("ROLLBACK")
