@@ -187,6 +187,9 @@ _SENT: set[int] = set()
 _AWAITED: dict[str, int] = {}
 """In the master: workers whose shares are not over, and which."""
 
+_STOPPING: set[int] = set()
+"""In the master: runs that it stops itself."""
+
 _DONE: list[str] = []
 """Of each share that is over "", or why it failed."""
 
@@ -210,8 +213,11 @@ def hear(run: dict[str, Any]) -> None:
 
 def done(environment: Any, msg: Any) -> None:
     """A worker's share is over."""
-    if msg.data["run"] == SHARED.get("run") and _AWAITED.pop(msg.node_id, None) is not None:
-        finished(environment, msg.data["error"])
+    if msg.data["run"] == SHARED.get("run") and (share := _AWAITED.pop(msg.node_id, None)) is not None:
+        error, state = msg.data["error"], environment.runner.state
+        if error == STOPPED and SHARED["run"] not in _STOPPING and state not in ("stopping", "stopped"):
+            error = f"worker {share} {STOPPED}"  # by somebody else
+        finished(environment, error)
 
 
 def watch(environment: Any) -> None:
@@ -321,6 +327,7 @@ def stopped(environment: Any, **_: Any) -> None:
     """The run ends with the test, by whatever Locust was stopped. A master's own quit would not wait for its workers."""
     try:
         if _AWAITED:
+            _STOPPING.add(int(SHARED["run"]))
             environment.runner.send_message("steelyard.stop")
         with gevent.Timeout(LAST_ROWS_S + (environment.stop_timeout or 0.0), False):
             while _AWAITED:

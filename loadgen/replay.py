@@ -134,7 +134,7 @@ def replay(
     out how many tokens it counts for a prompt, and prompts are made so.
     A database that goes away costs nothing: rows wait on disk; patience_s: how long its return is awaited at the end.
     EndpointError before anything is stored when the endpoint cannot be used. Ctrl-C (SIGTERM is the same) drains, stores,
-    marks the run incomplete and raises :class:`Interrupted`.
+    marks the run incomplete, unless every answer was in by then, and raises :class:`Interrupted`.
     """
     if isinstance(schedule, Feed) and (prefixes or sessions == "causal" or dispatch is not None):
         raise InputError(
@@ -329,9 +329,11 @@ def replay(
                 on_progress = None  # it may be what fails, each time
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
                 # A feed is not read again, perhaps it is what cannot be read: what is not heard of it is counted alone.
-                if whole is not None and len(silent := tally.silent(whole)):
-                    word = "lost" if live.due() else "unsent"  # sent or not, nothing was heard of them
-                    on_rows(ended(whole, silent, word, -1, "the run was broken off"))
+                if whole is not None:
+                    silent, due = tally.silent(whole), live.due()  # what was due may have been sent, or not
+                    for word, which in (("lost", silent[silent < due]), ("unsent", silent[silent >= due])):
+                        if len(which):
+                            on_rows(ended(whole, which, word, -1, "the run was broken off"))
                 tally.unread(run.scheduled - tally.rows)
                 stack.close()
                 writer.settle(come(reason), patience_s, counted())

@@ -713,7 +713,23 @@ def test_the_operator_is_asked_for_the_fleet_of_the_file_too(tmp_path: Path) -> 
     assert control is not None
     for _ in range(2):
         put(control, Fleet(2, 1))
-    assert len(asked) == 1
+    assert [one.partition(" Enter")[0] for one in asked] == ["Please change the fleet from 2:1 to 2:1."]
+
+
+def test_ctrl_c_at_a_question_ends_the_command() -> None:
+    """Though a thread still reads what the operator may enter."""
+    command = [sys.executable, "-m", "advisor", "control", "get", "--control", "manual:"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stderr is not None
+        assert child.stdin is not None
+        asked = b""
+        while not asked.endswith(b"in force now (prefill:decode)? "):
+            more = child.stderr.read(1)
+            assert more, asked
+            asked += more
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+        assert child.stderr.read() == b"\nsteelyard: interrupted\n"
 
 
 def test_where_nobody_can_be_asked_manual_says_so() -> None:

@@ -152,13 +152,18 @@ def test_a_share_is_sent_by_the_worker_that_was_told_it_or_by_nobody(db: str, en
     try:
         for worker in (first, third):
             worker.hear("spawn")
+            if worker is third:  # by SIGTERM a worker says so much itself
+                worker.say("steelyard.done", {"run": 1, "error": "stopped before its end"})
             worker.leave()
         said, _ = main.communicate(timeout=60)
     finally:
         for process in (main, other):
             process.kill()
             process.communicate()
+    assert main.returncode == 1
     assert "steelyard: run 1 {'ok': 20, 'unsent': 40}, invalid: worker " in said, said[-3000:]
+    assert re.search(r"worker \d went away;", said), said[-3000:]
+    assert re.search(r"worker \d stopped before its end;", said), said[-3000:]
     assert re.search(r"/v1/completions +20 ", said), said[-3000:]
     with open_store(db) as store:
         rows = store.observations(1)

@@ -1193,6 +1193,7 @@ def test_ctrl_c_twice_loses_no_row_that_is_counted(
     assert (run.ended, run.complete) == (True, False)
     found = store.observations(run.id)
     assert set(found.status[:10]) == {"cancelled" if times == 2 else "lost"}
+    assert found.status[-1] == "unsent"  # due six seconds after the first
     if times == 2:
         assert sum(handed) == len(found) == 400
         assert Counter(found.status.tolist()) == run.counts

@@ -368,8 +368,9 @@ class Keeper:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         back = self._put_back or (kind is not None and not self._keep_note)
         try:
+            self._over = True
             with self._moving:  # what another thread is asking for lands before the way back, and nothing after it
-                self._over = True
+                pass
             if self.before is None:
                 return
             if back:

@@ -25,6 +25,7 @@ class Manual:
         self._steps = Steps()
         self._question: Future[str] = Future()
         """The last one that was asked: what the operator enters answers it, whatever was asked before."""
+        self._question.set_result("")  # none is open
         self.name = f"manual {what}".strip()
         self.spec = f"manual:{what}"
         self.bounds = Bounds()
