@@ -31,7 +31,7 @@ from advisor.report.page import report_body as body_of
 from advisor.report.parts import Section, Table
 from advisor.report.reproduce import advise_command, on
 from advisor.report.sections import distributions, lag, over_time, run_facts, seconds, servers, traffic_sections
-from loadgen.ports import HERE, LOOPBACK, Door
+from loadgen.ports import HERE, Door
 from traces.aggregate import APPROXIMATE
 from traces.errors import EndpointError, InputError, SteelyardError, understood
 from traces.measures import Slo
@@ -353,10 +353,8 @@ def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
     ) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
             return web.Response(status=405, headers=headers | {"Allow": "GET, HEAD"})
-        # A page elsewhere whose name was made to point here (DNS rebinding) says its own name, not ours.
-        name = re.sub(r":\d+$", "", request.host).strip("[]")
-        if not asks and name not in (*LOOPBACK, door.host):
-            return refused(request, 421, "this server answers to its own name only")
+        if strange := door.foreign(request.headers, links=True):
+            return refused(request, *strange)
         asked = request.query.get("token")
         if asks and asked is not None:
             if not door.knows(asked):

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
 
@@ -130,7 +131,12 @@ def exposed(door: Door = HERE) -> Iterator[tuple[str, Callable[[Live], None]]]:
     page = make_wsgi_app(registry)
 
     def guarded(environ: Any, start_response: Any) -> Any:
-        if not door.bearer(environ.get("HTTP_AUTHORIZATION", "")):
+        headers = {k[5:].replace("_", "-").title(): v for k, v in environ.items() if k.startswith("HTTP_")}
+        if refused := door.foreign(headers):
+            status, why = refused
+            start_response(f"{status} {HTTPStatus(status).phrase}", [("Content-Type", "text/plain")])
+            return [why.encode()]
+        if not door.bearer(headers.get("Authorization", "")):
             start_response("401 Unauthorized", [("Content-Type", "text/plain"), ("WWW-Authenticate", "Bearer")])
             return [b"a bearer token is needed"]
         return page(environ, start_response)

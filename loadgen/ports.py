@@ -6,18 +6,22 @@ that is said. Locust's worker protocol is another matter: :mod:`loadgen.secret`.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
+import re
+import secrets
 import socket
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from traces.errors import EndpointError, InputError
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Names that a browser on this machine may call us by."""
+_PROCESS = secrets.token_bytes(32)
+"""Goes into every cookie of this process: they end with it."""
 
 
 def loopback(host: str) -> bool:
@@ -33,6 +37,21 @@ def loopback(host: str) -> bool:
 def shown(host: str) -> str:
     """The host as a URL has it."""
     return f"[{host}]" if ":" in host else host
+
+
+@lru_cache(64)
+def _own(host: str, bound: str) -> bool:
+    """Does that Host header name loopback or the address that was bound? One that is empty is no browser's."""
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
+    return not name or name == bound or loopback(name)
+
+
+def _of(url: str) -> str:
+    """Host and port of a URL, as a Host header has them; "" when it has none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
 
 
 def _bytes(said: str) -> bytes:
@@ -114,9 +133,28 @@ class Door:
         """Does that header hold the token?"""
         return self.knows(authorization.removeprefix("Bearer "))
 
+    def foreign(self, headers: Mapping[str, str], *, links: bool = False) -> tuple[int, str] | None:
+        """(status, why) for what another page has a browser on this machine ask; None for all else. A name that was made to
+        point here (DNS rebinding) is the page's own, not ours; programs send neither Sec-Fetch-Site nor Origin. links: those
+        of other pages may be followed, since nothing is changed by that."""
+        host = headers.get("Host", "")
+        if self.token is None and not _own(host, self.host):
+            return 421, "this server answers to its own name only: ask 127.0.0.1, or start it with a token"
+        linked = links and headers.get("Sec-Fetch-Mode") == "navigate"
+        if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not linked:
+            return 403, "not from another page"
+        origin = headers.get("Origin")
+        return None if origin is None or _of(origin) == host else (403, "not from another page")
+
+    def own_page(self, headers: Mapping[str, str]) -> bool:
+        """Does a request that is not :meth:`foreign` say that a page of ours, or the user, asked for it? Over plain HTTP browsers
+        leave Sec-Fetch-Site out, and to them another port of this host is the same site: it gets the cookies, too."""
+        said = headers.get("Origin") or headers.get("Referer", "")
+        return "Sec-Fetch-Site" in headers or _of(said) == headers.get("Host", "-")
+
     def cookie(self, purpose: str) -> str:
-        """What a browser shows instead of the token, once it has given that."""
-        return hashlib.sha256(f"steelyard {purpose} {self.token}".encode()).hexdigest()
+        """What a browser shows instead of the token, once it has given that, until this process ends."""
+        return hmac.digest(_PROCESS, _bytes(f"steelyard {purpose} {self.token}"), "sha256").hex()
 
     def stands(self, cookie: str, purpose: str) -> bool:
         """Is that the cookie?"""

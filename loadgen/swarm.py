@@ -19,7 +19,6 @@ import math
 import os
 import queue
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -52,7 +51,7 @@ from loadgen.control import fleet_body
 from loadgen.crew import Crew
 from loadgen.engines import EXACT, FACTS, Dialect, Measure, Prompts
 from loadgen.policy import Dispatch
-from loadgen.ports import LOOPBACK, Door, loopback
+from loadgen.ports import Door, loopback
 from loadgen.stream import printable
 from traces.errors import EndpointError, InputError, SteelyardError, StoreError
 from traces.records import ERRORS, STATUSES, Feed, Floats, Ints, Observations, Schedule
@@ -684,11 +683,8 @@ class Swarm:
         }
 
         def guard() -> Any:
-            # Whoever opened another page in this browser must not steer the run through a rebound name.
-            if door.token is None and re.sub(r":\d+$", "", request.host).strip("[]") not in (*LOOPBACK, ""):
-                return "not here", 403
-            if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-                return "not from another page", 403
+            if strange := door.foreign(dict(request.headers)):
+                return strange[1], strange[0]
             asked = request.args.get("token")
             if door.token is not None and asked is not None and door.knows(asked):
                 moved = redirect("/" + request.path.lstrip("/"))  # not to //another.host
@@ -699,6 +695,8 @@ class Swarm:
             if not given and not door.stands(request.cookies.get("steelyard-web", ""), "web"):
                 return "a token is needed: open this address with ?token=.. once", 401
             if request.path == "/stop":
+                if not given and not door.own_page(dict(request.headers)):
+                    return "not from another page: press Stop on this one, or ask with the token as bearer", 403
                 self._stop_asked.set()
                 return jsonify({"success": True, "message": "draining, then the run ends"})
             if request.method != "GET" or request.path.startswith("/stats/reset"):

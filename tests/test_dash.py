@@ -191,6 +191,8 @@ def test_it_is_read_only_and_answers_to_its_own_name(url: str) -> None:
         assert ask(url, "/", method)[0] == 405
     assert ask(url, "/", "HEAD")[0] == 200
     assert ask(url, "/", Host="evil.example:80")[0] == 421
+    assert ask(url, "/", Sec_Fetch_Site="cross-site")[0] == 403
+    assert ask(url, "/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 200  # a link that is followed
     headers = ask(url, "/")[1]
     assert headers["x-content-type-options"] == "nosniff"
     assert "frame-ancestors 'none'" in headers["content-security-policy"]

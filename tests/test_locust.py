@@ -52,10 +52,10 @@ def db(tmp_path: Path) -> str:
     return url
 
 
-def locust(*arguments: str, file: Path = LOCUSTFILE) -> subprocess.Popen[str]:
+def locust(*arguments: str, file: Path = LOCUSTFILE, more: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "locust", "-f", str(file), *arguments],
-        env=os.environ | {"LOCUST_SKIP_MONKEY_PATCH": "1"},
+        env=os.environ | {"LOCUST_SKIP_MONKEY_PATCH": "1"} | (more or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,8 +67,8 @@ def locust(*arguments: str, file: Path = LOCUSTFILE) -> subprocess.Popen[str]:
 def test_the_locustfile_replays_a_trace(workers: int, db: str, endpoint: str) -> None:
     """Alone (with a user too many), and with a master and two workers: every request once, on time, judged, in Locust's
     statistics."""
-    asked = ["--trace", "t", "--db", db, "--slo", "ttft<0.5s", "--fleet", "1:1"]
-    start = ["--headless", "--host", endpoint, "-u", "2", *asked]
+    asked = ["--trace", "t", "--host", endpoint, "--db", db, "--slo", "ttft<0.5s", "--fleet", "1:1"]
+    start = ["--headless", "-u", "2", *asked]
     others: list[subprocess.Popen[str]] = []
     if workers:
         port = str(free_port())
@@ -123,10 +123,11 @@ class Worker:
 
         self.rpc.send(Message(kind, data, self.name))
 
-    def hear(self, kind: str) -> None:
+    def hear(self, kind: str) -> Any:
         with gevent.Timeout(60):
-            while self.rpc.recv().type != kind:
+            while (said := self.rpc.recv()).type != kind:
                 pass
+        return said.data
 
     def leave(self) -> None:
         self.beating.kill()
@@ -267,12 +268,12 @@ def test_what_was_sent_is_no_unsent_request_when_locust_is_stopped(workers: int,
         "Store.add_observations = slowly\n\n\nclass Mine(loadgen.locustfile.Replay):\n    pass\n"
     )
     rpc, page = str(free_port()), free_port()
-    asked = ["--trace", "slow", "--db", db]
     came: list[str] = []
     silent = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Silent,), {"came": came}))
     threading.Thread(target=silent.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{silent.server_port}"
-    start = ["--host", endpoint, "--web-host", "127.0.0.1", "--web-port", str(page), *asked]
+    asked = ["--trace", "slow", "--db", db, "--host", endpoint]
+    start = ["--web-host", "127.0.0.1", "--web-port", str(page), *asked]
     master = ["--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", rpc] if workers else []
     main = locust(*start, *master, file=mine)
     processes = [main]
@@ -398,7 +399,7 @@ def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> Non
     assert rows["Goodput within ttft<0.5s, last 10 s"].endswith("/s")
     assert any(name.startswith("decode ") for name in rows)
     assert any(row["name"] == "/v1/completions" for row in held["stats"])
-    assert seen["foreign"][0] == 403
+    assert seen["foreign"][0] == 421
     assert seen["page of another site"][0] == 403
     assert "start another run" in seen["swarm"][1]
     assert all(json.loads(seen[when][1])["success"] for when in ("early stop", "stop"))
@@ -412,3 +413,36 @@ def test_the_web_ui_stays_on_this_machine() -> None:
     """On another address it wants a token, and says why."""
     with pytest.raises(InputError, match=r"could stop this run, so it needs a token\. Set STEELYARD_WEB_TOKEN"):
         Swarm(1, web=Door("0.0.0.0", 8089))
+
+
+def test_the_web_ui_knows_its_own_names_and_stops_for_its_own_page_alone() -> None:
+    """On every address of loopback it answers to its own URL. With a token Stop by a cookie is asked for by a page of this
+    port, also where the browser leaves Sec-Fetch-Site out; a cookie ends with the process that gave it."""
+    with Swarm(1, web=Door("127.0.0.2", 0)) as swarm, urllib.request.urlopen(swarm.web, timeout=60) as answer:
+        assert answer.status == 200
+    with Swarm(1, web=Door("127.0.0.1", 0, token="t0ken")) as swarm:
+        where = swarm.web.partition("/?")[0]
+        cookie = Door(token="t0ken").cookie("web")
+        port = int(where.rpartition(":")[2])
+
+        def stop(**headers: str) -> int:
+            sent = {"Host": f"gpu-host:{port}"} | {k.replace("_", "-"): v for k, v in headers.items()}
+            try:
+                with urllib.request.urlopen(
+                    urllib.request.Request(f"{where}/stop", headers=sent), timeout=60
+                ) as answer:
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        known = {"Cookie": f"steelyard-web={cookie}"}
+        assert stop(**known) == 403
+        assert stop(**known, Referer="http://gpu-host:9000/") == 403
+        assert stop(**known, Origin="http://gpu-host:9000") == 403
+        assert not swarm._stop_asked.is_set()
+        assert stop(**known, Referer=f"http://gpu-host:{port}/?tab=steelyard") == 200
+        assert stop(**known, Sec_Fetch_Site="same-origin") == 200
+        assert stop(Authorization="Bearer t0ken") == 200
+    other = "from loadgen.ports import Door; print(Door(token='t0ken').cookie('web'))"
+    done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() != cookie

@@ -166,6 +166,46 @@ def test_other_addresses_need_a_token_and_are_told_of_tls() -> None:
         pass
 
 
+def test_another_page_in_the_browser_is_refused_and_programs_are_not() -> None:
+    """By a rebound name, across sites or with another's Origin: by the reference endpoint, the metrics and, as their own tests
+    say, dash and web UI. Programs, loopback's names and, with a token, every name go on working."""
+
+    def asked(url: str, method: str = "GET", **headers: str) -> int:
+        sent = {k.replace("_", "-"): v for k, v in headers.items()}
+        data = b'{"prefill": 1, "decode": 1}' if method == "PUT" else None
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, data, headers=sent, method=method), timeout=60
+            ) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with embedded("constant", Fleet(1, 1)) as endpoint, exposed() as (metrics, _):
+        for url, method in ((f"{endpoint}/fleet", "PUT"), (f"{endpoint}/health", "GET"), (metrics, "GET")):
+            good = 202 if method == "PUT" else 200
+            port = url.split(":")[2].split("/")[0]
+            assert asked(url, method) == good
+            for name in ("localhost", f"LOCALHOST:{port}", f"[::1]:{port}", f"127.0.0.1:{port}"):
+                assert asked(url, method, Host=name) == good, name
+            assert asked(url, method, Host=f"127.0.0.1:{port}", Sec_Fetch_Site="none") == good
+            for name in ("evil.example", f"evil.example:{port}", "127.0.0.1.nip.io"):
+                assert asked(url, method, Host=name) == 421, name
+            for site in ("cross-site", "same-site"):
+                assert asked(url, method, Sec_Fetch_Site=site) == 403
+            assert asked(url, method, Origin="http://127.0.0.1:1") == 403
+            assert asked(url, method, Origin="null") == 403
+    own, with_token = Door("127.0.0.2"), Door("0.0.0.0", token=TOKEN)
+    assert own.foreign({"Host": "127.0.0.2:8089"}) is None
+    assert own.foreign({}) is None
+    for name in ("gpu-host:8089", "10.0.0.1"):
+        assert with_token.foreign({"Host": name}) is None
+        assert own.foreign({"Host": name}) is not None
+    linked = {"Host": "localhost", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert own.foreign(linked, links=True) is None
+    assert own.foreign(linked) is not None
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     """The web UI's, not the Locust master's beside it, with what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

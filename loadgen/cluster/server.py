@@ -415,12 +415,15 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 def make_app(endpoint: Endpoint, *, door: Door = HERE, faults: Faults = NO_FAULTS) -> web.Application:
-    """The aiohttp application. The door's token is needed as bearer on every path but /health."""
+    """The aiohttp application. The door's token is needed as bearer on every path but /health; another page's requests are
+    refused on all."""
 
     @web.middleware
     async def guard(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        if strange := door.foreign(request.headers):
+            return refuse(strange[1], strange[0], "permission_error")
         if request.path != "/health" and not door.bearer(request.headers.get("Authorization", "")):
             return refuse("a bearer token is needed", 401, "authentication_error")
         return await handler(request)
