@@ -4,9 +4,10 @@
         --trace azure-2023-conv --host http://127.0.0.1:8000 --fleet 3:5
 
 ``-u`` is the number of processes that send: 1, or as many as there are ``locust --worker`` (start the master with
-``--expect-workers`` as many). Each sends every n-th request of the trace at its own time, through the same client as
-``steelyard replay``; rows go to the database (``--db``), requests to Locust's statistics and, without ``--headless``, to
-its web UI. Locust's monkey patching must be off: the client needs a thread of its own.
+``--expect-workers`` as many and ``--master-bind-host 127.0.0.1``, each worker with the same ``--host`` and ``--db``). Each sends
+every n-th request of the trace at its own time, through the same client as ``steelyard replay``; rows go to the database
+(``--db``), requests to Locust's statistics and, without ``--headless``, to its web UI (``--web-host 127.0.0.1``). Locust's
+monkey patching must be off: the client needs a thread of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from loadgen import engines
 from loadgen.client import Engine, Row, target
 from loadgen.control import Endpoint
 from loadgen.engines import Prompts
+from loadgen.ports import Door, loopback
 from loadgen.replay import read_api_key
 from loadgen.swarm import HEARTBEATS, pack, unpack
 from traces.errors import InputError, SteelyardError
@@ -60,9 +62,8 @@ STOPPED = "stopped before its end"
 def options(parser: Any) -> None:
     """What to replay. The endpoint is Locust's own --host; its token comes from STEELYARD_API_KEY."""
     parser.add_argument("--trace", default="", help="Name of a stored trace", include_in_web_ui=False)
-    parser.add_argument(
-        "--db", default=os.environ.get("STEELYARD_DB") or "sqlite:///steelyard.db", include_in_web_ui=False
-    )
+    # No default that a message of Locust's would carry: see named.
+    parser.add_argument("--db", default="", help="[STEELYARD_DB, or sqlite:///steelyard.db]", include_in_web_ui=False)
     parser.add_argument("--fleet", default="", help="Prefill and decode workers, 3:5", include_in_web_ui=False)
     parser.add_argument("--engine", default="openai", help="A dialect of steelyard", include_in_web_ui=False)
     parser.add_argument("--model", default="", include_in_web_ui=False)
@@ -111,13 +112,17 @@ class Replay(User):
         """The share of the run that is told, and its rows into the database."""
         held = self.environment.parsed_options
         mine, shares = int(shared["mine"]), int(shared["shares"])
-        with open_store(held.db, create=False) as store:
+        where = target(NAMED["host"], api_key=read_api_key(None))
+        if shared["endpoint"] != where.shown:
+            raise InputError(
+                f"--host of the master is {shared['endpoint']}, of this worker {where.shown}: give both the same"
+            )
+        with open_store(NAMED["db"], create=False) as store:
             schedule = asked(held, store)
             positions = np.arange(len(schedule))[mine::shares]
             dialect = engines.dialect(held.engine)
             prompts = Prompts(dialect, shared["model"], int(schedule.prompt_tokens.max()), int(shared["salt"]))
             engine = Engine()
-            where = target(self.environment.host, api_key=read_api_key(None))
             told = engines.engine(held.engine)
             _wait(
                 engine.submit(
@@ -178,8 +183,13 @@ def _wait(future: Any) -> Any:
 
 # --- one run, begun and ended by the process that started the test -----------------------------------------------------
 
+NAMED: dict[str, str] = {}
+"""host and db of this process's own command line or environment. Credentials go there and nowhere else: Locust's web UI and its
+messages, which ask nobody who he is, can say another host or database."""
+
 SHARED: dict[str, Any] = {}
-"""What every process knows of the run: its number, zero on the wall clock, model, salt, how many share it, which share is its."""
+"""What every process knows of the run: its number, zero on the wall clock, endpoint, model, salt, how many share it, which share
+is its."""
 
 _SENT: set[int] = set()
 """Runs whose share this process has sent, or is sending: it does so once, whatever Locust starts."""
@@ -197,12 +207,58 @@ _DONE: list[str] = []
 @events.init.add_listener
 def listen(environment: Any, **_: Any) -> None:
     """Workers hear of the run from the master, the master hears who has finished."""
+    try:
+        named(environment)
+        guarded(environment)
+    except SteelyardError as error:
+        raise SystemExit(f"steelyard: {error}") from None
     environment.events.quitting.add_listener(stop)  # added after the runner's own, called before it
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.register_message("steelyard.run", lambda environment, msg: hear(msg.data))
         environment.runner.register_message("steelyard.stop", lambda environment, msg: environment.runner.stop())
     elif isinstance(environment.runner, MasterRunner):
         environment.runner.register_message("steelyard.done", done)
+
+
+def named(environment: Any) -> None:
+    """Keep where this process was told to go, and leave nothing secret of it where Locust's messages take it from."""
+    held = environment.parsed_options
+    NAMED["db"] = held.db or os.environ.get("STEELYARD_DB") or "sqlite:///steelyard.db"
+    NAMED["host"] = environment.host or ""
+    held.db = ""
+    if NAMED["host"]:
+        environment.host = held.host = target(NAMED["host"]).shown
+    elif isinstance(environment.runner, WorkerRunner):
+        raise InputError(
+            "a worker needs --host URL and --db URL as its master has them: it believes no message about them."
+        )
+
+
+def guarded(environment: Any) -> None:
+    """Keep Locust's ports to this machine: its web UI starts runs, and its master tells them, for whoever asks."""
+    held, runner = environment.parsed_options, environment.runner
+    if environment.web_ui is not None:
+        door = Door(held.web_host, held.web_port)
+        if not loopback(door.host):
+            raise InputError(
+                f"--web-host {door.host or '*'}: whoever reaches Locust's web UI can start and stop runs. Give "
+                "--web-host 127.0.0.1 (from elsewhere: ssh -L 8089:127.0.0.1:8089), or --headless."
+            )
+
+        def guard() -> Any:
+            from flask import request
+
+            return (strange[1], strange[0]) if (strange := door.foreign(dict(request.headers))) else None
+
+        environment.web_ui.app.before_request(guard)
+    if isinstance(runner, MasterRunner) and not loopback(runner.master_bind_host):
+        why = "whoever reaches Locust's master can take shares of a run and disturb it"
+        if runner.master_bind_host == "*":
+            raise InputError(
+                f"--master-bind-host *: {why}. Give --master-bind-host 127.0.0.1 (workers elsewhere: a tunnel), or the address "
+                "of a network on which you trust everybody."
+            )
+        logging.warning("steelyard: --master-bind-host %s: %s.", runner.master_bind_host, why)
 
 
 def hear(run: dict[str, Any]) -> None:
@@ -263,10 +319,12 @@ def begun(environment: Any, shares: int) -> dict[str, Any]:
     held = environment.parsed_options
     if not held.trace or not environment.host:
         raise InputError("give --trace NAME and --host URL")
+    if held.db or not NAMED["host"] or environment.host != target(NAMED["host"]).shown:
+        raise InputError("a run goes to --host and --db of the command line alone: start Locust anew for others")
     engines.dialect(held.engine), engines.engine(held.engine)
-    where = target(environment.host, api_key=read_api_key(None))
+    where = target(NAMED["host"], api_key=read_api_key(None))
     model, _owner = Endpoint(where).choose_model(held.model or None)
-    with open_store(held.db, create=False) as store:
+    with open_store(NAMED["db"], create=False) as store:
         schedule = asked(held, store)
         run = store.begin_run(
             Run(
@@ -286,7 +344,15 @@ def begun(environment: Any, shares: int) -> dict[str, Any]:
             )
         )
     salt = random.SystemRandom().getrandbits(60)
-    return {"run": run.id, "zero_unix": run.started_unix_s, "model": model, "salt": salt, "shares": shares, "mine": 0}
+    return {
+        "run": run.id,
+        "zero_unix": run.started_unix_s,
+        "endpoint": where.shown,
+        "model": model,
+        "salt": salt,
+        "shares": shares,
+        "mine": 0,
+    }
 
 
 def finished(environment: Any, error: str) -> None:
@@ -345,7 +411,7 @@ def end(environment: Any) -> None:
     _AWAITED.clear()
     if len(_DONE) < int(SHARED["shares"]):
         _DONE.append(STOPPED)
-    with open_store(held.db, create=False) as store:
+    with open_store(NAMED["db"], create=False) as store:
         schedule, run = asked(held, store), store.run(number)
         tally = Tally(run.warmup_s)
         for rows in store.pieces(number, ("index", "due_s", "dispatch_s", "sent_s", "status", "error")):

@@ -344,6 +344,112 @@ def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "
         return error.code, error.read().decode()
 
 
+def test_credentials_go_where_the_command_line_says_and_nowhere_else() -> None:
+    """Locust's web UI takes a host and a database from whoever posts a form, and its master sends them to whoever joins: no
+    request goes to such a host, another page's form is refused, and what is sent holds no password."""
+    rpc, page = free_port(), free_port()
+    evil = socket.create_server(("127.0.0.1", 0))
+    evil.settimeout(0.0)
+    more = {"STEELYARD_DB": "postgresql://me:pl4nted@127.0.0.1:1/x", "STEELYARD_API_KEY": "pl4nted-key"}
+    ports = ["--web-host", "127.0.0.1", "--web-port", str(page), "--master-bind-host", "127.0.0.1"]
+    main = locust(
+        "--master",
+        *ports,
+        "--master-bind-port",
+        str(rpc),
+        "--trace",
+        "t",
+        "--host",
+        "http://me:pl4nted@127.0.0.1:1",
+        more=more,
+    )
+    worker = Worker("anybody", rpc)
+    try:
+        worker.hear("ack")
+        form = "user_count=1&spawn_rate=1"
+        there = f"http://127.0.0.1:{evil.getsockname()[1]}"
+        assert ask(page, "/swarm", "POST", site="cross-site", form=form)[0] == 403
+        assert ask(page, "/swarm", "POST", host="evil.example", form=form)[0] == 421
+        told = []
+        for named in (f"host={there}", "host=http://127.0.0.1:1&db=postgresql://me@127.0.0.1:1/y"):
+            assert ask(page, "/swarm", "POST", form=f"{form}&{named}")[0] == 200
+            told.append(worker.hear("steelyard.run"))
+            told.append(worker.hear("spawn"))
+            worker.hear("stop")
+        assert ask(page, "/")[0] == 200
+    finally:
+        worker.leave()
+        main.kill()
+        said, _ = main.communicate()
+    with pytest.raises(BlockingIOError):
+        evil.accept()
+    evil.close()
+    assert "pl4nted" not in repr(told)
+    assert "alone" in told[0]["error"]
+    assert "alone" in told[2]["error"]
+    assert "pl4nted" not in said
+
+
+def test_locusts_ports_stay_on_this_machine_and_a_worker_is_told_the_endpoint() -> None:
+    """A web UI and a master on every interface are refused, with why and what to give; so is a worker without its own --host."""
+    code = """
+import loadgen.locustfile as file
+from locust.argument_parser import parse_options
+from locust.env import Environment
+
+def environment(*options):
+    held = parse_options(args=list(options))
+    return Environment(host=held.host, parsed_options=held)
+
+def told(one):
+    try:
+        file.listen(one)
+    except SystemExit as why:
+        print(">", why)
+    else:
+        print("> taken")
+
+HOST = ("--host", "http://127.0.0.1:1")
+for host in ("", "10.0.0.1", "127.0.0.1"):
+    one = environment(*HOST, "--web-host", host)
+    one.create_local_runner()
+    one.create_web_ui(host, 0, delayed_start=True)
+    told(one)
+for host in ("*", "10.0.0.1", "127.0.0.1"):
+    master = environment(*HOST)
+    runner = master.create_master_runner("127.0.0.1", 0)
+    runner.master_bind_host = host  # no test listens elsewhere
+    told(master)
+worker = environment()
+worker.create_worker_runner("127.0.0.1", runner.server.port)
+told(worker)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"LOCUST_SKIP_MONKEY_PATCH": "1"},
+        cwd=LOCUSTFILE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    words = (
+        "steelyard: --web-host *: ",
+        "steelyard: --web-host 10",
+        "taken",
+        "steelyard: --master-bind-host *: ",
+        "taken",
+        "taken",
+        "steelyard: a worker needs --host URL and --db URL",
+    )
+    lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
+    assert len(lines) == len(words), done
+    assert all(line.startswith(word) for word, line in zip(words, lines, strict=True)), done.stdout
+    assert "Give --web-host 127.0.0.1" in lines[0]
+    assert "Give --master-bind-host 127.0.0.1" in lines[3]
+    assert done.stderr.count("--master-bind-host 10.0.0.1: whoever reaches") == 1
+
+
 def test_the_web_ui_shows_the_replay_and_stops_it(db: str, endpoint: str) -> None:
     """Our figures in Locust's own answer, its statistics beside them; another host's name and a new swarm are refused;
     Stop drains and stores, and before the load begins nothing is sent. It answers as soon as its address is said, and leaves no
