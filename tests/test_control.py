@@ -8,6 +8,7 @@ import json
 import math
 import os
 import queue
+import re
 import select
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import msgpack
 import numpy as np
@@ -799,7 +801,11 @@ class Router:
                 self.answer(202, {})
 
             def do_DELETE(self) -> None:
-                gone = [u for u, w in outer.registered.items() if f"/workers/{w['id']}" == self.path]
+                if outer.hangs_up:
+                    outer.hangs_up -= 1
+                    return
+                known = {u: w.get("id") or quote(u, safe="") for u, w in outer.registered.items()}
+                gone = [u for u, one in known.items() if f"/workers/{one}" == self.path]
                 for url in gone:
                     outer.log.append(f"remove {url}")
                     outer.left[url] = time.monotonic() + outer.drain_s
@@ -1103,6 +1109,20 @@ def test_what_is_secret_in_a_controls_urls_is_nowhere(
     assert not any("NTED" in path.read_text() for path in made.file.parent.iterdir())
     refused = loadgen.control.refused(Reply(400, "", b"http://me:PL@NTED@e:1 is there"), "http://r", "add http://e:1")
     assert str(refused) == "http://r: refused to add http://e:1 (HTTP 400: http://e:1 is there)."
+    assert "NTED" not in str(
+        loadgen.control.refused(Reply(500, "", b"no http%3A%2F%2Fme%3APL%40NTED%40e"), "http://r", "x")
+    )
+    plain = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])  # it lists no ids
+    routers.append(plain)
+    plain.registered = {
+        u: {k: v for k, v in w.items() if k != "id"} | {"url": u}
+        for u, w in ((u.replace("//", "//me:PL@NTED@"), w) for u, w in plain.registered.items())
+    }
+    plain.hangs_up = 1
+    failed = said(1, "set", "1:1", "--control", f"sglang:{plain.url}")
+    assert re.search(rf"{plain.url}/workers/http://127\.0\.0\.1:\d+: no HTTP answer", failed)
+    said(0, "set", "1:1", "--control", f"sglang:{plain.url}")
+    assert [entry.partition(" ")[0] for entry in plain.log] == ["remove"]
     with Pages() as pages:
         known = pages.url.replace("//", "//me:PL@NTED@")
         assert f"{pages.url}: its fleet cannot be read" in said(1, "get", known)

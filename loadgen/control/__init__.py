@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from loadgen.client import unsaid
 from loadgen.control.endpoint import Endpoint as Endpoint
@@ -565,4 +566,5 @@ def refused(reply: Any, where: str, what: str) -> LostError:
             f"{where}: HTTP {reply.status} when asked to {what}: the token is missing, expired or not allowed. "
             "Set STEELYARD_API_KEY or pass --api-key-file FILE."
         )
-    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {redact(reply.words) or 'no text'}).")
+    words = redact(unquote(reply.words))  # it may quote the path that it was asked, with a worker's URL in it
+    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {words or 'no text'}).")

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
-from loadgen.client import Target, tls_words
+from loadgen.client import Target, tls_words, unsaid
 from loadgen.engines import EXACT, Dialect, Measure, Prompts, trial_sizes
 from loadgen.ports import shown
 from loadgen.stream import Answer, masked, printable
@@ -118,7 +119,9 @@ class Endpoint:
     ) -> Reply:
         """One request on a connection of its own; the whole answer must come within ``timeout_s`` [PREFLIGHT_S]."""
         where = self.where
-        said = self.shown + printable(path.partition("?")[0], self._secrets)
+        said = self.shown + printable(
+            unsaid(unquote(path.partition("?")[0])), self._secrets
+        )  # a worker's URL may be in it
         timeout_s = PREFLIGHT_S if timeout_s is None else timeout_s
         until = time.monotonic() + timeout_s
         late = EndpointError(f"{said}: no answer within {timeout_s:g} s. Is the server loaded, and is this its port?")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from loadgen.client import named_url, unsaid
 from loadgen.control import ROLES, Bounds, Connect, Endpoint, LostError, Standing, Steps, members, refused
@@ -224,7 +225,7 @@ class SGLang:
             known = [w for w in self._listed() if w["url"] == worker.url]
             ill = not all(w["is_healthy"] for w in known)
             for one in [one for w in known for one in w["ids"]]:
-                reply = self._router.fetch("DELETE", f"/workers/{one}")
+                reply = self._router.fetch("DELETE", f"/workers/{quote(one, safe='')}")  # its URL, if it has no id
                 if reply.status // 100 != 2 and reply.status != 404:
                     raise refused(reply, self._router.shown, f"take {worker.shown} out")
             until = time.monotonic() + self._drain_s
