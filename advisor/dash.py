@@ -24,6 +24,7 @@ from aiohttp import web
 
 from advisor import closed
 from advisor import compare as study
+from advisor.believed import believed
 from advisor.report import gather
 from advisor.report.digest import BINS, Digest, Traffic, read, traffic, traffic_of
 from advisor.report.page import contents, document, e, figures, policy, safe_json, section, table
@@ -177,7 +178,7 @@ class Dash:
             Section(
                 "next",
                 "What is not known",
-                f"Measure next: {probe['command']} ({probe['why']}).",
+                f"Measure next: {believed(probe['command']) or 'see why'} ({probe['why']}).",
                 table=Table(["note"], notes),
             ),
             Section(

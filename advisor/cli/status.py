@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
+from advisor.believed import believed
 from advisor.cli.common import messages
 
 
@@ -134,8 +135,9 @@ def _next(
         name = shlex.quote(traces[-1].name if traces else ended[-1].trace)
         return {"command": f"steelyard replay {name} --endpoint URL --fleet P:D{option}", "why": why}
     probe = (recommended or {}).get("next_probe")
-    if isinstance(probe, dict) and probe.get("command"):
-        command = str(probe["command"]).replace(" && steelyard ", f"{option} && steelyard ")
+    command = believed(probe.get("command")) if isinstance(probe, dict) else ""
+    if isinstance(probe, dict) and command:
+        command = command.replace(" && steelyard ", f"{option} && steelyard ")
         return {"command": f"{command}{option}", "why": str(probe.get("why", ""))}
     return {"command": f"steelyard report --out report.html{option}", "why": "to show the answer and its evidence"}
 
@@ -145,7 +147,7 @@ def show(found: dict[str, Any]) -> None:
     console = messages()
 
     def say(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(line.translate(dict.fromkeys(b"\r\n", " ")), markup=False)  # names come from the database
 
     if found["problem"]:
         say(f"Database: {found['problem']}")
@@ -170,5 +172,6 @@ def show(found: dict[str, Any]) -> None:
         say(
             f"Waiting:  {found['waiting_files']} file(s) of rows on disk; the next command on their database stores them"
         )
-    say(f"Next:     {found['next']['command']}\n          ({found['next']['why']})")
+    say(f"Next:     {found['next']['command']}")
+    say(f"          ({found['next']['why']})")
     say("All verbs: steelyard --help")

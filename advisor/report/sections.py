@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from advisor.believed import believed
 from advisor.report.digest import METRICS, QUANTILES, Digest, Over, Traffic
 from advisor.report.draw import short
 from advisor.report.parts import How, Mark, Plot, Report, Rule, Section, Table
@@ -140,7 +141,7 @@ def _cards(
     return [
         ("How sure", _sure(answer), ""),
         ("What it rests on", _rests(answer, runs), ""),
-        ("What to do next", _next(answer, probe, traces, db), on(str(probe.get("command") or ""), db)),
+        ("What to do next", _next(answer, probe, traces, db), on(believed(probe.get("command")), db)),
         ("What was not measured", _unmeasured(answer, runs, strategies), ""),
     ]
 
