@@ -28,7 +28,8 @@ SECRET = frozenset({"header"})
 MOST_CHARACTERS = 1 << 20
 """Of the file that are read."""
 
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+_NO_SECRET = re.compile(r"(?<=://)[^/?#@:\s]+@|(?<=[?&])ssl_?key=[^&\s]*")
+"""Of a URL: a user without a password, and the name of a key's file."""
 
 
 def flag(option: click.Option) -> str:
@@ -124,18 +125,31 @@ def _unknown(file: Path, where: str, key: str, known: set[str]) -> None:
     )  # fmt: skip
 
 
+def _secret(value: Any) -> bool:
+    """Is there a URL in it of which a message leaves something out that may be a password?"""
+    if isinstance(value, dict | list):
+        return any(map(_secret, value.values() if isinstance(value, dict) else value))
+    if not isinstance(value, str) or "://" not in value:
+        return False
+    from traces.store import redact
+
+    plain = _NO_SECRET.sub("", value)
+    return redact(plain) != plain
+
+
 def _value(where: str, option: click.Option, value: Any) -> Any:
     """The value if the option can take it."""
-    if isinstance(value, str) and _PASSWORD.search(value):
+    values = list(value) if isinstance(value, list) else [value]
+    if _secret(value):
         raise InputError(
             f"{where} holds a password, which has no place in a file that is shared. "
             "Use ~/.pgpass, PGPASSWORD or STEELYARD_DB."
         )
-    if isinstance(value, dict) or (isinstance(value, list) and not option.multiple):
-        raise InputError(f"{where} must be one value (got {value!r}).")
+    several = isinstance(value, list) and not option.multiple
+    if several or any(isinstance(one, dict | list) for one in values):
+        raise InputError(f"{where} must be one value (got a {'list' if isinstance(value, list) else 'table'}).")
     if option.is_flag and not isinstance(value, bool) and isinstance(option.type, click.types.BoolParamType):
         raise InputError(f"{where} must be true or false (got {value!r}).")
-    values = list(value) if isinstance(value, list) else [value]
     for one in values:
         try:
             option.type.convert(one, option, None)
