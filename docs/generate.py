@@ -93,7 +93,9 @@ def settings() -> str:
         'time-unit = "ms"',
         "```",
         "",
-        "A key that no verb knows is an error that names its neighbour. Secrets have no place in the file: "
+        "A `steelyard.toml` that nobody named is said on stderr, with what it decides of whom steelyard talks to and what "
+        "it runs, unless `--quiet` is typed. A key that no verb knows is an error that names its neighbour. "
+        "Secrets have no place in the file: "
         + ", ".join(f"`--{name}`" for name in sorted(SECRET))
         + " and URLs with a password are refused there. They come from files (`--api-key-file`), from the "
         "keyring (`keyring:SERVICE/USER` wherever the file of a secret is named) or from:",

@@ -464,6 +464,32 @@ def test_a_wrong_file_of_options_is_one_clear_line(
     assert "sk-1" not in err
 
 
+def test_what_the_folders_file_decides_is_said(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whom a verb talks to, by a file that nobody named: one line on stderr, none for what was typed, named or is in the
+    environment; a file that asks for quiet does not hush it."""
+    open_store("sqlite:///other.db").close()
+    text = 'db = "sqlite:///other.db"\nquiet = true\n[doctor]\nendpoint = "http://127.0.0.1:9"\nproxy = "http://127.0.0.1:9"\n'
+    (here / "steelyard.toml").write_text(text)
+
+    def noted(*arguments: str) -> str:
+        assert main(list(arguments)) == 0
+        told = capsys.readouterr()
+        if "--json" in arguments:
+            json.loads(told.out)
+        return "\n".join(line for line in told.err.splitlines() if "this folder" in line)
+
+    line = "steelyard: steelyard.toml of this folder sets db"
+    assert [noted("runs"), noted("traces", "--json"), noted(), noted("--json")] == [line] * 4
+    assert noted("runs", "--db", "sqlite:///other.db") == noted("--db", "sqlite:///other.db", "runs") == ""
+    assert noted("runs", "--quiet") == noted("--config", "steelyard.toml", "runs") == ""
+    assert main(["doctor", "--json"]) == 1
+    assert f"{line.removesuffix('db')}endpoint, proxy, db\n" in capsys.readouterr().err
+    monkeypatch.setenv("STEELYARD_DB", "sqlite:///other.db")
+    assert noted("runs") == noted() == ""
+
+
 def test_every_option_has_its_variable_and_no_two_share_one() -> None:
     """The more particular variable of each option is its own; none is that of an endpoint's token."""
     seen: dict[str, str] = {}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from advisor.cli.common import db_option, emit_json, json_option
+from advisor.cli.common import db_option, emit_json, json_option, warn
 from traces import __version__
 from traces.errors import SteelyardError
 
@@ -61,6 +61,24 @@ class Verbs(click.Group):
         self._settle(cmd_name, command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Before the verb opens anything: what it takes from a file that nobody named."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name and command and not ctx.resilient_parsing and _UNNAMED in ctx.meta:
+            from advisor.cli import config
+
+            typed_db = ["--db"] if ctx.get_parameter_source("db") is click.core.ParameterSource.COMMANDLINE else []
+            file = (ctx.default_map or {}).get(name, {})
+            keys: list[str] = []
+            for path, held, parent in config.tree(name, command):
+                if len(path) == 1 or path[1] in rest:
+                    table = file if len(path) == 1 else file.get(path[1], {})
+                    keys += config.reaching(path, held, parent, table, [*typed_db, *rest])
+            _say(ctx, keys, rest)
+        return name, command, rest
+
     def _settle(self, name: str, command: click.Command) -> None:
         """Let the verb's options come from the environment."""
         from advisor.cli import config
@@ -82,6 +100,17 @@ def load(verb: str) -> click.Command:
     return command
 
 
+_UNNAMED = "steelyard.file"
+"""In a command's meta: the file of options that is read because it lies in the working folder."""
+
+
+def _say(context: click.Context, keys: Sequence[str], words: Sequence[str] = ()) -> None:
+    """That the folder's file decides these, on stderr, unless --quiet was typed: what the file itself says hushes nothing."""
+    typed = context.get_parameter_source("quiet") is click.core.ParameterSource.COMMANDLINE
+    if keys and _UNNAMED in context.meta and not (typed or {"-q", "--quiet"} & set(words)):
+        warn(f"{context.meta[_UNNAMED]} of this folder sets {', '.join(dict.fromkeys(keys))}")
+
+
 def _configure(context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
     """Let the options of the verbs, and the database without one, come from the file; a TAB has nowhere to complain of it."""
     from advisor.cli import config
@@ -89,6 +118,8 @@ def _configure(context: click.Context, _option: click.Parameter, path: str | Non
     try:
         file, said = config.read(path)
         if file is not None:
+            if not path and not os.environ.get("STEELYARD_CONFIG"):
+                context.meta[_UNNAMED] = file
             context.default_map = config.checked(file, said, {verb: load(verb) for verb in VERBS})
             if "db" in said and not os.environ.get("STEELYARD_DB"):
                 context.default_map["db"] = said["db"]
@@ -119,6 +150,7 @@ def steelyard(context: click.Context, config: str | None, as_json: bool, db: str
         return
     from advisor.cli.status import show, status
 
+    _say(context, ["db"] if context.get_parameter_source("db") is click.core.ParameterSource.DEFAULT_MAP else [])
     found = status(db, named=context.get_parameter_source("db") is click.core.ParameterSource.COMMANDLINE)
     if as_json:
         emit_json(found)

@@ -25,6 +25,12 @@ FILE = "steelyard.toml"
 SECRET = frozenset({"header"})
 """Options that may carry a secret: neither from the file nor from the environment."""
 
+REACHING = frozenset({
+    "db", "endpoint", "proxy", "control", "insecure", "ca-file", "cert", "key", "api-key-file", "master", "targets",
+    "bind", "host", "web", "metrics-port", "token-file", "web-token-file",
+})  # fmt: skip
+"""Options that decide whom steelyard talks to, with which credentials, what it runs, and who reaches it."""
+
 MOST_CHARACTERS = 1 << 20
 """Of the file that are read."""
 
@@ -107,6 +113,28 @@ def checked(file: Path, said: Mapping[str, Any], verbs: Mapping[str, click.Comma
             )
         if not isinstance(value, dict) and key not in used:
             _unknown(file, "", key, known)
+    return found
+
+
+def reaching(
+    path: tuple[str, ...],
+    command: click.Command,
+    parent: click.Command | None,
+    file: Mapping[str, Any],
+    words: list[str],
+) -> list[str]:
+    """Those of :data:`REACHING` that a verb takes from the file: neither typed (words) nor in the environment."""
+    found = []
+    for option in settable(command, parent):
+        typed = any(w.partition("=")[0] in (*option.opts, *option.secondary_opts) for w in words)
+        named = any(os.environ.get(v) for v in variables(path, option))
+        if (
+            flag(option) in REACHING
+            and file.get(str(option.name)) not in (None, "", [], False)
+            and not typed
+            and not named
+        ):
+            found.append(flag(option))
     return found
 
 
