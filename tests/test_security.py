@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -327,6 +327,35 @@ def test_no_password_survives_redaction(user: str, password: str, encoded: bool,
     assert not any(held[i : i + 4] in shown for i in range(len(held) - 3)), shown
     for url in ("sqlite:///a@b/c.db", "sqlite:////home/me@x/y.db", "postgresql://h/x"):
         assert redact(url) == url
+    for url in ("postgresql://h/x?sslmode=verify-full&sslrootcert=/etc/ca.pem", "mariadb://h/x?ssl_ca=/etc/ca.pem"):
+        assert told(url) == url
+
+
+def test_a_database_without_tls_hears_no_password_where_the_url_asks_for_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who answers that there is no TLS gets nothing more, not even a name."""
+    monkeypatch.setenv("STEELYARD_DB_PASSWORD", PASSWORD)
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            while True:
+                with suppress(OSError):
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.settimeout(10)
+                        heard.append(connection.recv(100))  # may it be TLS?
+                        connection.sendall(b"N")
+                        heard.append(connection.recv(100))
+                if server.fileno() < 0:
+                    return
+
+        threading.Thread(target=answer, daemon=True).start()
+        at = f"postgresql://me@127.0.0.1:{server.getsockname()[1]}/x"
+        with pytest.raises(StoreError, match="does not support SSL"):
+            open_store(f"{at}?sslmode=verify-full&sslrootcert=/etc/ca.pem")
+        server.shutdown(socket.SHUT_RDWR)
+    assert len(heard[0]) == 8
+    assert not any(heard[1::2])
 
 
 @pytest.mark.parametrize("password", ["corr ect", "p@ss:w0rd", "corr\tect", "corr ect@ss:w0rd"])
