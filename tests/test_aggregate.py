@@ -596,7 +596,7 @@ def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, mi
         store.add_fleet_change(run.id, change)
         export_runs(store, [run.id], tmp_path / "early")
         import_runs(other, tmp_path / "early")  # what the change costs comes with a dump of the ended run
-        run = store.end_run(run)
+        run = store.end_run(replace(run, complete=True))
         store.cost_fleet_changes(run.id, [replace(change, in_flight=3, failed=0)], "c", 5.0)
         (tmp_path / ".out.part").mkdir()  # of a dump that was killed
         (tmp_path / ".out.part" / "runs.parquet").write_bytes(b"PAR1 half")
@@ -611,6 +611,10 @@ def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, mi
         (tmp_path / "cut" / "samples.parquet").write_bytes(b"PAR1 not at all")
         with pytest.raises(InputError, match="cannot be read"):
             import_runs(other, tmp_path / "cut")
+        with pytest.raises(InputError, match="cannot be read"):
+            import_runs(again, tmp_path / "cut")
+        (half,) = again.runs()
+        assert (half.ended, half.complete) == (False, False)  # nor one that a sweep takes for measured
         assert [r.ended for r in other.runs()] == [False, False]  # half a run is none that has ended
         for _ in range(2):
             ids = import_runs(other, tmp_path / "out")

@@ -1273,10 +1273,10 @@ class Store:
                 yield held
 
     def restore_runs(self, piece: Mapping[str, Sequence[Any]]) -> list[int]:
-        """Store runs that were dumped; their ids here. One whose key is there stays as it is. They have not ended until
-        :meth:`end_restored` says that all their rows are here."""
+        """Store runs that were dumped; their ids here. One whose key is there stays as it is. They have not ended and
+        are not complete until :meth:`end_restored` says that all their rows are here."""
         rows = _rows_of(runs, piece)
-        begun = [{k: v for k, v in row.items() if k != "id"} | {"ended": False} for row in rows]
+        begun = [{k: v for k, v in row.items() if k != "id"} | {"ended": False, "complete": False} for row in rows]
 
         def write(connection: sa.Connection) -> list[int]:
             connection.execute(_once(connection, runs), begun)

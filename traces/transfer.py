@@ -2,7 +2,7 @@
 
 A folder holds ``runs.parquet``, ``observations.parquet`` and what else a run has; JSON columns are text. Runs are told apart by
 their key: one that is there already gets the rows that it lacks, and keeps those that it has. Until all its rows are
-there a run counts as one that has not ended.
+there a run counts as one that has not ended and is incomplete.
 """
 
 from __future__ import annotations
