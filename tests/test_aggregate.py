@@ -558,6 +558,10 @@ def test_pruned_runs_are_gone_and_their_space_given_back(
         gone = store.begin_run(replace(a_run(), started_unix_s=0.0, complete=False))
         store.add_observations(gone.id, some_rows(50))
         young = store.begin_run(replace(a_run(), started_unix_s=1e12, complete=False))
+        long = store.begin_run(replace(a_run(), started_unix_s=time.time() - 2 * 86400.0, complete=False))
+        last = some_rows(1)
+        last.last_token_s[:] = 2 * 86400.0 - 1
+        store.add_observations(long.id, last)  # begun two days ago, and it goes on
     words = ["runs", "prune", "--older-than", "1", "--incomplete", "--json", "--db", made_any_url]
     assert main([*words, "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": [gone.id], "deleted": False}
@@ -570,7 +574,7 @@ def test_pruned_runs_are_gone_and_their_space_given_back(
     assert main(["runs", "prune", "--incomplete", "--json", "--db", made_any_url]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"runs": [], "deleted": True}
-    assert f"runs {young.id} have not ended" in said.err
+    assert f"runs {young.id}, {long.id} have not ended" in said.err
     with open_store(made_any_url) as dash:
         assert dash.runs()
         assert main(["runs", "vacuum", "--db", made_any_url]) == 0
@@ -579,7 +583,7 @@ def test_pruned_runs_are_gone_and_their_space_given_back(
     # PostgreSQL keeps the space for later rows: a file shrinks only where nothing is left behind the deleted ones.
     assert ("later runs use the space" in capsys.readouterr().out) == made_any_url.startswith("postgresql")
     with open_store(made_any_url) as store:
-        assert [r.id for r in store.runs()] == [kept.id, young.id]
+        assert [r.id for r in store.runs()] == [kept.id, young.id, long.id]
         assert len(store.observations(gone.id)) == 0
 
 

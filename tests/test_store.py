@@ -267,6 +267,30 @@ def test_deleting_a_run_takes_its_rows_along(made_any_url: str) -> None:
         assert len(store.observations(run.id)) == 0
 
 
+def test_nothing_of_a_deleted_run_goes_to_the_one_that_got_its_number(made_url: str) -> None:
+    """SQLite gives a number again: neither rows nor the end of a run that was deleted are stored with the next."""
+    with open_store(made_url) as mine, open_store(made_url) as other:
+        run = mine.begin_run(a_run())
+        other.delete_run(run.id)
+        theirs = other.begin_run(replace(a_run(), name="theirs"))
+        assert theirs.id == run.id
+        change = FleetChange(0.0, 1.0, Fleet(1, 1), Fleet(1, 2), "")
+        for write in (
+            lambda: mine.add_observations(run.id, some_rows(5)),
+            lambda: mine.add_samples(run.id, [Sample(0.0, "w", "decode")]),
+            lambda: mine.add_fleet_change(run.id, change),
+            lambda: mine.cost_fleet_changes(run.id, [change], "", 0.0),
+            lambda: mine.add_histograms(run.id, [Histogram("w", "decode", "h", "s", 1.0, 2.0, ((1.0, 1.0),))]),
+            lambda: mine.add_decision(run.id, Decision(0, 0, "hold", Fleet(1, 1), None, "", 1), "c", 0.0),
+            lambda: mine.end_run(run),
+        ):
+            with pytest.raises(InputError, match=rf"run {run.id} of .* was deleted"):
+                write()
+        assert same_run(other.run(run.id), theirs)
+        assert len(other.observations(run.id)) == len(other.samples(run.id)) == len(other.fleet_changes(run.id)) == 0
+        assert other.histograms(run.id) == other.decisions(run.id) == []
+
+
 def test_a_reader_sees_whole_batches_while_a_writer_writes(made_any_url: str) -> None:
     """Beside a writer that stores batches of 100, a reader always sees a multiple of 100 rows."""
     rows = some_rows(2000)

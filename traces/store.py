@@ -853,19 +853,33 @@ class Store:
         """Rows are read meanwhile."""
         return understood(self.url, "Restore a backup, or mend it by SQL.")
 
-    def _write(self, work: Callable[[sa.Connection], T]) -> T:
-        """One transaction that may be done again, because what it writes has a key: see RETRIES_S."""
+    def _write(self, work: Callable[[sa.Connection], T], run_id: int | None = None) -> T:
+        """One transaction that may be done again, because what it writes has a key: see RETRIES_S. run_id: the run to which its
+        rows belong."""
+
+        def once() -> T:
+            with self._engine.begin() as connection:
+                done = work(connection)
+                self._same(connection, [] if run_id is None else [run_id])
+                return done
+
         with _said(self.url):
             for pause in RETRIES_S:
                 try:
-                    with self._engine.begin() as connection:
-                        return work(connection)
+                    return once()
                 except Exception as error:
                     if not _may_pass(error):
                         raise
                 time.sleep(pause)
-            with self._engine.begin() as connection:
-                return work(connection)
+            return once()
+
+    def _same(self, connection: sa.Connection, run_ids: Iterable[int]) -> None:
+        """InputError where a run that was begun here was deleted: SQLite gives its number to the next one. Asked when the
+        transaction has its turn to write, so that it holds until its end."""
+        for one in run_ids:
+            key = self.begun.get(one)
+            if key and connection.execute(sa.select(runs.c.key).where(runs.c.id == one)).scalar() != key:
+                raise InputError(f"run {one} of {self.url} was deleted while its rows came.")
 
     # --- traces ----------------------------------------------------------------------------------------------------
 
@@ -1169,7 +1183,7 @@ class Store:
             connection.execute(update)
             connection.execute(summaries.delete().where(summaries.c.run_id == run.id))
 
-        self._write(write)
+        self._write(write, run.id)
         if count:
             self.count(run)
         return run
@@ -1366,7 +1380,7 @@ class Store:
 
         if not len(rows):
             return
-        self._write(write)
+        self._write(write, run_id)
         if counted is not None:
             with self._lock:
                 counted.add_once(rows)
@@ -1486,13 +1500,17 @@ class Store:
 
     def _left(self, run: Run, kept: int) -> bool:
         """Has a run that never ended other rows than those that were counted, and no more come? Its master was killed then."""
-        if run.ended or run.id in self._counting:
+        if run.ended or run.id in self._counting or time.time() - self.heard_unix_s(run) <= LEFT_S:
             return False
+        with self._begin() as connection:
+            return _rows(connection, run.id) != kept
+
+    def heard_unix_s(self, run: Run) -> float:
+        """When the last row of a run came, or it was begun, if none did."""
         t = observations.c
         last = sa.select(sa.func.coalesce(t.last_token_s, t.due_s)).where(t.run_id == run.id)
         with self._begin() as connection:
-            heard_s = connection.execute(last.order_by(t.index.desc()).limit(1)).scalar() or 0.0
-            return time.time() - run.started_unix_s - heard_s > LEFT_S and _rows(connection, run.id) != kept
+            return run.started_unix_s + (connection.execute(last.order_by(t.index.desc()).limit(1)).scalar() or 0.0)
 
     def _good(self, run_id: int, slo: Slo, found: Bins) -> dict[int, int]:
         """Slot of time -> requests that met the limits of an SLO; the formulas of :func:`traces.measures.met`."""
@@ -1579,7 +1597,7 @@ class Store:
             | {"worker": _clean(s.worker)[:WORKER_CHARACTERS]}
             for s in readings
         ]
-        self._write(lambda connection: connection.execute(_once(connection, samples), values))
+        self._write(lambda connection: connection.execute(_once(connection, samples), values), run_id)
 
     def samples(self, run_id: int, most: int = 50_000) -> list[Sample]:
         """A run's server readings, in order of time; of more than ``most`` every second, third, .. of each worker."""
@@ -1614,7 +1632,7 @@ class Store:
             connection.execute(histograms.insert(), values)
 
         if values:
-            self._write(write)
+            self._write(write, run_id)
 
     def histograms(self, run_id: int) -> list[Histogram]:
         """A run's server histograms, by role, worker and name."""
@@ -1648,7 +1666,7 @@ class Store:
             if not outside or connection.execute(same.where(f.control == values["control"])).first() is None:
                 connection.execute(_once(connection, fleet_changes), [values])
 
-        self._write(write)
+        self._write(write, run_id)
 
     def cost_fleet_changes(self, run_id: int, changes: Sequence[FleetChange], control: str, zero_unix_s: float) -> None:
         """Store a run's changes anew, with what they cost."""
@@ -1658,7 +1676,7 @@ class Store:
             connection.execute(fleet_changes.delete().where(fleet_changes.c.run_id == run_id))
             connection.execute(fleet_changes.insert(), values)
 
-        self._write(write)
+        self._write(write, run_id)
 
     def fleet_changes(self, run_id: int | None) -> list[FleetChange]:
         """A run's changes of P:D, in order of time; those outside a run for None."""
@@ -1709,7 +1727,7 @@ class Store:
             if connection.execute(same).first() is None:
                 connection.execute(decisions.insert(), [values])
 
-        self._write(write)
+        self._write(write, run_id)
 
     def decisions(self, run_id: int | None) -> list[Decision]:
         """The controller's decisions of a run, in order of time; those outside a run for None."""

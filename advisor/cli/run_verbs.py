@@ -553,7 +553,8 @@ def prune(
 ) -> None:
     """Delete runs with all their rows: the old ones, those of a group, the incomplete ones; all that is named must hold.
 
-    Without --older-than a run that has not ended and was begun within a day is left: it may be going on.
+    A run that has not ended is left where its last row came, or it was begun, within a day, or within --older-than: it may be
+    going on.
     """
     import time
 
@@ -570,14 +571,16 @@ def prune(
             if (older_than is None or run.started_unix_s < before) and (not incomplete or not run.complete)
         ]
         # Somebody else's replay, perhaps: without its run it could store nothing more.
-        young = [r.id for r in named if older_than is None and not r.ended and r.started_unix_s > before - 86400]
+        since = before - 86400 if older_than is None else before
+        young = [run.id for run in named if not run.ended and store.heard_unix_s(run) > since]
         found = [run.id for run in named if run.id not in young]
         for run_id in [] if dry_run else found:
             with suppress(InputError):  # somebody else deleted it meanwhile
                 store.delete_run(run_id)
     if young:
-        one = f"{', '.join(map(str, young))} have not ended and were begun within a day"
-        warn(f"runs {one}: they may be going on, and are left. --older-than 0 takes them too.")
+        one = f"{', '.join(map(str, young))} have not ended and were begun, or got a row,"
+        within = "a day" if older_than is None else f"{older_than:g} days"
+        warn(f"runs {one} within {within}: they may be going on, and are left. --older-than 0 takes them too.")
     if as_json:
         emit_json({"runs": found, "deleted": not dry_run})
         return
