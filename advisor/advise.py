@@ -33,10 +33,10 @@ DEFAULT_SLO = "ttft<0.5s tpot<50ms"
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A recommendation, its row's id, and the runs it rests on. choice: which strategy, where one was asked for; extra: keys of
-    the JSON that other questions added (cost)."""
+    """A recommendation, its row's id, and the runs it rests on. id None: it could not be stored, as a warning says; choice: which
+    strategy, where one was asked for; extra: keys of the JSON that other questions added (cost)."""
 
-    id: int
+    id: int | None
     recommendation: Recommendation
     data: list[RunData]
     choice: Choice | None = None
@@ -306,11 +306,15 @@ def advise(
             answer.warnings.append(str(error))
         else:
             extra["needed"] = costs.as_json(needed)
-    number = store.add_recommendation(
-        "static",  # the kind of answer: a split (the study of strategies is another kind); its strategy is in it
-        _merged(answer, choice, extra) | {"version": __version__},
-        answer.runs,
-        answer.data_hash,
-        seed,
-    )
+    number = None
+    try:
+        number = store.add_recommendation(
+            "static",  # the kind of answer: a split (the study of strategies is another kind); its strategy is in it
+            _merged(answer, choice, extra) | {"version": __version__},
+            answer.runs,
+            answer.data_hash,
+            seed,
+        )
+    except StoreError as error:  # what took minutes, or measurements, is said all the same
+        answer.warnings.append(f"this answer is not stored: {error}")
     return Answer(number, answer, used, choice, extra)

@@ -25,7 +25,7 @@ import numpy as np
 
 from advisor.table import Table
 from traces import __version__
-from traces.errors import InputError, NoFleetError, NotEnoughDataError
+from traces.errors import InputError, NoFleetError, NotEnoughDataError, StoreError
 from traces.measures import Slo
 from traces.records import CLOSED_LOOP, Aggregate, Fleet, Floats, Run
 from traces.store import Store
@@ -195,7 +195,7 @@ class ClosedAnswer:
     warnings: list[str] = field(default_factory=list)
     gpus_per_worker: tuple[int, int] = (1, 1)
     trace: str = ""
-    id: int = 0
+    id: int | None = None
 
     @property
     def sentence(self) -> str:
@@ -354,8 +354,11 @@ def advise_closed(
     )
     digest = hashlib.sha256("".join(sorted(run.schedule_digest for run in known)).encode()).hexdigest()
     said = answer.as_json() | {"version": __version__}
-    number = store.add_recommendation("closed loop", said, answer.runs, digest, seed)
-    return replace(answer, id=number)
+    try:
+        return replace(answer, id=store.add_recommendation("closed loop", said, answer.runs, digest, seed))
+    except StoreError as error:
+        answer.warnings.append(f"this answer is not stored: {error}")
+        return answer
 
 
 def _probe(fleet: Fleet, concurrency: float, why: str) -> dict[str, Any]:

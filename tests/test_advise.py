@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 import advisor.cost
+import traces.store
 from advisor import calibrate
 from advisor.advise import advise, choose_runs
 from advisor.auto import _sure
@@ -986,6 +989,7 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, mon
     A target rate that no fleet keeps costs nothing of the answer.
     """
     monkeypatch.setattr(advisor.cost, "MOST_GPUS", 8)
+    monkeypatch.setattr(traces.store, "LOCKED_S", 0.1)
     true = replace(Profile.load("demo"), flip_s=3.0)
     schedule = lognormal(150, busy_rate(true) * 0.8, 8)
     with open_store(f"sqlite:///{tmp_path}/a.db") as store:
@@ -1022,8 +1026,12 @@ def test_a_run_that_changed_roles_gives_the_profile_its_flip(tmp_path: Path, mon
         # One that nothing rests on does not say the size either.
         bad = replace(run_of(Fleet(1, 1), 40), id=0, gpus_per_worker=(4, 4), verdict="invalid", reason="late")
         store.end_run(store.begin_run(bad))
-        wide = advise(store, gpus=16, slo=str(SLO), attainment=0.5, schedule=schedule).recommendation
+        with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # what cannot be stored is answered all the same
+            unkept = advise(store, gpus=16, slo=str(SLO), attainment=0.5, schedule=schedule)
+        wide = unkept.recommendation
         assert (wide.gpus_per_worker, wide.runs) == ((2, 2), [5, 6, 7])
+        assert (unkept.as_json()["recommendation"], "locked" in wide.warnings[-1]) == (None, True)
     assert any("no fleet of up to 8 GPUs keeps" in w for w in answer.recommendation.warnings)
     assert answer.recommendation.fit.profile.flip_s == pytest.approx(3.0, abs=0.2)
     assert answer.recommendation.fit.laws[-1].stage == "role change"

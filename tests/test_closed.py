@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import traces.store
 from advisor.advise import beside_means
 from advisor.cli import main
 from advisor.closed import Candidate, Point, _close, left_out
@@ -115,7 +118,9 @@ def test_means_are_stored_asked_and_measured_again(made_db_url: str, capsys: pyt
         assert len(kept["run_ids"]) == 20
 
 
-def test_means_and_what_they_answer_are_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_means_and_what_they_answer_are_shown_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every command that is printed about them is taken, and no page holds a figure that is none."""
     url = f"sqlite:///{tmp_path}/c.db"
     db = ["--db", url]
@@ -143,6 +148,12 @@ def test_means_and_what_they_answer_are_shown_as_such(tmp_path: Path, capsys: py
     (line,) = (one["text"] for one in pages[0].data["sections"]["reproduce"]["code"])
     code, again, _ = run(shlex.split(line)[1:], capsys)
     assert (code, again | {"recommendation": 0}) == (0, said | {"recommendation": 0})
+    monkeypatch.setattr(traces.store, "LOCKED_S", 0.1)
+    with closing(sqlite3.connect(tmp_path / "c.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        code, unkept, _ = run(shlex.split(line)[1:], capsys)
+    assert (code, unkept["recommendation"], unkept["candidates"]) == (0, None, said["candidates"])
+    assert re.search("this answer is not stored: .* locked", unkept["warnings"][-1])
 
 
 def test_a_rate_is_no_question_for_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,7 +250,9 @@ def test_a_recommendation_keeps_the_runs_it_rests_on(made_any_url: str) -> None:
     """An answer comes back with its runs; NaN in it is null."""
     with open_store(made_any_url) as store:
         ids = [store.begin_run(a_run()).id for _ in range(2)]
-        number = store.add_recommendation("static", {"prefill": 3, "p99": math.nan}, ids, "h" * 64, 7)
+        gone = store.begin_run(a_run()).id
+        store.delete_run(gone)  # while the answer was computed
+        number = store.add_recommendation("static", {"prefill": 3, "p99": math.nan}, [*ids, gone], "h" * 64, 7)
         back = store.recommendation()
         assert (back["id"], back["prefill"], back["p99"]) == (number, 3, None)
         assert sorted(back["run_ids"]) == ids

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import traces.store
 from advisor import strategies as study
 from advisor.cli import main
 from loadgen.cluster import Profile
@@ -169,11 +172,19 @@ def test_over_http_limits_are_of_the_endpoints_clock_and_a_failed_request_reject
     assert "1 of 8 requests failed" in found["rejected"][0]
 
 
-def test_the_verb_prints_and_stores_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Human words by default, one JSON object with --json; both are stored as a recommendation of their own kind."""
+def test_the_verb_prints_and_stores_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Human words by default, one JSON object with --json, stored as a recommendation of its own kind; where that cannot be, it is
+    printed all the same."""
     db = f"sqlite:///{tmp_path}/s.db"
-    assert main(["strategies", "--seeds", "2", "--requests", "40", "--gpus", "4", "--db", db]) == 0
-    words = capsys.readouterr().out
+    open_store(db).close()
+    with monkeypatch.context() as patch, closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other:
+        patch.setattr(traces.store, "LOCKED_S", 0.1)
+        other.execute("BEGIN IMMEDIATE")
+        assert main(["strategies", "--seeds", "2", "--requests", "40", "--gpus", "4", "--db", db]) == 0
+    words, err = capsys.readouterr()
+    assert "this answer is not stored" in err
     assert "all requests due at 0" in words
     header = next(line for line in words.splitlines() if "P99 s" in line)
     assert header.count("switches") == 1

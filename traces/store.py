@@ -1755,7 +1755,7 @@ class Store:
     def add_recommendation(
         self, kind: str, answer: Mapping[str, Any], run_ids: Sequence[int], data_hash: str, seed: int
     ) -> int:
-        """Store an answer with the runs it rests on; returns its id."""
+        """Store an answer with the runs it rests on, as far as they are still there; returns its id."""
         values = {
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "kind": kind,
@@ -1770,7 +1770,8 @@ class Store:
         def write(connection: sa.Connection) -> int:
             connection.execute(_once(connection, recommendations), [values])
             number = int(connection.execute(sa.select(r.id).where(r.key == values["key"])).scalar_one())
-            used = [{"recommendation_id": number, "run_id": one} for one in sorted(set(run_ids))]
+            there = connection.execute(sa.select(runs.c.id).where(runs.c.id.in_(set(run_ids))).order_by(runs.c.id))
+            used = [{"recommendation_id": number, "run_id": one} for one in there.scalars()]
             if used:
                 connection.execute(_once(connection, recommendation_runs), used)
             return number

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, plain, progress
+from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, plain, progress, warn
 
 
 @click.command(**example("steelyard strategies --preset origin --scale small --seeds 4"))
@@ -95,7 +95,7 @@ def strategies(
     """
     from advisor import strategies as study
     from loadgen.cluster import Profile
-    from traces.errors import InputError
+    from traces.errors import InputError, StoreError
     from traces.measures import Slo
     from traces.store import open_store
 
@@ -160,7 +160,11 @@ def strategies(
         kept = plain(whole)
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
         runs = [i for answer in found.values() for i in answer.get("http", {}).get("runs", [])]
-        whole["recommendation"] = store.add_recommendation("strategies", kept, runs, digest, seeds)
+        whole["recommendation"] = None
+        try:
+            whole["recommendation"] = store.add_recommendation("strategies", kept, runs, digest, seeds)
+        except StoreError as error:  # what took hours is said all the same
+            warn(f"this answer is not stored: {error}")
     if as_json:
         emit_json(whole)
         return
