@@ -647,6 +647,51 @@ def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, mi
             import_runs(other, tmp_path / "out")
 
 
+def test_a_run_that_is_deleted_meanwhile_is_not_said_to_be_there(
+    made_url: str, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dump or export of it leaves no file; a load of it says so, and gives nothing to the run that got its number."""
+    copy = f"sqlite:///{shutil.copy(migrated, tmp_path / 'copy.db')}"
+    with open_store(made_url) as store, open_store(copy) as there, open_store(copy) as other:
+        run, second = (store.end_run(replace(store.begin_run(a_run()), complete=True)) for _ in range(2))
+        for one in (run, second):
+            store.add_observations(one.id, some_rows(3))
+        export_runs(store, [run.id], tmp_path / "good")
+
+        def instead() -> None:
+            (last,) = other.runs()
+            other.delete_run(last.id)
+            other.begin_run(replace(a_run(), name="another"))
+
+        for name in ("restore_runs", "restore"):
+            with monkeypatch.context() as patch:
+                load = getattr(there, name)
+                patch.setattr(there, name, lambda *given, load=load: (load(*given), instead())[0])
+                with pytest.raises(InputError, match=r"run 1 of .* was deleted while its rows came"):
+                    import_runs(there, tmp_path / "good")
+            (left,) = other.runs()
+            assert (left.id, left.name, left.ended, len(other.observations(1))) == (1, "another", False, 0)
+            other.delete_run(1)
+        dump, pieces = Store.dump, Store.pieces
+
+        def dumped(_: Store, table: str, run_id: int) -> Any:
+            yield from dump(store, table, run_id)
+            if (table, run_id) == ("runs", 1):
+                store.delete_run(1)
+
+        def read(_: Store, run_id: int) -> Any:
+            yield from pieces(store, run_id)
+            store.delete_run(run_id)
+
+        monkeypatch.setattr(Store, "dump", dumped)
+        monkeypatch.setattr(Store, "pieces", read)
+        for words in (["dump", "1", "2"], ["export", "2"]):
+            assert main(["runs", *words, "--out", str(tmp_path / "out"), "--db", made_url]) == 1
+            said = capsys.readouterr().err
+            assert f"run {words[1]} was deleted while it was" in said
+            assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_comparison_reads_all_that_it_uses(made_url: str) -> None:
     """The columns that it leaves out change nothing of what it says."""
     slo = Slo.parse("ttft<0.5s tpot<50ms e2e<10s")

@@ -825,7 +825,7 @@ class Store:
         self._kept: dict[int, int] = {}
         self._lock = threading.Lock()
         self.begun: dict[int, str] = {}
-        """Run -> its key, of runs that were begun here."""
+        """Run -> its key, of runs that were begun here, or that are being loaded."""
 
     def __enter__(self) -> Self:
         return self
@@ -874,12 +874,12 @@ class Store:
             return once()
 
     def _same(self, connection: sa.Connection, run_ids: Iterable[int]) -> None:
-        """InputError where a run that was begun here was deleted: SQLite gives its number to the next one. Asked when the
-        transaction has its turn to write, so that it holds until its end."""
+        """InputError where a run of :attr:`begun` was deleted: SQLite gives its number to the next one. Asked when the transaction
+        has its turn to write, so that it holds until its end."""
         for one in run_ids:
             key = self.begun.get(one)
             if key and connection.execute(sa.select(runs.c.key).where(runs.c.id == one)).scalar() != key:
-                raise InputError(f"run {one} of {self.url} was deleted while its rows came.")
+                raise InputError(f"run {one} of {self.url} was deleted while its rows came. Measure, or load, it anew.")
 
     # --- traces ----------------------------------------------------------------------------------------------------
 
@@ -1298,7 +1298,9 @@ class Store:
             ids = {key: int(number) for key, number in connection.execute(known)}
             return [ids[row["key"]] for row in rows]
 
-        return self._write(write)
+        ids = self._write(write)
+        self.begun.update(zip(ids, (row["key"] for row in rows), strict=True))
+        return ids
 
     def end_restored(self, piece: Mapping[str, Sequence[Any]]) -> None:
         """What came of runs that were dumped; those that have ended here stay as they are."""
@@ -1311,6 +1313,8 @@ class Store:
                 connection.execute(summaries.delete().where(summaries.c.run_id == which))
                 values = {k: v for k, v in row.items() if k not in ("id", "key")}
                 connection.execute(runs.update().where(*mine).values(values))
+            keys = {row["key"] for row in rows}
+            self._same(connection, [run_id for run_id, key in self.begun.items() if key in keys])
 
         self._write(write)
 
@@ -1326,6 +1330,7 @@ class Store:
         def write(connection: sa.Connection) -> None:
             fresh = rows
             _alone(connection, ids)  # what has no key is counted
+            self._same(connection, ids)
             if t is observations:  # what was kept of these runs, perhaps while they were only half here, holds no more
                 connection.execute(summaries.delete().where(summaries.c.run_id.in_(ids)))
             if t is fleet_changes:  # what they cost is known when the run has ended, to a later dump

@@ -38,6 +38,7 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
         raise InputError(f"{out}: is there already. Give another --out.")
     beside = out.with_name(f".{out.name}.part")
     written: dict[str, int] = {}
+    keys: dict[int, str] = {}
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a dump that was killed
         beside.mkdir(parents=True)
@@ -50,6 +51,10 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
                     for piece in store.dump(table, run_id):
                         file.write_table(pa.table(piece, schema=schema))
                         written[table] += len(next(iter(piece.values())))
+                        if table == "runs":
+                            keys.update(zip(piece["id"], piece["key"], strict=True))
+        if gone := [run_id for run_id in ids if store.key(run_id) != keys.get(run_id)]:
+            raise InputError(f"run {gone[0]} was deleted while it was dumped: nothing is written. Dump the others.")
         beside.rename(out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None

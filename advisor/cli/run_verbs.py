@@ -325,13 +325,14 @@ def _show_mean(found: dict[str, Any], mean: Any, as_json: bool) -> None:
 @db_option
 def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
     """Write one line a request, with the names of traces/records.py; what did not come is empty."""
+    from traces.errors import InputError
     from traces.records import MAY_LACK, Observations
     from traces.store import open_store
     from traces.whole import whole
 
     names, n = Observations.columns(), 0
     with open_store(db, create=False) as store:
-        run = store.run(run_id)
+        run, key = store.run(run_id), store.key(run_id)
         with whole(out) as file:
             writer = csv.writer(file)
             writer.writerow(names)
@@ -343,6 +344,8 @@ def export_run(run_id: int, out: Path, as_json: bool, db: str) -> None:
                 for row in zip(*held, strict=True):
                     writer.writerow(["" if v is None or v != v else _guarded(v) for v in row])
                 n += len(rows)
+            if store.key(run.id) != key:
+                raise InputError(f"run {run.id} was deleted while it was written: {out} is not.")
     if as_json:
         emit_json({"run": run.id, "rows": n, "out": str(out)})
     else:
