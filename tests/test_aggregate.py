@@ -602,11 +602,9 @@ def test_runs_go_from_one_database_to_another_without_loss(made_any_url: str, mi
         import_runs(other, tmp_path / "early")  # what the change costs comes with a dump of the ended run
         run = store.end_run(replace(run, complete=True))
         store.cost_fleet_changes(run.id, [replace(change, in_flight=3, failed=0)], "c", 5.0)
-        (tmp_path / ".out.part").mkdir()  # of a dump that was killed
-        (tmp_path / ".out.part" / "runs.parquet").write_bytes(b"PAR1 half")
         written = export_runs(store, [run.id], tmp_path / "out")
         assert written["observations"] == 300
-        assert not (tmp_path / ".out.part").exists()
+        assert not list(tmp_path.glob(".out*"))
         shutil.copytree(tmp_path / "out", tmp_path / "odd")
         pyarrow.parquet.write_table(pyarrow.table({"name": ["x"]}), tmp_path / "odd" / "runs.parquet")
         with pytest.raises(InputError, match="is not what steelyard runs dump writes"):
@@ -690,6 +688,43 @@ def test_a_run_that_is_deleted_meanwhile_is_not_said_to_be_there(
             said = capsys.readouterr().err
             assert f"run {words[1]} was deleted while it was" in said
             assert not list(tmp_path.glob("*out*"))
+
+
+def test_two_dumps_to_one_name_leave_each_other_alone(
+    made_url: str, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that is through has the name, with its own runs and all their rows; the other is refused."""
+    copy, out = f"sqlite:///{shutil.copy(migrated, tmp_path / 'copy.db')}", tmp_path / "out"
+    with open_store(made_url) as store, open_store(made_url) as other, open_store(copy) as there:
+        first, second = (store.begin_run(replace(a_run(), name=name)) for name in ("first", "second"))
+        store.add_observations(first.id, some_rows(5))
+        begun, through = threading.Event(), threading.Event()
+        dump, pool, asked = Store.dump, ThreadPoolExecutor(1), []
+
+        def slow(table: str, run_id: int) -> Any:
+            yield from dump(other, table, run_id)
+            if table == "runs":
+                begun.set()
+                assert through.wait(60)
+
+        def meanwhile(table: str, run_id: int) -> Any:
+            yield from dump(store, table, run_id)
+            if table == "runs":
+                asked.append(pool.submit(export_runs, other, [second.id], out))
+                assert begun.wait(60)
+
+        monkeypatch.setattr(other, "dump", slow)
+        monkeypatch.setattr(store, "dump", meanwhile)
+        with pool:
+            try:
+                export_runs(store, [first.id], out)
+            finally:
+                through.set()
+            with pytest.raises(InputError, match="cannot be written"):
+                asked[0].result()
+        (new,) = import_runs(there, out).values()
+        assert (there.run(new).name, len(there.observations(new))) == ("first", 5)
+        assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_comparison_reads_all_that_it_uses(made_url: str) -> None:

@@ -8,6 +8,7 @@ there a run counts as one that has not ended and is incomplete.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -36,11 +37,10 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
     kinds = {"integer": pa.int64(), "real": pa.float64(), "boolean": pa.bool_(), "text": pa.string()}
     if out.exists():
         raise InputError(f"{out}: is there already. Give another --out.")
-    beside = out.with_name(f".{out.name}.part")
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # another dump may be under way to the same name
     written: dict[str, int] = {}
     keys: dict[int, str] = {}
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a dump that was killed
         beside.mkdir(parents=True)
         for table in ("runs", *OF_A_RUN):
             columns = store.columns(table)
