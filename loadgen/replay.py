@@ -479,12 +479,11 @@ class Writer:
         StoreError says where the rows are, after ``patience_s`` in which nothing was stored."""
         until = time.monotonic() + patience_s
 
-        def work() -> Run:
+        def work() -> None:
             self.spool.load(self._store)
             if self.spool.size():  # nobody may take the run for a whole one
                 raise StoreError(f"another process is storing rows of run {run.id}.")
             self._store.add_histograms(run.id, counted)
-            return self._store.end_run(run, count=False)
 
         while True:
             try:
@@ -494,8 +493,9 @@ class Writer:
                     if self._unkept:
                         raise self.error or StoreError("rows could not be kept.")
                 self._ending = run, counted
-                found: Run = self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
-                cost(self._store, found, self._steered)
+                self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
+                cost(self._store, run, self._steered)  # nobody may take the run for ended without it, nor dump it so
+                found: Run = self._ask(lambda: self._store.end_run(run, count=False), max(GRACE_S, patience_s))
                 self._work.put(None)
                 self._settled = True
                 if isinstance(self.error, StoreError):

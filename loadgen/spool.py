@@ -177,8 +177,9 @@ class Spool:
                 known: dict[str, Any] = {
                     k: math.nan if v is None else v for k, v in said["run"].items() if k in _OUTCOME
                 }
-                run = store.end_run(replace(store.run(self._run_id), **known))
+                run = replace(store.run(self._run_id), **known)
                 cost(store, run, said.get("control", ""))
+                store.end_run(run)
                 for path in ends:
                     path.unlink()
         return stored
@@ -270,7 +271,7 @@ def add(store: Store, run_id: int, batch: Batch) -> None:
 
 
 def cost(store: Store, run: Run, steered: str) -> None:
-    """Store the changes of P:D of a run that has ended anew, with what they cost by its rows. steered: what made them."""
+    """Store the changes of P:D of a run that ends anew, with what they cost by its rows. steered: what made them."""
     if changes := store.fleet_changes(run.id):
         from loadgen.control.online import measured  # here: every command asks whether rows wait
 

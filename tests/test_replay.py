@@ -927,6 +927,30 @@ def test_what_came_of_a_run_is_stored_after_its_rows(store: Store, tmp_path: Pat
     assert not list(folder().iterdir())
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_run_has_not_ended_before_what_its_changes_cost_is_there(
+    waits: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, or dumped, in between, it would have ended without for ever; also where its end waited on disk."""
+    run, end, seen = begun(store), store.end_run, []
+
+    def ends(*given: Any, **how: Any) -> Run:
+        seen.extend(change.in_flight for change in store.fleet_changes(run.id))
+        return end(*given, **how)
+
+    monkeypatch.setattr(store, "end_run", ends)
+    store.add_observations(run.id, held_rows(4))
+    store.add_fleet_change(run.id, FleetChange(0.5, 1.0, Fleet(1, 1), Fleet(2, 1), "why", 0.75))
+    if waits:
+        spool = Spool(store, run.id)
+        spool.end_run(run)
+        spool.load(store)
+    else:
+        with Writer(store, run.id) as writer:
+            writer.settle(run, 60.0)
+    assert (store.run(run.id).ended, seen) == (True, [0])
+
+
 def test_a_replay_ends_after_whoever_loads_its_rows(store: Store) -> None:
     """Rows that another command is storing at that moment are rows of the run too."""
     run, ended = begun(store), list[bool]()
