@@ -175,8 +175,8 @@ def test_over_http_limits_are_of_the_endpoints_clock_and_a_failed_request_reject
 def test_the_verb_prints_and_stores_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Human words by default, one JSON object with --json, stored as a recommendation of its own kind; where that cannot be, it is
-    printed all the same."""
+    """Human words by default, one JSON object with --json, stored as a recommendation of its own kind; where that cannot be,
+    it is printed all the same."""
     db = f"sqlite:///{tmp_path}/s.db"
     open_store(db).close()
     with monkeypatch.context() as patch, closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other:

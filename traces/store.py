@@ -874,8 +874,8 @@ class Store:
             return once()
 
     def _same(self, connection: sa.Connection, run_ids: Iterable[int]) -> None:
-        """InputError where a run of :attr:`begun` was deleted: SQLite gives its number to the next one. Asked when the transaction
-        has its turn to write, so that it holds until its end."""
+        """InputError where a run of :attr:`begun` was deleted: SQLite gives its number to the next one. Asked when the
+        transaction has its turn to write, so that it holds until its end."""
         for one in run_ids:
             key = self.begun.get(one)
             if key and connection.execute(sa.select(runs.c.key).where(runs.c.id == one)).scalar() != key:
