@@ -147,7 +147,7 @@ def strategies(
             if not trace and preset == "origin" and name in study.REPORT:
                 answer["report"] = {k: v | {"what": study.REPORT_NOTES[k]} for k, v in study.REPORT[name].items()}
             found[name] = {"requests": n, "gpus": g} | answer
-        whole = {
+        whole: dict[str, Any] = {
             "source": trace or preset,
             "arrivals": "as recorded" if trace and arrivals != "burst" else arrivals,
             "profile": laws.name,
