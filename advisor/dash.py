@@ -1,7 +1,8 @@
 """What the database holds as pages of a local web server: runs, traces, answers, comparisons; live while a run is going.
 
-Read only: it answers GET and writes nothing. It listens on loopback; elsewhere it needs a token. The pages are those of the
-report (same sections, same policy of what may run), with the newest state fetched again while somebody looks.
+Read only: it answers GET; what it counts of long runs is kept in the database (`summaries`), nothing else is written. It listens
+on loopback; elsewhere it needs a token. The pages are those of the report (same sections, same policy of what may run), with
+the newest state fetched again while somebody looks.
 
 A run is read, digested and let go, one at a time; digests of ended runs are kept.
 """
@@ -13,9 +14,11 @@ import json
 import math
 import re
 import signal
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -380,7 +383,7 @@ def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
 
     async def made(request: web.Request, what: Callable[[], Page]) -> web.Response:
         async with gate:
-            page = await asyncio.to_thread(what)
+            page = await _apart(what)
         return answered(page, request)
 
     async def overview(request: web.Request) -> web.StreamResponse:
@@ -414,6 +417,21 @@ def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
     return app
 
 
+async def _apart(work: Callable[[], Page]) -> Page:
+    """The page, made by a daemon that nobody joins: a database that never answers must not keep the process from ending."""
+    made: Future[Page] = Future()
+    made.set_running_or_notify_cancel()  # who waits may give up, the thread does not hear of it
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="steelyard-page", daemon=True).start()
+    return await asyncio.wrap_future(made)
+
+
 async def serve(store: Store, *, door: Door = HERE, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT. ready(url) is called when pages are answered. EndpointError when it cannot listen."""
     door.check("--host", "other machines could read this database", "Set STEELYARD_DASH_TOKEN or --token-file")
@@ -431,4 +449,6 @@ async def serve(store: Store, *, door: Door = HERE, ready: Callable[[str], None]
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     ready(door.url(sock.getsockname()[1]))
     await stopping.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second one ends it, whatever is still waited for
+        asyncio.get_running_loop().remove_signal_handler(number)
     await runner.cleanup()

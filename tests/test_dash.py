@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import math
+import os
 import queue
 import re
 import signal
@@ -27,7 +29,7 @@ from sqlalchemy import make_url
 
 from advisor.advise import load
 from advisor.cli import main
-from advisor.dash import Dash, make_app
+from advisor.dash import Dash, Page, make_app, serve
 from advisor.recommend import recommend
 from loadgen.cluster import Profile
 from loadgen.ports import Door
@@ -104,6 +106,30 @@ def shown(db: str, door: Door) -> Iterator[str]:
             loop.call_soon_threadsafe(over.set)
             thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_signal_ends_it_while_a_page_is_made(made_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that says nothing, or a count of ten million rows, keeps it from nothing: nobody waits for the page."""
+    over, made = threading.Event(), list[bool]()
+
+    def slow(*_: int) -> Page:
+        os.kill(os.getpid(), signal.SIGTERM)
+        made.append(over.wait(30))
+        return Page("", [])
+
+    def ready(url: str) -> None:
+        threading.Thread(target=asked, args=(url,), daemon=True).start()
+
+    def asked(url: str) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            ask(url, "/")
+
+    monkeypatch.setattr(Dash, "overview", lambda self, *pages: slow(*pages))
+    with open_store(made_url) as store:
+        asyncio.run(serve(store, door=Door("127.0.0.1", 0), ready=ready))
+        assert not made
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one would end what is left
+        over.set()
 
 
 @pytest.fixture(scope="module")
