@@ -661,7 +661,9 @@ def store_run(
         version=__version__,
         engine_version=engine_version[:80],
     )
-    run = store.begin_run(run)
+    # A key of its own, so that two at once store one run, and what was broken off is gone on with.
+    key = hashlib.sha256("\0".join((group, name, run.schedule_digest, digest.hexdigest())).encode()).hexdigest()[:32]
+    run = store.begin_run(run, key)
     store.add_observations(run.id, rows)
     ended = replace(
         run,

@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,29 @@ def test_two_fleets_that_were_asked_the_same_are_two_runs(tmp_path: Path, capsys
             assert run["ttft_ms"]["p50"] == pytest.approx(100 + 1000 * k)
     assert main([*command, "5:3", str(paths[0])]) == 1
     assert "the same rows are run 1 already, as measured on 3:5 (got --fleet 5:3)" in capsys.readouterr().err
+
+
+def test_an_import_that_was_broken_off_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one file there is one run, as of two imports at once: the second finds what the first began."""
+    path, file = tmp_path / "rows.csv", tmp_path / "a.db"
+    head = "due_s,sent_s,first_token_s,last_token_s,prompt_tokens,output_tokens\n"
+    path.write_text(head + "".join(f"{t},{t},{t + 0.1},{t + 0.2},10,5\n" for t in range(3)))
+    command = ["runs", "import", str(path), "--fleet", "3:5", "--db", f"sqlite:///{file}"]
+    open_store(f"sqlite:///{file}").close()
+    with closing(sqlite3.connect(file)) as other:
+        other.execute("CREATE TRIGGER stop BEFORE UPDATE ON runs BEGIN SELECT RAISE(ABORT, 'no end'); END")
+        other.commit()
+        assert main(command) == 1
+        assert "no end" in capsys.readouterr().err
+        other.execute("DROP TRIGGER stop")
+        other.commit()
+    assert main(command) == 0
+    assert "3 of 3 ok, stored as run 1" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "already stored as run 1" in capsys.readouterr().out
+    with open_store(f"sqlite:///{file}") as store:
+        assert [(run.id, run.ended) for run in store.runs()] == [(1, True)]
+        assert len(store.observations(1)) == 3
 
 
 ROWS = "sent_s,first_token_s,last_token_s,prompt_tokens,output_tokens,status\n"

@@ -13,6 +13,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 import traces.store
 from traces.errors import InputError, StoreError
 from traces.formats.blocks import pack, unpack
-from traces.ingest import LINE_LIMIT, ingest
+from traces.ingest import LINE_LIMIT, ingest, store_schedule
 from traces.shipped import NAMES, shipped
 from traces.store import Store, open_store
 
@@ -101,6 +102,31 @@ def test_the_same_file_again_is_a_no_op_and_another_is_refused(made_url: str, tm
         with pytest.raises(InputError, match=r"other content.*traces delete a"):
             ingest(store, [path])
         assert len(store.schedule("a")) == 1
+
+
+def test_the_same_file_by_two_at_once_is_stored_once(made_url: str, tmp_path: Path) -> None:
+    """Who comes second, be it in the midst of reading, answers as one that begins later."""
+    path = tmp_path / "a.csv"
+    path.write_text(HEADER + GOOD)
+    with open_store(made_url) as store, open_store(made_url) as other:
+        first: list[bool] = []
+        found = ingest(store, [path], progress=lambda _: first or first.append(ingest(other, [path]).already))
+        assert (first, found.already) == ([False], True)
+        with pytest.raises(InputError, match=r"other content or options.*traces delete b"):
+            ingest(
+                store, [path], name="b", progress=lambda _: ingest(other, [path], name="b", tz="Asia/Tokyo") and None
+            )
+        asked, trace = store.schedule("a"), Store.add_trace
+
+        class Late(Store):
+            """Another one stores the same, ahead of it."""
+
+            def add_trace(self, **held: Any) -> Any:
+                trace(other, **held)
+                return super().add_trace(**held)
+
+        store.__class__ = Late
+        assert store_schedule(store, replace(asked, name="c"), options={}).already
 
 
 def test_rows_out_of_order_are_sorted_and_counted(made_url: str, tmp_path: Path) -> None:

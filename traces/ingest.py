@@ -26,7 +26,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from traces.errors import InputError, understood
+from traces.errors import InputError, SteelyardError, understood
 from traces.formats import BadFileError, BadRowError, Batch, OtherEvent, Row, TraceFormat, formats
 from traces.formats.blocks import pack, unpack
 from traces.formats.generic import generic, parse_map
@@ -162,20 +162,30 @@ def ingest(
         options["tz"] = tz
     if block_size is not None:
         options["block_size"] = block_size
-    for info in store.traces():
-        if info.name != wanted:
-            continue
-        asked = {k: v for k, v in options.items() if k != "max_bad"}
-        before = {k: v for k, v in info.options.items() if k != "max_bad"}
-        same = info.sha256 == sha256 and info.format == reader.name and before == asked
-        if same:
-            return IngestReport.of(info, already=True)
-        raise InputError(
-            f"a trace named {wanted!r} is already stored with other content or options. Give another --name, "
-            f"or remove it: steelyard traces delete {shlex.quote(wanted)}"
-        )
+    asked = {k: v for k, v in options.items() if k != "max_bad"}
+
+    def there() -> IngestReport | None:
+        for info in store.traces():
+            if info.name != wanted:
+                continue
+            before = {k: v for k, v in info.options.items() if k != "max_bad"}
+            if info.sha256 == sha256 and info.format == reader.name and before == asked:
+                return IngestReport.of(info, already=True)
+            raise InputError(
+                f"a trace named {wanted!r} is already stored with other content or options. Give another --name, "
+                f"or remove it: steelyard traces delete {shlex.quote(wanted)}"
+            )
+        return None
+
+    if known := there():
+        return known
     with _Loaded(reader, zero_output, zone) as loaded:
-        return _load(store, loaded, paths, wanted, sha256, files, options, max_bad, progress)
+        try:
+            return _load(store, loaded, paths, wanted, sha256, files, options, max_bad, progress)
+        except SteelyardError:
+            if known := there():  # somebody else stored it meanwhile
+                return known
+            raise
 
 
 def _load(
@@ -916,13 +926,18 @@ def store_schedule(store: Store, schedule: Schedule, *, options: dict[str, Any])
         notes=["synthetic: " + ", ".join(f"{k} {v}" for k, v in options.items() if v is not None)],
     )
     summary = {k: v for k, v in asdict(report).items() if k not in ("name", "format", "already")}
-    info = store.add_trace(
-        name=schedule.name,
-        format="synthetic",
-        sha256=digest,
-        files=[],
-        options=options,
-        batches=[columns],
-        summary=lambda: (summary, None, None, None),
-    )
+    try:
+        info = store.add_trace(
+            name=schedule.name,
+            format="synthetic",
+            sha256=digest,
+            files=[],
+            options=options,
+            batches=[columns],
+            summary=lambda: (summary, None, None, None),
+        )
+    except SteelyardError:
+        if any(info.name == schedule.name for info in store.traces()):  # somebody else stored it meanwhile
+            return store_schedule(store, schedule, options=options)
+        raise
     return IngestReport.of(info)

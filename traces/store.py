@@ -1157,9 +1157,9 @@ class Store:
 
     # --- runs ------------------------------------------------------------------------------------------------------
 
-    def begin_run(self, run: Run) -> Run:
-        """Store a run that starts; returns it with its id."""
-        values = _run_values(run) | {"key": uuid.uuid4().hex}
+    def begin_run(self, run: Run, key: str = "") -> Run:
+        """Store a run that starts; returns it with its id. key: what tells it from others; one that is there is gone on with."""
+        values = _run_values(run) | {"key": key or uuid.uuid4().hex}
 
         def write(connection: sa.Connection) -> int:
             connection.execute(_once(connection, runs), [values])
