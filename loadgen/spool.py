@@ -152,11 +152,14 @@ class Spool:
         """Put what waits into the database; returns the rows. StoreError leaves what is not stored yet in the file.
         InputError: the database has no such run any more.
 
-        What another process loads at this moment is left to it.
+        What another process loads at this moment is left to it: size() then says that something waits still.
         """
         stored, ends = 0, dict[Path, bytes]()
         with contextlib.ExitStack() as locked:
-            for path in self._files():
+            # Twice: who held a file at first, and could not end the run for those that we held, may have left it to us.
+            for path in self._files() * 2:
+                if path in ends:
+                    continue
                 try:
                     file = locked.enter_context(path.open("rb"))
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,7 +175,7 @@ class Spool:
                     stored += rows
                     if end:
                         ends[path] = end
-            if ends and self._files() == list(ends):  # else rows wait: nobody may take the run for a whole one
+            if ends and self._files() == sorted(ends):  # else rows wait: nobody may take the run for a whole one
                 said = json.loads(list(ends.values())[-1])
                 known: dict[str, Any] = {
                     k: math.nan if v is None else v for k, v in said["run"].items() if k in _OUTCOME

@@ -143,7 +143,7 @@ def test_histograms_wait_on_disk_for_a_database_that_is_locked(store: Store, swa
         other.execute("ROLLBACK")
     until = time.monotonic() + 20
     while not store.run(1).ended and time.monotonic() < until:
-        assert main(["runs", "recover", "--db", store.url]) == 0  # or the replay's own thread
+        assert main(["runs", "recover", "--db", store.url]) in (0, 1)  # 1: the replay's own thread is at it
         time.sleep(0.1)
     assert {h.name for h in store.histograms(1)} == {"queue_s", "prefill_s"}
 

@@ -230,6 +230,9 @@ RECOVERED = "steelyard.recovered"
 """In a command's meta: database -> file -> rows that were stored before the verb began."""
 
 
+HELD = "Others of the same run wait still: another process is storing or adding them."
+
+
 def _recover(context: click.Context, option: click.Parameter, db: str) -> str:
     """The database, that of the group above if it was typed there. Store what waited on disk for it, and say so; ``runs recover``
     is asked to do it and says it itself."""
@@ -252,7 +255,8 @@ def _recover(context: click.Context, option: click.Parameter, db: str) -> str:
                     except InputError:
                         continue  # of a run that is gone, says runs recover; the others' rows are stored
                     context.meta.setdefault(RECOVERED, {}).setdefault(db, {})[str(spool.path)] = rows
-                    click.echo(f"steelyard: {rows} rows that waited in {spool.path} are stored now.", err=True)
+                    held = f" {HELD}" if spool.size() else ""
+                    click.echo(f"steelyard: {rows} rows that waited in {spool.path} are stored now.{held}", err=True)
     except (SteelyardError, OSError):
         pass  # it is still away; the verb says what is wrong, the rows wait
     return db

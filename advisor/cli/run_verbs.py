@@ -14,6 +14,7 @@ import click
 
 from advisor.cli.common import (
     GROUP,
+    HELD,
     RECOVERED,
     RUN,
     SEED,
@@ -626,11 +627,13 @@ def recover(as_json: bool, db: str) -> int:
     from traces.store import open_store
 
     found: dict[str, int] = {}
-    homeless = ""
+    homeless = held = ""
     with open_store(db, create=False) as store:
         for spool in waiting(store):
             try:
                 found[str(spool.path)] = spool.load(store)
+                if spool.size():
+                    held = f"{spool.path}: {HELD} Run this again when it is through."
             except InputError as error:  # the others are stored all the same
                 homeless = homeless or str(error)
     # The group above has the same database as a rule, and was there first.
@@ -641,8 +644,9 @@ def recover(as_json: bool, db: str) -> int:
         messages().print("Nothing waits for this database here.")
     for path, rows in () if as_json else found.items():
         messages().print(f"{rows} rows from {path} are in the database", markup=False)
-    warn(homeless)
-    return 1 if homeless else 0
+    for said in (homeless, held):
+        warn(said)
+    return 1 if homeless or held else 0
 
 
 def _guarded(value: Any) -> Any:
