@@ -520,6 +520,22 @@ def test_two_that_migrate_an_old_database_at_once_are_both_right(kept: str, requ
     assert rows.items() <= after.items()
 
 
+def test_a_postgresql_table_that_somebody_reads_is_given_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By migrate, in time: whoever comes later would wait behind it. Nothing is changed."""
+    load_kept(postgres_url, (DATA / "databases" / "0003.postgresql.sql").read_text(encoding="utf-8"))
+    engine = sa.create_engine(sa.make_url(postgres_url).set(drivername="postgresql+psycopg"))
+    monkeypatch.setattr(traces.store, "HELD_S", 0.2)
+    with engine.connect() as reader:
+        for table in ("runs", "observations", "fleet_changes"):
+            reader.execute(sa.text(f"SELECT 1 FROM {table} LIMIT 1"))
+        with pytest.raises(
+            StoreError, match=r"somebody reads or writes this database.*Nothing was changed.*migrate again"
+        ):
+            migrate(postgres_url)
+    engine.dispose()
+    assert migrate(postgres_url)[:2] == ("0003", head_revision())
+
+
 def test_an_old_sqlite_file_that_another_writes_is_waited_for(sqlite_url: str) -> None:
     """Its journal becomes another one on the way, and SQLite itself would not wait for a writer there."""
     load_kept(sqlite_url, (DATA / "databases" / "0003.sqlite.sql").read_text(encoding="utf-8"))

@@ -544,6 +544,8 @@ def _upgraded(connection: sa.Connection, backup: Path | None) -> Path | None:
     kind = connection.dialect.name
     if kind == "postgresql":
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(7311220)"))
+        # Whoever comes later waits behind a table that is waited for, readers as well.
+        connection.execute(sa.text(f"SET LOCAL lock_timeout = {round(HELD_S * 1000)}"))
     elif kind == "sqlite":
         connection.rollback()
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # the driver would begin only before the first row is changed
@@ -562,7 +564,15 @@ def _upgraded(connection: sa.Connection, backup: Path | None) -> Path | None:
             # Names and texts differ by case and by blanks, as elsewhere.
             name = connection.dialect.identifier_preparer.quote(str(connection.engine.url.database))
             connection.exec_driver_sql(f"ALTER DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin")
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != "55P03":
+                raise
+            raise StoreError(
+                f"somebody reads or writes this database for {HELD_S:g} s already. Nothing was changed. End what has it open "
+                "(pg_stat_activity names it), then migrate again."
+            ) from None
         connection.commit()
     return backup
 
@@ -645,6 +655,9 @@ LOCKED_S = 30.0
 ANSWER_S = 600.0
 """A PostgreSQL or MariaDB that says nothing for this long while it is asked for something is given up. Its own time limits do not
 help where the server is stopped and not gone."""
+
+HELD_S = 60.0
+"""A PostgreSQL table that somebody reads or writes is waited for by ``migrate``."""
 
 WORK_S = 24 * 3600.0
 """The same, while it changes, moves or deletes all rows of a table (:func:`_at_work`): with a large one it takes hours."""
@@ -1359,14 +1372,22 @@ class Store:
             if kind in ("mysql", "mariadb"):
                 for table in metadata.sorted_tables:
                     name = connection.dialect.identifier_preparer.quote(table.name)
-                    connection.exec_driver_sql(f"OPTIMIZE TABLE {name}").all()
+                    for _, _, how, text in connection.exec_driver_sql(f"OPTIMIZE TABLE {name}"):
+                        if how.lower() == "error":  # the statement itself succeeds
+                            raise StoreError(f"{self.url}: the space of {table.name} was not given back: {text}.")
                 return
             alone = connection if kind == "sqlite" else connection.execution_options(isolation_level="AUTOCOMMIT")
-            # SQLite's log holds the whole database then, until the last who has it open closes it.
-            ours = ("VACUUM", "ANALYZE", "PRAGMA wal_checkpoint(TRUNCATE)")
-            for statement in ours if kind == "sqlite" else ("VACUUM ANALYZE",):
+            for statement in ("VACUUM", "ANALYZE") if kind == "sqlite" else ("VACUUM ANALYZE",):
                 alone.exec_driver_sql(statement)
             connection.commit()
+            if kind == "sqlite":
+                # Its log holds the whole database then, until the last who has it open closes it.
+                held = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+                if held:
+                    raise StoreError(
+                        f"{self.url}: its space is not given back yet, since another command reads or writes it: until that "
+                        "ends, the file beside it (-wal) holds it once more. Run it again then."
+                    )
 
     def add_observations(self, run_id: int, rows: Observations) -> None:
         """Store a batch; a row that is there already stays as it is."""
