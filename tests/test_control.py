@@ -753,6 +753,7 @@ class Router:
         self.deaf = deaf
         self.ill: set[str] = set()  # who is listed and never healthy
         self.hangs_up = 0  # how many of the next questions for metrics are not answered
+        self.keeps = 0  # how many of the next DELETEs are not answered
         self.asked = {"metrics": threading.Event(), "list": threading.Event()}
         self.may = {"metrics": threading.Event(), "list": threading.Event()}  # until then these are not answered
         for may in self.may.values():
@@ -801,8 +802,8 @@ class Router:
                 self.answer(202, {})
 
             def do_DELETE(self) -> None:
-                if outer.hangs_up:
-                    outer.hangs_up -= 1
+                if outer.keeps:
+                    outer.keeps -= 1
                     return
                 known = {u: w.get("id") or quote(u, safe="") for u, w in outer.registered.items()}
                 gone = [u for u, one in known.items() if f"/workers/{one}" == self.path]
@@ -1109,16 +1110,15 @@ def test_what_is_secret_in_a_controls_urls_is_nowhere(
     assert not any("NTED" in path.read_text() for path in made.file.parent.iterdir())
     refused = loadgen.control.refused(Reply(400, "", b"http://me:PL@NTED@e:1 is there"), "http://r", "add http://e:1")
     assert str(refused) == "http://r: refused to add http://e:1 (HTTP 400: http://e:1 is there)."
-    assert "NTED" not in str(
-        loadgen.control.refused(Reply(500, "", b"no http%3A%2F%2Fme%3APL%40NTED%40e"), "http://r", "x")
-    )
+    for quoted in (b"no http%3A%2F%2Fme%3APL%40NTED%40e", b"x" * 180 + b" http://me:PL@NTED@e:1"):  # cut within it, too
+        assert "PL" not in str(loadgen.control.refused(Reply(500, "", quoted), "http://r", "x"))
     plain = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])  # it lists no ids
     routers.append(plain)
     plain.registered = {
         u: {k: v for k, v in w.items() if k != "id"} | {"url": u}
         for u, w in ((u.replace("//", "//me:PL@NTED@"), w) for u, w in plain.registered.items())
     }
-    plain.hangs_up = 1
+    plain.keeps = 1
     failed = said(1, "set", "1:1", "--control", f"sglang:{plain.url}")
     assert re.search(rf"{plain.url}/workers/http://127\.0\.0\.1:\d+: no HTTP answer", failed)
     said(0, "set", "1:1", "--control", f"sglang:{plain.url}")

@@ -332,6 +332,17 @@ def test_locust_with_its_patches_on_is_told(db: str) -> None:
     assert "Set LOCUST_SKIP_MONKEY_PATCH=1" in done.stdout + done.stderr
 
 
+def listening(port: int) -> None:
+    """Wait until somebody does, half a minute at most."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
 def ask(port: int, path: str, method: str = "GET", host: str = "", site: str = "", form: str = "") -> tuple[int, str]:
     headers = {name: value for name, value in (("Host", host), ("Sec-Fetch-Site", site)) if value}
     request = urllib.request.Request(
@@ -366,6 +377,7 @@ def test_credentials_go_where_the_command_line_says_and_nowhere_else() -> None:
     worker = Worker("anybody", rpc)
     try:
         worker.hear("ack")
+        listening(page)  # some moments later
         form = "user_count=1&spawn_rate=1"
         there = f"http://127.0.0.1:{evil.getsockname()[1]}"
         assert ask(page, "/swarm", "POST", site="cross-site", form=form)[0] == 403

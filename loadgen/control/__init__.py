@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 from loadgen.client import unsaid
 from loadgen.control.endpoint import Endpoint as Endpoint
@@ -558,13 +557,10 @@ def members(table: Mapping[str, Any], where: str, **wanted: tuple[type, Any]) ->
 
 
 def refused(reply: Any, where: str, what: str) -> LostError:
-    """The error for an HTTP answer that is no success, in one line. It may quote a worker's URL that it was told."""
-    from traces.store import redact
-
+    """The error for an HTTP answer that is no success, in one line."""
     if reply.status in (401, 403):
         return LostError(
             f"{where}: HTTP {reply.status} when asked to {what}: the token is missing, expired or not allowed. "
             "Set STEELYARD_API_KEY or pass --api-key-file FILE."
         )
-    words = redact(unquote(reply.words))  # it may quote the path that it was asked, with a worker's URL in it
-    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {words or 'no text'}).")
+    return LostError(f"{where}: refused to {what} (HTTP {reply.status}: {reply.words or 'no text'}).")

@@ -44,8 +44,8 @@ class Reply:
 
     @property
     def words(self) -> str:
-        """How the body begins, for messages."""
-        return printable(self.text[:4000], self.secrets)
+        """How the body begins, for messages. It may quote the path that it was asked, with a worker's URL in it."""
+        return printable(_quoted(self.text), self.secrets)
 
     @property
     def text(self) -> str:
@@ -342,8 +342,15 @@ class Endpoint:
             said = held.get("error") if isinstance(held, dict) else None
             if isinstance(said, dict):
                 said = said.get("message")
-            words = printable(str(said), self._secrets) if said else reply.words
+            words = printable(_quoted(str(said)), self._secrets) if said else reply.words
             raise EndpointError(f"{self.shown}/fleet: it refused the fleet {fleet} (HTTP {reply.status}: {words}).")
+
+
+def _quoted(said: str) -> str:
+    """What a server says, without the passwords of URLs, also where they are quoted: before it is cut, perhaps within one."""
+    from traces.store import redact
+
+    return redact(unquote(said[:4000]))
 
 
 def fleet_body(fleet: Fleet) -> bytes:
