@@ -417,6 +417,10 @@ def make_app(dash: Dash, *, door: Door = HERE) -> web.Application:
     return app
 
 
+PAGE = "steelyard-page"
+"""The thread in which a page is made."""
+
+
 async def _apart(work: Callable[[], Page]) -> Page:
     """The page, made by a daemon that nobody joins: a database that never answers must not keep the process from ending."""
     made: Future[Page] = Future()
@@ -428,7 +432,7 @@ async def _apart(work: Callable[[], Page]) -> Page:
         except BaseException as error:
             made.set_exception(error)
 
-    threading.Thread(target=run, name="steelyard-page", daemon=True).start()
+    threading.Thread(target=run, name=PAGE, daemon=True).start()
     return await asyncio.wrap_future(made)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import math
 import shlex
 import time
@@ -662,8 +663,9 @@ def store_run(
         engine_version=engine_version[:80],
     )
     # A key of its own, so that two at once store one run, and what was broken off is gone on with.
-    key = hashlib.sha256("\0".join((group, name, run.schedule_digest, digest.hexdigest())).encode()).hexdigest()[:32]
-    run = store.begin_run(run, key)
+    said = [group, name, run.schedule_digest, digest.hexdigest(), str(fleet), gpus_per_worker]
+    said += [run.endpoint, engine, run.model, run.engine_version, run.slo]
+    run = store.begin_run(run, hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32])
     store.add_observations(run.id, rows)
     ended = replace(
         run,

@@ -31,7 +31,7 @@ from loadgen import engines
 from loadgen.client import Engine, Row, target
 from loadgen.control import Endpoint
 from loadgen.engines import Prompts
-from loadgen.ports import Door, loopback
+from loadgen.ports import Door, everywhere, loopback
 from loadgen.replay import read_api_key
 from loadgen.swarm import HEARTBEATS, pack, unpack
 from traces.errors import InputError, SteelyardError
@@ -253,10 +253,10 @@ def guarded(environment: Any) -> None:
         environment.web_ui.app.before_request(guard)
     if isinstance(runner, MasterRunner) and not loopback(runner.master_bind_host):
         why = "whoever reaches Locust's master can take shares of a run and disturb it"
-        if runner.master_bind_host == "*":
+        if everywhere(runner.master_bind_host):
             raise InputError(
-                f"--master-bind-host *: {why}. Give --master-bind-host 127.0.0.1 (workers elsewhere: a tunnel), or the address "
-                "of a network on which you trust everybody."
+                f"--master-bind-host {runner.master_bind_host}: {why}. Give --master-bind-host 127.0.0.1 (workers "
+                "elsewhere: a tunnel), or the address of a network on which you trust everybody."
             )
         logging.warning("steelyard: --master-bind-host %s: %s.", runner.master_bind_host, why)
 

@@ -34,6 +34,14 @@ def loopback(host: str) -> bool:
         return False
 
 
+def everywhere(host: str) -> bool:
+    """Does that name every interface of this machine?"""
+    try:
+        return host in ("", "*") or ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return False
+
+
 def shown(host: str) -> str:
     """The host as a URL has it."""
     return f"[{host}]" if ":" in host else host

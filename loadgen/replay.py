@@ -479,11 +479,12 @@ class Writer:
         StoreError says where the rows are, after ``patience_s`` in which nothing was stored."""
         until = time.monotonic() + patience_s
 
-        def work() -> None:
+        def work() -> bool:
             self.spool.load(self._store)
             if self.spool.size():  # nobody may take the run for a whole one
                 raise StoreError(f"another process is storing rows of run {run.id}.")
             self._store.add_histograms(run.id, counted)
+            return bool(self._store.fleet_changes(run.id))
 
         while True:
             try:
@@ -493,9 +494,11 @@ class Writer:
                     if self._unkept:
                         raise self.error or StoreError("rows could not be kept.")
                 self._ending = run, counted
-                self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
-                cost(self._store, run, self._steered)  # nobody may take the run for ended without it, nor dump it so
-                found: Run = self._ask(lambda: self._store.end_run(run, count=False), max(GRACE_S, patience_s))
+                changed = self._ask(work, max(GRACE_S, until - time.monotonic()), max(GRACE_S, patience_s))
+                # Nobody may take the run for ended without their cost, nor dump it so; of a long one that takes a minute.
+                with self.spool.ending(run, self._steered) if changed else contextlib.nullcontext():
+                    cost(self._store, run, self._steered)
+                    found: Run = self._ask(lambda: self._store.end_run(run, count=False), max(GRACE_S, patience_s))
                 self._work.put(None)
                 self._settled = True
                 if isinstance(self.error, StoreError):

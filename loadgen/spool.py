@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -119,6 +119,20 @@ class Spool:
         """Keep what came of the run, and what its changes of P:D were made by."""
         held = {name: getattr(run, name) for name in _OUTCOME}
         self._write({"run": _finite(held), "control": steered})
+
+    @contextlib.contextmanager
+    def ending(self, run: Run, steered: str) -> Iterator[None]:
+        """Keep on disk, while the block lasts, how a run ends whose rows are stored: whoever is killed in it leaves that to the
+        next command. A disk that takes nothing keeps no run from ending."""
+        with contextlib.ExitStack() as locked:
+            held = False
+            with contextlib.suppress(StoreError, OSError):
+                self.end_run(run, steered)
+                fcntl.flock(locked.enter_context(self.path.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            yield
+            if held:
+                self.path.unlink(missing_ok=True)
 
     def _file(self, k: int) -> Path:
         return self.path if k == 0 else self.path.with_suffix(f".{k}.jsonl")

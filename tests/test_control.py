@@ -1110,6 +1110,10 @@ def test_what_is_secret_in_a_controls_urls_is_nowhere(
     assert not any("NTED" in path.read_text() for path in made.file.parent.iterdir())
     refused = loadgen.control.refused(Reply(400, "", b"http://me:PL@NTED@e:1 is there"), "http://r", "add http://e:1")
     assert str(refused) == "http://r: refused to add http://e:1 (HTTP 400: http://e:1 is there)."
+    cookie = Reply(
+        400, "", b"bad s%3AJ8kd0QwX9zz", {}, target("http://r", headers={"Cookie": "a=s%3AJ8kd0QwX9zz"}).secrets()
+    )
+    assert cookie.words == "bad ***"
     for quoted in (b"no http%3A%2F%2Fme%3APL%40NTED%40e", b"x" * 180 + b" http://me:PL@NTED@e:1"):  # cut within it, too
         assert "PL" not in str(loadgen.control.refused(Reply(500, "", quoted), "http://r", "x"))
     plain = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")])  # it lists no ids

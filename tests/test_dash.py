@@ -132,6 +132,36 @@ def test_a_signal_ends_it_while_a_page_is_made(made_url: str, monkeypatch: pytes
         over.set()
 
 
+def test_it_ends_also_where_a_page_counts_in_threads_of_its_own(db: str) -> None:
+    """Python waits for those of an executor before it ends, however long a database says nothing."""
+    code = """
+import sys, time
+import advisor.dash, advisor.compare
+def silent(*_):
+    print("asked", flush=True)
+    time.sleep(600)
+advisor.compare.read = silent
+from advisor.cli import main
+main(["dash", "--port", "0", "--db", sys.argv[1]])
+"""
+    child = subprocess.Popen([sys.executable, "-c", code, db], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    try:
+        where = child.stdout.readline().split()[-1]
+
+        def asked() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(where, "/compare?runs=1,2")
+
+        threading.Thread(target=asked, daemon=True).start()
+        assert child.stdout.readline() == "asked\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.communicate()
+
+
 @pytest.fixture(scope="module")
 def url(db: str) -> Iterator[str]:
     with served(db) as where:

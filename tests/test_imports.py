@@ -260,6 +260,13 @@ def test_two_fleets_that_were_asked_the_same_are_two_runs(tmp_path: Path, capsys
             assert run["ttft_ms"]["p50"] == pytest.approx(100 + 1000 * k)
     assert main([*command, "5:3", str(paths[0])]) == 1
     assert "the same rows are run 1 already, as measured on 3:5 (got --fleet 5:3)" in capsys.readouterr().err
+    # Nor does a database that took them for another fleet's give that for the one that is loaded into it.
+    there, out = f"sqlite:///{tmp_path}/b.db", str(tmp_path / "out")
+    assert main([*command[:4], "--db", there, "--fleet", "5:3", str(paths[0])]) == 0
+    assert main(["runs", "dump", "1", "--out", out, "--db", f"sqlite:///{tmp_path}/a.db"]) == 0
+    assert main(["runs", "load", out, "--db", there]) == 0
+    with open_store(there) as store:
+        assert [str(run.fleet) for run in store.runs()] == ["5:3", "3:5"]
 
 
 def test_an_import_that_was_broken_off_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

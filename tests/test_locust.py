@@ -427,7 +427,7 @@ for host in ("", "10.0.0.1", "127.0.0.1"):
     one.create_local_runner()
     one.create_web_ui(host, 0, delayed_start=True)
     told(one)
-for host in ("*", "10.0.0.1", "127.0.0.1"):
+for host in ("*", "0.0.0.0", "::", "10.0.0.1", "127.0.0.1"):
     master = environment(*HOST)
     runner = master.create_master_runner("127.0.0.1", 0)
     runner.master_bind_host = host  # no test listens elsewhere
@@ -450,6 +450,8 @@ told(worker)
         "steelyard: --web-host 10",
         "taken",
         "steelyard: --master-bind-host *: ",
+        "steelyard: --master-bind-host 0.0.0.0: ",
+        "steelyard: --master-bind-host ::: ",
         "taken",
         "taken",
         "steelyard: a worker needs --host URL and --db URL",

@@ -829,6 +829,28 @@ def test_ctrl_c_while_the_end_is_stored_changes_nothing_of_what_came(
         assert change.in_flight >= 0
 
 
+def test_a_kill_while_changes_are_costed_leaves_the_end_to_the_next_command(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run of millions of rows that takes a minute, more than who stops a container waits."""
+    run = begun(store)
+    came = replace(run, complete=True, verdict="valid", counts={"ok": 4})
+    with Writer(store, run.id, "steered", every_s=0.1) as writer:
+        writer.put(held_rows(4))
+        writer.put(FleetChange(0.5, 1.0, Fleet(1, 1), Fleet(2, 1), "why", 0.75))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[Writer.__module__], "cost", lambda *_: sys.exit(9))  # nothing of ours comes after it
+        with pytest.raises(SystemExit):
+            writer.settle(came, 5.0)
+    assert not store.run(run.id).ended
+    (spool,) = spooled(store)
+    spool.load(store)
+    found = store.run(run.id)
+    assert (found.ended, found.complete, found.verdict) == (True, True, "valid")
+    assert store.fleet_changes(run.id)[0].in_flight >= 0
+    assert not spooled(store)
+
+
 def test_a_batch_that_nothing_takes_costs_no_other(store: Store, tmp_path: Path) -> None:
     """The thread that gathers rows died of a batch that JSON refuses, and what came later was stored by nobody."""
     run, rows = begun(store), held_rows(4)

@@ -455,13 +455,23 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
 
 def redact(url: str) -> str:
     """The URL without user, password and parameters that are secrets, for messages and rows."""
-    # The name of a file is none: without it the command that a message tells would not run.
-    named = r"\w*(?:pass|pwd|secret|token|key)(?!\w*file=)\w*"
-    # An @ behind such a parameter: where its value or the password before the host ends nobody knows.
-    url = re.sub(rf"(?i)(?<=:)//(?!/)\S*[?&]{named}=[^&\s]*@\S*", "//***", url)
-    # Up to the last @: a password that was not percent-encoded may hold / and @ itself. sqlite:///a@b has no host.
-    url = re.sub(r"(?<=:)//(?!/)\S*@", "//", url)
-    return re.sub(rf"(?i)({named})=[^&\s]*", r"\1=***", url)
+
+    def bare(found: re.Match[str]) -> str:
+        # An @ behind such a parameter: where its value or the password before the host ends nobody knows.
+        if any(_names_secret(name) and "@" in value for name, value in re.findall(r"[?&](\w+)=([^&\s]*)", found[0])):
+            return "//***"
+        # Up to the last @: a password that was not percent-encoded may hold / and @ itself.
+        return "//" + found[0].removeprefix("//").rpartition("@")[2]
+
+    url = re.sub(r"(?<=:)//(?!/)\S*", bare, url)  # sqlite:///a@b has no host
+    return re.sub(r"\b(\w+)=[^&\s]*", lambda found: f"{found[1]}=***" if _names_secret(found[1]) else found[0], url)
+
+
+def _names_secret(name: str) -> bool:
+    """Is that the name of a parameter whose value is none of anybody's business? The name of a file is: without it the command
+    that a message tells would not run."""
+    name = name.lower()
+    return not name.endswith("file") and any(word in name for word in ("pass", "pwd", "secret", "token", "key"))
 
 
 def told(url: str) -> str:
@@ -1539,11 +1549,12 @@ class Store:
             return _rows(connection, run.id) != kept
 
     def heard_unix_s(self, run: Run) -> float:
-        """When the last row of a run came, or it was begun, if none did."""
+        """When the last row of a run that was sent came, or it was begun, if none did."""
         t = observations.c
-        last = sa.select(sa.func.coalesce(t.last_token_s, t.due_s)).where(t.run_id == run.id)
+        came = sa.func.coalesce(t.last_token_s, t.sent_s)
+        last = sa.select(came).where(t.run_id == run.id, came.is_not(None)).order_by(t.index.desc()).limit(1)
         with self._begin() as connection:
-            return run.started_unix_s + (connection.execute(last.order_by(t.index.desc()).limit(1)).scalar() or 0.0)
+            return run.started_unix_s + (connection.execute(last).scalar() or 0.0)
 
     def _good(self, run_id: int, slo: Slo, found: Bins) -> dict[int, int]:
         """Slot of time -> requests that met the limits of an SLO; the formulas of :func:`traces.measures.met`."""

@@ -7,8 +7,9 @@ there a run counts as one that has not ended and is incomplete.
 
 from __future__ import annotations
 
+import fcntl
 import json
-import secrets
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -37,11 +38,20 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
     kinds = {"integer": pa.int64(), "real": pa.float64(), "boolean": pa.bool_(), "text": pa.string()}
     if out.exists():
         raise InputError(f"{out}: is there already. Give another --out.")
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")  # another dump may be under way to the same name
+    beside = out.with_name(f".{out.name}.part")  # perhaps with what a dump wrote that was killed
     written: dict[str, int] = {}
     keys: dict[int, str] = {}
     try:
-        beside.mkdir(parents=True)
+        beside.mkdir(parents=True, exist_ok=True)
+        handle = os.open(beside, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"{out}: another dump to it is under way. Give another --out.") from None
+    try:
         for table in ("runs", *OF_A_RUN):
             columns = store.columns(table)
             schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
@@ -56,10 +66,13 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
         if gone := [run_id for run_id in ids if store.key(run_id) != keys.get(run_id)]:
             raise InputError(f"run {gone[0]} was deleted while it was dumped: nothing is written. Dump the others.")
         beside.rename(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
-    finally:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
+        raise
+    finally:
+        os.close(handle)
     return written
 
 

@@ -567,7 +567,8 @@ def prune(
 
     if older_than is None and not group and not incomplete:
         raise click.UsageError("say which runs: --older-than DAYS, --group NAME or --incomplete.")
-    before = time.time() - (older_than or 0.0) * 86400
+    now = time.time()
+    before = now - (older_than or 0.0) * 86400
     with open_store(db, create=False) as store:
         named = [
             run
@@ -575,8 +576,8 @@ def prune(
             if (older_than is None or run.started_unix_s < before) and (not incomplete or not run.complete)
         ]
         # Somebody else's replay, perhaps: without its run it could store nothing more.
-        since = before - 86400 if older_than is None else before
-        young = [run.id for run in named if not run.ended and store.heard_unix_s(run) > since]
+        since = now - 86400 if older_than is None else before
+        young = [run.id for run in named if not run.ended and min(store.heard_unix_s(run), now) > since]
         found = [run.id for run in named if run.id not in young]
         for run_id in [] if dry_run else found:
             with suppress(InputError):  # somebody else deleted it meanwhile

@@ -45,7 +45,7 @@ class Reply:
     @property
     def words(self) -> str:
         """How the body begins, for messages. It may quote the path that it was asked, with a worker's URL in it."""
-        return printable(_quoted(self.text), self.secrets)
+        return printable(_quoted(self.text, self.secrets), self.secrets)
 
     @property
     def text(self) -> str:
@@ -342,15 +342,16 @@ class Endpoint:
             said = held.get("error") if isinstance(held, dict) else None
             if isinstance(said, dict):
                 said = said.get("message")
-            words = printable(_quoted(str(said)), self._secrets) if said else reply.words
+            words = printable(_quoted(str(said), self._secrets), self._secrets) if said else reply.words
             raise EndpointError(f"{self.shown}/fleet: it refused the fleet {fleet} (HTTP {reply.status}: {words}).")
 
 
-def _quoted(said: str) -> str:
-    """What a server says, without the passwords of URLs, also where they are quoted: before it is cut, perhaps within one."""
+def _quoted(said: str, secrets: Sequence[str]) -> str:
+    """What a server says, without these secrets and the passwords of URLs, also where those are percent-encoded: before it is
+    cut, perhaps within one."""
     from traces.store import redact
 
-    return redact(unquote(said[:4000]))
+    return redact(unquote(masked(said[:4000], secrets)))
 
 
 def fleet_body(fleet: Fleet) -> bytes:
