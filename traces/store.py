@@ -453,25 +453,22 @@ def migrate(url: str) -> tuple[str | None, str, Path | None]:
         engine.dispose()
 
 
+_KEPT_BACK = r"\b(?=\w*(?:pass|pwd|secret|token|key))(\w+)(?<!file)=[^&\s]*"
+"""A parameter that is a secret. The name of a file is none: without it the command that a message tells would not run."""
+
+
 def redact(url: str) -> str:
     """The URL without user, password and parameters that are secrets, for messages and rows."""
 
     def bare(found: re.Match[str]) -> str:
         # An @ behind such a parameter: where its value or the password before the host ends nobody knows.
-        if any(_names_secret(name) and "@" in value for name, value in re.findall(r"[?&](\w+)=([^&\s]*)", found[0])):
+        if any("@" in one[0] for one in re.finditer(rf"(?<=[?&]){_KEPT_BACK}", found[0], re.I)):
             return "//***"
         # Up to the last @: a password that was not percent-encoded may hold / and @ itself.
         return "//" + found[0].removeprefix("//").rpartition("@")[2]
 
     url = re.sub(r"(?<=:)//(?!/)\S*", bare, url)  # sqlite:///a@b has no host
-    return re.sub(r"\b(\w+)=[^&\s]*", lambda found: f"{found[1]}=***" if _names_secret(found[1]) else found[0], url)
-
-
-def _names_secret(name: str) -> bool:
-    """Is that the name of a parameter whose value is none of anybody's business? The name of a file is: without it the command
-    that a message tells would not run."""
-    name = name.lower()
-    return not name.endswith("file") and any(word in name for word in ("pass", "pwd", "secret", "token", "key"))
+    return re.sub(_KEPT_BACK, r"\1=***", url, flags=re.I)
 
 
 def told(url: str) -> str:
