@@ -123,16 +123,21 @@ class Spool:
     @contextlib.contextmanager
     def ending(self, run: Run, steered: str) -> Iterator[None]:
         """Keep on disk, while the block lasts, how a run ends whose rows are stored: whoever is killed in it leaves that to the
-        next command. A disk that takes nothing keeps no run from ending."""
+        next command; of an error the caller takes care. A disk that takes nothing keeps no run from ending."""
         with contextlib.ExitStack() as locked:
             held = False
             with contextlib.suppress(StoreError, OSError):
                 self.end_run(run, steered)
                 fcntl.flock(locked.enter_context(self.path.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
-            yield
-            if held:
-                self.path.unlink(missing_ok=True)
+            try:
+                yield
+            except (KeyboardInterrupt, SystemExit):
+                held = False
+                raise
+            finally:
+                if held:
+                    self.path.unlink(missing_ok=True)
 
     def _file(self, k: int) -> Path:
         return self.path if k == 0 else self.path.with_suffix(f".{k}.jsonl")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sqlite3
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -713,29 +715,44 @@ def test_a_run_that_is_deleted_meanwhile_is_not_said_to_be_there(
 def test_two_dumps_to_one_name_leave_each_other_alone(
     made_url: str, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first that began has the name, with its own runs and all their rows, also where one that was killed left something; the
-    other is refused."""
+    """The first that is through has the name, with its own runs and all their rows; the other is refused. What one left that was
+    killed a day ago is gone."""
     copy, out = f"sqlite:///{shutil.copy(migrated, tmp_path / 'copy.db')}", tmp_path / "out"
     with open_store(made_url) as store, open_store(made_url) as other, open_store(copy) as there:
         first, second = (store.begin_run(replace(a_run(), name=name)) for name in ("first", "second"))
         store.add_observations(first.id, some_rows(5))
-        (tmp_path / ".out.part").mkdir()
-        (tmp_path / ".out.part" / "runs.parquet").write_bytes(b"half")
-        dump, refused = Store.dump, []
+        for name in ("deadbeef", "0badcafe"):
+            (tmp_path / f".out.{name}").mkdir()
+            (tmp_path / f".out.{name}" / "runs.parquet").write_bytes(b"half")
+        for path in (killed := tmp_path / ".out.deadbeef", killed / "runs.parquet"):
+            os.utime(path, (time.time() - 2 * 86400.0,) * 2)
+        begun, through = threading.Event(), threading.Event()
+        dump, pool, asked = Store.dump, ThreadPoolExecutor(1), []
+
+        def slow(table: str, run_id: int) -> Any:
+            yield from dump(other, table, run_id)
+            if table == "runs":
+                begun.set()
+                assert through.wait(60)
 
         def meanwhile(table: str, run_id: int) -> Any:
             yield from dump(store, table, run_id)
             if table == "runs":
-                with pytest.raises(InputError, match="another dump to it is under way") as why:
-                    export_runs(other, [second.id], out)
-                refused.append(why)
+                asked.append(pool.submit(export_runs, other, [second.id], out))
+                assert begun.wait(60)
 
+        monkeypatch.setattr(other, "dump", slow)
         monkeypatch.setattr(store, "dump", meanwhile)
-        export_runs(store, [first.id], out)
-        assert refused
+        with pool:
+            try:
+                export_runs(store, [first.id], out)
+            finally:
+                through.set()
+            with pytest.raises(InputError, match="cannot be written"):
+                asked[0].result()
         (new,) = import_runs(there, out).values()
         assert (there.run(new).name, len(there.observations(new))) == ("first", 5)
-        assert not list(tmp_path.glob(".out*"))
+        assert [path.name for path in tmp_path.glob(".out*")] == [".out.0badcafe"]  # it may be another host's
 
 
 def test_a_comparison_reads_all_that_it_uses(made_url: str) -> None:

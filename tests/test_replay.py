@@ -832,16 +832,26 @@ def test_ctrl_c_while_the_end_is_stored_changes_nothing_of_what_came(
 def test_a_kill_while_changes_are_costed_leaves_the_end_to_the_next_command(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run of millions of rows that takes a minute, more than who stops a container waits."""
+    """Of a run of millions of rows that takes a minute, more than who stops a container waits. A database that breaks a costing
+    off leaves nothing: it is tried again."""
     run = begun(store)
     came = replace(run, complete=True, verdict="valid", counts={"ok": 4})
     with Writer(store, run.id, "steered", every_s=0.1) as writer:
         writer.put(held_rows(4))
         writer.put(FleetChange(0.5, 1.0, Fleet(1, 1), Fleet(2, 1), "why", 0.75))
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[Writer.__module__], "cost", lambda *_: sys.exit(9))  # nothing of ours comes after it
+
+        def broken(*_: Any) -> None:
+            ended.append(store.run(run.id).ended)
+            if len(ended) == 1:
+                raise StoreError("gone.")
+            sys.exit(9)  # nothing of ours comes after it
+
+        ended = list[bool]()
+        patch.setattr(sys.modules[Writer.__module__], "cost", broken)
         with pytest.raises(SystemExit):
             writer.settle(came, 5.0)
+    assert ended == [False, False]
     assert not store.run(run.id).ended
     (spool,) = spooled(store)
     spool.load(store)

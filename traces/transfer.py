@@ -7,12 +7,14 @@ there a run counts as one that has not ended and is incomplete.
 
 from __future__ import annotations
 
-import fcntl
+import glob
 import json
-import os
+import secrets
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from traces.store import OF_A_RUN, Store
 
 PIECE_ROWS = 20_000
 """Rows of a file that are stored at once."""
+
+KILLED_S = 86400.0
+"""A dump that wrote nothing for this long was killed."""
 
 
 def _arrow() -> tuple[Any, Any]:
@@ -38,20 +43,16 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
     kinds = {"integer": pa.int64(), "real": pa.float64(), "boolean": pa.bool_(), "text": pa.string()}
     if out.exists():
         raise InputError(f"{out}: is there already. Give another --out.")
-    beside = out.with_name(f".{out.name}.part")  # perhaps with what a dump wrote that was killed
+    # Another dump may be under way to the same name, on another host too; one that was killed left its folder.
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    for other in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}"):
+        with suppress(OSError):  # perhaps it is through now
+            if time.time() - max(path.stat().st_mtime for path in (other, *other.iterdir())) > KILLED_S:
+                shutil.rmtree(other, ignore_errors=True)
     written: dict[str, int] = {}
     keys: dict[int, str] = {}
     try:
-        beside.mkdir(parents=True, exist_ok=True)
-        handle = os.open(beside, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"{out}: another dump to it is under way. Give another --out.") from None
-    try:
+        beside.mkdir(parents=True)
         for table in ("runs", *OF_A_RUN):
             columns = store.columns(table)
             schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
@@ -66,13 +67,10 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
         if gone := [run_id for run_id in ids if store.key(run_id) != keys.get(run_id)]:
             raise InputError(f"run {gone[0]} was deleted while it was dumped: nothing is written. Dump the others.")
         beside.rename(out)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
-        raise
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}). Give another --out.") from None
     finally:
-        os.close(handle)
+        shutil.rmtree(beside, ignore_errors=True)
     return written
 
 
