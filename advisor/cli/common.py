@@ -256,10 +256,7 @@ def _recover(context: click.Context, option: click.Parameter, db: str) -> str:
                         continue  # of a run that is gone, says runs recover; the others' rows are stored
                     context.meta.setdefault(RECOVERED, {}).setdefault(db, {})[str(spool.path)] = rows
                     held = f" {HELD}" if spool.size() else ""
-                    if rows or not held:  # else its own command is about to end it
-                        click.echo(
-                            f"steelyard: {rows} rows that waited in {spool.path} are stored now.{held}", err=True
-                        )
+                    click.echo(f"steelyard: {rows} rows that waited in {spool.path} are stored now.{held}", err=True)
     except (SteelyardError, OSError):
         pass  # it is still away; the verb says what is wrong, the rows wait
     return db
