@@ -181,7 +181,7 @@ class Dash:
             Section(
                 "next",
                 "What is not known",
-                f"Measure next: {believed(probe['command']) or 'see why'} ({probe['why']}).",
+                f"Measure next: {believed(probe['command']) or 'the stored command is none of ours'} ({probe['why']}).",
                 table=Table(["note"], notes),
             ),
             Section(

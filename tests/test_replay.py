@@ -237,6 +237,15 @@ def test_an_endpoint_that_never_answers_is_said_to(monkeypatch: pytest.MonkeyPat
         Endpoint(target(url)).fetch("GET", "/v1/models", timeout_s=0.5)
 
 
+@pytest.mark.parametrize("path", ["/workers/tok%41-3141592653", "/workers/tok%2541-3141592653"])
+def test_what_was_asked_for_is_named_without_secrets(path: str) -> None:
+    """A secret with a percent sign is looked for before what a path encodes is decoded, and after."""
+    url, listener = serve_raw(None)
+    with listener, pytest.raises(EndpointError, match=r"/workers/\*+: no answer") as caught:
+        Endpoint(target(url, headers={"Authorization": "tok%41-3141592653"})).fetch("GET", path, timeout_s=0.2)
+    assert "3141592653" not in str(caught.value)
+
+
 def test_secrets_are_never_stored(store: Store, swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A password in the URL and a token in the environment work, and appear nowhere in the database."""
     monkeypatch.setenv("STEELYARD_API_KEY", "tok-3141592653")

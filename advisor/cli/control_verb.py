@@ -562,7 +562,7 @@ def _readings(url: str, made: Any, options: dict[str, Any], zero: float) -> tupl
 def keep(control_spec: str, fleet: str) -> int:
     """Register the workers of a vllm-router, and go on doing so, until Ctrl-C: without it the router drops them.
 
-    ``control set``, sweeps and ``control run`` tell this process which roles to register.
+    ``control set``, ``replay`` with a fleet, sweeps and ``control run`` tell this process which roles to register.
     """
     from loadgen.client import unsaid
     from loadgen.control import control_of, terminable

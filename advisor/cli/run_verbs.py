@@ -557,8 +557,8 @@ def prune(
 ) -> None:
     """Delete runs with all their rows: the old ones, those of a group, the incomplete ones; all that is named must hold.
 
-    A run that has not ended is left where its last row came, or it was begun, within a day, or within --older-than: it may be
-    going on.
+    A run that has not ended is left where the last row that was sent came, or it was begun, within a day, or within
+    --older-than: it may be going on.
     """
     import time
 

@@ -119,9 +119,8 @@ class Endpoint:
     ) -> Reply:
         """One request on a connection of its own; the whole answer must come within ``timeout_s`` [PREFLIGHT_S]."""
         where = self.where
-        said = self.shown + printable(
-            unsaid(unquote(path.partition("?")[0])), self._secrets
-        )  # a worker's URL may be in it
+        asked = unsaid(_quoted(path.partition("?")[0], self._secrets))  # a worker's URL may be in it
+        said = self.shown + printable(asked, self._secrets)
         timeout_s = PREFLIGHT_S if timeout_s is None else timeout_s
         until = time.monotonic() + timeout_s
         late = EndpointError(f"{said}: no answer within {timeout_s:g} s. Is the server loaded, and is this its port?")
