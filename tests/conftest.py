@@ -158,7 +158,7 @@ def postgres() -> Iterator[str]:
             try:
                 server.start()
                 break
-            except (subprocess.SubprocessError, AssertionError):  # it has ten seconds, and may be there soon after
+            except (subprocess.SubprocessError, AssertionError, OSError):  # after ten seconds; it may be there soon
                 if not left:
                     raise
                 time.sleep(5)

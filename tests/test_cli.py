@@ -434,10 +434,17 @@ def test_no_memory_is_one_line(db: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Found by tests.faults: whatever the program waits for, Ctrl-C ends it with 130 and no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        alarm = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        held: list[socket.socket] = []
+
+        def interrupt() -> None:  # once the command waits for its answer
+            held.append(silent.accept()[0])
+            os.kill(os.getpid(), signal.SIGINT)
+
+        alarm = threading.Thread(target=interrupt, daemon=True)
         alarm.start()
         code, _, err = run(capsys, "runs", "--db", f"postgresql://127.0.0.1:{silent.getsockname()[1]}/x")
-        alarm.join()
+        alarm.join(10)
+        held[0].close()
     assert (code, err.strip()) == (130, "steelyard: interrupted")
 
 

@@ -352,7 +352,7 @@ def browse(opened: Any, url: str, db: str) -> None:
     tab.goto(f"{url}/traces/{quote(HOSTILE, safe='')}")
     assert tab.locator(".plot svg.wide").count() == 2
     tab.goto(f"{url}/runs/4")
-    with tab.expect_response(lambda answer: answer.status == 503):  # the database is away for a moment
+    with tab.expect_response(lambda answer: answer.status == 503, timeout=120_000):  # the database is away for a moment
         rename(Path(str(make_url(db).database)), "runs", "hidden")
     rename(Path(str(make_url(db).database)), "hidden", "runs")
     assert "40 of 80 requests" in tab.locator("h1").inner_text()
@@ -362,7 +362,7 @@ def browse(opened: Any, url: str, db: str) -> None:
         run = store.run(4)
         ended = Run(**{f: getattr(run, f) for f in run.__slots__} | {"verdict": "valid", "complete": True})
         store.end_run(ended)
-    tab.locator("h1", has_text="80 of 80").wait_for(timeout=30_000)
+    tab.locator("h1", has_text="80 of 80").wait_for(timeout=120_000)
     tab.set_viewport_size({"width": 380, "height": 800})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 380
     assert [error for error in errors if "status of 503" not in error] == []

@@ -532,7 +532,7 @@ def test_a_killed_load_leaves_nothing(sqlite_url: str, tmp_path: Path) -> None:
     path, file = tmp_path / "big.csv", Path(sqlite_url.removeprefix("sqlite:///"))
     path.write_text(HEADER + GOOD * 400_000)
     command = [sys.executable, "-m", "advisor", "ingest", str(path), "--name", "big", "--db", sqlite_url]
-    for size in (1 << 19, 1 << 20, 3 << 19):
+    for size in (1 << 19, 3 << 18, 1 << 20):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wal = Path(f"{file}-wal")
         while process.poll() is None and not (wal.exists() and wal.stat().st_size > size):

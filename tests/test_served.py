@@ -21,6 +21,7 @@ import pytest
 from advisor.cli import main
 from loadgen.client import target
 from loadgen.discover import read_targets
+from loadgen.live import Live
 from loadgen.replay import replay
 from loadgen.spool import folder
 from loadgen.swarm import Outcome, Swarm
@@ -104,7 +105,7 @@ def test_facts_readings_histograms_and_sources_are_rows(store: Store, swarm: Swa
         (names[0], "prefill", 2),
         (names[1], "decode", 2),
     }
-    assert min(s.at_s for s in samples) < 0.3
+    assert min(s.at_s for s in samples) < 1.5
     found = {(h.worker, h.role, h.name): h for h in store.histograms(run.id)}
     assert found[names[0], "prefill", "queue_s"].mean == pytest.approx(0.004)
     assert found[names[1], "decode", "prefill_s"].mean == pytest.approx(0.002)
@@ -171,15 +172,17 @@ def test_a_proxy_that_holds_streams_back_degrades_the_run(store: Store, swarm: S
 
 def test_a_token_that_expires_spoils_the_run(store: Store, swarm: Swarm) -> None:
     """Refusals for credentials are not the server's speed; the run says from when on."""
-    until = time.monotonic() + 3600
+    until = math.inf
 
     def answer(ask: Ask) -> Any:
         return stream(ask) if time.monotonic() < until else (401, {"error": {"message": "token expired"}})
 
+    def prepared(_: Live) -> None:
+        nonlocal until
+        until = time.monotonic() + 2.0  # schedule zero lies half a second to a second after it
+
     with endpoint(answer=answer) as pages:
-        began = time.monotonic()
-        until = began + 2.5  # schedule zero lies half a second to a second after the preparations
-        run = asked(store, swarm, pages, seconds=3.0)
+        run = asked(store, swarm, pages, seconds=3.0, on_live=prepared)
     assert run.verdict == "invalid"
     assert "s on were refused for their credentials: the token expired or was revoked" in run.reason
     assert run.counts["failed.status"] >= 1

@@ -305,7 +305,7 @@ def test_a_client_that_leaves_frees_the_cluster(demo_url: str) -> None:
             answer.close()
 
     asyncio.run(leave())
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         text = call(f"{demo_url}/metrics")[1]
         running = [float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if x.startswith("steelyard_running_requests{")]
@@ -351,21 +351,21 @@ def test_a_stream_can_be_made_to_break_in_the_middle() -> None:
         assert error is not None
         assert len(half) == 4
         stream_of(url, [1, 2, 3], 1)
-        one, error = stream_of(url, [1, 2, 3], 1, timeout=5.0)  # its one token is all, and its end does not come
+        one, error = stream_of(url, [1, 2, 3], 1)  # its one token is all, and its end does not come
         assert isinstance(error, ConnectionError | http.client.HTTPException)
         assert len(one) == 1
     with embedded("constant", Fleet(1, 1), fail_every=1, fail_kind="stall-mid") as url:
-        half, error = stream_of(url, [1, 2, 3], 8, timeout=1.0)
+        half, error = stream_of(url, [1, 2, 3], 8, timeout=5.0)
         assert isinstance(error, TimeoutError)
         assert len(half) == 4
 
 
 def test_a_server_can_start_slowly() -> None:
     """Until then completions are refused with 503 and how long to wait; then they are served."""
-    with embedded("constant", Fleet(1, 1), slow_start_s=1.5) as url:
+    with embedded("constant", Fleet(1, 1), slow_start_s=5.0) as url:
         status, said = call(f"{url}/v1/completions", {"model": "constant", "prompt": [1], "max_tokens": 1}, "POST")
         assert (status, said["error"]["message"]) == (503, "the server is still starting")
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while status == 503 and time.monotonic() < until:
             time.sleep(0.1)
             status, _ = call(f"{url}/v1/completions", {"model": "constant", "prompt": [1], "max_tokens": 1}, "POST")
