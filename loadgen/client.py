@@ -976,7 +976,9 @@ class Client:
         idle = route.idle
         while idle:
             connection = idle.pop()
-            if connection.transport is not None and not connection.transport.is_closing():
+            if self.clock() - connection.at > self._idle_s:  # nobody came to close it: this loop stood still
+                connection.close()
+            elif connection.transport is not None and not connection.transport.is_closing():
                 flight = _Flight(position, self.clock(), None, self._keep, route.secrets)
                 flight.dispatch = dispatch
                 self._flights[position] = flight

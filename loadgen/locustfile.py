@@ -360,6 +360,7 @@ def finished(environment: Any, error: str) -> None:
     if isinstance(environment.runner, WorkerRunner):
         if error not in ("", STOPPED):
             environment.process_exit_code = 1
+        environment.runner._send_stats()  # Locust's own last report, before: its master waits half a second for it when it quits
         environment.runner.send_message("steelyard.done", {"run": SHARED["run"], "error": error})
         return
     _DONE.append(error)

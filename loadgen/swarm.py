@@ -1383,7 +1383,8 @@ class _WorkerSide:
     def flush(self) -> None:
         """Send finished rows up and show them to Locust."""
         # Read before the rows: what finished before this line is in them.
-        over = self._running is not None and self._running.done()
+        running = self._running
+        over = running is not None and running.done()
         source = self.engine.rows
         rows = [source.popleft() for _ in range(len(source))]
         if rows:
@@ -1402,8 +1403,9 @@ class _WorkerSide:
                 )
                 if i % 16 == 15:
                     gevent.sleep(0)  # let heartbeats and the client through
-        if over and self._running is not None:
-            running, self._running = self._running, None
+        # A master that broke a run off may have begun another meanwhile.
+        if over and running is not None and running is self._running:
+            self._running = None
             error = running.exception()
             cost = {} if error else running.result()
             self.runner._send_stats()  # Locust's own last report, before we say that it is over

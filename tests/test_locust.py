@@ -191,7 +191,7 @@ def test_a_wrong_option_ends_locust_with_one_line(wrong: list[str], words: str, 
 
 def failing(mine: Path, endpoint: str, db: str) -> str:
     """What Locust said of a run by a locustfile that fails; it ended by itself, and not with 0."""
-    main = locust("--headless", "--host", endpoint, "--trace", "t", "--db", db, file=mine)
+    main = locust("--headless", "--host", endpoint, "--trace", "t", "--rate", "5", "--db", db, file=mine)
     try:
         said, _ = main.communicate(timeout=60)
     finally:
@@ -388,6 +388,7 @@ def test_credentials_go_where_the_command_line_says_and_nowhere_else() -> None:
             told.append(worker.hear("steelyard.run"))
             told.append(worker.hear("spawn"))
             worker.hear("stop")
+            ask(page, "/stop", "POST")  # ends the start, too: it waits for users, and would then say "running"
         assert ask(page, "/")[0] == 200
     finally:
         worker.leave()

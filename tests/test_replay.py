@@ -162,6 +162,7 @@ def test_a_killed_worker_leaves_an_incomplete_run(store: Store, endpoint: str) -
     import os
 
     asked, killed = schedule(120, 40.0), list[int]()
+    asked.output_tokens[-2:] = 400  # seconds: the victim is at work when it is killed, however late
     with Swarm(workers=2) as pair:
 
         def kill(ended: int, _: int) -> None:
@@ -590,7 +591,7 @@ def test_a_database_that_goes_away_costs_nothing(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "away.db"
     url = f"sqlite:///{path}"
-    asked = schedule(60, 30.0)
+    asked = schedule(60, 15.0)
 
     def leave() -> None:
         until = time.monotonic() + 60
@@ -742,7 +743,7 @@ def test_what_a_writer_could_not_do_for_a_moment_is_no_error_of_the_run(
     took = store.add_observations
 
     def slow(run_id: int, batch: Observations) -> None:
-        time.sleep(GRACE_S + 0.2)
+        time.sleep(GRACE_S + 1.0)
         took(run_id, batch)
 
     with Writer(store, run.id, every_s=0.05) as writer:
@@ -873,11 +874,12 @@ def test_a_kill_while_changes_are_costed_leaves_the_end_to_the_next_command(
 def test_a_batch_that_nothing_takes_costs_no_other(store: Store, tmp_path: Path) -> None:
     """The thread that gathers rows died of a batch that JSON refuses, and what came later was stored by nobody."""
     run, rows = begun(store), held_rows(4)
-    with Writer(store, run.id, every_s=0.1) as writer:
-        rename(tmp_path / "made.db", "observations", "hidden")
-        writer.put(Steered(Decision(0.0, math.inf, "move", None, None, "why"), "c", 0.0))
-        writer.put([Sample(1.0, "w", "decode", running_requests=math.inf, waiting_requests=1.0)])
-        writer.put(rows.take(np.array([0, 1])))
+    writer = Writer(store, run.id, every_s=0.1)
+    rename(tmp_path / "made.db", "observations", "hidden")
+    writer.put(Steered(Decision(0.0, math.inf, "move", None, None, "why"), "c", 0.0))
+    writer.put([Sample(1.0, "w", "decode", running_requests=math.inf, waiting_requests=1.0)])
+    writer.put(rows.take(np.array([0, 1])))
+    with writer:  # its threads find all three at once
         until = time.monotonic() + 10
         while writer.error is None and time.monotonic() < until:
             time.sleep(0.02)
@@ -1414,24 +1416,24 @@ def test_a_killed_master_leaves_what_was_finished(db: str, endpoint: str, capsys
         while time.monotonic() < until:
             if began == math.inf and store.runs() and len(store.observations(1)):
                 began = time.monotonic()
-            if time.monotonic() > began + 3:
+            if time.monotonic() > began + 6:
                 break
             time.sleep(0.05)
-        killed = time.time()
         child.kill()
         child.wait()
-        finished_s = killed - store.run(1).started_unix_s - 2.5
         rows = store.observations(1)
         assert not store.run(1).ended
         assert len(rows) > 20
         assert set(rows.status) == {"ok"}
-        last = rows.last_token_s.max()
-        assert last > finished_s - 1
+        # By their own clock, six seconds after the first was seen: how long workers took to be ready is not in it.
+        assert rows.last_token_s.max() - rows.last_token_s.min() > 2.5
         assert len(set(rows.index.tolist())) == len(rows)
     capsys.readouterr()
     assert main(["runs", "show", "1", "--db", db]) == 0
     said = capsys.readouterr()
-    assert f"  {len(rows)} of " in said.out + said.err
+    with open_store(db) as store:
+        there = len(store.observations(1))  # with what waited on disk when it was killed
+    assert f"  {there} of " in said.out + said.err
     assert "ms -> running or broken off" in said.out + said.err
     assert "nan" not in (said.out + said.err).split("from sent")[0]
     assert main(["compare", "1", "1", "--db", db]) == 1
