@@ -1896,3 +1896,22 @@ def test_ctrl_c_ends_a_controller_and_puts_the_fleet_back(server: str, tmp_path:
     finally:
         child.kill()
     assert control.get().settled(before)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_ctrl_c_while_a_controller_begins_is_a_stop_like_any_other(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    """Its thread may say its first line before the main one is further."""
+    enter = Controller.__enter__
+
+    def interrupted(controller: Controller) -> Controller:
+        if started:
+            enter(controller)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Controller, "__enter__", interrupted)
+    how = ["--policy", "online-report", "--tick", "0.1", "--db", f"sqlite:///{tmp_path / 'a.db'}"]
+    assert main(["control", "run", server, *how]) == 0
+    assert "stopping" in capsys.readouterr().out
+    assert Journal.all() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -443,24 +444,24 @@ def run(
             if not dry_run:
                 ledger.put(lambda: store.add_fleet_change(None, change, made.name, unix))
 
-        with (
+        controller = Controller(
             keeper,
-            Controller(
-                keeper,
-                read,
-                policy.Steering(rule),
-                zero,
-                on_change,
-                on_decision=on_decision,
-                on_said=say,
-                on_standing=on_standing,
-                tick_s=seconds_between(options["tick_s"], known),
-                stale_s=options["stale_s"],
-                most_per_hour=options["max_switches_per_hour"],
-            ) as controller,
-        ):
+            read,
+            policy.Steering(rule),
+            zero,
+            on_change,
+            on_decision=on_decision,
+            on_said=say,
+            on_standing=on_standing,
+            tick_s=seconds_between(options["tick_s"], known),
+            stale_s=options["stale_s"],
+            most_per_hour=options["max_switches_per_hour"],
+        )
+        with keeper, contextlib.ExitStack() as ending:
+            ending.push(controller)
             try:
                 with terminable():
+                    controller.__enter__()  # in here: whoever reads its first line may press Ctrl-C at once
                     until = math.inf if for_s is None else time.monotonic() + for_s
                     # In pieces: a signal that comes in the moment one begins does not end it.
                     while (left := until - time.monotonic()) > 0:

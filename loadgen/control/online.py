@@ -131,7 +131,8 @@ class Controller:
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
-        self._thread.join(STEP_S + 30)  # it may be asking for a fleet, behind a step of the change before
+        with contextlib.suppress(RuntimeError):  # Ctrl-C came before it was started
+            self._thread.join(STEP_S + 30)  # it may be asking for a fleet, behind a step of the change before
         with contextlib.suppress(EndpointError):  # a change that settles in the last tick is still seen
             self._arrived()
         self._hand_on(math.nan)
