@@ -486,6 +486,13 @@ class Scraper:
             when = max(when + self._period_s, time.monotonic())
             self._stop.wait(max(0.0, when - time.monotonic()))
         with contextlib.suppress(RuntimeError, MemoryError):
+            with self._lock:
+                left = [s.busy for s in self._sources.values() if s.busy is not None and self._awaited(s)]
+            # Asked before the end, these tell of before. This wait and the round's end within __exit__'s.
+            wait(left, timeout=PAGE_S - 1)
+            with self._lock:
+                self._came()
+            self._tell()
             self._round(PAGE_S)  # the difference over the run ends here
             self._tell()
 
@@ -559,12 +566,16 @@ class Scraper:
                 late = not seldom or (time.monotonic() - source.failed_at >= FIND_S and not (gone and failing))
                 if source.busy is None and late:
                     source.busy, source.asked_at = self._apart(partial(self._page, source)), time.monotonic()
-                if source.busy is not None and not (gone or failing):
+                if source.busy is not None and self._awaited(source):
                     asked.append(source.busy)
         wait(asked, timeout=patience_s)
         with self._lock:
             self._came()
             self._round_s = time.monotonic() - self._zero
+
+    def _awaited(self, source: _Source) -> bool:
+        """Does anybody wait for this page?"""
+        return source.failures < GIVE_UP and source.worker.name not in self._gone
 
     def _came(self) -> None:
         """Note which pages came or failed, also those that nobody can be asking for any more."""

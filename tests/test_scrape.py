@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -24,7 +25,7 @@ from loadgen.discover import Discovery
 from loadgen.engines import Worker, engine
 from loadgen.scrape import GIVE_UP, Scraper, page_of, read, samples
 from loadgen.served import Served
-from tests.pages import Pages
+from tests.pages import Ask, Pages
 from traces.errors import EndpointError
 from traces.measures import parts_of
 from traces.records import Fleet, Histogram, Sample
@@ -345,20 +346,22 @@ def test_dynamo_workers_are_known_by_the_id_on_their_page() -> None:
     assert {s.worker for s in found if s.role == "router"} == {"router"}
 
 
+def queued(count: int, total: float, fast: int) -> str:
+    """A page with vLLM's histogram of queue times."""
+    return (
+        f'vllm:request_queue_time_seconds_bucket{{le="0.1"}} {fast}\n'
+        f'vllm:request_queue_time_seconds_bucket{{le="+Inf"}} {count}\n'
+        f"vllm:request_queue_time_seconds_count {count}\nvllm:request_queue_time_seconds_sum {total}\n"
+    )
+
+
 def test_histograms_are_kept_as_the_difference_over_the_run() -> None:
     """What was counted before the first reading is not the run's; a server that began anew adds what it has counted since, and
     one that shows a histogram from its first observation on all of it; a change of role is no beginning."""
-
-    def page(count: int, total: float, fast: int) -> str:
-        return (
-            f'vllm:request_queue_time_seconds_bucket{{le="0.1"}} {fast}\n'
-            f'vllm:request_queue_time_seconds_bucket{{le="+Inf"}} {count}\n'
-            f"vllm:request_queue_time_seconds_count {count}\nvllm:request_queue_time_seconds_sum {total}\n"
-        )
-
+    page = queued
     with Pages() as pages:
         pages["/p"] = page(100, 50.0, 90)
-        scraper = scraper_of(pages, [Worker("p0", "prefill", metrics=f"{pages.url}/p")], [])
+        scraper = scraper_of(pages, [Worker("p0", "prefill", metrics=f"{pages.url}/p")], [], 0.2)
         with scraper:
             until(lambda: scraper.readings >= 1)
             pages["/p"] = page(110, 53.0, 95)
@@ -378,6 +381,29 @@ def test_histograms_are_kept_as_the_difference_over_the_run() -> None:
             Histogram("p0", "prefill", "prefill_s", prefill, 7, 0.7, ((0.1, 7), (math.inf, 7))),
             Histogram("p0", "prefill", "queue_s", queue, 14, 4.0, ((0.1, 6), (math.inf, 14))),
         ]
+
+
+def test_a_page_made_before_the_end_is_not_the_reading_of_the_end() -> None:
+    """One that was asked for before, and comes after, is taken for what it is; another is asked for."""
+    found: list[Sample] = []
+    asked = threading.Event()
+
+    def slow(ask: Ask) -> str:
+        asked.set()
+        scraper._stop.wait(10)
+        time.sleep(0.3)
+        return queued(102, 51.0, 91)
+
+    with Pages() as pages:
+        pages["/p"] = queued(100, 50.0, 90)
+        scraper = scraper_of(pages, [Worker("p0", "prefill", metrics=f"{pages.url}/p")], found)
+        with scraper:
+            until(lambda: scraper.readings >= 1)
+            pages["/p"] = slow
+            assert asked.wait(10)
+            pages["/p"] = queued(105, 52.0, 93) + "vllm:num_requests_waiting 2\n"
+    assert [(h.count, h.total) for h in scraper.histograms()] == [(5, 2.0)]
+    assert found[-1].waiting_requests == 2
 
 
 def test_a_slow_page_holds_up_no_other() -> None:
