@@ -734,6 +734,25 @@ def test_ctrl_c_at_a_question_ends_the_command() -> None:
         assert child.stderr.read() == b"\nsteelyard: interrupted\n"
 
 
+def test_ctrl_c_at_a_question_is_not_lost_where_it_interrupts_no_wait() -> None:
+    """As one that comes just before the wait, or that another thread takes: nothing wakes the main one."""
+    answered, free = threading.Event(), threading.Event()
+
+    def operator(question: str) -> str:
+        time.sleep(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        free.wait(15)
+        answered.set()
+        return "4:4"
+
+    control = control_of("manual:", Connect(endpoint, endpoint, operator))
+    assert control is not None
+    with pytest.raises(KeyboardInterrupt):
+        control.get()
+    assert not answered.is_set()
+    free.set()
+
+
 def test_where_nobody_can_be_asked_manual_says_so() -> None:
     control = control_of("manual:", CONNECT)
     assert control is not None

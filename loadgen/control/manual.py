@@ -76,6 +76,10 @@ class Manual:
             target=self._read, args=(self._ask_operator, question), name="steelyard-operator", daemon=True
         ).start()
         try:
+            # In pieces: a signal that comes in the moment one begins does not end it.
+            while not asked.done():
+                with contextlib.suppress(TimeoutError, CancelledError):
+                    asked.exception(0.5)
             return asked.result()
         except CancelledError:
             raise LostError("--control manual: the question was given up.") from None
