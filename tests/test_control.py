@@ -1255,7 +1255,7 @@ def test_workers_of_a_vllm_router_are_registered_in_the_roles_asked_for(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Again and again, in the words that the router was seen to understand; in force is when the old role is forgotten."""
-    for name, value in (("BEAT_S", 0.3), ("JOIN_S", 0.2), ("LINGER_S", 2.5)):  # the router's 5 s are 1.5 s here
+    for name, value in (("BEAT_S", 0.3), ("JOIN_S", 0.2), ("LINGER_S", 4.0)):  # the router's 5 s are 1.5 s here
         monkeypatch.setattr(vllm_router, name, value)
     file = tmp_path / "vllm.toml"
     file.write_text(

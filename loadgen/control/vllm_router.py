@@ -28,6 +28,9 @@ from traces.errors import InputError
 from traces.records import Fleet
 
 BEAT_S = 1.0
+ALIVE_S = 5 * BEAT_S
+"""Who has not beaten for so long does so no more."""
+
 LINGER_S = 5.5
 """The old role of a worker is forgotten within that: the router drops it 5 s after its last beat."""
 
@@ -93,7 +96,7 @@ class VllmRouter:
             alive = self.file.with_suffix(".alive")
             said = json.loads(alive.read_text(encoding="utf-8"))
             wanted = json.loads(self.file.read_text(encoding="utf-8"))
-            if time.time() - alive.stat().st_mtime < 5 * BEAT_S:
+            if time.time() - alive.stat().st_mtime < ALIVE_S:
                 since_s = time.time() - float(said["since_unix_s"])
                 return Fleet.parse(wanted["target"]), Fleet.parse(said["taken"]), since_s, bool(said["moved"])
         raise LostError(
