@@ -265,12 +265,13 @@ class ApiServer:
         *roles: tuple[Callable[[Any], int], Callable[[dict[str, Any], dict[str, int]], Any], dict[str, str]],
     ) -> None:
         """An object, and what its controllers do: (replicas wanted, put the status in, labels of the pods), a role each."""
-        self.store(plural, held, "ADDED")
-        for wanted, tell, labels in roles:
-            self.roles.append((plural, held["metadata"]["name"], wanted, tell, labels))
-            for _ in range(wanted(held)):
-                self.pod(labels, ready=True)
-        self.settle()
+        with self.changed:  # or its thread settles what is half there
+            self.store(plural, held, "ADDED")
+            for wanted, tell, labels in roles:
+                self.roles.append((plural, held["metadata"]["name"], wanted, tell, labels))
+                for _ in range(wanted(held)):
+                    self.pod(labels, ready=True)
+            self.settle()
 
     def workload(self, name: str, replicas: int, plural: str = "deployments") -> None:
         """A Deployment or another with one count."""
