@@ -174,10 +174,10 @@ def test_what_failed_long_ago_is_still_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def replay_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """A replay of two seconds, as the words of a command line."""
+    """A replay of four seconds, as the words of a command line."""
     folder = tmp_path_factory.mktemp("terminal")
     csv = folder / "steady.csv"
-    csv.write_text("arrival,input,output\n" + "".join(f"{i / 40:.3f},40,10\n" for i in range(80)), encoding="utf-8")
+    csv.write_text("arrival,input,output\n" + "".join(f"{i / 20:.3f},40,10\n" for i in range(80)), encoding="utf-8")
     db = f"sqlite:///{folder}/t.db"
     columns = "arrival=arrival,input=input,output=output"
     assert main(["ingest", str(csv), "--map", columns, "--name", "steady", "--db", db, "-q"]) == 0

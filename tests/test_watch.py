@@ -27,11 +27,14 @@ import pytest
 from tests.conftest import DISTURBED
 @pytest.mark.timed
 def test_disturbed(request):
-    watcher = request.config.stash[DISTURBED].watch._process
+    disturbed = request.config.stash[DISTURBED]
+    watcher = disturbed.watch._process
     watcher.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
     watcher.send_signal(signal.SIGCONT)
-    time.sleep(0.5)
+    until = time.monotonic() + 15
+    while not disturbed() and time.monotonic() < until:
+        time.sleep(0.01)
     assert False
 @pytest.mark.timed
 def test_undisturbed():
