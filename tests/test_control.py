@@ -1028,9 +1028,9 @@ def test_a_worker_that_keeps_its_requests_is_named(routers: list[Router], tmp_pa
     router = Router([("prefill", "prefill"), ("prefill", "prefill"), ("decode", "decode")], deaf=True)
     router.hangs_up = hangs_up
     routers.append(router)
-    control = control_of(router.file(tmp_path / "sglang.toml"), CONNECT)
+    control = control_of(router.file(tmp_path / "sglang.toml", drain_s=3), CONNECT)
     assert control is not None
-    with pytest.raises(LostError, match=r"does not drain: it still holds 2 requests 1 s after"):
+    with pytest.raises(LostError, match=r"does not drain: it still holds 2 requests 3 s after"):
         put(control, Fleet(1, 1))
 
 
@@ -1093,6 +1093,7 @@ def test_what_is_secret_in_a_controls_urls_is_nowhere(
 ) -> None:
     """Not in a dry run, nor in what is in force, nor in what a step that failed says (a controller stores that), nor on disk."""
     monkeypatch.setattr("loadgen.control.sglang.START_S", 0.1)
+    monkeypatch.setenv("STEELYARD_DB", f"sqlite:///{tmp_path / 'a.db'}")
     router = Router([("prefill", "prefill"), ("decode", "decode"), ("any", "")])
     routers.append(router)
     sglang = Path(router.file(tmp_path / "sglang.toml"))
@@ -1107,6 +1108,8 @@ def test_what_is_secret_in_a_controls_urls_is_nowhere(
     made.file.parent.mkdir(parents=True)
     vllm_router._write(made.file, {"target": "1:1"})
     vllm_router._write(made.file.with_suffix(".alive"), {"taken": "1:1", "since_unix_s": 0, "moved": False})
+    later = time.time() + 3600
+    os.utime(made.file.with_suffix(".alive"), (later, later))
     command = "command:" + json.dumps(["put", "http://me:PL@NTED@h/{prefill}", "{decode}", "--token=PLNTED"])
     prefill, _, free = router.workers
 
@@ -1707,7 +1710,7 @@ def test_a_controller_alone_steers_a_live_endpoint_and_writes_rows(
     assert said["moves"] == 0
     assert {d["action"] for d in said["decisions"]} == {"hold"}
     with open_store(db) as store:
-        assert sum(d.repeats for d in store.decisions(None)) >= 4
+        assert sum(d.repeats for d in store.decisions(None)) >= 2
 
 
 def test_a_forecast_with_a_clock_is_kept_for_the_traffic_it_was_learned_from(
@@ -1748,7 +1751,7 @@ def test_a_controller_reads_the_workers_of_a_targets_file(
         file = tmp_path / "targets.json"
         workers = [{"role": role, "metrics": f"{pages.url}/{role[0]}/metrics"} for role in ("prefill", "decode")]
         file.write_text(json.dumps({"workers": workers}))
-        arguments = ["--policy", "online-report", "--for", "3", "--tick", "0.2", "--max-switches-per-hour", "1"]
+        arguments = ["--policy", "online-report", "--for", "5", "--tick", "0.2", "--max-switches-per-hour", "1"]
         db = f"sqlite:///{tmp_path / 'a.db'}"
         open_store(db).close()
         rename(tmp_path / "a.db", "decisions", "hidden")
@@ -1760,7 +1763,7 @@ def test_a_controller_reads_the_workers_of_a_targets_file(
         stored = store.decisions(None)
     assert [(d.action, d.repeats) for d in stored] == [(d["action"], d["repeats"]) for d in said["decisions"]]
     assert [d.action for d in stored][-2:] == ["move", "cap"]
-    assert stored[-1].repeats > 3
+    assert stored[-1].repeats > 1
     moved = [d for d in said["decisions"] if d["action"] == "move"]
     assert [(d["before"], d["after"], d["reason"]) for d in moved] == [("3:3", "4:2", "9 prompts and 0 answers wait")]
     assert endpoint(server).fleet() == Fleet(3, 3)
@@ -1779,7 +1782,7 @@ def test_a_controller_whose_fleet_does_not_come_back_has_not_done_its_work(
         file.write_text(json.dumps({"workers": workers}))
         rule = ["--policy", "online-report", "--targets", str(file), "--tick", "0.1", "--max-switches-per-hour", "1"]
         db = ["--db", f"sqlite:///{tmp_path / 'a.db'}"]
-        assert main(["control", "run", server, "--control", str(control), *rule, "--for", "2.5", *db]) == 1
+        assert main(["control", "run", server, "--control", str(control), *rule, "--for", "5", *db]) == 1
     assert "could not be put back" in capsys.readouterr().err
     assert (tmp_path / "fleet").read_text() == "8:2"
     assert len(Journal.all()) == 1
@@ -1796,7 +1799,7 @@ def test_a_dry_run_of_a_controller_stores_no_move(
         file.write_text(json.dumps({"workers": workers}))
         db = f"sqlite:///{tmp_path / 'a.db'}"
         rule = ["--policy", "online-report", "--targets", str(file), "--tick", "0.1"]
-        assert main(["control", "run", server, *rule, "--for", "2.5", "--dry-run", "--json", "--db", db]) == 0
+        assert main(["control", "run", server, *rule, "--for", "5", "--dry-run", "--json", "--db", db]) == 0
     told = capsys.readouterr()
     assert any(d["action"] == "move" for d in json.loads(told.out)["decisions"])
     assert f"dry run: PUT {server}/fleet: 3:3 -> 4:2" in told.err
