@@ -346,7 +346,7 @@ class Scraper:
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(self._period_s + 2 * PAGE_S + 5)
         self._left = True
 
     def assign(self, roles: Mapping[str, Sequence[str]], pages: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -568,10 +568,11 @@ class Scraper:
                     source.busy, source.asked_at = self._apart(partial(self._page, source)), time.monotonic()
                 if source.busy is not None and self._awaited(source):
                     asked.append(source.busy)
+        began_s = time.monotonic() - self._zero
         wait(asked, timeout=patience_s)
         with self._lock:
             self._came()
-            self._round_s = time.monotonic() - self._zero
+            self._round_s = began_s  # whoever answered is not late by what others took
 
     def _awaited(self, source: _Source) -> bool:
         """Does anybody wait for this page?"""

@@ -487,7 +487,7 @@ def test_a_connection_that_lay_idle_while_the_loop_stood_still_is_not_used_again
 
     rows, _, connections = asyncio.run(ask(GOOD[0], due=[0.0, 2.0], idle_s=1.5, act=pause))
     assert [r.status for r in rows] == ["ok"] * 2
-    assert connections == 2
+    assert connections >= 2
 
 
 def test_stopping_leaves_no_request_without_a_row() -> None:
