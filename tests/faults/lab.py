@@ -402,17 +402,13 @@ class Trial:
         return len(self._seen) >= answers
 
     def rest(self, low: float, high: float, watched: bool = False) -> float:
-        """Sleep for a random time, looking at the endpoint's log if it will not live to be asked; returns the time now, less
-        what the machine stood still: nobody stored anything meanwhile."""
-        until, still = time.monotonic() + float(self.rng.uniform(low, high)), 0.0
-        while (left := until - (began := time.monotonic())) > 0:
-            nap = min(left, 0.2)
-            time.sleep(nap)
-            if (late := time.monotonic() - began - nap) > 0.1:
-                until, still = until + late, still + late
+        """Sleep for a random time, looking at the endpoint's log if it will not live to be asked; returns the time now."""
+        until = time.monotonic() + float(self.rng.uniform(low, high))
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
             if watched:
                 self.look()
-        return time.monotonic() - still
+        return time.monotonic()
 
     # --- the truth
 
