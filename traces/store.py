@@ -57,7 +57,7 @@ from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from traces import __version__, pgcopy
-from traces.aggregate import COLUMNS, MEASURES, SLOTS, Bins
+from traces.aggregate import COLUMNS, MEASURES, Bins
 from traces.credentials import read_secret
 from traces.errors import InputError, StoreError, understood
 from traces.formats.blocks import unpack
@@ -1568,11 +1568,9 @@ class Store:
             good.append(sa.or_(keeps, tokens <= 1) if metric == "tpot" else keeps)
         due = sa.func.coalesce(t.due_s, found.warmup_s)
         slot = sa.cast(sa.func.floor((due - found.warmup_s) / found.width_s), sa.Integer)
-        # Rows follow one another as they were due, nearly, so most pieces of the key lie within one slot. To group all of them
-        # takes SQLite a sort, which costs as much as reading them. While the database counts, its driver lets other threads run.
+        # In pieces, so that SQLite groups each in its memory. While the database counts, its driver lets other threads run.
         most = sa.select(sa.func.max(t.index)).where(t.run_id == run_id)
         good += [t.index >= sa.bindparam("start"), t.index < sa.bindparam("end")]
-        ends = sa.select(sa.func.count(), sa.func.min(due), sa.func.max(due)).where(*good)
         inner = sa.select(slot.label("slot")).where(*good).subquery()
         by_slot = sa.select(inner.c.slot, sa.func.count()).group_by(inner.c.slot)
 
@@ -1580,16 +1578,13 @@ class Store:
             counted: Counter[int] = Counter()
             with self._begin() as connection:
                 for start in starts:
-                    piece = {"start": start, "end": start + starts.step}
-                    n, *at = connection.execute(ends, piece).one()
-                    low, high = (math.floor((due_s - found.warmup_s) / found.width_s) if n else 0 for due_s in at)
-                    held: Iterable[Any] = [(low, n)] if low == high else connection.execute(by_slot, piece)
+                    held = connection.execute(by_slot, {"start": start, "end": start + starts.step})
                     counted.update({int(k): int(more) for k, more in held})
             return counted
 
         with self._begin() as connection:
             rows = (connection.execute(most).scalar() or 0) + 1
-        starts = range(0, rows, max(BATCH, rows // (5 * SLOTS)))
+        starts = range(0, rows, FEED_ROWS)
         share = math.ceil(len(starts) / READERS)
         shares = [starts[k * share : (k + 1) * share] for k in range(READERS)]
         if isinstance(self._engine.pool, sa.pool.SingletonThreadPool):  # in memory: another thread would find nothing
