@@ -19,9 +19,11 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
+from threadpoolctl import threadpool_limits
 
 from advisor.table import Table
 from traces.aggregate import BINS, EDGES, MIDDLES, WIDTH, Bins
@@ -75,6 +77,12 @@ class Binned:
     counts: dict[str, Floats]
     latency: dict[str, Counts]
     series: Floats
+
+    @cached_property
+    def used(self) -> dict[str, tuple[int, int]]:
+        """Metric -> (first, last) of the bins of latency that hold anything."""
+        held = {metric: np.flatnonzero(counted.any(axis=0)) for metric, counted in self.latency.items()}
+        return {metric: (int(bins[0]), int(bins[-1])) if len(bins) else (0, 0) for metric, bins in held.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +280,7 @@ def _figures(one: Binned, weights: Counts) -> dict[str, Floats]:
         "failed": 1 - n["ok"] / np.maximum(n["requests"], 1e-9),
     }
     for metric in ("ttft", "tpot", "e2e"):
-        used = np.flatnonzero(one.latency[metric].any(axis=0))
-        first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
+        first, last = one.used[metric]
         below = np.cumsum(weights @ one.latency[metric][:, first : last + 1], axis=1, dtype=np.float64)
         for q in QUANTILES:
             found[f"{metric}_p{q * 100:g}_s"] = _quantile(below, q, EDGES[first:])
@@ -339,7 +346,8 @@ def against_first(
     store: Store, runs: Sequence[Run], slo: Slo, *, seed: int = 0
 ) -> tuple[list[Figures], list[Comparison]]:
     """(the figures of each run, every other run against the first). Two are read at a time and let go of: groups are long."""
-    with ThreadPoolExecutor(2) as pool:  # what the database counts, it counts beside us
+    # What the database counts, it counts beside us; threads of BLAS, which go on spinning for a while, would take its cores.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(2) as pool:
         first = pool.submit(read, store, runs[0], slo)
 
         def against(run: Run) -> tuple[Figures, Comparison]:

@@ -181,13 +181,8 @@ def ask(url: str, only: str) -> None:
     for n, ids in sorted(found.items()):
         one, two = map(str, ids[:2])
         report = os.path.join(folder, "report.html")
-        other = (
-            "compare",
-            one,
-            two,
-            "--slo",
-            f"ttft<{1 + time.time() % 1}s tpot<50ms",
-        )  # one that no call asked about before
+        slo = ("--slo", f"ttft<{1 + time.time() % 1}s tpot<50ms")  # one that no call asked about before
+        other = ("compare", one, two, *slo)
         question = ("--run", one, "--run", two, "--gpus", "8")
         for name, words in (
             ("runs", ("runs",)),
@@ -196,6 +191,7 @@ def ask(url: str, only: str) -> None:
             *([(f"compare of {len(ids)}", ("compare", *map(str, ids)))] if len(ids) > 2 else []),
             ("compare, other SLO", other),
             ("the same again", other),
+            *([(f"other SLO, {len(ids)}", ("compare", *map(str, ids), *slo))] if len(ids) > 2 else []),
             ("advise, 8 GPUs", ("advise", *question)),
             ("advise, 32 GPUs", ("advise", *question[:-1], "32", "--rate", f"{4 * RATE_PER_S}")),
             ("report of it", ("report", "--recommendation", "latest", "--out", report)),

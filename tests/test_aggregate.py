@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -164,7 +165,10 @@ def test_counts_say_what_the_rows_say(made_any_url: str, warmup_s: float, monkey
                 assert quantiles[word] == pytest.approx(true, rel=0.0051), (name, word)
             assert quantiles["max"] == pytest.approx(values[-1], rel=1e-12)
         other = Slo.parse("ttft<0.1s tpot<0.2s e2e<3s")
-        monkeypatch.setattr(traces.store, "BATCH", 7)  # many pieces, within one slot of time and across
+        monkeypatch.setattr(traces.store, "FEED_ROWS", 7)  # many pieces, within one slot of time and across
+        monkeypatch.setattr(
+            traces.store, "SHARE_ROWS", 70
+        )  # by several at once, where the database is a file or a server
         wanted = of_rows(rows, str(other), warmup_s)
         for again in (False, True):
             if again:
@@ -224,6 +228,22 @@ def test_counts_do_not_depend_on_the_order_of_rows(seed: int, span: float, warmu
     counted = int((rows.due_s >= warmup * span).sum())
     assert found.total("requests") == counted
     assert aggregate.Bins.unpack(found.pack()[0], b"not at all") is None
+
+
+@pytest.mark.parametrize(("most", "size"), [(1, 1), (255, 1), (256, 2), (65_536, 4)])
+def test_counts_are_kept_in_as_few_bytes_as_hold_them(most: int, size: int) -> None:
+    """One byte each up to 255 in a bin, and the four that an earlier version kept of every count are read as well."""
+    found = of_rows(answered(60, 1), "ttft<1s", 0.0)
+    found.latency[0, 0, 40] = most
+    held, body = found.pack()
+    assert held["size"] == size
+    older = np.ascontiguousarray(found.latency[:, : found.slots, slice(*held["bins"])], dtype="<u4").tobytes()
+    for plain, packed in ((held, body), ({k: v for k, v in held.items() if k != "size"}, zlib.compress(older))):
+        again = aggregate.Bins.unpack(plain, packed)
+        assert again is not None
+        assert np.array_equal(again.latency, found.latency)
+    for wrong in (0, 3, -1, size * 2, "many", None):
+        assert aggregate.Bins.unpack(held | {"size": wrong}, body) is None
 
 
 def test_reports_and_comparisons_of_counts_are_those_of_the_rows(

@@ -338,8 +338,10 @@ class Bins:
             for w, n in self.by_worker.items()
         ]
         held |= {"means": self.means, "failures": self.failures, "others": self.others}
-        body = np.ascontiguousarray(self.latency[:, :k, first:end], dtype="<u4").tobytes()
-        return held, zlib.compress(body, 1)
+        counted = self.latency[:, :k, first:end]
+        kind = np.min_scalar_type(counted.max(initial=0)).newbyteorder("<")
+        held["size"] = kind.itemsize
+        return held, zlib.compress(np.ascontiguousarray(counted, dtype=kind).tobytes(), 1)
 
     @classmethod
     def unpack(cls, held: Mapping[str, Any], body: bytes) -> Self | None:
@@ -350,11 +352,12 @@ class Bins:
                 setattr(made, name, type(getattr(made, name))(held[name]))
             k = made.slots
             first, end = (int(at) for at in held.get("bins", (0, BINS)))  # older ones hold all
+            kind = np.dtype(f"<u{int(held.get('size', 4))}")  # of a count; older ones have four bytes each
             if not (1 <= k <= SLOTS and 0 <= first <= end <= BINS):
                 return None
-            size = len(MEASURES) * k * (end - first) * 4
+            size = len(MEASURES) * k * (end - first) * kind.itemsize
             raw = zlib.decompressobj().decompress(body, size + 1)
-            made.latency[:, :k, first:end] = np.frombuffer(raw, dtype="<u4").reshape(len(MEASURES), k, end - first)
+            made.latency[:, :k, first:end] = np.frombuffer(raw, dtype=kind).reshape(len(MEASURES), k, end - first)
             for name, array in made.counts.items():
                 array[:k] = held["counts"][name]
             made.largest[:, :k] = [[-math.inf if v is None else v for v in row] for row in held["largest"]]

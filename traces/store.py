@@ -348,6 +348,9 @@ LEFT_S = 60.0
 READERS = 4
 """Threads that count the rows of a run at once, each with a connection. More than there are cores do no harm."""
 
+SHARE_ROWS = 500_000
+"""Rows that one of them takes at least: of several runs so short each is counted by whoever asked, as fast, for less."""
+
 COUNTED_RUNS = 8
 """Long runs whose rows one store counts while it stores them; of more, the oldest are counted when they end."""
 
@@ -722,10 +725,9 @@ def _at_work(connection: sa.Connection) -> Iterator[None]:
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
     try:
-        connection.execute("SELECT ln(1.0), floor(1.0)")
+        connection.execute("SELECT ceil(1.0)")
     except sqlite3.OperationalError:  # built without its mathematics
-        connection.create_function("ln", 1, lambda v: math.log(v) if v else None, deterministic=True)
-        connection.create_function("floor", 1, lambda v: None if v is None else math.floor(v), deterministic=True)
+        connection.create_function("ceil", 1, lambda v: None if v is None else math.ceil(v), deterministic=True)
     until = time.monotonic() + LOCKED_S
     while True:  # of a file that is not in this mode yet and that another writes: SQLite itself does not wait there
         try:
@@ -1567,7 +1569,8 @@ class Store:
             keeps: Any = latency[metric] <= limit
             good.append(sa.or_(keeps, tokens <= 1) if metric == "tpot" else keeps)
         due = sa.func.coalesce(t.due_s, found.warmup_s)
-        slot = sa.cast(sa.func.floor((due - found.warmup_s) / found.width_s), sa.Integer)
+        # The floor of how far it lies within. SQLAlchemy gives SQLite a floor of Python, which takes the lock for every row.
+        slot = sa.cast(-sa.func.ceil((found.warmup_s - due) / found.width_s), sa.Integer)
         # In pieces, so that SQLite groups each in its memory. While the database counts, its driver lets other threads run.
         most = sa.select(sa.func.max(t.index)).where(t.run_id == run_id)
         good += [t.index >= sa.bindparam("start"), t.index < sa.bindparam("end")]
@@ -1585,9 +1588,10 @@ class Store:
         with self._begin() as connection:
             rows = (connection.execute(most).scalar() or 0) + 1
         starts = range(0, rows, FEED_ROWS)
-        share = math.ceil(len(starts) / READERS)
-        shares = [starts[k * share : (k + 1) * share] for k in range(READERS)]
-        if isinstance(self._engine.pool, sa.pool.SingletonThreadPool):  # in memory: another thread would find nothing
+        share = max(SHARE_ROWS // FEED_ROWS, math.ceil(len(starts) / READERS))
+        shares = [starts[k : k + share] for k in range(0, len(starts), share)]
+        in_memory = isinstance(self._engine.pool, sa.pool.SingletonThreadPool)  # another thread would find nothing
+        if in_memory or len(shares) == 1:
             return dict(sum(map(count, shares), Counter[int]()))
         with ThreadPoolExecutor(READERS) as pool:
             return dict(sum(pool.map(count, shares), Counter[int]()))
