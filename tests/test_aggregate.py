@@ -244,6 +244,8 @@ def test_counts_are_kept_in_as_few_bytes_as_hold_them(most: int, size: int) -> N
         assert np.array_equal(again.latency, found.latency)
     for wrong in (0, 3, -1, size * 2, "many", None):
         assert aggregate.Bins.unpack(held | {"size": wrong}, body) is None
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        assert aggregate.Bins.unpack(held | {"width_s": wrong}, body) is None
 
 
 def test_reports_and_comparisons_of_counts_are_those_of_the_rows(

@@ -338,10 +338,10 @@ class Bins:
             for w, n in self.by_worker.items()
         ]
         held |= {"means": self.means, "failures": self.failures, "others": self.others}
-        counted = self.latency[:, :k, first:end]
+        counted = self.latency[:, :k, first:end].copy()  # rows may come meanwhile
         kind = np.min_scalar_type(counted.max(initial=0)).newbyteorder("<")
         held["size"] = kind.itemsize
-        return held, zlib.compress(np.ascontiguousarray(counted, dtype=kind).tobytes(), 1)
+        return held, zlib.compress(counted.astype(kind).tobytes(), 1)
 
     @classmethod
     def unpack(cls, held: Mapping[str, Any], body: bytes) -> Self | None:
@@ -353,7 +353,7 @@ class Bins:
             k = made.slots
             first, end = (int(at) for at in held.get("bins", (0, BINS)))  # older ones hold all
             kind = np.dtype(f"<u{int(held.get('size', 4))}")  # of a count; older ones have four bytes each
-            if not (1 <= k <= SLOTS and 0 <= first <= end <= BINS):
+            if not (1 <= k <= SLOTS and 0 <= first <= end <= BINS and 0 < made.width_s < math.inf):
                 return None
             size = len(MEASURES) * k * (end - first) * kind.itemsize
             raw = zlib.decompressobj().decompress(body, size + 1)
