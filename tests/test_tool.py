@@ -438,6 +438,7 @@ def test_without_a_verb_and_at_a_tab_the_file_of_options_is_read(
         ("replay = 3\n", "replay is a verb: write its options under [replay]"),
         ("rate = [1, 2]\n", "rate must be one value"),
         ('rate = "fast"\n', "rate: 'fast' is not a valid float"),
+        ("[replay]\nworkers = inf\n", "[replay] workers: inf is not a valid integer range."),
         ('json = "yes"\n', "json must be true or false"),
         ("[replay]\nheader = ['X-Key: 1']\n", "header may hold a secret"),
         ('api_key = "sk-1"\n', "api_key may hold a secret"),

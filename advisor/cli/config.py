@@ -183,4 +183,6 @@ def _value(where: str, option: click.Option, value: Any) -> Any:
             option.type.convert(one, option, None)
         except click.UsageError as error:
             raise InputError(f"{where}: {error.message}") from None
+        except OverflowError:  # inf, for click
+            raise InputError(f"{where}: {one!r} is not a valid {option.type.name}.") from None
     return values if option.multiple else value
