@@ -248,6 +248,130 @@ def test_counts_are_kept_in_as_few_bytes_as_hold_them(most: int, size: int) -> N
         assert aggregate.Bins.unpack(held | {"width_s": wrong}, body) is None
 
 
+def test_bins_end_at_a_tenth_of_a_microsecond_and_at_28_hours() -> None:
+    """Each value lies between the edges of its bin; what is at or below nothing in the first, what is beyond all in the last."""
+    last = aggregate.BINS - 1
+    assert aggregate.bins(np.array([-5.0, 0.0, 1e-9, 1e-7, 1e5, 1e9])).tolist() == [0, 0, 0, 0, last, last]
+    assert aggregate.bins(np.array([1e5 / math.exp(1.5 * aggregate.WIDTH)]))[0] < last
+    values = 10 ** np.random.default_rng(1).uniform(-6.9, 4.9, 1000)
+    place = aggregate.bins(values)
+    assert len(aggregate.EDGES) == aggregate.BINS + 1
+    assert ((aggregate.EDGES[place] <= values * (1 + 1e-9)) & (values <= aggregate.EDGES[place + 1] * (1 + 1e-9))).all()
+    rows = answered(60, 1)
+    rows.status[:], rows.due_s[:] = "ok", np.arange(60)
+    rows.first_token_s[:], rows.last_token_s[:] = (
+        rows.due_s - 1.0,
+        rows.due_s + 2e5,
+    )  # a clock that was set back, and days
+    found = of_rows(rows, "")
+    assert [found.quantile(name, 0.5) for name in ("ttft_s", "e2e_s")] == [-1.0, pytest.approx(1e5, rel=0.011)]
+    assert found.quantile("e2e_s", 1.0) == pytest.approx(2e5)
+    assert [found.share("ttft_s", 0.0), found.share("e2e_s", 1e9), found.share("e2e_s", 1.0)] == [0.0, 1.0, 0.0]
+    held, body = found.pack()
+    assert held["bins"] == [0, aggregate.BINS]
+    for plain in (held, {k: v for k, v in held.items() if k != "bins"}):  # older ones hold all bins
+        again = aggregate.Bins.unpack(plain, body)
+        assert again is not None
+        assert np.array_equal(again.latency, found.latency)
+    for wrong in ([-1, aggregate.BINS], [5, 4], [0, aggregate.BINS + 1]):
+        assert aggregate.Bins.unpack(held | {"bins": wrong}, body) is None
+    for slots in (0, aggregate.SLOTS + 1):
+        assert aggregate.Bins.unpack(held | {"slots": slots}, body) is None
+
+
+def test_every_latency_is_counted_once() -> None:
+    """In the slot in which its request was due; of a run of no request, or of as many slots as there may be, nothing is lost."""
+    rows = answered(300, 2)
+    rows.due_s[:] = np.arange(300) / 10
+    found = of_rows(rows, "")
+    due = np.floor(rows.due_s / found.width_s).astype(int) - found.base
+    for m, name in enumerate(aggregate.MEASURES):
+        values = getattr(rows, name)
+        seen = np.isfinite(values) & (rows.ok | (name == "lag_s"))
+        wanted = np.bincount(due[seen], minlength=aggregate.SLOTS)
+        assert found.latency[m].sum(axis=1).tolist() == wanted.tolist(), name
+    none = aggregate.Bins("ttft<1s")
+    again = aggregate.Bins.unpack(*none.pack())
+    assert again is not None
+    assert repr(again.figures()) == repr(none.figures())
+    assert again.figures().n == 0
+    full = Observations.empty(aggregate.SLOTS)
+    full.index[:] = np.arange(aggregate.SLOTS)
+    full.due_s[:] = np.arange(aggregate.SLOTS) * aggregate.FINEST_S
+    full.status[:] = "unsent"
+    most = of_rows(full, "")
+    assert (most.slots, most.width_s) == (aggregate.SLOTS, aggregate.FINEST_S)
+    again = aggregate.Bins.unpack(*most.pack())
+    assert again is not None
+    assert again.counts["requests"].tolist() == [1] * aggregate.SLOTS
+    good = most.within("ttft<9s", {-1: 3, 0: 1, aggregate.SLOTS - 1: 2, aggregate.SLOTS: 5}).counts["good"]
+    assert [good[0], good[-1], good.sum()] == [1, 2, 3]
+
+
+def test_rows_that_come_again_are_counted_once() -> None:
+    """Whatever their numbers, however far apart, and in whatever order."""
+    rows = answered(3000, 3)
+    found = aggregate.Bins("")
+    for part in (
+        slice(0, 1),
+        slice(1023, 1025),
+        slice(0, 1024),
+        slice(2999, 3000),
+        slice(0, 3000),
+        slice(5, 9),
+        slice(0, 0),
+    ):
+        found.add_once(rows.take(part))
+    assert found.rows == 3000
+    assert found.counts["requests"].sum() == 3000
+
+
+def test_the_first_that_was_seen_of_a_failure_is_told() -> None:
+    """By when it was due, in whatever order rows come, and not one of which nothing was seen; kinds beyond the last are one."""
+    rows = Observations.empty(6)
+    rows.index[:] = np.arange(6)
+    rows.due_s[:] = [0.0, 1.0, 2.0, 3.0, 3.0, 4.0]
+    rows.status[:] = ["failed"] * 5 + ["lost"]
+    rows.error[:5] = "timeout"
+    rows.detail[:] = ["", "", "second", "third", "at once", ""]
+    for order in ([0, 1, 2, 3, 4, 5], [3, 4, 2, 1, 0, 5], [5, 0, 4, 3, 2, 1]):
+        found = aggregate.Bins("")
+        for k in order:
+            found.add(rows.take([k]))
+        assert found.failures == {"timeout": [5, 2.0, "second"], "lost": [1, math.inf, ""]}
+    found = aggregate.Bins("")
+    found.add(rows.take([3, 4]))
+    assert found.failures == {"timeout": [2, 3.0, "third"]}  # of two at once the one that came first
+    many = Observations.empty(aggregate.KINDS + 3)
+    many.index[:] = np.arange(len(many))
+    many.due_s[:], many.status[:] = 0.0, "failed"
+    many.error[:] = [f"kind {k}" for k in range(aggregate.KINDS + 2)] + ["kind 0"]
+    found = of_rows(many, "", pieces=1)
+    assert len(found.failures) == aggregate.KINDS + 1
+    assert found.failures["other"][0] == 2
+    assert found.total("requests") == sum(n for n, *_ in found.failures.values()) == len(many)
+
+
+@pytest.mark.parametrize("warmup_s", [0.0, 7.0])
+def test_lag_over_time_is_that_of_the_requests_due_then(warmup_s: float) -> None:
+    """Stretches follow one another from the first to the last that was due, warm-up too, and each says what its requests say."""
+    rows = answered(1000, 4)
+    rows.due_s[:] = np.arange(1000) / 50
+    rows.dispatch_s[:] = rows.due_s + np.where(rows.due_s < 10, 0.001, 0.4) * (1 + rows.index / 1000)
+    rows.status[:] = "ok"
+    found = of_rows(rows, "", warmup_s)
+    told = found.lag_over_time()
+    assert len(told) == 12
+    assert (told[0][0], told[-1][1]) == pytest.approx((0.0, rows.due_s[-1]))
+    assert [end for _, end, _ in told[:-1]] == [start for start, _, _ in told[1:]]
+    for start, end, lag in told:
+        inside = (rows.due_s >= start) & ((rows.due_s < end) | (end == told[-1][1]))
+        held = np.sort(rows.lag_s[inside]) * 1e3
+        assert lag.requests == len(held)
+        assert lag.max_ms == pytest.approx(held[-1])
+        near([lag.p50_ms, lag.p99_ms], [held[int(q * (len(held) - 1))] for q in (0.5, 0.99)])
+
+
 def test_reports_and_comparisons_of_counts_are_those_of_the_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +468,8 @@ def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
             held.append(read(store, run, Slo()).run)
     assert [one.counts["ok"] for one in held] == [shown[0]["ok"]] * 2
     assert [one.lag_max_ms for one in held] == pytest.approx([shown[0]["lag_ms"]["max"]] * 2)
+    near([held[1].lag_p50_ms, held[1].lag_p99_ms], [held[0].lag_p50_ms, held[0].lag_p99_ms], 0.03)  # of few, between two
+    assert held[1].lag_p99_ms < held[1].lag_max_ms
 
 
 def test_the_last_rows_of_a_run_whose_master_was_killed_are_counted(

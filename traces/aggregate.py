@@ -192,7 +192,7 @@ class Bins:
         self.slots = high - low + 1
 
     def _widen(self, times: int) -> None:
-        """Two slots become one, that many times."""
+        """Two slots become one, that many times; how many are in use then, the caller knows."""
         old = self.base + np.arange(SLOTS)
         starts = np.unique(old >> times, return_index=True)[1]
         n = len(starts)
@@ -204,7 +204,6 @@ class Bins:
         np.add.reduceat(self.latency, starts, axis=1, out=latency[:, :n])
         largest[:, :n] = np.maximum.reduceat(self.largest, starts, axis=1)
         self.latency, self.largest = latency, largest
-        self.slots = ((self.base + self.slots - 1) >> times) - (self.base >> times) + 1
         self.base >>= times
         self.width_s *= 2**times
 
@@ -242,7 +241,7 @@ class Bins:
     @property
     def span_s(self) -> float:
         """As :func:`traces.measures.span_s`."""
-        return max(0.0, self.to_s - self.from_s) if math.isfinite(self.from_s) else 0.0
+        return self.to_s - self.from_s if math.isfinite(self.from_s) else 0.0
 
     def quantile(self, measure: str, q: float) -> float:
         """The q-quantile (0..1) of a measure in seconds over the counted requests; NaN without any."""
