@@ -269,13 +269,12 @@ def _weights(rng: np.random.Generator, block: float, draws: int, k: int) -> Coun
 
 
 def _figures(one: Binned, weights: Counts) -> dict[str, Floats]:
-    """Metric -> [draws], of the run with its time bins weighted."""
+    """Metric -> [draws], of the run with its time bins weighted: rates without their span, which all draws share."""
     n = {name: weights @ column for name, column in one.counts.items()}
-    span = max(one.figures.span_s, 1e-9)
     found = {
-        "goodput_per_s": n["good"] / span,
-        "throughput_per_s": n["ok"] / span,
-        "output_tokens_per_s": n["tokens"] / span,
+        "goodput_per_s": n["good"],
+        "throughput_per_s": n["ok"],
+        "output_tokens_per_s": n["tokens"],
         "attainment": n["good"] / np.maximum(n["requests"], 1e-9),
         "failed": 1 - n["ok"] / np.maximum(n["requests"], 1e-9),
     }

@@ -468,7 +468,9 @@ def test_a_long_run_that_goes_on_says_what_came_of_its_requests(
             held.append(read(store, run, Slo()).run)
     assert [one.counts["ok"] for one in held] == [shown[0]["ok"]] * 2
     assert [one.lag_max_ms for one in held] == pytest.approx([shown[0]["lag_ms"]["max"]] * 2)
-    near([held[1].lag_p50_ms, held[1].lag_p99_ms], [held[0].lag_p50_ms, held[0].lag_p99_ms], 0.03)  # of few, between two
+    near(
+        [held[1].lag_p50_ms, held[1].lag_p99_ms], [held[0].lag_p50_ms, held[0].lag_p99_ms], 0.03
+    )  # of few, between two
     assert held[1].lag_p99_ms < held[1].lag_max_ms
 
 

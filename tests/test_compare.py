@@ -25,6 +25,7 @@ from advisor.compare import (
     Difference,
     _change,
     _difference,
+    _figures,
     _quantile,
     _weights,
     against_first,
@@ -32,13 +33,14 @@ from advisor.compare import (
     block_length,
     compare,
     counted,
+    doubts,
     in_words,
     objection,
     time_bins,
 )
 from tests.test_features import run_of
 from traces.aggregate import WIDTH, Bins
-from traces.measures import Slo
+from traces.measures import Slo, met
 from traces.records import Fleet, Observations, Run
 from traces.store import open_store
 
@@ -268,6 +270,14 @@ def test_a_difference_is_read_in_its_unit() -> None:
     assert in_words(made)[1:] == ["100", "200", "+100 %", "+90 and +110", "worse"]
     made = Difference("failed", 0.1, 0.15, 0.05, 0.04, 0.06, True, "worse")
     assert in_words(made)[3] == "+5 points"
+    made = Difference("ttft_p99_s", 12.3456, math.nan, math.nan, math.nan, math.nan, False, "cannot tell")
+    assert in_words(made)[1:] == ["12,346", "–", "–", "–", "cannot tell"]
+
+
+def test_only_a_degraded_run_makes_a_comparison_doubtful() -> None:
+    """It is named, with what degraded it."""
+    assert doubts(run(1)) == []
+    assert doubts(run(3, verdict="degraded", reason="late")) == ["run 3 is degraded: late"]
 
 
 def test_rows_fall_into_two_hundred_stretches_of_time() -> None:
@@ -277,6 +287,9 @@ def test_rows_fall_into_two_hundred_stretches_of_time() -> None:
     )
     assert np.bincount(time_bins(even)).tolist() == [5] * 200
     assert time_bins(even.take(np.arange(0))).shape == (0,)
+    assert time_bins(even.take(np.arange(1))).tolist() == [0]
+    later = replace(even, due_s=even.due_s + 5e4)
+    assert time_bins(later).tolist() == time_bins(even).tolist()
     assert (binned(run(1), even, SLO).series[:, 2] == 0).all()
 
 
@@ -334,12 +347,45 @@ def test_what_is_not_comparable_is_refused_with_the_reason(change: dict[str, Any
 
 
 def test_runs_that_asked_different_things_are_resampled_apart() -> None:
-    """Forced on other traffic, the comparison says so and its intervals are wider than those of a pair."""
-    a, b = queue(1), queue(2)
+    """Forced on other traffic, the comparison says so and its intervals are wider than those of a pair: what congests both runs
+    of one schedule at once tells nothing of their difference."""
+    a = queue(1)
+    b = replace(a, first_token_s=a.first_token_s + 0.02, last_token_s=a.last_token_s + 0.02)
     together = compare(*pair(a, b))
     assert together.paired
+    assert together.block_s * together.blocks == pytest.approx(binned(run(1), a, SLO).figures.span_s)
     for other in ({"schedule_digest": "other"}, {"changes": ("prefixes shared",)}):
-        assert not compare(*pair(a, b, **other)).paired
+        apart = compare(*pair(a, b, **other))
+        assert not apart.paired
+        for one, two in zip(together.differences, apart.differences, strict=True):
+            if one.metric in ("ttft_p50_s", "ttft_p90_s", "e2e_p50_s"):
+                assert one.high - one.low < (two.high - two.low) / 2, one.metric
+                assert (one.verdict, two.verdict) == ("worse", "cannot tell"), one.metric
+
+
+def test_draws_say_what_their_stretches_hold() -> None:
+    """With every stretch once a run's own shares, counts and quantiles; with one alone, those of the requests due in it."""
+    rows = queue(1)
+    rows.status[::10] = "failed"
+    rows.output_tokens[:] = 4 + rows.index % 5
+    one = binned(run(1), rows, SLO)
+    place = time_bins(rows)
+    weights = np.ones((3, len(one.series)), np.float32)
+    weights[1:] = 0
+    weights[1, 20] = weights[2, 77] = 1
+    found = _figures(one, weights)
+    for k, inside in enumerate((place >= 0, place == 20, place == 77)):
+        mine = rows.take(np.flatnonzero(inside))
+        own = met(mine, SLO).sum()
+        assert found["attainment"][k] == pytest.approx(own / len(mine))
+        assert found["failed"][k] == pytest.approx(1 - mine.ok.mean())
+        assert found["goodput_per_s"][k] == pytest.approx(own)
+        assert found["throughput_per_s"][k] == pytest.approx(mine.ok.sum())
+        assert found["output_tokens_per_s"][k] == pytest.approx(mine.tokens[mine.ok].sum())
+        waits = np.sort(mine.ttft_s[mine.ok])
+        for q in (50, 90, 99):
+            true = waits[math.ceil(q / 100 * len(waits)) - 1]
+            assert found[f"ttft_p{q}_s"][k] == pytest.approx(true, rel=0.0101), (k, q)
 
 
 def test_failed_requests_count_against_a_run() -> None:
