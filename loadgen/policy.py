@@ -740,7 +740,7 @@ def rule_of(table: Mapping[str, Any], where: str) -> DemandRule | BacklogRule:
                 values[f.name] = float(value)
                 if not math.isfinite(values[f.name]):
                     raise ValueError
-        except (TypeError, ValueError, KeyError, tomllib.TOMLDecodeError):
+        except (ArithmeticError, TypeError, ValueError, KeyError, tomllib.TOMLDecodeError):
             raise InputError(f"{where}: {f.name} of the thresholds cannot be read (got {value!r:.80}).") from None
     if min(values.get("floor", (1, 1))) < 1:
         raise InputError(f"{where}: each role needs a floor of at least one worker.")

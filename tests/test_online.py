@@ -272,6 +272,8 @@ def test_a_prompt_rate_is_seen_whether_it_waits_or_is_served() -> None:
         ({"laws": None}, "laws is missing"),
         ({"up": "high"}, "up of the thresholds cannot be read"),
         ({"floor": {"prefill": 0, "decode": 1}}, "at least one worker"),
+        ({"floor": {"prefill": math.inf, "decode": 1}}, "floor of the thresholds cannot be read"),
+        ({"up": 10**400}, "up of the thresholds cannot be read"),
         ({"forecast": {"rate": [1], "active": [1]}}, "forecast of the thresholds"),
     ],
 )

@@ -411,6 +411,10 @@ def test_a_length_is_drawn_within_its_bounds() -> None:
         "mu=inf,sigma=1",
         "mu=1,sigma=1,min=0",
         f"mu=1,sigma=1,max={2**31}",
+        "mu=1,sigma=1,max=inf",
+        "mu=1,sigma=1,min=nan",
+        "mu=1,sigma=1,max=10.9",
+        "mu=1,sigma=1,min=1.5",
     ):
         with pytest.raises(InputError):
             LogNormal.parse(f"lognormal:{text}")

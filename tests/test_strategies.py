@@ -208,6 +208,7 @@ def test_the_verb_prints_and_stores_what_it_found(
         (["--requests", "5"], "belong together"),
         (["--profile", "constant"], "has no queues"),
         (["--sample", "many"], "--sample takes"),
+        (["--sample", "inf%"], "--sample takes"),
         (["--trace", "nowhere"], "nowhere"),
         (["--slo", "fast"], "SLO term"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import sqlite3
@@ -22,6 +23,8 @@ from rich.console import Console
 from advisor.cli import VERBS, load, main, steelyard
 from advisor.cli.config import settable, tree, variables
 from advisor.cli.progress import Bars, Lines, Steps
+from loadgen import policy
+from loadgen.cluster import Profile
 from loadgen.cluster.embedded import embedded
 from traces.ingest import ingest
 from traces.records import Fleet, Observations, Run
@@ -438,7 +441,12 @@ def test_without_a_verb_and_at_a_tab_the_file_of_options_is_read(
         ("replay = 3\n", "replay is a verb: write its options under [replay]"),
         ("rate = [1, 2]\n", "rate must be one value"),
         ('rate = "fast"\n', "rate: 'fast' is not a valid float"),
-        ("[replay]\nworkers = inf\n", "[replay] workers: inf is not a valid integer range."),
+        ("[replay]\nworkers = inf\n", "[replay] workers: 'inf' is not a valid integer range."),
+        ("[replay]\nworkers = 2.7\n", "[replay] workers: '2.7' is not a valid integer range."),
+        ("workers = true\n", "workers: 'True' is not a valid integer range."),
+        ("rate = nan\n", "rate: 'nan' is not a finite number."),
+        ("rate = 2024-01-01\n", "rate: '2024-01-01' is not a valid float range."),
+        ('[replay]\ntokenizer = "a\\u0000"\n', "[replay] tokenizer: 'a\\x00' is no "),
         ('json = "yes"\n', "json must be true or false"),
         ("[replay]\nheader = ['X-Key: 1']\n", "header may hold a secret"),
         ('api_key = "sk-1"\n', "api_key may hold a secret"),
@@ -463,6 +471,41 @@ def test_a_wrong_file_of_options_is_one_clear_line(
     assert err.count("\n") == 1
     assert "hidden" not in err
     assert "sk-1" not in err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"start": {}}, "start of the thresholds cannot be read"),
+        ({"start": {"prefill": math.inf, "decode": 1}}, "start of the thresholds cannot be read"),
+        ({"tick_s": "soon"}, "tick_s of the thresholds must be seconds above 0"),
+        ({"tick_s": math.nan}, "tick_s of the thresholds must be seconds above 0"),
+    ],
+    ids=["start", "start inf", "tick", "tick nan"],
+)
+def test_thresholds_that_were_edited_by_hand_are_read_with_care(
+    more: dict[str, Any], words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands beside the rule as well: the fleet to begin with, the seconds between decisions."""
+    said(capsys, "synth", "--name", "t", "--preset", "origin", "--requests", "20", "--rate", "2")
+    table = policy.table_of(policy.DemandRule(Profile.load("demo"), 100, 100)) | more
+    (here / "how.json").write_text(json.dumps(table))
+    how = ("--policy", "online", "--thresholds", "how.json", "--dry-run")
+    err = said(capsys, "replay", "t", "--endpoint", "http://127.0.0.1:9", *how, code=1)
+    assert f"how.json: {words}" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(number: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN lies beyond no bound; without end nothing is asked, waited or scaled."""
+    for words in (
+        ("synth", "t", "--rate", number),
+        ("control", "run", "x", "--tick", number),
+        ("replay", "t", "--warmup", number),
+    ):
+        err = said(capsys, *words, code=2)
+        assert f"'{number}' is not" in err or f"{number} is not in the range" in err
 
 
 def test_what_the_folders_file_decides_is_said(

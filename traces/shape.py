@@ -285,11 +285,11 @@ class LogNormal:
         sigma, value = values["sigma"], values[centre[0]]
         if sigma < 0 or not math.isfinite(sigma) or not math.isfinite(value) or (centre[0] != "mu" and value <= 0):
             raise InputError(f"{centre[0]} must be above 0 and sigma >= 0 (got {text!r}).")
-        low, high = int(values.get("min", 1)), int(values.get("max", MOST_TOKENS))
-        if not 1 <= low <= high <= MOST_TOKENS:
-            raise InputError(f"1 <= min <= max is needed (got {text!r}).")
+        low, high = values.get("min", 1.0), values.get("max", float(MOST_TOKENS))
+        if not (1 <= low <= high <= MOST_TOKENS and low.is_integer() and high.is_integer()):
+            raise InputError(f"1 <= min <= max <= {MOST_TOKENS} is needed, whole numbers (got {text!r}).")
         mu = value if centre[0] == "mu" else math.log(value) - (sigma * sigma / 2 if centre[0] == "mean" else 0.0)
-        return cls(mu, sigma, low, high)
+        return cls(mu, sigma, int(low), int(high))
 
     def draw(self, n: int, rng: np.random.Generator) -> Ints:
         """n lengths."""

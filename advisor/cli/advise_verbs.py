@@ -13,6 +13,7 @@ from advisor.cli.common import (
     RUN,
     SEED,
     TRACE,
+    Number,
     db_option,
     emit_json,
     example,
@@ -32,9 +33,7 @@ def question(f: Any) -> Any:
         click.option("--gpus", type=click.IntRange(min=1), help="GPUs to split [default: those of the latest run]."),
         click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms", or constraints, e.g. ttft_p99<1s.'),
         click.option("--trace", type=TRACE, help="Trace to be served [default: the latest run's]."),
-        click.option(
-            "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's]."
-        ),
+        click.option("--rate", type=Number(min=0, min_open=True), help="Requests per second [default: the trace's]."),
         click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
         click.option("--run", "run_ids", type=RUN, multiple=True, help="Learn from this run (repeatable)."),
         click.option("--group", type=GROUP, help="Learn from the runs of this sweep or demo."),
@@ -44,7 +43,7 @@ def question(f: Any) -> Any:
         ),
         click.option(
             "--attainment",
-            type=click.FloatRange(0, 1),
+            type=Number(0, 1),
             default=0.9,
             show_default=True,
             help="Share of requests that must meet the limits for a fleet to count.",
@@ -88,24 +87,22 @@ def ask(db: str, as_json: bool, **options: Any) -> Any:
 )
 @click.option(
     "--concurrency",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     metavar="N",
     help="Ask means of closed loops (runs import --aggregate) instead: which split serves most with N requests in flight?",
 )
 @click.option(
     "--deadline",
     "deadline_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="SECONDS",
     help="How long after its arrival an answer may come, if requests can wait: offline is considered.",
 )
-@click.option(
-    "--gpu-hour-usd", type=click.FloatRange(min=0, min_open=True), help="Price of a GPU hour: cost a million tokens."
-)
+@click.option("--gpu-hour-usd", type=Number(min=0, min_open=True), help="Price of a GPU hour: cost a million tokens.")
 @click.option(
     "--target-rate",
     "target_rate_per_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Requests per second: how many GPUs keep the SLO then?",
 )
 @click.option(

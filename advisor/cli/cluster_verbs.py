@@ -9,6 +9,7 @@ import click
 from advisor.cli.common import (
     SECRET_FILE,
     TRACE,
+    Number,
     db_option,
     emit_json,
     example,
@@ -49,9 +50,7 @@ from advisor.cli.shaping import shape_options, shaped
     show_default=True,
     help="How; -mid after half of the answer.",
 )
-@click.option(
-    "--slow-start", type=click.FloatRange(min=0), default=0.0, metavar="S", help="Answer 503 for the first S seconds."
-)
+@click.option("--slow-start", type=Number(min=0), default=0.0, metavar="S", help="Answer 503 for the first S seconds.")
 @click.option(
     "--roles",
     type=click.Choice(["fixed", "on-demand"]),
@@ -123,7 +122,7 @@ def serve(
 @click.option("--fleet", metavar="P:D", help="One fleet [default: all splits of --gpus].")
 @click.option("--gpus", type=click.IntRange(min=2), default=8, show_default=True, help="GPUs to split.")
 @click.option("--gpus-per-worker", metavar="P,D", default="1,1", show_default=True, help="GPUs a worker uses.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the trace's].")
+@click.option("--rate", type=Number(min=0, min_open=True), help="Requests per second [default: the trace's].")
 @click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests.")
 @click.option("--slo", default="ttft<0.5s tpot<50ms", show_default=True, help="Limits per request.")
 @shape_options

@@ -130,6 +130,17 @@ else:
     _Named = click.ParamType
 
 
+class Number(click.FloatRange):
+    """A finite number within bounds: NaN lies beyond none of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As click does, and finite."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 class TraceName(_Named):
     """The name of a stored trace, completed by the shell from the database. Whether it is stored, the verb finds out."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import db_option, emit_json, example, json_option, messages, warn, workers_of
+from advisor.cli.common import Number, db_option, emit_json, example, json_option, messages, warn, workers_of
 from advisor.cli.reaching import connect_of, credentials, watching
 from advisor.cli.steering import rule_of, seconds_between, steering, thresholds
 
@@ -35,7 +35,7 @@ def control_options(f: Any) -> Any:
         click.option(
             "--settle",
             "settle_s",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Number(min=0, min_open=True),
             default=180.0,
             show_default=True,
             help="Seconds that a change of fleet may take; a command or a drain of SGLang: at least its own limit.",
@@ -251,7 +251,7 @@ def _warm(server: Any, model: str | None, requests: int, asked: float) -> tuple[
 @click.option(
     "--settle",
     "settle_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=180.0,
     show_default=True,
     help="Seconds that it may take; a command or a drain of SGLang: at least its own limit.",
@@ -359,20 +359,20 @@ def restore(
     "online-report: by 1.5x counts.",
 )
 @steering
-@click.option("--mean-prompt", type=click.FloatRange(min=1), help="online by --laws: tokens of a mean prompt.")
-@click.option("--mean-output", type=click.FloatRange(min=1), help="online by --laws: tokens of a mean answer.")
+@click.option("--mean-prompt", type=Number(min=1), help="online by --laws: tokens of a mean prompt.")
+@click.option("--mean-output", type=Number(min=1), help="online by --laws: tokens of a mean answer.")
 @click.option("--slo", help='Limits per request, e.g. "ttft<0.5s tpot<50ms".')
 @click.option(
     "--tick",
     "tick_s",
-    type=click.FloatRange(min=0.05),
+    type=Number(min=0.05),
     default=1.0,
     show_default=True,
     help="Seconds between decisions; thresholds bring their own.",
 )
 @click.option(
     "--max-switches-per-hour",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=30.0,
     show_default=True,
     help="More moves than this are not made; one may take several workers.",
@@ -380,14 +380,12 @@ def restore(
 @click.option(
     "--stale-after",
     "stale_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=10.0,
     show_default=True,
     help="Seconds without a reading after which nothing is moved.",
 )
-@click.option(
-    "--for", "for_s", type=click.FloatRange(min=0, min_open=True), help="End after so many seconds [default: Ctrl-C]."
-)
+@click.option("--for", "for_s", type=Number(min=0, min_open=True), help="End after so many seconds [default: Ctrl-C].")
 @click.option("--leave", is_flag=True, help="Leave the last fleet in force at the end, instead of the one before.")
 @watching
 @json_option

@@ -17,6 +17,7 @@ from advisor.cli.common import (
     SECRET_FILE,
     SEED,
     TRACE,
+    Number,
     db_option,
     emit_json,
     example,
@@ -41,20 +42,18 @@ from advisor.cli.steering import rule_of, seconds_between, steering, thresholds
 def asked(f: Any) -> Any:
     """The options that say what is asked of which endpoint: shared by replay and sweep."""
     options = [
-        click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Mean requests per second."),
-        click.option(
-            "--rate-factor", type=click.FloatRange(min=0, min_open=True), help="Divide the recorded gaps by this."
-        ),
+        click.option("--rate", type=Number(min=0, min_open=True), help="Mean requests per second."),
+        click.option("--rate-factor", type=Number(min=0, min_open=True), help="Divide the recorded gaps by this."),
         click.option("--requests", type=click.IntRange(min=1), help="Only the first N requests of the trace."),
         click.option(
             "--ramp",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             default=0.0,
             help="Seconds over which the rate rises; they are warm-up.",
         ),
         click.option(
             "--warmup",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             default=0.0,
             help="Seconds (after the ramp) whose requests are sent and stored but stand in no figure.",
         ),
@@ -112,7 +111,7 @@ def asked(f: Any) -> Any:
         click.option(
             "--timeout",
             "timeout_s",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Number(min=0, min_open=True),
             default=600.0,
             show_default=True,
             help="Seconds a request may take.",
@@ -242,7 +241,7 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 @steering
 @click.option(
     "--tick",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=1.0,
     show_default=True,
     help="online: seconds between decisions; thresholds bring their own.",
@@ -267,13 +266,13 @@ def result(store: Any, run: Any) -> dict[str, Any]:
 )
 @click.option(
     "--max-switches-per-hour",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help="online: more moves are not made, of however many workers [default: no limit].",
 )
 @click.option(
     "--stale-after",
     "stale_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=10.0,
     show_default=True,
     help="online: seconds without a reading after which nothing is moved.",
@@ -380,10 +379,16 @@ def _give_way(options: dict[str, Any]) -> None:
 
 def _start(known: dict[str, Any] | None) -> Any:
     """The fleet that thresholds start from, where they name one."""
+    from traces.errors import InputError
     from traces.records import Fleet
 
     start = known.get("start") if known else None
-    return Fleet(int(start["prefill"]), int(start["decode"])) if isinstance(start, dict) else None
+    if not known or not isinstance(start, dict):
+        return None
+    try:
+        return Fleet(int(start["prefill"]), int(start["decode"]))
+    except (ArithmeticError, KeyError, TypeError, ValueError):
+        raise InputError(f"{known['where']}: start of the thresholds cannot be read (got {start!r:.80}).") from None
 
 
 def _strategy(
@@ -623,14 +628,14 @@ def worker(master: str, wait: bool) -> int:
 @click.option("--saturate", is_flag=True, help="Search the highest rate that each fleet sustains within --slo.")
 @click.option(
     "--attainment",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.9,
     show_default=True,
     help="--saturate: share of requests that must meet the SLO.",
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.05,
     show_default=True,
     help="--saturate: how near the rates that held and failed must be.",

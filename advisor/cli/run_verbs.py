@@ -18,6 +18,7 @@ from advisor.cli.common import (
     RECOVERED,
     RUN,
     SEED,
+    Number,
     db_option,
     emit_json,
     example,
@@ -541,7 +542,7 @@ def load_runs(folder: Path, as_json: bool, db: str) -> None:
 
 
 @runs.command("prune", **example("steelyard runs prune --older-than 90 --dry-run"))
-@click.option("--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Runs begun longer ago.")
+@click.option("--older-than", type=Number(min=0), metavar="DAYS", help="Runs begun longer ago.")
 @click.option("--group", help="Only runs of this group.")
 @click.option("--incomplete", is_flag=True, help="Only runs that are incomplete or never ended.")
 @click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from advisor.cli.common import Number
+
 SHAPES = (
     "slice",
     "window",
@@ -24,16 +26,14 @@ SHAPES = (
 
 def shape_options(f: Any) -> Any:
     """--slice, --window, --time-scale, --thin, --copies, --spread, --prompt-scale, --output-scale, --max-prompt, --max-output."""
-    positive = click.FloatRange(min=0, min_open=True)
+    positive = Number(min=0, min_open=True)
     options = [
         click.option("--slice", metavar="FROM-TO", help="Only these requests, counted from 0: 1000-2000."),
         click.option(
             "--window", metavar="FROM-TO", help="Only this part of the trace: 600-1200 (seconds), 10m-20m, 1h-2h."
         ),
         click.option("--time-scale", type=positive, help="All times times this: 0.5 is twice as fast."),
-        click.option(
-            "--thin", type=click.FloatRange(0, 1, min_open=True), help="Keep this share of requests, at random."
-        ),
+        click.option("--thin", type=Number(0, 1, min_open=True), help="Keep this share of requests, at random."),
         click.option("--copies", type=click.IntRange(1, 1000), help="Lay the trace over itself this many times."),
         click.option(
             "--spread", type=positive, metavar="S", help="Spread requests of one instant over a clock's tick."

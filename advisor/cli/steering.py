@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,20 @@ def thresholds(store: Any, options: dict[str, Any]) -> dict[str, Any] | None:
 
 def seconds_between(tick_s: float, known: dict[str, Any] | None) -> float:
     """Seconds between decisions: ``--tick`` where it was typed, else what the thresholds were found at, else its default."""
-    return tick_s if typed("tick", "tick_s") else float((known or {}).get("tick_s") or tick_s)
+    from traces.errors import InputError
+
+    said = (known or {}).get("tick_s")
+    if typed("tick", "tick_s") or not said:
+        return tick_s
+    try:
+        found = float(said)
+    except (ArithmeticError, TypeError, ValueError):
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise InputError(
+            f"{(known or {}).get('where')}: tick_s of the thresholds must be seconds above 0 (got {said!r:.80})."
+        )
+    return found
 
 
 def rule_of(

@@ -9,7 +9,18 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import TRACE, db_option, emit_json, example, json_option, messages, plain, progress, warn
+from advisor.cli.common import (
+    TRACE,
+    Number,
+    db_option,
+    emit_json,
+    example,
+    json_option,
+    messages,
+    plain,
+    progress,
+    warn,
+)
 
 
 @click.command(**example("steelyard strategies --preset origin --scale small --seeds 4"))
@@ -30,9 +41,7 @@ from advisor.cli.common import TRACE, db_option, emit_json, example, json_option
 )
 @click.option("--requests", type=click.IntRange(min=2), help="Requests to score, instead of --scale (with --gpus).")
 @click.option("--gpus", type=click.IntRange(min=2), help="GPUs, instead of --scale (with --requests).")
-@click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), help="Requests per second [default: the source's]."
-)
+@click.option("--rate", type=Number(min=0, min_open=True), help="Requests per second [default: the source's].")
 @click.option(
     "--arrivals",
     type=click.Choice(["uniform", "poisson", "constant", "burst"]),
@@ -64,7 +73,7 @@ from advisor.cli.common import TRACE, db_option, emit_json, example, json_option
     "--http-seeds", type=click.IntRange(min=1, max=100), default=3, show_default=True, help="Draws over HTTP."
 )
 @click.option(
-    "--speed", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True,
+    "--speed", type=Number(min=0, min_open=True), default=10.0, show_default=True,
     help="Model seconds per second over HTTP.",
 )  # fmt: skip
 @json_option
@@ -186,7 +195,7 @@ def _sample(text: str | None, requests: int) -> int:
     try:
         value = float(text.removesuffix("%"))
         count = round(value / 100 * requests) if share else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         count = 0
     if count < 2:
         raise InputError(

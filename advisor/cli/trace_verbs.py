@@ -14,7 +14,18 @@ from typing import IO, Any
 
 import click
 
-from advisor.cli.common import SEED, TRACE, db_option, emit_json, example, json_option, messages, progress, typed
+from advisor.cli.common import (
+    SEED,
+    TRACE,
+    Number,
+    db_option,
+    emit_json,
+    example,
+    json_option,
+    messages,
+    progress,
+    typed,
+)
 from advisor.cli.shaping import shape_options
 
 REPORT_KEYS = (
@@ -273,13 +284,11 @@ def _used(source: str, arrivals: str | None) -> None:
     "--servegen", type=click.Path(path_type=Path), help="From a folder of ServeGen clients, --window of its days."
 )
 @click.option("--usage", type=click.Path(path_type=Path), help="From an OpenAI usage answer (JSON buckets).")
-@click.option(
-    "--rate-factor", type=click.FloatRange(min=0, min_open=True), default=1.0, help="With --servegen: all clients."
-)
+@click.option("--rate-factor", type=Number(min=0, min_open=True), default=1.0, help="With --servegen: all clients.")
 @click.option("--prompt", help="lognormal:median=..,sigma=..[,min=..,max=..]; or mean=.., or mu=..")
 @click.option("--output", help="The same for answers.")
 @click.option("--requests", type=click.IntRange(min=1), default=500, show_default=True)
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Mean arrivals per second.")
+@click.option("--rate", type=Number(min=0, min_open=True), help="Mean arrivals per second.")
 @click.option(
     "--arrivals",
     type=click.Choice(["poisson", "uniform", "constant", "gamma", "burst"]),

@@ -76,7 +76,7 @@ class Command:
                 left += int(held.get("changing", 0))
             else:
                 fleet = Fleet.parse(said)
-        except (InputError, KeyError, TypeError, ValueError):
+        except (ArithmeticError, InputError, KeyError, TypeError, ValueError):
             raise EndpointError(
                 f'{self._read[0]}: it must print P:D or {{"prefill": P, "decode": D}} (it printed {printable(said[:80])!r}).'
             ) from None
