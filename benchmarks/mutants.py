@@ -65,7 +65,7 @@ class Core:
         return self.path.removesuffix(".py").replace("/", ".")
 
 
-_ROWS = "journey or lost_rows or one_worker or let_go or of_pieces or stays or are_even"
+_ROWS = "journey or lost_rows or one_worker or let_go or of_pieces or stays or are_even or column_holds or ends_early"
 CORES = (
     Core("schedule", "traces/shape.py", ("tests/test_shape.py", "tests/test_schedule_stateful.py")),
     Core("accounting", "traces/records.py", ("tests/test_records.py",), ("Schedule", "Observations", "Histogram")),

@@ -733,7 +733,11 @@ def rule_of(table: Mapping[str, Any], where: str) -> DemandRule | BacklogRule:
                 rate, active = (tuple(float(x) for x in value[key]) for key in ("rate", "active"))
                 period = float(value.get("period_s", 0.0))
                 length = len(forecast_features(Demand(0.0, 0.0, 0.0), period))
-                if len(rate) != length or len(active) != length:
+                if (
+                    len(rate) != length
+                    or len(active) != length
+                    or not all(map(math.isfinite, (*rate, *active, period)))
+                ):
                     raise ValueError
                 values[f.name] = Forecast(rate, active, period)
             else:

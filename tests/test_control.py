@@ -617,6 +617,8 @@ def test_a_sweep_does_not_start_where_the_old_fleet_is_not_known() -> None:
         ("kind = 1", "kind must be one of"),
         ('kind = "sglang"', "router is missing"),
         ('kind = "sglang"\nrouter = 3', "router must be a str"),
+        ('kind = "sglang"\nrouter = "http://x"\ndrain_s = nan', "drain_s must be a finite number"),
+        ('kind = "sglang"\nrouter = "http://x"\ndrain_s = inf', "drain_s must be a finite number"),
         ('kind = "sglang"\nrouter = ["http://me:pw@h"]', r"router must be a str .got \['http://h'\]"),
         (
             'kind = "sglang"\nrouter = "http://x"\n[[worker]]\nurl = "http://me:p w@y"\nrole = "any"',

@@ -264,6 +264,9 @@ def test_a_prompt_rate_is_seen_whether_it_waits_or_is_served() -> None:
     assert seen.next(30.0, 0.0, 10.0, 5.0).rate >= 0
 
 
+FEATURES = len(policy.forecast_features(policy.Demand(0.0, 0.0, 0.0), 0.0))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -275,6 +278,10 @@ def test_a_prompt_rate_is_seen_whether_it_waits_or_is_served() -> None:
         ({"floor": {"prefill": math.inf, "decode": 1}}, "floor of the thresholds cannot be read"),
         ({"up": 10**400}, "up of the thresholds cannot be read"),
         ({"forecast": {"rate": [1], "active": [1]}}, "forecast of the thresholds"),
+        (
+            {"forecast": {"rate": [math.nan] * FEATURES, "active": [1] * FEATURES}},
+            "forecast of the thresholds cannot be read",
+        ),
     ],
 )
 def test_thresholds_that_are_none_are_refused_by_name(change: dict[str, object], words: str) -> None:

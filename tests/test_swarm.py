@@ -490,7 +490,10 @@ def test_rows_of_pieces_are_rows_of_the_schedule() -> None:
     starts = []
     while pieces.more:
         starts.append(pieces.take()[0])
-        assert pieces.next_due_s == (whole.due_s[starts[-1] + 20] if starts[-1] < 40 else 0.0)
+        next_s = whole.due_s[starts[-1] + 20] if starts[-1] < 40 else 0.0
+        assert pieces.next_due_s == next_s
+        assert not pieces.due(next_s)
+        assert pieces.due(next_s + 1e-6) == pieces.more
     assert starts == [0, 20, 40]
     rows = [Row(k, 1.0, 2.0, 3.0, 4.0, 4.0, 7, 8, 9, 0.5, 200, "ok", "", "", 0) for k in (49, 20, 0, 19)]
     one, two = unpack(pack(rows), pieces, 3, 0.5), unpack(pack(rows), whole, 3, 0.5)

@@ -444,6 +444,7 @@ def test_without_a_verb_and_at_a_tab_the_file_of_options_is_read(
         ("[replay]\nworkers = inf\n", "[replay] workers: 'inf' is not a valid integer range."),
         ("[replay]\nworkers = 2.7\n", "[replay] workers: '2.7' is not a valid integer range."),
         ("workers = true\n", "workers: 'True' is not a valid integer range."),
+        (f"rate = 0x{'f' * 5000}\n", "rate holds a number that is too long."),
         ("rate = nan\n", "rate: 'nan' is not a finite number."),
         ("rate = 2024-01-01\n", "rate: '2024-01-01' is not a valid float range."),
         ('[replay]\ntokenizer = "a\\u0000"\n', "[replay] tokenizer: 'a\\x00' is no "),

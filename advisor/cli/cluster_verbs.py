@@ -37,7 +37,7 @@ from advisor.cli.shaping import shape_options, shaped
     "--host", default="127.0.0.1", show_default=True, help="Address to bind; others than loopback need a token."
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="Port; 0 takes a free one.")
-@click.option("--speed", type=float, default=1.0, show_default=True, help="Model seconds per second.")
+@click.option("--speed", type=Number(), default=1.0, show_default=True, help="Model seconds per second.")
 @click.option(
     "--token-file", type=SECRET_FILE, metavar="FILE", help="Bearer token to ask for [or STEELYARD_SERVE_TOKEN]."
 )

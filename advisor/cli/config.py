@@ -179,7 +179,10 @@ def _value(where: str, option: click.Option, value: Any) -> Any:
     if option.is_flag and not isinstance(value, bool) and isinstance(option.type, click.types.BoolParamType):
         raise InputError(f"{where} must be true or false (got {value!r}).")
     # As it would be typed: click cuts a 7.9 of TOML's where a whole number belongs, and stumbles over its dates.
-    values = [one if option.is_flag or isinstance(one, str) else str(one) for one in values]
+    try:
+        values = [one if option.is_flag or isinstance(one, str) else str(one) for one in values]
+    except ValueError:  # a whole number of thousands of digits
+        raise InputError(f"{where} holds a number that is too long.") from None
     for one in values:
         try:
             option.type.convert(one, option, None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from advisor.cli.common import typed, warn
+from advisor.cli.common import Number, typed, warn
 
 LAWS = click.option(
     "--laws", metavar="PROFILE", help="Laws of the servers: a shipped profile or a file of advise --profile-out."
@@ -26,12 +26,12 @@ RECOMMENDATION = click.option(
 )
 BACKLOG = (
     click.option(
-        "--more", type=float, default=1.0, show_default=True, help="online: seconds of backlog that move a worker."
+        "--more", type=Number(), default=1.0, show_default=True, help="online: seconds of backlog that move a worker."
     ),
     click.option(
-        "--ratio", type=float, default=2.0, show_default=True, help="online: and times the other queue's backlog."
+        "--ratio", type=Number(), default=2.0, show_default=True, help="online: and times the other queue's backlog."
     ),
-    click.option("--cool", type=float, default=10.0, show_default=True, help="online: seconds before a move back."),
+    click.option("--cool", type=Number(), default=10.0, show_default=True, help="online: seconds before a move back."),
 )
 
 

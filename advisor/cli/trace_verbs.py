@@ -294,7 +294,7 @@ def _used(source: str, arrivals: str | None) -> None:
     type=click.Choice(["poisson", "uniform", "constant", "gamma", "burst"]),
     help="Arrival process [default: poisson].",
 )
-@click.option("--cv", type=float, default=2.0, show_default=True, help="Coefficient of variation of gamma gaps.")
+@click.option("--cv", type=Number(), default=2.0, show_default=True, help="Coefficient of variation of gamma gaps.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @shape_options
 @json_option

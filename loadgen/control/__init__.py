@@ -552,6 +552,8 @@ def members(table: Mapping[str, Any], where: str, **wanted: tuple[type, Any]) ->
             raise InputError(f"{where}: {name} is missing.")
         if name in table and not (isinstance(value, kind) or (kind is float and type(value) is int)):
             raise InputError(f"{where}: {name} must be a {kind.__name__} (got {unsaid(repr(value))}).")
+        if name in table and kind is float and not -math.inf < value < math.inf:
+            raise InputError(f"{where}: {name} must be a finite number (got {value}).")
         found[name] = value
     return found
 
