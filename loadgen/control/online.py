@@ -143,7 +143,7 @@ class Controller:
 
     def _main(self) -> None:
         when = self._zero + self._tick_s
-        while not self._stop.wait(max(0.0, min(when - time.monotonic(), self._look_s(), 3600.0))):
+        while not self._stop.wait(max(0.0, min(when - time.monotonic(), self._look_s(), threading.TIMEOUT_MAX))):
             tick = time.monotonic() >= when
             try:
                 if tick:
