@@ -184,18 +184,26 @@ def ask(url: str, only: str) -> None:
         slo = ("--slo", f"ttft<{1 + time.time() % 1}s tpot<50ms")  # one that no call asked about before
         other = ("compare", one, two, *slo)
         question = ("--run", one, "--run", two, "--gpus", "8")
-        for name, words in (
+        reported = ("report", "--recommendation", "latest", "--out", report)
+        questions = [
             ("runs", ("runs",)),
             ("runs show", ("runs", "show", one)),
             ("compare", ("compare", one, two)),
-            *([(f"compare of {len(ids)}", ("compare", *map(str, ids)))] if len(ids) > 2 else []),
             ("compare, other SLO", other),
             ("the same again", other),
-            *([(f"other SLO, {len(ids)}", ("compare", *map(str, ids), *slo))] if len(ids) > 2 else []),
             ("advise, 8 GPUs", ("advise", *question)),
             ("advise, 32 GPUs", ("advise", *question[:-1], "32", "--rate", f"{4 * RATE_PER_S}")),
-            ("report of it", ("report", "--recommendation", "latest", "--out", report)),
-        ):
+            ("report of it", reported),
+        ]
+        if len(ids) > 2:
+            every = tuple(map(str, ids))
+            questions += [
+                (f"compare of {len(ids)}", ("compare", *every)),
+                (f"other SLO, {len(ids)}", ("compare", *every, *slo)),
+                (f"advise by {len(ids)}", ("advise", "--gpus", "8", *(w for k in every for w in ("--run", k)))),
+                (f"report of {len(ids)}", reported),
+            ]
+        for name, words in questions:
             if re.search(only, name):
                 used = measured(url, words)
                 told = f"{used['s']:6.2f} s, {used['cpu_s']:6.2f} s of processor, {used['mib']:5.0f} MiB"

@@ -57,7 +57,7 @@ from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from traces import __version__, pgcopy
-from traces.aggregate import COLUMNS, MEASURES, Bins
+from traces.aggregate import COLUMNS, EXACT_ROWS, MEASURES, Bins
 from traces.credentials import read_secret
 from traces.errors import InputError, StoreError, understood
 from traces.formats.blocks import unpack
@@ -321,7 +321,10 @@ BATCH = 5000
 """Rows a statement; a compromise between round trips and the size of a failed batch."""
 
 FEED_ROWS = 20_000
-"""Rows of a piece of :meth:`Store.feed`."""
+"""Rows of a piece of :meth:`Store.feed` and of :meth:`Store.pieces`."""
+
+PIECE_ROWS = 1_000
+"""Rows that are fetched together where all are wanted: of twenty times as many Python's collector takes a third of the time."""
 
 FEED_PATIENCE_S = 20.0
 """Shorter than the time that pieces are read ahead: a short absence of the database is not noticed by the load."""
@@ -334,10 +337,6 @@ PASSWORD_FILE = "password_file"  # noqa: S105 - the name of the parameter
 
 RETRIES_S = (0.05, 0.4, 1.5)
 """Pauses before a transaction whose connection broke, or that a deadlock ended, is done again."""
-
-EXACT_ROWS = 20_000
-"""Up to here what is said of a run comes from its rows; beyond from counts, quantiles from bins 1 % wide: of so many requests
-chance alone moves a p99 by two per cent."""
 
 KEEP_AFTER = 0.05
 """The counts of a long run that goes on are kept anew when they have grown by this share."""
@@ -1436,42 +1435,47 @@ class Store:
         """All rows of a run, in order of due time; only the columns named are read, due_s and index among them."""
         return Observations.concat(self._pieces(names, observations.c.run_id == run_id))
 
-    def windows(self, run_id: int, most: int = 200_000, parts: int = 20) -> list[Observations]:
+    def windows(
+        self, run_id: int, most: int = 200_000, parts: int = 20, names: Sequence[str] = Observations.columns()
+    ) -> list[Observations]:
         """A run's rows, or of a long one about ``most`` in ``parts`` windows spread evenly over it; each in order of due time.
 
         The first window begins where the run does, the last one ends where it does. A window holds every request between its
         first and last index (in the order of the schedule, so neighbours in time): queues and batches can be told within it. Only
-        its rows are read.
+        its rows are read, and of them the columns named, due_s and index among them.
         """
         t = observations.c
-        query = sa.select(sa.func.min(t.index), sa.func.max(t.index)).where(t.run_id == run_id)
+        # One by one: of both in one query SQLite reads every row.
+        ends = (
+            sa.select(end(t.index)).where(t.run_id == run_id).scalar_subquery() for end in (sa.func.min, sa.func.max)
+        )
         with self._begin() as connection:
-            first, last = connection.execute(query).one()
+            first, last = connection.execute(sa.select(*ends)).one()
             short = first is None or last - first < most
         if first is None:
             return []
         if short:
-            return [self.observations(run_id)]
+            return [self.observations(run_id, names)]
         width = max(1, most // parts)
         starts = [first + (last + 1 - first - width) * k // max(1, parts - 1) for k in range(parts)]
         found = [
-            Observations.concat(
-                self._pieces(Observations.columns(), t.run_id == run_id, t.index >= start, t.index < start + width)
-            )
+            Observations.concat(self._pieces(names, t.run_id == run_id, t.index >= start, t.index < start + width))
             for start in starts
         ]
         return [rows for rows in found if len(rows)]
 
     def pieces(self, run_id: int, names: Sequence[str] = Observations.columns()) -> Iterator[Observations]:
         """A run's rows piece by piece, in order of index; only the columns named are read."""
-        return self._pieces(names, observations.c.run_id == run_id, ordered=True)
+        return self._pieces(names, observations.c.run_id == run_id, ordered=True, rows=FEED_ROWS)
 
-    def _pieces(self, names: Sequence[str], *which: Any, ordered: bool = False) -> Iterator[Observations]:
+    def _pieces(
+        self, names: Sequence[str], *which: Any, ordered: bool = False, rows: int = PIECE_ROWS
+    ) -> Iterator[Observations]:
         query = sa.select(*(observations.c[name] for name in names)).where(*which)
         if ordered:
             query = query.order_by(observations.c.index)
         with self._begin() as connection:
-            held = connection.execution_options(yield_per=FEED_ROWS).execute(query)
+            held = connection.execution_options(yield_per=rows).execute(query)
             for piece in held.partitions():
                 part = Observations.empty(len(piece))
                 for name, values in zip(names, zip(*piece, strict=True), strict=True):
@@ -1527,7 +1531,7 @@ class Store:
                 if _rows(connection, run.id, EXACT_ROWS + 1) <= EXACT_ROWS:
                     return None
             found = Bins(run.slo, run.warmup_s)
-            for piece in self._pieces(COLUMNS, observations.c.run_id == run.id):
+            for piece in self._pieces(COLUMNS, observations.c.run_id == run.id, rows=FEED_ROWS):
                 found.add(piece)
             self._keep(run.id, found.figures(), found, found.rows)
         if slo is not None and str(slo) != str(Slo.parse(found.slo) if found.slo else Slo()):

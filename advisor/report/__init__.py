@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from advisor.features import RunData
-from advisor.report.digest import Digest, read, traffic
+from advisor.report.digest import Digest, law_rows, read, traffic
 from advisor.report.markdown import markdown
 from advisor.report.page import render
 from advisor.report.parts import Report
@@ -32,7 +32,7 @@ from traces.whole import whole
 
 FORMATS = ("html", "md", "json", "pdf")
 
-__all__ = ["FORMATS", "Report", "assemble", "digests", "gather", "pdf", "render", "text_of", "write_report"]
+__all__ = ["FORMATS", "Report", "assemble", "gather", "pdf", "render", "text_of", "write_report"]
 
 
 def assemble(
@@ -85,7 +85,12 @@ def gather(
     """
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     ids = list(run_ids) or list(answer.get("run_ids") or answer.get("runs") or ())
-    held = digests(store, ids if data is None else data, slo, laws_of(answer))
+    laws = laws_of(answer)
+    if data is None:
+        rows = law_rows(len(ids))
+        held = [read(store, store.run(one), slo, laws, rows=rows) for one in ids]
+    else:
+        held = [read(store, one.run, slo, laws, one) for one in data]
     names = sorted({d.run.trace for d in held} | ({answer["trace"]} if answer.get("trace") else set()))
     stored = {t.name: {"format": t.format, "sha256": t.sha256, **t.summary} for t in store.traces() if t.name in names}
     return assemble(
@@ -98,14 +103,6 @@ def gather(
         per_worker=held[-1].run.gpus_per_worker if held else (1, 1),
         db=store.told,
     )
-
-
-def digests(store: Store, runs: Iterable[int | RunData], slo: Slo, profile: Profile | None = None) -> list[Digest]:
-    """The digests of runs, named by id or given with their rows."""
-    return [
-        read(store, store.run(one), slo, profile) if isinstance(one, int) else read(store, one.run, slo, profile, one)
-        for one in runs
-    ]
 
 
 def laws_of(answer: Mapping[str, Any]) -> Profile | None:
