@@ -61,7 +61,7 @@ COLUMNS = (
 )  # fmt: skip
 """What :func:`binned` uses of a row: reading is most of the work."""
 
-QUANTILES = (0.5, 0.9, 0.99)
+LATENCIES, QUANTILES = ("ttft", "tpot", "e2e"), (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def counted(run: Run, held: Bins) -> Binned:
     counts = {
         name: held.counts[name][: held.slots][mine].astype(float) for name in ("requests", "good", "ok", "tokens")
     }
-    latency = {metric: held.over(f"{metric}_s")[mine].astype(np.float32) for metric in ("ttft", "tpot", "e2e")}
+    latency = {metric: held.over(f"{metric}_s")[mine].astype(np.float32) for metric in LATENCIES}
     figures = held.figures()
     logs = np.log(np.maximum(MIDDLES, _LOWEST_S))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -155,7 +155,7 @@ def binned(run: Run, rows: Observations, slo: Slo) -> Binned:
     }
     latency: dict[str, Counts] = {}
     figures = Figures.of(rows, slo)
-    for metric in ("ttft", "tpot", "e2e"):
+    for metric in LATENCIES:
         values: Floats = getattr(rows, f"{metric}_s")
         keep = ok & np.isfinite(values)
         flat = np.bincount(place[keep] * BINS + latency_bins(values[keep]), minlength=TIME_BINS * BINS)
@@ -224,8 +224,9 @@ def compare(base: Binned, other: Binned, *, seed: int = 0, draws: int = DRAWS) -
     ours = _weights(rng, block, draws, len(base.series))
     theirs = ours if paired else _weights(rng, block, draws, len(other.series))
     blocks = 1 / block
-    before, after = _figures(base, ours), _figures(other, theirs)
-    before_whole, after_whole = (_figures(one, np.ones((1, len(one.series)), np.float32)) for one in (base, other))
+    before, after = (_figures(one, w, _spans(rng, one, draws)) for one, w in ((base, ours), (other, theirs)))
+    whole = np.ones((1, len(base.series)), np.float32), np.ones((1, len(other.series)), np.float32)
+    before_whole, after_whole = _figures(base, whole[0]), _figures(other, whole[1])
     found = []
     for name in before:
         share = name in ("attainment", "failed")
@@ -268,17 +269,28 @@ def _weights(rng: np.random.Generator, block: float, draws: int, k: int) -> Coun
     return np.bincount(flat, minlength=draws * k).reshape(draws, k).astype(np.float32)
 
 
-def _figures(one: Binned, weights: Counts) -> dict[str, Floats]:
-    """Metric -> [draws], of the run with its time bins weighted: rates without their span, which all draws share."""
+def _spans(rng: np.random.Generator, one: Binned, draws: int) -> Floats:
+    """[draws]: the run's span over what it was. It ends with its last answer, and which one that is is chance: what is left to do
+    when the last request comes varies about as much as E2E does."""
+    e2e = one.latency["e2e"].sum(axis=0, dtype=np.float64)
+    if not e2e.any() or one.figures.span_s <= 0:
+        return np.ones(draws)
+    drawn = MIDDLES[np.searchsorted(np.cumsum(e2e), rng.random(draws) * e2e.sum(), side="right")]
+    left = drawn - float(np.average(MIDDLES, weights=e2e))
+    return np.asarray(np.maximum(1 + left / one.figures.span_s, 1e-9), dtype=np.float64)
+
+
+def _figures(one: Binned, weights: Counts, spans: Floats | float = 1.0) -> dict[str, Floats]:
+    """Metric -> [draws], of the run with its time bins weighted. spans: over that of the run, which rates are without."""
     n = {name: weights @ column for name, column in one.counts.items()}
     found = {
-        "goodput_per_s": n["good"],
-        "throughput_per_s": n["ok"],
-        "output_tokens_per_s": n["tokens"],
+        "goodput_per_s": n["good"] / spans,
+        "throughput_per_s": n["ok"] / spans,
+        "output_tokens_per_s": n["tokens"] / spans,
         "attainment": n["good"] / np.maximum(n["requests"], 1e-9),
         "failed": 1 - n["ok"] / np.maximum(n["requests"], 1e-9),
     }
-    for metric in ("ttft", "tpot", "e2e"):
+    for metric in LATENCIES:
         first, last = one.used[metric]
         below = np.cumsum(weights @ one.latency[metric][:, first : last + 1], axis=1, dtype=np.float64)
         for q in QUANTILES:
@@ -315,7 +327,7 @@ def _change(before: Floats, after: Floats, share: bool) -> Floats:
         return np.asarray(np.log(after / before), dtype=np.float64)
 
 
-LESS_IS_BETTER = ("ttft", "tpot", "e2e", "failed")
+LESS_IS_BETTER = (*LATENCIES, "failed")
 
 
 def _difference(name: str, a: float, b: float, drawn: Floats, share: bool, blocks: float) -> Difference:
@@ -332,6 +344,8 @@ def _difference(name: str, a: float, b: float, drawn: Floats, share: bool, block
     # Student's t over the normal; scipy.stats says the same, and takes a second to import.
     wider = WIDER * float(stdtrit(blocks - 1, 1 - tail) / ndtri(1 - tail)) * math.sqrt(blocks / (blocks - 1))
     low, high = (point + wider * float(np.quantile(drawn, p)) for p in (tail, 1 - tail))
+    if name.split("_")[0] in LATENCIES:  # drawn from bins, and known no better than those
+        low, high = min(low, point - WIDTH), max(high, point + WIDTH)
     # Equal to the last bit is no difference, and so is one that rounding makes.
     verdict = "cannot tell"
     if low > 1e-9 or high < -1e-9:

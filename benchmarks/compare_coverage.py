@@ -25,7 +25,17 @@ from traces.measures import Slo
 from traces.records import Fleet
 
 SLO = Slo.parse("ttft<0.5s tpot<50ms")
-METRICS = ("goodput_per_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "e2e_p90_s", "attainment")
+METRICS = (
+    "goodput_per_s",
+    "throughput_per_s",
+    "output_tokens_per_s",
+    "ttft_p50_s",
+    "ttft_p90_s",
+    "ttft_p99_s",
+    "e2e_p90_s",
+    "e2e_p99_s",
+    "attainment",
+)
 CASES = ((0.5, 3000), (0.7, 3000), (0.7, 10_000), (0.9, 3000), (0.9, 10_000))
 """(load, requests at 10/s)."""
 

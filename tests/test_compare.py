@@ -27,6 +27,7 @@ from advisor.compare import (
     _difference,
     _figures,
     _quantile,
+    _spans,
     _weights,
     against_first,
     binned,
@@ -81,11 +82,13 @@ def verdicts(a: Observations, b: Observations) -> dict[str, str]:
 
 
 def test_equal_servers_are_told_apart_no_more_often_than_the_interval_says() -> None:
-    """40 pairs of the same queue at 70 % load: 90 % intervals of P99 TTFT, mean-like figures and goodput miss about one in ten.
+    """40 pairs of the same queue at 70 % load: 90 % intervals of P99 TTFT, mean-like figures and rates miss about one in ten.
 
     Requests taken as independent would be wrong in about half of them. Bound: binomial, 9 of 40 has probability 0.01 at 10 %.
     """
-    wrong = {"ttft_p50_s": 0, "ttft_p99_s": 0, "e2e_p90_s": 0, "goodput_per_s": 0}
+    wrong = dict.fromkeys(
+        ("ttft_p50_s", "ttft_p99_s", "e2e_p90_s", "goodput_per_s", "throughput_per_s", "output_tokens_per_s"), 0
+    )
     for k in range(40):
         found = verdicts(queue(2 * k, traffic=k), queue(2 * k + 1, traffic=k))
         for name in wrong:
@@ -255,6 +258,32 @@ def test_an_interval_is_students_for_the_blocks_that_there_are(blocks: float) ->
     assert (none.verdict, none.why) == ("cannot tell", "one of them has no such figure, or none above 0")
     assert np.isnan(none.change)
     assert _difference("failed", 0.1, 0.3, drawn[:19], True, blocks).change == pytest.approx(0.2)
+
+
+def test_no_latency_is_known_better_than_the_bins_it_is_drawn_from() -> None:
+    """Found by a user's runs of 60 requests: all of E2E 0.06 % longer fell into the same bins in every draw, and was "worse"."""
+    a = queue(1, n=60, load=0.2)
+    later = replace(a, last_token_s=a.last_token_s + 0.0006 * a.e2e_s)
+    for base, other in ((a, later), (later, a)):
+        found = {d.metric: d for d in compare(*pair(base, other)).differences}
+        for name in ("e2e_p50_s", "e2e_p99_s", "tpot_p90_s"):
+            assert found[name].verdict == "cannot tell", name
+            assert found[name].low <= math.expm1(math.log1p(found[name].change) - WIDTH) + 1e-12
+            assert found[name].high >= math.expm1(math.log1p(found[name].change) + WIDTH) - 1e-12
+    same = np.zeros(400)
+    assert _difference("ttft_p99_s", 1.0, 1.02, same, False, 9.0).verdict == "worse"
+    assert _difference("ttft_p99_s", 1.02, 1.0, same, False, 9.0).verdict == "better"
+    assert _difference("failed", 0.1, 0.1001, same, True, 9.0).verdict == "worse"  # counted, not binned
+
+
+def test_a_run_ends_when_chance_has_it() -> None:
+    """Spans vary about the own one of the run as its E2E does; without an answer they do not."""
+    rows = queue(3)
+    (one,) = pair(rows, rows)[:1]
+    drawn = (_spans(np.random.default_rng(0), one, 20_000) - 1) * one.figures.span_s
+    assert (drawn.mean(), drawn.std()) == pytest.approx((0.0, float(rows.e2e_s.std())), abs=0.01, rel=0.05)
+    none = replace(rows, status=np.full(len(rows), "failed", dtype=object))
+    assert (_spans(np.random.default_rng(0), pair(none, none)[0], 5) == 1).all()
 
 
 def test_shares_change_by_points_and_figures_by_ratios() -> None:
