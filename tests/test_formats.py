@@ -25,14 +25,17 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import traces.unpack
 from advisor.cli import main
 from advisor.cli.trace_verbs import _say, _spool
+from tests.test_store import a_run
 from traces.errors import InputError
 from traces.export import export
 from traces.formats import formats
 from traces.formats.spans import NESTED
 from traces.ingest import IngestReport, ingest
 from traces.store import Store, open_store
+from traces.transfer import export_runs, import_runs
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -382,7 +385,7 @@ def test_a_bomb_is_refused_before_it_fills_anything(
     """A third of a megabyte that expands to a third of a gigabyte is left when it is past what a log could be: one endless
     line, and (with a sixteenth of everything, as reading them takes long) rows."""
     if packed == "zst":
-        monkeypatch.setattr(sys.modules["traces.ingest"], "MOST_PLAIN_BYTES", 16 << 20)
+        monkeypatch.setattr(traces.unpack, "MOST_PLAIN_BYTES", 16 << 20)
     head, piece = b"TIMESTAMP,ContextTokens,GeneratedTokens\n", b"2023-11-16 18:15:46,1,1\n" * 40_000
     path = tmp_path / f"bomb.csv.{packed}"
     if packed == "gz":  # members one after another are one file
@@ -393,6 +396,67 @@ def test_a_bomb_is_refused_before_it_fills_anything(
     with pytest.raises(InputError, match="expands to more than 200 times its size"):
         ingest(store, [path])
     assert store.traces() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not hold a process to its memory")
+@pytest.mark.parametrize("bomb", ["a text eight thousand times", "a text", "rows"])
+def test_a_bomb_in_parquet_ends_who_unpacks_it(
+    bomb: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kilobyte names one text of 20 MB eight thousand times, or holds one that is too long, or rows without end: that is one
+    line, as a trace and in a dump of runs, and nothing is stored."""
+    monkeypatch.setattr(traces.unpack, "MEMORY_BYTES", 640 << 20)
+    monkeypatch.setattr(traces.unpack, "MOST_PLAIN_BYTES", 4 << 20)
+    n = 200_000 if bomb == "rows" else 8000
+    texts: Any = pyarrow.DictionaryArray.from_arrays(
+        np.zeros(n, np.int32), ["x" * 20_000_000 if bomb != "rows" else "3"]
+    )
+    if bomb == "a text":
+        n, texts = 1, ["x" * 150_000_000]
+    path = tmp_path / "t.parquet"
+    columns = {"at": np.zeros(n), "in": np.full(n, 5), "out": texts}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd", use_dictionary=bomb != "a text")
+    assert path.stat().st_size < 50_000
+    too_much = "expands to more than 200 times its size" if bomb == "rows" else "unpacks to more than 640 MiB at once"
+    with pytest.raises(InputError, match=rf"t\.parquet: cannot be read.*{too_much}"):
+        ingest(store, [path], columns="arrival=at,input=in,output=out")
+    assert store.traces() == []
+    run = store.begin_run(a_run())
+    export_runs(store, [run.id], tmp_path / "out")
+    (tmp_path / "out" / "observations.parquet").write_bytes(path.read_bytes())
+    store.delete_run(run.id)
+    known = store.columns
+    monkeypatch.setattr(store, "columns", lambda table: {**known(table), "at": "real", "in": "integer", "out": "text"})
+    with pytest.raises(InputError, match=too_much if bomb != "rows" else "is not what steelyard runs dump writes"):
+        import_runs(store, tmp_path / "out")
+
+
+def test_who_unpacks_parquet_may_end_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file made to end its reader ends another process than ours, and is told so; one that is left half-way leaves nobody."""
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": np.arange(200_000)}), path)
+    for by in ("rows", "columns"):
+        lines = traces.unpack.Unpacked(path, by)
+        assert len(lines.read(10)) == 10
+        lines._child.kill()
+        with pytest.raises(traces.unpack.UnpackError, match="who unpacked it ended with -9"):
+            read_to_its_end(lines)
+        lines.close()
+    half = traces.unpack.Unpacked(path, "rows")
+    assert half.read(20) == b'{"a":0}\n{"a":1}\n{"a"'[:20]
+    half.close()
+    assert half._child.returncode is not None
+    assert traces.unpack.names(path) == ["a"]
+    with traces.unpack.Bounded(traces.unpack.Unpacked(path, "columns"), 0) as whole:
+        found = [json.loads(line)["a"] for line in whole.readall().splitlines()]
+    assert found[0] == []
+    assert max(map(len, found)) == traces.unpack.TOGETHER
+    assert [value for values in found for value in values] == list(range(200_000))
+
+
+def read_to_its_end(lines: traces.unpack.Unpacked) -> None:
+    while lines.read(1 << 20):
+        pass
 
 
 def test_another_block_size_is_named_and_taken(store: Store, tmp_path: Path) -> None:

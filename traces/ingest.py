@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TextIO, cast
+from typing import Any, Self, TextIO, cast
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -31,10 +31,10 @@ from traces.formats import BadFileError, BadRowError, Batch, OtherEvent, Row, Tr
 from traces.formats.blocks import pack, unpack
 from traces.formats.generic import generic, parse_map
 from traces.formats.mooncake import mooncake
-from traces.formats.parquet import ParquetLines, parquet_columns
 from traces.records import Schedule
 from traces.shipped import NAMES
 from traces.store import Store, TraceInfo
+from traces.unpack import Bounded, Unpacked, names
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -52,10 +52,6 @@ LINE_LIMIT = 4 << 20
 """Longest line that is read, in characters, of a format without ``longest``; a longer one is skipped and counted, never held."""
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-MOST_RATIO = 200
-MOST_PLAIN_BYTES = 256 << 20
-"""A compressed file may become this large, or MOST_RATIO times its size where that is more."""
-
 YEAR_10000_US = 253_402_300_800 * 10**6
 """Microseconds since 1970 that no calendar here has."""
 
@@ -762,44 +758,19 @@ def _open(path: Path, columns: Sequence[str] = ()) -> TextIO:
     """The text of a file: as it is, decompressed, or a Parquet's columns as JSONL."""
     with path.open("rb") as f:
         magic = f.read(4)
+    return io.TextIOWrapper(_bytes(path, magic, columns), encoding="utf-8-sig", newline="")
+
+
+def _bytes(path: Path, magic: bytes, columns: Sequence[str] = ()) -> io.BufferedReader:
     if magic == PARQUET:
-        return cast(TextIO, ParquetLines(path, columns))
-    return io.TextIOWrapper(_bytes(path, magic), encoding="utf-8-sig", newline="")
-
-
-def _bytes(path: Path, magic: bytes) -> io.BufferedReader:
-    if magic[:2] == GZIP:
-        return io.BufferedReader(_Expanding(cast(BinaryIO, gzip.open(path, "rb")), path.stat().st_size), 1 << 18)
-    if magic == ZSTD:
+        raw: Any = Unpacked(path, "rows", columns)
+    elif magic[:2] == GZIP:
+        raw = gzip.open(path, "rb")  # noqa: SIM115 - closed with what reads it
+    elif magic == ZSTD:
         raw = zstd.open(path, "rb", options={zstd.DecompressionParameter.window_log_max: 27})
-        return io.BufferedReader(_Expanding(cast(BinaryIO, raw), path.stat().st_size), 1 << 18)
-    return path.open("rb")
-
-
-class _Expanding(io.RawIOBase):
-    """A decompressed stream that stops where no log can have been packed that tightly."""
-
-    def __init__(self, source: BinaryIO, packed: int) -> None:
-        self._source = source
-        self._most = max(MOST_PLAIN_BYTES, packed * MOST_RATIO)
-        self._given = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._source.read(len(buffer))
-        self._given += len(piece)
-        if self._given > self._most:
-            raise BadFileError(
-                f"expands to more than {MOST_RATIO} times its size: is it a log? Unpack it first, if it is"
-            )
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def close(self) -> None:
-        self._source.close()
-        super().close()
+    else:
+        return path.open("rb")
+    return io.BufferedReader(Bounded(raw, path.stat().st_size), 1 << 18)
 
 
 def zone_of(tz: str | None) -> ZoneInfo | None:
@@ -820,11 +791,9 @@ def recognise(path: Path, wanted: str | None, columns: str | None = None, time_u
             raw = f.read(HEAD)
         if raw[:4] == PARQUET:
             if columns is None:
-                raise InputError(
-                    f"{path}: is Parquet: name its columns with --map ({', '.join(parquet_columns(path))})."
-                )
-            with ParquetLines(path, tuple(parse_map(columns).values())) as table:
-                raw = table.readline().encode()
+                raise InputError(f"{path}: is Parquet: name its columns with --map ({', '.join(names(path))}).")
+            with _bytes(path, PARQUET, tuple(parse_map(columns).values())) as g:
+                raw = g.readline(HEAD)
         elif raw[:2] == GZIP or raw[:4] == ZSTD:
             with _bytes(path, raw[:4]) as g:
                 raw = g.read(HEAD)

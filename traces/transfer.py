@@ -8,21 +8,23 @@ there a run counts as one that has not ended and is incomplete.
 from __future__ import annotations
 
 import glob
+import io
 import json
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from traces.errors import InputError
 from traces.store import OF_A_RUN, Store
+from traces.unpack import Bounded, Unpacked, UnpackError
 
-PIECE_ROWS = 20_000
-"""Rows of a file that are stored at once."""
+PIECE_ROWS, PIECE_BYTES = 20_000, 64 << 20
+"""Rows of a file that are stored at once, and their text at most."""
 
 KILLED_S = 86400.0
 """A dump that wrote nothing for this long was killed."""
@@ -76,7 +78,6 @@ def export_runs(store: Store, ids: Sequence[int], out: Path) -> dict[str, int]:
 
 def import_runs(store: Store, folder: Path) -> dict[int, int]:
     """Store the runs of a folder; id there -> id here. InputError when a file is not what export_runs writes."""
-    pa, pq = _arrow()
     ids: dict[int, int] = {}
     begun: list[dict[str, list[Any]]] = []
     try:
@@ -85,12 +86,14 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
             if table not in ("runs", "observations") and not (folder / f"{table}.parquet").exists():
                 continue  # an older steelyard had no such table
             passed: Counter[int] = Counter()
-            with pq.ParquetFile(folder / f"{table}.parquet") as file:
-                unknown = set(file.schema_arrow.names) - wanted
-                if unknown:
-                    raise InputError(f"{folder}/{table}.parquet: has columns of a newer steelyard: {sorted(unknown)}.")
-                for batch in file.iter_batches(batch_size=PIECE_ROWS):
-                    piece: dict[str, list[Any]] = batch.to_pydict()
+            with closing(_pieces(folder / f"{table}.parquet")) as pieces:
+                for piece in pieces:
+                    if unknown := set(piece) - wanted:
+                        raise InputError(
+                            f"{folder}/{table}.parquet: has columns of a newer steelyard: {sorted(unknown)}."
+                        )
+                    if not next(iter(piece.values()), ()):
+                        continue  # a table without a row
                     if table == "runs":
                         ids.update(zip(piece["id"], store.restore_runs(piece), strict=True))
                         begun.append(piece)
@@ -103,10 +106,28 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
             for run in store.runs(ids=[ids[i] for i in piece["id"]]):
                 if run.ended:
                     store.count(run)
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
     except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"{folder}: is not what steelyard runs dump writes ({type(error).__name__}: {error})."
         ) from None
     return ids
+
+
+def _pieces(path: Path) -> Generator[dict[str, list[Any]]]:
+    """The columns of a file's rows, piece by piece; the first piece has all columns, if there is no row too."""
+    piece: dict[str, list[Any]] = {}
+    held = 0
+    with io.BufferedReader(Bounded(Unpacked(path, "columns"), path.stat().st_size), 1 << 18) as lines:
+        while line := lines.readline(PIECE_BYTES + 1):
+            if len(line) > PIECE_BYTES:
+                raise UnpackError(f"{path.name} has rows of megabytes each")
+            for name, values in json.loads(line).items():
+                piece.setdefault(name, []).extend(values)
+            held += len(line)
+            if len(next(iter(piece.values()), ())) >= PIECE_ROWS or held > PIECE_BYTES:
+                yield piece
+                piece, held = {}, 0
+    if piece:
+        yield piece
