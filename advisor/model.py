@@ -172,7 +172,7 @@ class Fit:
     """Fitted laws with what they rest on.
 
     residuals: per run, log(predicted / measured) of each run-level metric. spread: their root mean square by metric.
-    scores: per metric, (highest utilisation of a stage, |log ratio| / half-width of the draws) of every run, when there are
+    scores: per metric, (highest utilisation of a stage, |log ratio|, half-width of the draws) of every run, when there are
     CALIBRATED_RUNS; empty below.
     """
 
@@ -184,7 +184,7 @@ class Fit:
     warnings: list[str]
     data: Sequence[RunData] = field(repr=False)
     calibration: Calibration = field(repr=False)
-    scores: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
+    scores: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict, repr=False)
 
     def draws(self, rng: np.random.Generator, n: int, tokens_per_s: float = 0.0) -> list[Profile]:
         """n draws of laws that the runs allow: as wide as the prior in what only a loaded stage shows, if none was.
@@ -552,13 +552,13 @@ def relative_nnls(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, float]:
     return coefficients, float(np.median(np.abs(1 - scaled @ coefficients)))
 
 
-def _scores(fit: Fit, seed: int, asked_slo: Slo | None) -> dict[str, list[tuple[float, float]]]:
-    """Every run as the laws have it: how far off, in the half-widths that draws of the laws have there.
+def _scores(fit: Fit, seed: int, asked_slo: Slo | None) -> dict[str, list[tuple[float, float, float]]]:
+    """Every run as the laws have it: how far off, and the half-width that draws of the laws have there.
 
     Runs that were left out instead (by refits, or by a Gauss-Newton step back) were tried: what they miss is what the one
     run had told, which the draws' width holds already, and counted twice it made bands five times as wide.
     """
-    scores: dict[str, list[tuple[float, float]]] = {name: [] for name in METRICS}
+    scores: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METRICS}
     draws = fit.draws(np.random.default_rng(seed), SCORE_DRAWS)
     for i, one in enumerate(fit.data):
         replay: Replay = fit.calibration.replays[i]
@@ -571,9 +571,8 @@ def _scores(fit: Fit, seed: int, asked_slo: Slo | None) -> dict[str, list[tuple[
         busiest = max(result.utilisation["prefill"], result.utilisation["decode"])
         for name, ratio in log_ratios(ours, theirs).items():
             down, up = reach(getattr(ours, name), [getattr(d, name) for d in drawn])
-            scores[name].append(
-                (busiest, fit.calibration.optimism * abs(ratio) / max(down if ratio > 0 else up, LEAST[name]))
-            )
+            off = fit.calibration.optimism * abs(ratio)
+            scores[name].append((busiest, off, max(down if ratio > 0 else up, LEAST[name])))
     return scores
 
 

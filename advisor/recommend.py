@@ -648,7 +648,7 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
     """Point values with 90 % intervals, as log ratios around the point.
 
     With enough runs the width is how far the draws reach below and above the laws on the same window, times the conformal
-    quantile of how far off the runs are in such reaches. With fewer the draws' width is taken around their median, so
+    quantile of how far off the runs are in such reaches (see there). With fewer the draws' width is taken around their median, so
     that a window shorter than the trace widens nothing, and the laws' misfit on the runs is added in quadrature. A draw that
     serves nothing has no logarithm: where it is one in twenty, what is served may be nothing.
     """
@@ -667,8 +667,8 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
             high = value if value == 0 else float("nan")
             figures[name] = Interval(value, 0.0, offered) if rate else Interval(value, float("nan"), high)
             continue
-        factor = conformal(fit.scores.get(name, []), busiest)
-        if factor is None:
+        found = conformal(fit.scores.get(name, []), busiest)
+        if found is None:
             low, middle, high = np.quantile(np.log(drawn), [0.05, 0.5, 0.95])
             misfit = 1.645 * fit.spread.get(name, 0.0)
             down, up = (
@@ -676,7 +676,8 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
             )
         else:
             reaches = reach(beside if beside > 0 else value, drawn)
-            down, up = (math.hypot(max(max(factor, 1.0) * w, LEAST[name]), sampled.get(name, 0.0)) for w in reaches)
+            factor, beyond = max(found[0], 1.0), found[1]
+            down, up = (math.hypot(max(factor * w, LEAST[name]), beyond, sampled.get(name, 0.0)) for w in reaches)
         low, high = value * math.exp(-down), value * math.exp(min(up, 50.0))
         if rate:
             low = 0.0 if idle else low
@@ -698,17 +699,30 @@ REGIMES = (0.7, 0.95)
 """Bounds between regimes of the busier stage: quiet, busy, saturated. A run says little of another regime's error."""
 
 
-def conformal(scores: Sequence[tuple[float, float]], busiest: float, level: float = 0.9) -> float | None:
-    """The factor on expected half-widths that covers ``level`` of the runs, of the same regime where nine were.
+MOST_REACHES = 3.0
+"""A factor beyond it tells of runs at which all draws agree, not of splits that nobody ran."""
 
-    Split conformal: of n scores the ceil((n + 1) level)-th smallest. None without scores.
+
+def conformal(
+    scores: Sequence[tuple[float, float, float]], busiest: float, level: float = 0.9
+) -> tuple[float, float] | None:
+    """(factor on expected half-widths, what is added in quadrature) that together cover ``level`` of the runs, of the same regime
+    where nine were. None without scores.
+
+    Split conformal: of n scores, how far off a run is in half-widths, the ceil((n + 1) level)-th smallest. Where that is more
+    than MOST_REACHES the runs are covered by how far off they are instead: many runs make draws agree there to less than what the
+    laws leave out, and as a factor that made bands of 30 orders of magnitude where draws differ.
     """
     if len(scores) < CALIBRATED_RUNS - 1:
         return None
     regime = sum(busiest > bound for bound in REGIMES)
-    same = [score for at, score in scores if sum(at > bound for bound in REGIMES) == regime]
-    held = sorted(same if len(same) >= CALIBRATED_RUNS - 1 else [score for _, score in scores])
-    return held[min(len(held), math.ceil((len(held) + 1) * level)) - 1]
+    same = [one for one in scores if sum(one[0] > bound for bound in REGIMES) == regime]
+    held = same if len(same) >= CALIBRATED_RUNS - 1 else scores
+    rank = min(len(held), math.ceil((len(held) + 1) * level)) - 1
+    factor = sorted(off / width for _, off, width in held)[rank]
+    if factor <= MOST_REACHES:
+        return factor, 0.0
+    return MOST_REACHES, sorted(off for _, off, _ in held)[rank]
 
 
 def next_probe(

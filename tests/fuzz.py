@@ -43,6 +43,7 @@ from traces.ingest import ingest
 from traces.profiles import servegen
 from traces.records import Decision, Fleet, FleetChange, Histogram, Run, Sample
 from traces.store import open_store
+from traces.transfer import export_runs, import_runs
 
 DATA = Path(__file__).parent / "data"
 SECONDS = 5.0
@@ -103,6 +104,41 @@ def traces(data: bytes, folder: Path) -> None:
             raise AssertionError(f"{report.rows_read} rows read, {kept} accounted for")
         if report.rows_kept:
             store.schedule("t", blocks=True, sessions=True)
+
+
+def parquet(data: bytes, folder: Path) -> None:
+    """As a trace that a map describes, and as the runs of a dump."""
+    path = folder / "runs.parquet"
+    path.write_bytes(data)
+    with open_store("sqlite:///:memory:") as store:
+        if len(data) % 2:
+            ingest(store, [path], max_bad=1.0, name="t", columns="arrival=at,input=use.in,output=out")
+        else:
+            import_runs(store, folder)
+
+
+@functools.cache
+def parquet_files() -> list[bytes]:
+    """Of texts and numbers, packed in three ways, with and without a dictionary; and the runs of a dump."""
+    import pyarrow
+    import pyarrow.parquet
+
+    n = range(300)
+    uses = [{"in": k, "x": [k] * (k % 3)} for k in n]
+    table = pyarrow.table(
+        {"at": [k / 7 for k in n], "use": uses, "out": [str(k % 9 + 1) for k in n], "id": [f"r{k}" for k in n]}
+    )
+    found = []
+    for compression, coded in (("snappy", True), ("zstd", False), ("gzip", True), ("none", False)):
+        pyarrow.parquet.write_table(
+            table, held := io.BytesIO(), compression=compression, use_dictionary=coded, row_group_size=170
+        )
+        found.append(held.getvalue())
+    with tempfile.TemporaryDirectory() as folder, open_store("sqlite:///:memory:") as store:
+        run = store.begin_run(Run("r", "t", "d", 1, "http://h", "reference", "m", Fleet(1, 1), 1e9, 1))
+        export_runs(store, [run.id], Path(folder) / "out")
+        found += [(Path(folder) / "out" / "runs.parquet").read_bytes()] * 2
+    return found
 
 
 def profile(data: bytes, folder: Path) -> None:
@@ -301,6 +337,7 @@ ANSWERS = [
 KINDS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes, Path], None], float]] = {
     # what: (real ones, what reads them, share of --inputs)
     "trace files": (lambda: files("traces/*.csv", "traces/*.json", "traces/*.jsonl", "traces/*.gz"), traces, 1.0),
+    "Parquet": (parquet_files, parquet, 0.1),
     "profiles (TOML)": (lambda: [Profile.load(n).to_toml().encode() for n in shipped_profiles()], profile, 1.0),
     "ServeGen clients": (lambda: files("servegen/*.csv", "servegen/*.json"), clients, 0.5),
     "results of other clients": (lambda: files("results/*.json", "results/*.jsonl"), results, 0.5),
