@@ -728,7 +728,8 @@ def rule_of(table: Mapping[str, Any], where: str) -> DemandRule | BacklogRule:
             elif f.name == "slo":
                 values[f.name] = Slo.parse(value) if value else Slo()
             elif f.name == "floor":
-                values[f.name] = int(value["prefill"]), int(value["decode"])
+                floor = Fleet.of(value)
+                values[f.name] = floor.prefill, floor.decode
             elif f.name == "forecast":
                 rate, active = (tuple(float(x) for x in value[key]) for key in ("rate", "active"))
                 period = float(value.get("period_s", 0.0))
@@ -746,6 +747,6 @@ def rule_of(table: Mapping[str, Any], where: str) -> DemandRule | BacklogRule:
                     raise ValueError
         except (ArithmeticError, TypeError, ValueError, KeyError, tomllib.TOMLDecodeError):
             raise InputError(f"{where}: {f.name} of the thresholds cannot be read (got {value!r:.80}).") from None
-    if min(values.get("floor", (1, 1))) < 1:
-        raise InputError(f"{where}: each role needs a floor of at least one worker.")
+        except InputError as error:
+            raise InputError(f"{where}: {f.name} of the thresholds: {error}") from None
     return kind(**values)

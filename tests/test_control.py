@@ -442,6 +442,31 @@ def test_a_command_sets_and_reads_the_fleet(tmp_path: Path) -> None:
     assert not (tmp_path / "shell").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "fleet"),
+    [
+        ("3:5", Fleet(3, 5)),
+        ('{"prefill": 3, "decode": 5, "changing": 2}', Fleet(3, 5)),
+        ('{"prefill": "3", "decode": 5}', Fleet(3, 5)),
+        ('{"prefill": 2.9, "decode": 5}', None),
+        ('{"prefill": true, "decode": 5}', None),
+        ('{"prefill": 3, "decode": 5, "changing": 0.5}', None),
+        ('{"prefill": 3}', None),
+        ("[3, 5]", None),
+        ("", None),
+    ],
+)
+def test_what_a_command_prints_is_a_fleet_of_whole_workers(said: str, fleet: Fleet | None) -> None:
+    """2.9 was 2, and half a worker that changes was none."""
+    control = Command(["true", "{prefill}", "{decode}"], ["printf", "%s", said])
+    if fleet is None:
+        with pytest.raises(EndpointError, match=r"^printf: it must print P:D or .*\(it printed"):
+            control.get()
+    else:
+        standing = control.get()
+        assert (standing.fleet, standing.changing) == (fleet, 2 * ("changing" in said))
+
+
 def test_a_command_gets_each_argument_as_it_is(tmp_path: Path) -> None:
     """No shell: what a shell would read as more than one word, or run, arrives as one argument."""
     seen = tmp_path / "seen"

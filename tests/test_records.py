@@ -34,6 +34,17 @@ def test_an_impossible_fleet_is_refused_in_one_line(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_fleet_is_read_from_a_table_of_whole_numbers() -> None:
+    """2.9 was 2, and true was 1."""
+    assert Fleet.of({"prefill": 3, "decode": 5, "changing": 1}) == Fleet(3, 5)
+    for prefill in (2.9, True, None, [1], float("inf"), 0, "3:5"):
+        with pytest.raises(InputError, match="3:5"):
+            Fleet.of({"prefill": prefill, "decode": 5})
+    for table in ({}, {"prefill": 3}, [3, 5], None, "3:5:1"):
+        with pytest.raises(InputError, match="fleet must be prefill:decode"):
+            Fleet.of(table)
+
+
 @given(st.integers(2, 64), st.integers(1, 4), st.integers(1, 4))
 def test_splits_use_exactly_the_gpus_given_and_none_is_missing(gpus: int, per_p: int, per_d: int) -> None:
     """Splits use exactly the GPUs given, once each, and none is missing."""

@@ -74,6 +74,12 @@ class Fleet:
         return cls(int(match[1]), int(match[2]), int(match[3] or 0))
 
     @classmethod
+    def of(cls, table: Any) -> Self:
+        """Of ``{"prefill": 3, "decode": 5}``, whole numbers, as JSON and TOML hold them. InputError says what was expected."""
+        named = isinstance(table, dict) and {"prefill", "decode"} <= table.keys()
+        return cls.parse(f"{table['prefill']}:{table['decode']}" if named else f"{table!r:.80}")
+
+    @classmethod
     def splits(cls, gpus: int, gpus_per_worker: tuple[int, int] = (1, 1)) -> list[Self]:
         """All fleets that use exactly ``gpus`` GPUs, fewest prefill workers first."""
         per_prefill, per_decode = gpus_per_worker

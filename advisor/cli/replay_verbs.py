@@ -386,9 +386,9 @@ def _start(known: dict[str, Any] | None) -> Any:
     if not known or not isinstance(start, dict):
         return None
     try:
-        return Fleet(int(start["prefill"]), int(start["decode"]))
-    except (ArithmeticError, KeyError, TypeError, ValueError):
-        raise InputError(f"{known['where']}: start of the thresholds cannot be read (got {start!r:.80}).") from None
+        return Fleet.of(start)
+    except InputError as error:
+        raise InputError(f"{known['where']}: start of the thresholds: {error}") from None
 
 
 def _strategy(

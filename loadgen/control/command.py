@@ -71,12 +71,12 @@ class Command:
         except ValueError:
             held = None
         try:
-            if isinstance(held, dict):
-                fleet = Fleet(int(held["prefill"]), int(held["decode"]))
-                left += int(held.get("changing", 0))
-            else:
-                fleet = Fleet.parse(said)
-        except (ArithmeticError, InputError, KeyError, TypeError, ValueError):
+            fleet = Fleet.of(held) if isinstance(held, dict) else Fleet.parse(said)
+            if isinstance(held, dict) and type(changing := held.get("changing", 0)) is int:
+                left += changing
+            elif isinstance(held, dict):
+                raise InputError("changing is a number of workers")
+        except InputError:
             raise EndpointError(
                 f'{self._read[0]}: it must print P:D or {{"prefill": P, "decode": D}} (it printed {printable(said[:80])!r}).'
             ) from None
