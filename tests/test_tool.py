@@ -481,9 +481,10 @@ def test_a_wrong_file_of_options_is_one_clear_line(
         ({"start": {"prefill": math.inf, "decode": 1}}, "start of the thresholds: fleet must be prefill:decode"),
         ({"start": {"prefill": 2.9, "decode": 1}}, "start of the thresholds: fleet must be prefill:decode"),
         ({"tick_s": "soon"}, "tick_s of the thresholds must be seconds above 0"),
+        ({"tick_s": 0}, "tick_s of the thresholds must be seconds above 0"),
         ({"tick_s": math.nan}, "tick_s of the thresholds must be seconds above 0"),
     ],
-    ids=["start", "start inf", "start 2.9", "tick", "tick nan"],
+    ids=["start", "start inf", "start 2.9", "tick", "tick 0", "tick nan"],
 )
 def test_thresholds_that_were_edited_by_hand_are_read_with_care(
     more: dict[str, Any], words: str, here: Path, capsys: pytest.CaptureFixture[str]

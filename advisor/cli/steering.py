@@ -79,7 +79,7 @@ def seconds_between(tick_s: float, known: dict[str, Any] | None) -> float:
     from traces.errors import InputError
 
     said = (known or {}).get("tick_s")
-    if typed("tick", "tick_s") or not said:
+    if typed("tick", "tick_s") or said is None:
         return tick_s
     try:
         found = float(said)
