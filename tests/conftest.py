@@ -264,7 +264,7 @@ def mariadb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a running MariaDB, without a database; skipped where none is installed and none required."""
     pytest.importorskip("pymysql", reason="the driver is not installed: pip install 'steelyard[mariadb]'")
     if mariadb_programs() is None:
-        lacks = "no MariaDB on this machine: install mariadb-server-core"
+        lacks = "no MariaDB on this machine: install mariadb-server-core and mariadb-client-core"
         if os.environ.get("STEELYARD_REQUIRE_MARIADB"):
             pytest.fail(lacks)
         pytest.skip(lacks)

@@ -33,6 +33,9 @@ TOGETHER = 1024
 REFUSED = 3
 """How the process ends that has said why."""
 
+INHERITED = ("PYTHON", "PATH", "VIRTUAL_ENV", "LD_", "DYLD_", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "COVERAGE")
+"""How the names begin of what its environment has: no password or key does."""
+
 By = Literal["rows", "columns", "names"]
 
 
@@ -93,7 +96,8 @@ class Unpacked:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
+            env={k: v for k, v in os.environ.items() if k.startswith(INHERITED)}
+            | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
             start_new_session=True,  # it ends with its pipe, not by Ctrl-C
         )
         self._lines = cast(IO[bytes], self._child.stdout)

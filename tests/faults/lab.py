@@ -248,10 +248,12 @@ class Postgres:
 
 
 def mariadb_programs() -> tuple[str, str] | None:
-    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server-core)."""
+    """(mariadbd, mariadb-install-db), None where they are not installed (Debian: mariadb-server-core, mariadb-client-core)."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    server, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
-    return (server, install) if server and install else None
+    # The last is what installing it runs: Debian moved it from the server's package to the client's with a security update.
+    programs = (shutil.which(name, path=path) for name in ("mariadbd", "mariadb-install-db", "my_print_defaults"))
+    server, install, reader = programs
+    return (server, install) if server and install and reader else None
 
 
 class Maria:
