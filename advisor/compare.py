@@ -53,8 +53,9 @@ estimators of the spread missed as often or more: it is not the length of the bl
 LONGEST = 0.33
 """Share of a run that a block is at most."""
 
-LEAST_BLOCKS = 4
-"""Fewer independent blocks than this cannot say how much a run varies."""
+LEAST_BLOCKS, LEAST_ROWS, LEAST_BEYOND = 4, 20, 5
+"""Fewer independent blocks than this cannot say how much a run varies, nor can blocks of fewer requests; and with fewer answers
+beyond it a quantile is those few answers' own."""
 
 COLUMNS = (
     "index", "due_s", "sent_s", "first_token_s", "last_token_s", "requested_tokens", "output_tokens", "status",
@@ -223,16 +224,18 @@ def compare(base: Binned, other: Binned, *, seed: int = 0, draws: int = DRAWS) -
     rng = np.random.default_rng(seed)
     ours = _weights(rng, block, draws, len(base.series))
     theirs = ours if paired else _weights(rng, block, draws, len(other.series))
-    blocks = 1 / block
-    before, after = (_figures(one, w, _spans(rng, one, draws)) for one, w in ((base, ours), (other, theirs)))
-    whole = np.ones((1, len(base.series)), np.float32), np.ones((1, len(other.series)), np.float32)
-    before_whole, after_whole = _figures(base, whole[0]), _figures(other, whole[1])
+    n = min(one.figures.n for one in (base, other))
+    blocks = min(1 / block, n / LEAST_ROWS, *(float((one.counts["requests"] > 0).sum()) for one in (base, other)))
+    before = _figures(base, ours, 0.0 if paired else _ends(rng, base, draws))
+    after = _figures(other, theirs, _ends(rng, other, draws, base if paired else None))
+    before_whole, after_whole = (_figures(one, np.ones((1, len(one.series)), np.float32)) for one in (base, other))
     found = []
     for name in before:
         share = name in ("attainment", "failed")
         a, b = _exact(base, name), _exact(other, name)
-        drawn = _change(before[name], after[name], share) - _change(before_whole[name], after_whole[name], share)
-        found.append(_difference(name, a, b, drawn, share, blocks))
+        with np.errstate(invalid="ignore"):  # of a run without an answer
+            drawn = _change(before[name], after[name], share) - _change(before_whole[name], after_whole[name], share)
+        found.append(_difference(name, a, b, drawn, share, blocks, _hindrance(name, base, other, blocks)))
     return Comparison(other.run.id, base.run.id, paired, blocks, base.figures.span_s * block, found)
 
 
@@ -269,19 +272,49 @@ def _weights(rng: np.random.Generator, block: float, draws: int, k: int) -> Coun
     return np.bincount(flat, minlength=draws * k).reshape(draws, k).astype(np.float32)
 
 
-def _spans(rng: np.random.Generator, one: Binned, draws: int) -> Floats:
-    """[draws]: the run's span over what it was. It ends with its last answer, and which one that is is chance: what is left to do
-    when the last request comes varies about as much as E2E does."""
-    e2e = one.latency["e2e"].sum(axis=0, dtype=np.float64)
-    if not e2e.any() or one.figures.span_s <= 0:
-        return np.ones(draws)
-    drawn = MIDDLES[np.searchsorted(np.cumsum(e2e), rng.random(draws) * e2e.sum(), side="right")]
-    left = drawn - float(np.average(MIDDLES, weights=e2e))
-    return np.asarray(np.maximum(1 + left / one.figures.span_s, 1e-9), dtype=np.float64)
+def _ends(rng: np.random.Generator, one: Binned, draws: int, base: Binned | None = None) -> Floats:
+    """[draws]: seconds by which a run may well have ended later than it did; than a base of the same schedule, if there is one.
+
+    What is left to do when the last request has come varies as the mean E2E does over time, about the line on which a queue
+    that grows makes it longer. At once it varies as TTFT does, and by a long answer's time as TPOT does: how many tokens the
+    last answers have is asked, not chance.
+    """
+    runs = [one] if base is None else [one, base]
+    e2e = _mean(one.latency["e2e"]) - (_mean(base.latency["e2e"]) if base else 0.0)
+    at = np.flatnonzero(np.isfinite(e2e))
+    if len(at) < LEAST_BLOCKS:
+        return np.zeros(draws)
+    x, y = at - at.mean(), e2e[at] - e2e[at].mean()
+    which = rng.integers(0, len(at), draws)
+    found = (y - x * float(x @ y) / float(x @ x))[which]
+    for run, sign in zip(runs, (1, -1), strict=False):
+        waited, _ = _away(rng, run, "ttft", at[which])
+        slower, mean = _away(rng, run, "tpot", at[which])
+        slower = np.divide(slower, mean, out=np.zeros(draws), where=mean > 0)
+        found = found + sign * (waited + run.figures.quantiles["e2e_s"]["p99"] * slower)
+    return np.asarray(found, dtype=np.float64)
 
 
-def _figures(one: Binned, weights: Counts, spans: Floats | float = 1.0) -> dict[str, Floats]:
-    """Metric -> [draws], of the run with its time bins weighted. spans: over that of the run, which rates are without."""
+def _away(rng: np.random.Generator, one: Binned, metric: str, at: Ints) -> tuple[Floats, Floats]:
+    """[len(at)] each: how far one request of every one of these bins of time is from their mean, and the mean; 0 without any."""
+    first, last = one.used[metric]
+    held, middles = one.latency[metric][at, first : last + 1], MIDDLES[first : last + 1]
+    upto = np.cumsum(held, axis=1, dtype=np.float64)
+    place = np.minimum((upto < rng.random((len(at), 1)) * upto[:, -1:]).sum(axis=1), last - first)
+    mean = np.nan_to_num(_mean(held, middles))
+    return np.where(mean > 0, middles[place] - mean, 0.0), mean
+
+
+def _mean(held: Counts, middles: Floats = MIDDLES) -> Floats:
+    """[k]: mean in seconds of each row of counts [k, bins]; NaN of nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(held @ middles / held.sum(axis=1), dtype=np.float64)
+
+
+def _figures(one: Binned, weights: Counts, ends_s: Floats | float = 0.0) -> dict[str, Floats]:
+    """Metric -> [draws], of the run with its time bins weighted. ends_s: [draws], how much later it ends; rates are without the
+    span that all draws share."""
+    spans = np.maximum(1 + ends_s / max(one.figures.span_s, 1e-9), 1e-9)
     n = {name: weights @ column for name, column in one.counts.items()}
     found = {
         "goodput_per_s": n["good"] / spans,
@@ -330,16 +363,30 @@ def _change(before: Floats, after: Floats, share: bool) -> Floats:
 LESS_IS_BETTER = (*LATENCIES, "failed")
 
 
-def _difference(name: str, a: float, b: float, drawn: Floats, share: bool, blocks: float) -> Difference:
+def _hindrance(name: str, base: Binned, other: Binned, blocks: float) -> str:
+    """Why nothing can be said of a metric, of runs with so many independent blocks; "" if something can."""
+    if any((one.counts["requests"] > 0).sum() < LEAST_BLOCKS for one in (base, other)):
+        return "all requests were due at once: compare repeats of it"
+    if blocks < LEAST_BLOCKS:
+        return f"{blocks:.1f} independent stretches of time, too few: replay for longer"
+    metric, _, quantile = name.removesuffix("_s").partition("_p")
+    if metric in LATENCIES:
+        answers = int(min(one.latency[metric].sum() for one in (base, other)))
+        if answers * (100 - int(quantile)) < 100 * LEAST_BEYOND:
+            return f"{answers} answers, too few to tell a p{quantile}: replay for longer"
+    return ""
+
+
+def _difference(
+    name: str, a: float, b: float, drawn: Floats, share: bool, blocks: float, hindrance: str = ""
+) -> Difference:
     point = b - a if share else math.log(b / a) if a > 0 and b > 0 else math.nan
     drawn = drawn[np.isfinite(drawn)]
     nothing = Difference(name, a, b, b - a if share else math.nan, math.nan, math.nan, share, "cannot tell")
     if not (math.isfinite(point) and len(drawn) >= 20):
         return replace(nothing, why="one of them has no such figure, or none above 0")
-    if blocks < LEAST_BLOCKS:
-        why = f"{blocks:.1f} independent stretches of time, too few: replay for longer"
-        change = point if share else math.exp(point) - 1
-        return replace(nothing, change=change, why=why)
+    if hindrance:
+        return replace(nothing, change=point if share else math.exp(point) - 1, why=hindrance)
     tail = (1 - LEVEL) / 2
     # Student's t over the normal; scipy.stats says the same, and takes a second to import.
     wider = WIDER * float(stdtrit(blocks - 1, 1 - tail) / ndtri(1 - tail)) * math.sqrt(blocks / (blocks - 1))

@@ -677,7 +677,7 @@ def _figures(splits: Splits, fleet: Fleet, fit: Fit) -> dict[str, Interval]:
         else:
             reaches = reach(beside if beside > 0 else value, drawn)
             factor, beyond = max(found[0], 1.0), found[1]
-            down, up = (math.hypot(max(factor * w, LEAST[name]), beyond, sampled.get(name, 0.0)) for w in reaches)
+            down, up = (math.hypot(factor * max(w, LEAST[name]), beyond, sampled.get(name, 0.0)) for w in reaches)
         low, high = value * math.exp(-down), value * math.exp(min(up, 50.0))
         if rate:
             low = 0.0 if idle else low
@@ -710,8 +710,8 @@ def conformal(
     where nine were. None without scores.
 
     Split conformal: of n scores, how far off a run is in half-widths, the ceil((n + 1) level)-th smallest. Where that is more
-    than MOST_REACHES the runs are covered by how far off they are instead: many runs make draws agree there to less than what the
-    laws leave out, and as a factor that made bands of 30 orders of magnitude where draws differ.
+    than MOST_REACHES it is what goes beyond so many half-widths: many runs make draws agree there to less than what the laws
+    leave out, and as a factor that made bands of 30 orders of magnitude where draws differ.
     """
     if len(scores) < CALIBRATED_RUNS - 1:
         return None
@@ -722,7 +722,9 @@ def conformal(
     factor = sorted(off / width for _, off, width in held)[rank]
     if factor <= MOST_REACHES:
         return factor, 0.0
-    return MOST_REACHES, sorted(off for _, off, _ in held)[rank]
+    return MOST_REACHES, sorted(math.sqrt(max(0.0, off * off - (MOST_REACHES * width) ** 2)) for _, off, width in held)[
+        rank
+    ]
 
 
 def next_probe(

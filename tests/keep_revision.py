@@ -1,7 +1,7 @@
 """Keep a small database of a revision, to be upgraded by tests for ever after: ``python -m tests.keep_revision``.
 
 That is the one step that a new revision needs. It makes a database of every revision that has none under tests/data/databases, on
-SQLite, PostgreSQL and MariaDB (Debian: mariadb-server-core, mariadb-client-core, mariadb-client); fills each table with rows; writes
+SQLite, PostgreSQL and MariaDB (Debian: mariadb-server-core, mariadb-client); fills each table with rows; writes
 ``REVISION.KIND.sql``; and notes the checksum of the revision's file in frozen.json. What is noted stays: a released revision is
 not edited. One that was never released may be kept anew: ``python -m tests.keep_revision --again 0009``.
 """

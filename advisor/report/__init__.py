@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advisor.features import RunData
-from advisor.report.digest import Digest, law_rows, read, traffic
+from advisor.report.digest import Digest, read, traffic
 from advisor.report.markdown import markdown
 from advisor.report.page import render
 from advisor.report.parts import Report
 from advisor.report.pdf import pdf
 from advisor.report.reproduce import reproduce
-from advisor.report.sections import build
+from advisor.report.sections import DRAWN, build
 from advisor.report.whatif import Case, what_if
 from advisor.splits import POINT_REQUESTS
 from loadgen.cluster import Profile
@@ -75,7 +75,7 @@ def gather(
     store: Store,
     answer: Mapping[str, Any],
     *,
-    data: Iterable[RunData] | None = None,
+    data: Sequence[RunData] | None = None,
     run_ids: Sequence[int] = (),
     schedule: Schedule | None = None,
     commands: Sequence[str] = (),
@@ -86,11 +86,13 @@ def gather(
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     ids = list(run_ids) or list(answer.get("run_ids") or answer.get("runs") or ())
     laws = laws_of(answer)
-    if data is None:
-        rows = law_rows(len(ids))
-        held = [read(store, store.run(one), slo, laws, rows=rows) for one in ids]
-    else:
-        held = [read(store, one.run, slo, laws, one) for one in data]
+    drawn = (ids if data is None else data)[
+        -DRAWN:
+    ]  # the laws are held against what is drawn, and reading is most of the work
+    held = []
+    for one in ids if data is None else data:
+        run, rows = (store.run(one), None) if isinstance(one, int) else (one.run, one)
+        held.append(read(store, run, slo, laws if one in drawn else None, rows))
     names = sorted({d.run.trace for d in held} | ({answer["trace"]} if answer.get("trace") else set()))
     stored = {t.name: {"format": t.format, "sha256": t.sha256, **t.summary} for t in store.traces() if t.name in names}
     return assemble(

@@ -83,8 +83,8 @@ class Digest:
         return f"run {self.run.id}: {fleet}{asked}"
 
 
-LAW_ROWS, LAW_WINDOW = 40_000, 5_000
-"""Rows of a long run that are held against the laws at most; rows of a window."""
+LAW_ROWS, LAW_WINDOWS = 40_000, 8
+"""Of a long run, what is held against the laws: as many rows in as many windows."""
 
 LAW_COLUMNS = (
     "index", "due_s", "sent_s", "first_token_s", "last_token_s", "requested_prompt_tokens", "requested_tokens", "prompt_tokens",
@@ -94,22 +94,15 @@ COLUMNS = (*LAW_COLUMNS, "dispatch_s", "error", "detail")
 """What a digest uses of a row: reading is most of the work."""
 
 
-def law_rows(runs: int) -> int:
-    """Rows of each of so many runs that are held against the laws: of many, one window's worth in two."""
-    return max(LAW_WINDOW, min(LAW_ROWS, 8 * LAW_ROWS // max(1, runs)))
-
-
-def read(
-    store: Store, run: Run, slo: Slo, profile: Profile | None = None, data: RunData | None = None, rows: int = LAW_ROWS
-) -> Digest:
-    """The digest of a stored run. data: its rows, where they are at hand already. rows: of a long run, held against the laws."""
+def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data: RunData | None = None) -> Digest:
+    """The digest of a stored run; data: its rows, where they are at hand already."""
     changes = store.fleet_changes(run.id)
     held = store.bins(run, slo)
     if held is None:
         data = data or RunData(run, store.observations(run.id, COLUMNS), store.samples(run.id))
         return digest(data, slo, changes, profile)
     if profile is not None:
-        data = data or RunData.of(run, store.windows(run.id, rows, max(2, rows // LAW_WINDOW), LAW_COLUMNS))
+        data = data or RunData.of(run, store.windows(run.id, LAW_ROWS, LAW_WINDOWS, LAW_COLUMNS))
     cdf, n, within = {}, {}, {}
     for metric in METRICS:
         counts = held.of(f"{metric}_s")

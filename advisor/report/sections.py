@@ -745,7 +745,7 @@ def laws(runs: Sequence[Digest], answer: Mapping[str, Any]) -> list[Section]:
             Section(
                 f"law-{key}",
                 f"Does the law fit? {label}, measured against predicted",
-                f"{what}. On the line is right. Median miss: {_more(told, 6)}.",
+                f"{what}. On the line is right. Median miss: {_more(told, 6)}.{_drawn(runs)[1]}",
                 Plot(f"predicted {label}, ms", f"measured {label}, ms", scatter, log_x=True, log_y=True, diagonal=True),
             )
         )
