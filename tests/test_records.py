@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -36,12 +37,29 @@ def test_an_impossible_fleet_is_refused_in_one_line(text: str) -> None:
 
 def test_a_fleet_is_read_from_a_table_of_whole_numbers() -> None:
     """2.9 was 2, and true was 1."""
-    assert Fleet.of({"prefill": 3, "decode": 5, "changing": 1}) == Fleet(3, 5)
-    for prefill in (2.9, True, None, [1], float("inf"), 0, "3:5"):
-        with pytest.raises(InputError, match="3:5"):
-            Fleet.of({"prefill": prefill, "decode": 5})
-    for table in ({}, {"prefill": 3}, [3, 5], None, "3:5:1"):
-        with pytest.raises(InputError, match="fleet must be prefill:decode"):
+    for prefill in (3, 3.0, "3"):
+        assert Fleet.of({"prefill": prefill, "decode": 5, "changing": 1}) == Fleet(3, 5)
+    for decode in (
+        2.9,
+        True,
+        None,
+        [1],
+        math.inf,
+        math.nan,
+        10**400,
+        -1,
+        0,
+        "",
+        "3:5",
+        "5+2",
+        "0+8",
+        "2.0",
+        "9" * 5000,
+    ):
+        with pytest.raises(InputError, match=r"fleet must be like|at least one worker"):
+            Fleet.of({"prefill": 0 if decode == "0+8" else 3, "decode": decode})
+    for table in ({}, {"prefill": 3}, [3, 5], None, "3:5"):
+        with pytest.raises(InputError, match=r"fleet must be like .* \(got "):
             Fleet.of(table)
 
 

@@ -477,9 +477,9 @@ def test_a_wrong_file_of_options_is_one_clear_line(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"start": {}}, "start of the thresholds: fleet must be prefill:decode"),
-        ({"start": {"prefill": math.inf, "decode": 1}}, "start of the thresholds: fleet must be prefill:decode"),
-        ({"start": {"prefill": 2.9, "decode": 1}}, "start of the thresholds: fleet must be prefill:decode"),
+        ({"start": {}}, "start of the thresholds: fleet must be like"),
+        ({"start": {"prefill": math.inf, "decode": 1}}, "start of the thresholds: fleet must be like"),
+        ({"start": {"prefill": 2.9, "decode": 1}}, "start of the thresholds: fleet must be like"),
         ({"tick_s": "soon"}, "tick_s of the thresholds must be seconds above 0"),
         ({"tick_s": 0}, "tick_s of the thresholds must be seconds above 0"),
         ({"tick_s": math.nan}, "tick_s of the thresholds must be seconds above 0"),

@@ -793,7 +793,7 @@ def recognise(path: Path, wanted: str | None, columns: str | None = None, time_u
             if columns is None:
                 raise InputError(f"{path}: is Parquet: name its columns with --map ({', '.join(names(path))}).")
             with _bytes(path, PARQUET, tuple(parse_map(columns).values())) as g:
-                raw = g.readline(HEAD)
+                raw = g.readline(LINE_LIMIT)  # a struct may hold a prompt beside its length
         elif raw[:2] == GZIP or raw[:4] == ZSTD:
             with _bytes(path, raw[:4]) as g:
                 raw = g.read(HEAD)

@@ -48,6 +48,16 @@ first_step_s: that step."""
 # --- the fleet ------------------------------------------------------------------------------------------------------
 
 
+def whole_number(value: Any) -> int:
+    """A count that JSON, TOML or a program gave: 3, 3.0 or "3". ValueError, TypeError: it is none; nothing is cut."""
+    if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,9}", value):
+        raise ValueError(value)
+    number = int(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not 0 <= number < 2**31 or number != int(number):
+        raise ValueError(value)
+    return int(number)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Fleet:
     """P prefill and D decode workers, written ``3:5``; with M mixed (colocated) workers ``3:5+2``, or ``0:0+8``."""
@@ -75,9 +85,11 @@ class Fleet:
 
     @classmethod
     def of(cls, table: Any) -> Self:
-        """Of ``{"prefill": 3, "decode": 5}``, whole numbers, as JSON and TOML hold them. InputError says what was expected."""
-        named = isinstance(table, dict) and {"prefill", "decode"} <= table.keys()
-        return cls.parse(f"{table['prefill']}:{table['decode']}" if named else f"{table!r:.80}")
+        """Of ``{"prefill": 3, "decode": 5}``, as JSON and TOML hold it. InputError says what was expected."""
+        try:
+            return cls(whole_number(table["prefill"]), whole_number(table["decode"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f'fleet must be like {{"prefill": 3, "decode": 5}} (got {table!r:.80}).') from None
 
     @classmethod
     def splits(cls, gpus: int, gpus_per_worker: tuple[int, int] = (1, 1)) -> list[Self]:

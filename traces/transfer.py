@@ -23,7 +23,7 @@ from traces.errors import InputError
 from traces.store import OF_A_RUN, Store
 from traces.unpack import Bounded, Unpacked, UnpackError
 
-PIECE_ROWS, PIECE_BYTES = 20_000, 64 << 20
+PIECE_ROWS, PIECE_BYTES = 20_000, 16 << 20
 """Rows of a file that are stored at once, and their text at most."""
 
 KILLED_S = 86400.0
@@ -108,7 +108,7 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
                     store.count(run)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}).") from None
-    except (KeyError, ValueError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder}: is not what steelyard runs dump writes ({type(error).__name__}: {error})."
         ) from None
@@ -116,18 +116,22 @@ def import_runs(store: Store, folder: Path) -> dict[int, int]:
 
 
 def _pieces(path: Path) -> Generator[dict[str, list[Any]]]:
-    """The columns of a file's rows, piece by piece; the first piece has all columns, if there is no row too."""
+    """The columns of a file's rows, piece by piece; the first piece has the columns alone. UnpackError names the file."""
     piece: dict[str, list[Any]] = {}
     held = 0
     with io.BufferedReader(Bounded(Unpacked(path, "columns"), path.stat().st_size), 1 << 18) as lines:
-        while line := lines.readline(PIECE_BYTES + 1):
-            if len(line) > PIECE_BYTES:
-                raise UnpackError(f"{path.name} has rows of megabytes each")
-            for name, values in json.loads(line).items():
-                piece.setdefault(name, []).extend(values)
-            held += len(line)
-            if len(next(iter(piece.values()), ())) >= PIECE_ROWS or held > PIECE_BYTES:
-                yield piece
-                piece, held = {}, 0
+        try:
+            yield json.loads(lines.readline(PIECE_BYTES))
+            while line := lines.readline(PIECE_BYTES + 1):
+                if len(line) > PIECE_BYTES:
+                    raise UnpackError(f"has a row of more than {PIECE_BYTES >> 20} MB")
+                for name, values in json.loads(line).items():
+                    piece.setdefault(name, []).extend(values)
+                held += len(line)
+                if len(next(iter(piece.values()), ())) >= PIECE_ROWS or held > PIECE_BYTES:
+                    yield piece
+                    piece, held = {}, 0
+        except UnpackError as error:
+            raise UnpackError(f"{path.name} {error}") from None
     if piece:
         yield piece

@@ -27,14 +27,21 @@ from traces.errors import InputError
 MEMORY_BYTES = 2 << 30
 """Address space of who unpacks: the libraries take a third of a gigabyte of it, Python included."""
 
-TOGETHER = 1024
-"""Rows that are unpacked together, of as many columns as are wanted."""
+TOGETHER, LINE_BYTES = 1024, 4 << 20
+"""Rows that are unpacked together, and how long a line of columns becomes before it is halved, if it has two rows or more."""
 
 REFUSED = 3
 """How the process ends that has said why."""
 
-INHERITED = ("PYTHON", "PATH", "VIRTUAL_ENV", "LD_", "DYLD_", "LANG", "LC_", "TMP", "TEMP", "SYSTEMROOT", "COVERAGE")
-"""How the names begin of what its environment has: no password or key does."""
+INHERITED = {
+    "PATH", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TMPDIR", "TMP", "TEMP", "SYSTEMROOT", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH", "PYTHONHOME", "PYTHONDEVMODE", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE", "COVERAGE_PROCESS_START",
+    "COVERAGE_PROCESS_CONFIG",
+}  # fmt: skip
+"""What it knows of our environment: no password, no key."""
+
+ALONE = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")} | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""Pools of threads take address space by the core, and of forty cores all that there is."""
 
 By = Literal["rows", "columns", "names"]
 
@@ -80,9 +87,9 @@ class Bounded(io.RawIOBase):
 class Unpacked:
     """The lines of a Parquet file, in bytes. UnpackError at the end of those that could be had, InputError without pyarrow.
 
-    by: rows, an object each, times as ISO 8601, what is no number null; columns, an object of lists of TOGETHER rows or fewer,
-    none in the first line, NaN and Infinity as Python writes them; names, one list of the columns there are. columns: those
-    wanted, ``a.b`` is a field of the struct ``a``; () for all.
+    by: rows, an object each, times as ISO 8601, what is no number null; columns, of numbers, truths and texts alone, an object of
+    lists of TOGETHER rows or fewer, none in the first line, NaN and Infinity as Python writes them; names, one list of those that
+    are there. columns: those wanted, ``a.b`` is a field of the struct ``a``; () for all.
     """
 
     def __init__(self, path: Path, by: By, columns: Sequence[str] = ()) -> None:
@@ -96,8 +103,9 @@ class Unpacked:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env={k: v for k, v in os.environ.items() if k.startswith(INHERITED)}
-            | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
+            env={k: v for k, v in os.environ.items() if k in INHERITED}
+            | ALONE
+            | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])},
             start_new_session=True,  # it ends with its pipe, not by Ctrl-C
         )
         self._lines = cast(IO[bytes], self._child.stdout)
@@ -107,8 +115,13 @@ class Unpacked:
         got = self._lines.read(n)
         if not got and (code := self._child.wait()):
             self._said.seek(0)
-            words = self._said.read(2000).decode(errors="replace").strip()
-            raise UnpackError(words if code == REFUSED else f"who unpacked it ended with {code}")
+            words = self._said.read().decode(errors="replace").strip().splitlines() or [""]
+            if code == REFUSED:
+                raise UnpackError(words[0])
+            if code < 0:
+                most = f"needs more than {MEMORY_BYTES >> 20:,} MiB at once, or is damaged"
+                raise UnpackError(f"{most} (its reader ended with signal {-code})")
+            raise UnpackError(f"its reader ended with exit code {code}: {words[-1][:300]}")
         return got
 
     def close(self) -> None:
@@ -140,13 +153,34 @@ def _lines(path: str, by: By, columns: Sequence[str]) -> Iterator[bytes]:
         if missing := [c for c, top in tops.items() if top not in there]:
             raise UnpackError(f"no column {', '.join(missing)}; there are {', '.join(sorted(there))}")
         if by == "columns":
+            for field in file.schema_arrow:
+                kind = field.type
+                plain = (
+                    pa.types.is_integer,
+                    pa.types.is_floating,
+                    pa.types.is_boolean,
+                    pa.types.is_string,
+                    pa.types.is_null,
+                )
+                if not any(is_one(kind) for is_one in plain):
+                    raise UnpackError(f"{field.name} holds {kind!s:.80}, no number, truth or text")
             yield json.dumps({name: [] for name in there}).encode()
         for batch in file.iter_batches(TOGETHER, columns=sorted(set(tops.values())) or None, use_threads=False):
             if by == "columns":
-                yield json.dumps(batch.to_pydict()).encode()
+                yield from _halved(batch)
                 continue
             for record in batch.to_pylist():
                 yield orjson.dumps(record, default=str, option=orjson.OPT_NON_STR_KEYS)
+
+
+def _halved(batch: Any) -> Iterator[bytes]:
+    line = json.dumps(batch.to_pydict()).encode()
+    if len(line) <= LINE_BYTES or batch.num_rows < 2:
+        yield line
+        return
+    half = batch.num_rows // 2
+    yield from _halved(batch.slice(0, half))
+    yield from _halved(batch.slice(half))
 
 
 def main(asked: str) -> int:

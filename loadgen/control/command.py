@@ -23,7 +23,7 @@ from loadgen.client import unsaid
 from loadgen.control import Bounds, Connect, LostError, Standing, Steps, members
 from loadgen.stream import printable
 from traces.errors import EndpointError, InputError
-from traces.records import Fleet
+from traces.records import Fleet, whole_number
 
 COMMAND_S = 600.0
 """How long a command may take, unless the file says otherwise."""
@@ -68,17 +68,15 @@ class Command:
         held: Any = None
         try:
             held = json.loads(said)
-        except ValueError:
+        except (ValueError, RecursionError):
             held = None
         try:
             fleet = Fleet.of(held) if isinstance(held, dict) else Fleet.parse(said)
-            if isinstance(held, dict) and type(changing := held.get("changing", 0)) is int:
-                left += changing
-            elif isinstance(held, dict):
-                raise InputError("changing is a number of workers")
-        except InputError:
+            left += whole_number(held.get("changing", 0)) if isinstance(held, dict) else 0
+        except (InputError, TypeError, ValueError):
             raise EndpointError(
-                f'{self._read[0]}: it must print P:D or {{"prefill": P, "decode": D}} (it printed {printable(said[:80])!r}).'
+                f'{self._read[0]}: it must print P:D or {{"prefill": P, "decode": D}}, "changing" a number of workers, if '
+                f"at all (it printed {printable(said[:80])!r})."
             ) from None
         return Standing(fleet, self._target if left else None, left)
 
