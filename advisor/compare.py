@@ -236,7 +236,7 @@ def compare(base: Binned, other: Binned, *, seed: int = 0, draws: int = DRAWS) -
         with np.errstate(invalid="ignore"):  # of a run without an answer
             drawn = _change(before[name], after[name], share) - _change(before_whole[name], after_whole[name], share)
         found.append(_difference(name, a, b, drawn, share, blocks, _hindrance(name, base, other, blocks)))
-    return Comparison(other.run.id, base.run.id, paired, blocks, base.figures.span_s * block, found)
+    return Comparison(other.run.id, base.run.id, paired, blocks, base.figures.span_s / max(blocks, 1.0), found)
 
 
 def block_length(series: Floats) -> int:
@@ -276,23 +276,36 @@ def _ends(rng: np.random.Generator, one: Binned, draws: int, base: Binned | None
     """[draws]: seconds by which a run may well have ended later than it did; than a base of the same schedule, if there is one.
 
     What is left to do when the last request has come varies as the mean E2E does over time, about the line on which a queue
-    that grows makes it longer. At once it varies as TTFT does, and by a long answer's time as TPOT does: how many tokens the
-    last answers have is asked, not chance.
+    that grows makes it longer. Of runs of one schedule how many tokens the last answers have is no chance: at one time TTFT
+    varies, and the longest answer by TPOT. Else it is: of the last requests the answer that ends last does.
     """
-    runs = [one] if base is None else [one, base]
     e2e = _mean(one.latency["e2e"]) - (_mean(base.latency["e2e"]) if base else 0.0)
     at = np.flatnonzero(np.isfinite(e2e))
     if len(at) < LEAST_BLOCKS:
         return np.zeros(draws)
-    x, y = at - at.mean(), e2e[at] - e2e[at].mean()
     which = rng.integers(0, len(at), draws)
-    found = (y - x * float(x @ y) / float(x @ x))[which]
-    for run, sign in zip(runs, (1, -1), strict=False):
+    found = _level(e2e)[at[which]]
+    if base is None:
+        away = _away(rng, one, "e2e", at[rng.integers(0, len(at), 10 * draws)])[0]
+        gap_s = one.figures.span_s / one.figures.n
+        last = np.arange(min(512, 1 + int(np.ptp(away) / gap_s)))
+        left = (rng.choice(away, (draws, len(last))) - gap_s * last).max(axis=1)
+        return np.asarray(found + left - left.mean(), dtype=np.float64)
+    for run, sign in ((one, 1), (base, -1)):
         waited, _ = _away(rng, run, "ttft", at[which])
         slower, mean = _away(rng, run, "tpot", at[which])
         slower = np.divide(slower, mean, out=np.zeros(draws), where=mean > 0)
-        found = found + sign * (waited + run.figures.quantiles["e2e_s"]["p99"] * slower)
+        found = found + sign * (waited + run.figures.quantiles["e2e_s"]["max"] * slower)
     return np.asarray(found, dtype=np.float64)
+
+
+def _level(series: Floats) -> Floats:
+    """[k]: what a straight line through them leaves of the finite values."""
+    at = np.flatnonzero(np.isfinite(series))
+    x, y = at - at.mean(), series[at] - series[at].mean()
+    left = np.full(len(series), np.nan)
+    left[at] = y - x * float(x @ y) / max(float(x @ x), 1e-12)
+    return left
 
 
 def _away(rng: np.random.Generator, one: Binned, metric: str, at: Ints) -> tuple[Floats, Floats]:
@@ -366,9 +379,9 @@ LESS_IS_BETTER = (*LATENCIES, "failed")
 def _hindrance(name: str, base: Binned, other: Binned, blocks: float) -> str:
     """Why nothing can be said of a metric, of runs with so many independent blocks; "" if something can."""
     if any((one.counts["requests"] > 0).sum() < LEAST_BLOCKS for one in (base, other)):
-        return "all requests were due at once: compare repeats of it"
+        return f"requests due at fewer than {LEAST_BLOCKS} times: how far repeats lie apart tells how much they vary"
     if blocks < LEAST_BLOCKS:
-        return f"{blocks:.1f} independent stretches of time, too few: replay for longer"
+        return f"{blocks:.1f} independent stretches of time, too few: replay for longer, at a rate that both hold"
     metric, _, quantile = name.removesuffix("_s").partition("_p")
     if metric in LATENCIES:
         answers = int(min(one.latency[metric].sum() for one in (base, other)))

@@ -298,7 +298,7 @@ def test_a_run_ends_when_chance_has_it() -> None:
     longer = replace(rows, output_tokens=tokens, last_token_s=rows.first_token_s + 0.03 * (tokens - 1))
     later = replace(longer, last_token_s=longer.last_token_s + 0.01)
     assert float(longer.e2e_s.std()) > 10 * own
-    assert spread(later, longer) < 4 * own  # the same tokens are asked of both
+    assert spread(later, longer) < 6 * own  # the same tokens are asked of both
     noise = np.random.default_rng(1).lognormal(0, 0.1, len(rows))
     uneven = replace(longer, last_token_s=longer.first_token_s + 0.03 * (tokens - 1) * noise)
     assert 2 * spread(later, longer) < spread(uneven, longer) < float(longer.e2e_s.std())
@@ -320,29 +320,55 @@ def test_what_chance_hides_is_not_told() -> None:
     told = {d.metric: d for d in compare(*pair(burst, slower)).differences}
     assert {d.verdict for d in told.values()} == {"cannot tell"}
     for name in ("throughput_per_s", "e2e_p99_s", "attainment"):
-        assert told[name].why == "all requests were due at once: compare repeats of it"
+        assert (
+            told[name].why == "requests due at fewer than 4 times: how far repeats lie apart tells how much they vary"
+        )
     some = queue(1, n=400), replace(queue(1, n=400), first_token_s=queue(1, n=400).first_token_s + 9)
     found = {d.metric: d for d in compare(*pair(*some)).differences}
     assert found["ttft_p99_s"].why == "400 answers, too few to tell a p99: replay for longer"
     assert (found["ttft_p90_s"].verdict, found["ttft_p90_s"].why) == ("worse", "")
-    assert compare(*pair(queue(1, n=160, load=0.2), queue(2, n=160, load=0.2))).blocks <= 8
+    short = compare(*pair(queue(1, n=160, load=0.2), queue(2, n=160, load=0.2)))
+    assert short.blocks <= 8
+    span = pair(queue(1, n=160, load=0.2), queue(1))[0].figures.span_s
+    assert short.blocks * short.block_s == pytest.approx(span)
     few = compare(*pair(queue(1, n=60, load=0.2), queue(2, n=60, load=0.2))).differences
-    assert {d.why for d in few} == {"3.0 independent stretches of time, too few: replay for longer"}
+    assert {d.why for d in few} == {
+        "3.0 independent stretches of time, too few: replay for longer, at a rate that both hold"
+    }
     none = replace(queue(2), status=np.full(3000, "failed", dtype=object))
     assert {d.metric: d for d in compare(*pair(queue(1), none)).differences}["failed"].verdict == "worse"
 
 
-def test_a_slower_server_under_overload_serves_less() -> None:
+def test_that_a_queue_grows_is_no_chance_of_when_it_ends() -> None:
     """Found by a reader: the end of a run was drawn from all of its E2E, and half the throughput was "cannot tell"."""
-    told = 0
     for k in range(6):
         a, b = queue(2 * k, 1.0, 3000, 1.05, traffic=k), queue(2 * k + 1, 1.8, 3000, 1.05, traffic=k)
-        d = {d.metric: d for d in compare(*pair(a, b)).differences}["throughput_per_s"]
-        assert d.why.endswith("replay for longer") or d.verdict == "worse", d
-        told += not d.why
         base, other = pair(a, b)
         drawn = np.abs(_ends(np.random.default_rng(0), other, 400, base))
         assert np.quantile(drawn, 0.9) < 0.25 * (b.last_token_s.max() - a.last_token_s.max())
+
+
+def test_the_last_answers_length_is_chance_only_where_others_are_asked() -> None:
+    """Found by a reader: equal servers whose answers vary in length, without a queue, differed in throughput in a fifth of pairs
+    of one schedule and in most of two. Bound as above: 9 of 40."""
+    wrong = {True: 0, False: 0}
+    for k in range(40):
+        found = []
+        for seed in (2 * k, 2 * k + 1):
+            rng, lengths = np.random.default_rng(5000 + seed), np.random.default_rng(k)
+            rows = queue(seed, n=1500, load=0.01, traffic=k)
+            tokens = 2 + lengths.lognormal(math.log(200), 1.0, len(rows)).astype(int)
+            rows.output_tokens[:] = rows.requested_tokens[:] = tokens
+            rows.last_token_s[:] = rows.first_token_s + 0.03 * tokens * rng.lognormal(0, 0.05, len(rows))
+            other = rows.take(rng.permutation(len(rows)))
+            last = rows.first_token_s + other.last_token_s - other.first_token_s
+            found.append((rows, replace(rows, output_tokens=other.output_tokens, last_token_s=last)))
+        (a, _), (b, apart) = found
+        for paired, rows in ((True, b), (False, apart)):
+            one, two = pair(a, rows, schedule_digest="d" if paired else "e")
+            (d,) = (d for d in compare(one, two).differences if d.metric == "throughput_per_s")
+            wrong[paired] += d.verdict != "cannot tell"
+    assert max(wrong.values()) <= 9, wrong
 
 
 def test_shares_change_by_points_and_figures_by_ratios() -> None:

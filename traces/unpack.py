@@ -105,7 +105,7 @@ class Unpacked:
             stderr=self._said,
             env={k: v for k, v in os.environ.items() if k in INHERITED}
             | ALONE
-            | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])},
+            | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parents[1])])},
             start_new_session=True,  # it ends with its pipe, not by Ctrl-C
         )
         self._lines = cast(IO[bytes], self._child.stdout)
@@ -155,14 +155,8 @@ def _lines(path: str, by: By, columns: Sequence[str]) -> Iterator[bytes]:
         if by == "columns":
             for field in file.schema_arrow:
                 kind = field.type
-                plain = (
-                    pa.types.is_integer,
-                    pa.types.is_floating,
-                    pa.types.is_boolean,
-                    pa.types.is_string,
-                    pa.types.is_null,
-                )
-                if not any(is_one(kind) for is_one in plain):
+                plain = ("integer", "floating", "boolean", "string", "large_string", "null")
+                if not any(getattr(pa.types, f"is_{name}")(kind) for name in plain):
                     raise UnpackError(f"{field.name} holds {kind!s:.80}, no number, truth or text")
             yield json.dumps({name: [] for name in there}).encode()
         for batch in file.iter_batches(TOGETHER, columns=sorted(set(tops.values())) or None, use_threads=False):

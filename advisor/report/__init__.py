@@ -86,13 +86,14 @@ def gather(
     slo = Slo.parse(answer["slo"]) if answer.get("slo") else Slo()
     ids = list(run_ids) or list(answer.get("run_ids") or answer.get("runs") or ())
     laws = laws_of(answer)
-    drawn = (ids if data is None else data)[
-        -DRAWN:
-    ]  # the laws are held against what is drawn, and reading is most of the work
-    held = []
-    for one in ids if data is None else data:
+    held: list[Digest] = []
+    fitted = 0  # reading for the laws is most of the work, and no more are drawn
+    asked: Sequence[int | RunData] = ids if data is None else data
+    for one in reversed(asked):
         run, rows = (store.run(one), None) if isinstance(one, int) else (one.run, one)
-        held.append(read(store, run, slo, laws if one in drawn else None, rows))
+        held.append(found := read(store, run, slo, laws if fitted < DRAWN else None, rows))
+        fitted += found.tpot is not None
+    held.reverse()
     names = sorted({d.run.trace for d in held} | ({answer["trace"]} if answer.get("trace") else set()))
     stored = {t.name: {"format": t.format, "sha256": t.sha256, **t.summary} for t in store.traces() if t.name in names}
     return assemble(

@@ -734,6 +734,7 @@ def laws(runs: Sequence[Digest], answer: Mapping[str, Any]) -> list[Section]:
             continue
         drawn = held[-DRAWN:]
         told = [f"run {d.run.id} {_share(fit.error, 1)} (n = {fit.n:,})" for d, fit in held]
+        only = f" {len(drawn)} of {len(runs)} runs are drawn." if len(drawn) < len(runs) else ""
         scatter, rest = [], []
         for k, (d, fit) in enumerate(drawn):
             scatter.append(Mark(d.name, fit.predicted * 1e3, fit.measured * 1e3, "points", look=k))
@@ -745,7 +746,7 @@ def laws(runs: Sequence[Digest], answer: Mapping[str, Any]) -> list[Section]:
             Section(
                 f"law-{key}",
                 f"Does the law fit? {label}, measured against predicted",
-                f"{what}. On the line is right. Median miss: {_more(told, 6)}.{_drawn(runs)[1]}",
+                f"{what}. On the line is right. Median miss: {_more(told, 6)}.{only}",
                 Plot(f"predicted {label}, ms", f"measured {label}, ms", scatter, log_x=True, log_y=True, diagonal=True),
             )
         )
