@@ -461,7 +461,7 @@ def _four(value: float) -> str:
     """Four digits or more, never an exponent."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 9999.5 else f"{value:.4g}"
 
 
 def _unit(metric: str) -> tuple[str, float]:

@@ -257,6 +257,7 @@ def test_an_interval_is_students_for_the_blocks_that_there_are(blocks: float) ->
     assert (none.verdict, none.why) == ("cannot tell", "one of them has no such figure, or none above 0")
     assert np.isnan(none.change)
     assert _difference("failed", 0.1, 0.3, drawn[:19], True, blocks).change == pytest.approx(0.2)
+    assert _difference("failed", 0.1, 0.3, drawn[:20], True, blocks).verdict == "worse"
 
 
 def test_no_latency_is_known_better_than_the_bins_it_is_drawn_from() -> None:
@@ -339,6 +340,42 @@ def test_what_chance_hides_is_not_told() -> None:
     assert {d.metric: d for d in compare(*pair(queue(1), none)).differences}["failed"].verdict == "worse"
 
 
+def test_what_is_too_few_is_counted_exactly() -> None:
+    """80 requests are four stretches of 20, at four times or at 80; 500 answers have five beyond a p99."""
+
+    def of(n: int, times: int = 0) -> dict[str, Difference]:
+        made = []
+        for seed in (1, 2):
+            rows = queue(seed, n=n, load=0.2)
+            place = np.arange(n) * times // n if times else np.arange(n)
+            made.append(shifted(rows, place * (120.0 / (times or n)) - rows.due_s, "due_s", "sent_s", "dispatch_s"))
+        found = compare(*pair(*made))
+        blocks.append(found.blocks)
+        return {d.metric: d for d in found.differences}
+
+    blocks: list[float] = []
+    assert of(79)["ttft_p50_s"].why.startswith("4.0 independent stretches of time, too few")
+    assert (of(80)["ttft_p50_s"].why, blocks[-1]) == ("", 4.0)
+    assert (of(160)["ttft_p50_s"].why, blocks[-1]) == ("", 8.0)
+    assert of(400, 3)["ttft_p50_s"].why.startswith("requests due at fewer than 4 times")
+    assert (of(400, 4)["ttft_p50_s"].why, blocks[-1]) == ("", 4.0)
+    assert of(499)["ttft_p99_s"].why == "499 answers, too few to tell a p99: replay for longer"
+    assert of(500)["ttft_p99_s"].why == ""
+
+
+def test_a_wave_that_both_runs_share_leaves_them_their_stretches() -> None:
+    """What is drawn of runs of one schedule are differences: a wave in both makes no stretch longer."""
+    wave = 3 + 2 * np.sin(np.arange(3000) / 300)
+    a, b = (shifted(queue(seed, load=0.2), wave) for seed in (1, 2))
+    apart = [binned(run(1), a, SLO), binned(run(2, schedule_digest="e"), b, SLO)]
+    assert compare(*pair(a, b)).blocks >= advisor.compare.LEAST_BLOCKS > compare(*apart).blocks
+
+
+def shifted(rows: Observations, by_s: np.ndarray[tuple[int], np.dtype[np.float64]], *more: str) -> Observations:
+    """Answers, and more, so much later each."""
+    return replace(rows, **{name: getattr(rows, name) + by_s for name in ("first_token_s", "last_token_s", *more)})
+
+
 def test_that_a_queue_grows_is_no_chance_of_when_it_ends() -> None:
     """Found by a reader: the end of a run was drawn from all of its E2E, and half the throughput was "cannot tell"."""
     for k in range(6):
@@ -383,7 +420,11 @@ def test_a_difference_is_read_in_its_unit() -> None:
     made = Difference("ttft_p50_s", 0.1, 0.2, 1.0, 0.9, 1.1, False, "worse")
     assert in_words(made)[1:] == ["100", "200", "+100 %", "+90 and +110", "worse"]
     made = Difference("failed", 0.1, 0.15, 0.05, 0.04, 0.06, True, "worse")
-    assert in_words(made)[3] == "+5 points"
+    assert in_words(made)[1:4] == ["10", "15", "+5 points"]
+    made = Difference("attainment", 0.9, 0.8, -0.1, -0.2, 0.0, True, "cannot tell")
+    assert in_words(made)[:3] == ["within SLO, %", "90", "80"]
+    made = Difference("goodput_per_s", 3.25, 9999.9, 1.0, 0.9, 1.1, False, "better")
+    assert in_words(made)[:3] == ["goodput/s", "3.25", "10,000"]
     made = Difference("ttft_p99_s", 12.3456, math.nan, math.nan, math.nan, math.nan, False, "cannot tell")
     assert in_words(made)[1:] == ["12,346", "–", "–", "–", "cannot tell"]
 
