@@ -381,7 +381,8 @@ def _hindrance(name: str, base: Binned, other: Binned, blocks: float) -> str:
     if any((one.counts["requests"] > 0).sum() < LEAST_BLOCKS for one in (base, other)):
         return f"requests due at fewer than {LEAST_BLOCKS} times: how far repeats lie apart tells how much they vary"
     if blocks < LEAST_BLOCKS:
-        return f"{blocks:.1f} independent stretches of time, too few: replay for longer, at a rate that both hold"
+        few = math.floor(blocks * 10) / 10
+        return f"{few} independent stretches of time, too few: replay for longer, and not beyond what both hold"
     metric, _, quantile = name.removesuffix("_s").partition("_p")
     if metric in LATENCIES:
         answers = int(min(one.latency[metric].sum() for one in (base, other)))

@@ -334,7 +334,7 @@ def test_what_chance_hides_is_not_told() -> None:
     assert short.blocks * short.block_s == pytest.approx(span)
     few = compare(*pair(queue(1, n=60, load=0.2), queue(2, n=60, load=0.2))).differences
     assert {d.why for d in few} == {
-        "3.0 independent stretches of time, too few: replay for longer, at a rate that both hold"
+        "3.0 independent stretches of time, too few: replay for longer, and not beyond what both hold"
     }
     none = replace(queue(2), status=np.full(3000, "failed", dtype=object))
     assert {d.metric: d for d in compare(*pair(queue(1), none)).differences}["failed"].verdict == "worse"
@@ -354,7 +354,7 @@ def test_what_is_too_few_is_counted_exactly() -> None:
         return {d.metric: d for d in found.differences}
 
     blocks: list[float] = []
-    assert of(79)["ttft_p50_s"].why.startswith("4.0 independent stretches of time, too few")
+    assert of(79)["ttft_p50_s"].why.startswith("3.9 independent stretches of time, too few")
     assert (of(80)["ttft_p50_s"].why, blocks[-1]) == ("", 4.0)
     assert (of(160)["ttft_p50_s"].why, blocks[-1]) == ("", 8.0)
     assert of(400, 3)["ttft_p50_s"].why.startswith("requests due at fewer than 4 times")

@@ -92,7 +92,7 @@ def gather(
     for one in reversed(asked):
         run, rows = (store.run(one), None) if isinstance(one, int) else (one.run, one)
         held.append(found := read(store, run, slo, laws if fitted < DRAWN else None, rows))
-        fitted += found.tpot is not None
+        fitted += found.tpot is not None or found.ttft is not None
     held.reverse()
     names = sorted({d.run.trace for d in held} | ({answer["trace"]} if answer.get("trace") else set()))
     stored = {t.name: {"format": t.format, "sha256": t.sha256, **t.summary} for t in store.traces() if t.name in names}

@@ -101,7 +101,7 @@ def read(store: Store, run: Run, slo: Slo, profile: Profile | None = None, data:
     if held is None:
         data = data or RunData(run, store.observations(run.id, COLUMNS), store.samples(run.id))
         return digest(data, slo, changes, profile)
-    if profile is not None:
+    if profile is not None and run.fleet is not None and not run.fleet.mixed:
         data = data or RunData.of(run, store.windows(run.id, LAW_ROWS, LAW_WINDOWS, LAW_COLUMNS))
     cdf, n, within = {}, {}, {}
     for metric in METRICS:
